@@ -1,0 +1,158 @@
+"""Models for tests: the real one, and a tiny random Llama that runs the real code."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from smolcli.models.pull import pull
+from smolcli.settings import DEFAULT_MODEL
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2 as in SmolLM2
+
+SENTENCES = [
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    "system user assistant What is gravity? Why is the sky blue? How are you?",
+    "In 1234 days there's a café; naïve 日本語 text, emoji 👩‍👩‍👧 and 3.14159.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
+]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
+    "+ '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+LEAK_GRACE_S = 2.0
+
+hypothesis.settings.register_profile("same-each-time", derandomize=True, database=None)
+hypothesis.settings.load_profile("same-each-time")
+
+
+@pytest.fixture(autouse=True)
+def _closed_logs() -> Iterator[None]:
+    """A command logs to the stderr that its test runner gave it, which is closed by now."""
+    yield
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
+        root.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    """The real SmolLM2-135M-Instruct; mark tests that use it `model`."""
+    return pull(DEFAULT_MODEL, "auto", lambda line: None).folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 3 layers in float32 with random weights, SmolLM2's template and special tokens.
+
+    Its weights are large enough that its answers differ and its logits have no near ties.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    vocab_size = _save_tiny_tokenizer(folder)
+    _save_tiny_llama(folder, vocab_size)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a .gguf file."""
+    from gguf_file import write_gguf
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(path, tiny_folder)
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store and a Hugging Face cache of the test's own, and a Hub that refuses connections."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("SMOL_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have a config file."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-settings"))
+    monkeypatch.delenv("SMOL_CONFIG", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """After each test, every thread of ours has ended."""
+    yield
+    deadline = time.monotonic() + LEAK_GRACE_S
+    while leaked := [t.name for t in threading.enumerate() if t.name.startswith("smol-")]:
+        assert time.monotonic() < deadline, f"threads left behind: {leaked}"
+        time.sleep(0.01)
+
+
+def _save_tiny_tokenizer(folder: Path) -> int:
+    """Write a byte-level BPE tokenizer with all 256 bytes and some merges; gives its size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, "utf-8")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return tokenizer.get_vocab_size()
+
+
+def _save_tiny_llama(folder: Path, vocab_size: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=96,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).float().save_pretrained(folder)
