@@ -1,0 +1,196 @@
+"""Keys and values of running sequences, in tensors that attention reads without copying.
+
+A sequence keeps its prompt's keys and values in a buffer of its own until the prompt is
+complete; then it gets a row in a slab. All rows of a slab are padded to one length, and lengths
+come in few sizes, as in a slab allocator (Bonwick 1994): batched products see contiguous
+tensors, and a long answer does not pad the short ones. Rows are compact: the last row moves
+into the place of one that leaves. A sequence that fills its row moves to the next longer slab.
+"""
+
+from collections.abc import Iterable
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from smolcli.engine.attention import PromptSpan, SlabSpan
+from smolcli.engine.config import LlamaConfig
+from smolcli.engine.model import Batch, Span
+from smolcli.engine.prefix import PrefixCache
+from smolcli.engine.scheduler import Work
+from smolcli.engine.sequence import Sequence
+
+ROW_STEP = 8  # a slab grows and shrinks by this many rows
+
+LayerTensors = Iterable[tuple[Tensor, Tensor]]  # keys and values of each layer
+
+
+def padded_length(num_tokens: int) -> int:
+    """The slab length for so many tokens: two sizes to an octave, from 32 up."""
+    size = 32
+    while size < num_tokens:
+        size = size * 4 // 3 if size % 3 == 0 else size * 3 // 2
+    return size
+
+
+class PromptBuffer:
+    """Keys and values of one prompt; (kv_heads, length, head_dim) a layer."""
+
+    def __init__(self, config: LlamaConfig, length: int, like: Tensor) -> None:
+        shape = (2, config.num_layers, config.num_kv_heads, length, config.head_dim)
+        self.length = length
+        self.data = like.new_empty(shape)
+        self.keys, self.values = self.data
+
+    def read(self, _: Sequence) -> LayerTensors:
+        """What is stored, layer by layer."""
+        return zip(self.keys, self.values, strict=True)
+
+
+class Slab:
+    """Rows of one padded length; (capacity, kv_heads, length, head_dim) a layer.
+
+    What lies beyond a row's tokens is finite, so that a weight of zero hides it.
+    """
+
+    def __init__(self, config: LlamaConfig, length: int, like: Tensor) -> None:
+        self.length = length
+        self.rows: dict[Sequence, int] = {}
+        empty = like.new_empty(0, config.num_kv_heads, length, config.head_dim)
+        self.keys = [empty] * config.num_layers
+        self.values = [empty] * config.num_layers
+
+    @property
+    def capacity(self) -> int:
+        """Rows allocated."""
+        return len(self.keys[0])
+
+    def insert(self, sequence: Sequence, layers: LayerTensors) -> None:
+        """Give the sequence the next row, filled with its (kv_heads, n, head_dim) of each layer."""
+        row = len(self.rows)
+        if row == self.capacity:
+            self._resize(row + ROW_STEP)
+        for index, (keys, values) in enumerate(layers):
+            self.keys[index][row, :, : keys.shape[1]] = keys
+            self.values[index][row, :, : values.shape[1]] = values
+        self.rows[sequence] = row
+
+    def remove(self, sequence: Sequence) -> None:
+        """Free the sequence's row; the last row takes its place."""
+        row, last = self.rows.pop(sequence), len(self.rows)
+        if row != last:
+            mover = next(s for s, at in self.rows.items() if at == last)
+            self.rows[mover] = row
+            for tensor in (*self.keys, *self.values):
+                tensor[row] = tensor[last]
+        if self.capacity - len(self.rows) >= 2 * ROW_STEP:
+            self._resize(len(self.rows) + ROW_STEP)
+
+    def read(self, sequence: Sequence) -> LayerTensors:
+        """The sequence's row, layer by layer."""
+        row = self.rows[sequence]
+        return ((k[row], v[row]) for k, v in zip(self.keys, self.values, strict=True))
+
+    def _resize(self, capacity: int) -> None:
+        for tensors in (self.keys, self.values):
+            for index, old in enumerate(tensors):
+                kept = min(capacity, len(old))
+                tensors[index] = new = old.new_empty(capacity, *old.shape[1:])
+                new[:kept] = old[:kept]
+                new[kept:] = 0
+
+
+class KVCache:
+    """Owner of all keys and values: who has a buffer, who a row, and in which slab.
+
+    Args:
+        config: the model's shapes.
+        dtype: the dtype of keys and values.
+        device: where they live.
+        prefix_bytes: memory for the beginnings of prompts, kept for prompts to come.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, dtype: torch.dtype, device: torch.device, prefix_bytes: int
+    ) -> None:
+        self.prefixes = PrefixCache(prefix_bytes)
+        self._config = config
+        self._like = torch.empty(0, dtype=dtype, device=device)
+        self._homes: dict[Sequence, PromptBuffer | Slab] = {}
+        self._slabs: dict[int, Slab] = {}
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences hold something."""
+        return len(self._homes)
+
+    def cost(self, sequence: Sequence) -> int:
+        """The most bytes that the sequence will hold, padding included."""
+        length = padded_length(sequence.max_tokens)
+        return self._config.cache_bytes(length, self._like.itemsize)
+
+    def open(self, sequence: Sequence) -> None:
+        """Give a new sequence the buffer of its prompt, filled as far as its beginning is known."""
+        if sequence in self._homes:
+            return
+        buffer = PromptBuffer(self._config, len(sequence.prompt_ids), self._like)
+        sequence.num_cached = self.prefixes.fill(sequence.prompt_ids, buffer.data)
+        self._homes[sequence] = buffer
+
+    def remember(self, sequence: Sequence) -> None:
+        """Keep a prompt that is computed, for those that begin like it."""
+        home = self._homes[sequence]
+        assert isinstance(home, PromptBuffer), "only a prompt's own buffer holds it whole"
+        self.prefixes.keep(sequence.prompt_ids, home.data)
+
+    def make_room(self, sequence: Sequence) -> None:
+        """See that all tokens of the sequence, the newest included, have a place."""
+        home = self._homes[sequence]
+        if home.length < len(sequence.token_ids):
+            slab = self._slab(padded_length(len(sequence.token_ids)))
+            slab.insert(sequence, home.read(sequence))
+            self.release(sequence)
+            self._homes[sequence] = slab
+
+    def place(self, work: Work) -> tuple[int, int]:
+        """Where the sequence's row lies; works in this order make the fewest spans."""
+        home = self._homes[work.sequence]
+        return (home.length, home.rows[work.sequence]) if isinstance(home, Slab) else (1 << 62, 0)
+
+    def batch(self, works: list[Work]) -> Batch:
+        """The input of a forward pass over works with room, in the order of their places."""
+        token_ids = [t for w in works for t in w.sequence.token_ids[w.start : w.stop]]
+        positions = [p for w in works for p in range(w.start, w.stop)]
+        ends = torch.tensor([w.stop - w.start for w in works]).cumsum(0) - 1
+        completed = torch.tensor([w.completes for w in works])
+        return Batch(
+            token_ids=torch.tensor(token_ids, device=self._like.device),
+            positions=torch.tensor(positions, device=self._like.device),
+            spans=self._spans(works),
+            last_rows=ends[completed].to(self._like.device),
+        )
+
+    def release(self, sequence: Sequence) -> None:
+        """Drop what the sequence holds, if anything."""
+        home = self._homes.pop(sequence, None)
+        if isinstance(home, Slab):
+            home.remove(sequence)
+            if not home.rows:
+                del self._slabs[home.length]
+
+    def _slab(self, length: int) -> Slab:
+        if length not in self._slabs:
+            self._slabs[length] = Slab(self._config, length, self._like)
+        return self._slabs[length]
+
+    def _spans(self, works: list[Work]) -> list[Span]:
+        spans: list[Span] = []
+        for home, group in groupby(works, key=lambda work: self._homes[work.sequence]):
+            members = list(group)
+            if isinstance(home, Slab):
+                first = home.rows[members[0].sequence]
+                positions = [work.start for work in members]
+                spans.append(SlabSpan(home.keys, home.values, first, positions))
+            else:
+                spans.append(PromptSpan(home.keys, home.values, members[0].start, members[0].stop))
+        return spans

@@ -1,0 +1,169 @@
+"""The cycle: schedule, run, sample, retire."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from smolcli.engine.cache import KVCache, padded_length
+from smolcli.engine.config import LlamaConfig
+from smolcli.engine.head import Head
+from smolcli.engine.model import Batch
+from smolcli.engine.sampler import choose, score
+from smolcli.engine.scheduler import Scheduler, Work
+from smolcli.engine.sequence import Sequence
+from smolcli.errors import BackendError, PromptTooLong
+from smolcli.records import FinishReason
+
+
+class Model(Protocol):
+    """What the engine needs of a model; `LlamaModel` is the real one."""
+
+    config: LlamaConfig
+    dtype: torch.dtype
+    device: torch.device
+    head: Head
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states, (N, hidden), of the batch's last rows."""
+        ...
+
+
+class Engine:
+    """Generates for many sequences at once, with continuous batching (Yu et al. 2022, Orca).
+
+    One thread at a time may use it.
+
+    Args:
+        model: computes logits.
+        max_batch_size: the most sequences that run at once.
+        cache_bytes: the most memory for keys and values.
+        prefix_bytes: the most memory for the beginnings of prompts.
+        max_step_tokens: the most tokens of one step.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_batch_size: int,
+        cache_bytes: int,
+        prefix_bytes: int = 0,
+        max_step_tokens: int = 256,
+    ) -> None:
+        self.model = model
+        self.cache = KVCache(model.config, model.dtype, model.device, prefix_bytes)
+        self.scheduler = Scheduler(
+            max_batch_size, max_step_tokens, cache_bytes, self.cache.cost, self._begin
+        )
+        self.max_length = longest_length(model.config, cache_bytes, model.dtype.itemsize)
+        self.num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything runs or waits."""
+        return bool(self.scheduler.running or self.scheduler.num_waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; its room is clipped to what there is.
+
+        Raises:
+            PromptTooLong: there is no room for one new token.
+        """
+        if len(sequence.prompt_ids) >= self.max_length:
+            raise PromptTooLong(len(sequence.prompt_ids), self.max_length - 1)
+        sequence.max_tokens = min(sequence.max_tokens, self.max_length)
+        self.scheduler.add(sequence)
+
+    @torch.inference_mode()
+    def stop(self, sequence: Sequence) -> None:
+        """End a sequence now, wherever it is, and free what it holds."""
+        if not sequence.is_finished:
+            sequence.finish_reason = FinishReason.STOP
+        self.scheduler.withdraw(sequence)
+        self._retire()
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Advance all that run by one token, prompts by a piece.
+
+        Returns:
+            The sequences that got a token or failed; `error` says why.
+
+        Raises:
+            BackendError: every sequence of the batch fails, each on its own too.
+        """
+        planned = self.scheduler.plan()
+        works = sorted(filter(self._has_room, planned), key=self.cache.place)
+        advanced = [w.sequence for w in works if w.completes]
+        self._run(works)
+        failed = [w.sequence for w in planned if w.sequence.error]
+        if len(planned) > 1 and len(failed) == len(planned):
+            raise BackendError(f"no step succeeds any more: {failed[0].error}") from failed[0].error
+        self._retire()
+        return advanced + [s for s in failed if s not in advanced]
+
+    def _begin(self, sequence: Sequence) -> None:
+        with _blamed_on(sequence):
+            self.cache.open(sequence)
+
+    def _has_room(self, work: Work) -> bool:
+        if work.sequence.error is None:
+            with _blamed_on(work.sequence):
+                self.cache.make_room(work.sequence)
+        return work.sequence.error is None
+
+    def _run(self, works: list[Work]) -> None:
+        """Compute the works together; halve a batch that fails until the culprit stands alone.
+
+        Computing a token again writes the same keys and values to the same place.
+        """
+        if not works:
+            return
+        try:
+            self._forward(works)
+        except Exception as exc:
+            if len(works) == 1:
+                works[0].sequence.error = exc
+                return
+            middle = len(works) // 2
+            self._run(works[:middle])
+            self._run(works[middle:])
+
+    def _forward(self, works: list[Work]) -> None:
+        self.num_steps += 1
+        hidden = self.model.forward(self.cache.batch(works))
+        ready = [w.sequence for w in works if w.completes]
+        tokens = choose(self.model.head, hidden, ready) if ready else []
+        scores = score(self.model.head, hidden, ready, tokens)
+        for work in works:
+            work.sequence.num_cached = work.stop
+            if work.completes and not work.sequence.is_decoding:
+                self.cache.remember(work.sequence)
+        for sequence, token, its_score in zip(ready, tokens, scores, strict=True):
+            sequence.append(token, self.model.config.eos_ids, its_score)
+
+    def _retire(self) -> None:
+        for sequence in self.scheduler.retire():
+            self.cache.release(sequence)
+
+
+@contextmanager
+def _blamed_on(sequence: Sequence) -> Iterator[None]:
+    """Running out of memory for one sequence is that sequence's error."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as exc:
+        sequence.error = exc
+
+
+def longest_length(config: LlamaConfig, cache_bytes: int, itemsize: int) -> int:
+    """The most tokens of one sequence: what the model was made for, and what the cache can hold."""
+    length = 0
+    while length < config.max_positions:
+        longer = padded_length(length + 1)
+        if config.cache_bytes(longer, itemsize) > cache_bytes:
+            break
+        length = longer
+    return min(length, config.max_positions)
