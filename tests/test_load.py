@@ -1,0 +1,81 @@
+"""Loading a model's folder: what it tells, and what is refused clearly."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smolcli.errors import ModelError
+from smolcli.models.load import load_config, load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def change(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+
+
+def test_every_end_of_sequence_id_counts(folder: Path) -> None:
+    change(folder, eos_token_id=2)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}', "utf-8")
+    assert load_config(folder).eos_ids == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(
+    folder: Path, values: dict[str, Any], words: str
+) -> None:
+    change(folder, **values)
+    with pytest.raises(ModelError, match=words):
+        load_config(folder)
+
+
+def test_older_configs_are_read(folder: Path) -> None:
+    change(folder, rope_parameters=None, rope_theta=100000.0)
+    assert load_config(folder).rope_theta == 100000.0
+
+
+def test_damaged_weights_are_a_clear_error(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="damaged or unreadable"):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_weights_of_another_shape_are_a_clear_error(folder: Path) -> None:
+    change(folder, num_attention_heads=4)
+    with pytest.raises(ModelError, match="do not fit"):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_missing_weights_are_named(folder: Path) -> None:
+    change(folder, num_hidden_layers=4)
+    with pytest.raises(ModelError, match=r"layers\.3"):
+        load_model(folder, torch.float32, CPU)
+
+
+def test_a_missing_setting_is_named(folder: Path) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text("utf-8"))
+    del values["hidden_size"]
+    path.write_text(json.dumps(values), "utf-8")
+    with pytest.raises(ModelError, match="hidden_size"):
+        load_config(folder)

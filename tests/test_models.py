@@ -1,0 +1,119 @@
+"""A model is a folder, a name in the cache, or a name in the store; each must be whole."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from model_stores import COMMIT, MODEL, entries, fill_cache, fill_store
+
+from smolcli.errors import ModelError, ModelNotFound
+from smolcli.models.resolve import resolve
+from smolcli.models.store import exclusively, stored
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+def test_a_local_folder_is_its_own_model(tiny_folder: Path, tmp_path: Path) -> None:
+    found = resolve(str(tiny_folder))
+    assert (found.folder, found.source) == (tiny_folder, "folder")
+    copy = shutil.copytree(tiny_folder, tmp_path / "copy")
+    assert resolve(str(copy)).revision == found.revision
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text("utf-8") + " ", "utf-8")
+    assert resolve(str(copy)).revision != found.revision
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_folder_that_is_not_whole_says_what_is_missing(
+    tiny_folder: Path, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    (folder / name).unlink()
+    with pytest.raises(ModelNotFound, match=f"has no {name}"):
+        resolve(str(folder))
+
+
+def test_every_shard_must_be_there(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model.safetensors", "b": "second.safetensors"}}')
+    with pytest.raises(ModelNotFound, match=r"has no second\.safetensors"):
+        resolve(str(folder))
+    index.write_text("[]")
+    with pytest.raises(ModelError, match="not a list of weight files"):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "a b", "..", "~/nowhere", ""])
+def test_what_can_only_be_a_path_never_asks_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound):
+        resolve(name)
+
+
+def test_a_missing_gguf_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"there is no file .*x\.gguf"):
+        resolve(str(tmp_path / "x.gguf"))
+
+
+def test_the_cache_comes_before_the_store(tiny_folder: Path, tmp_path: Path, home: Path) -> None:
+    in_store = fill_store(home, tiny_folder)
+    found = resolve(MODEL)
+    assert (found.folder, found.revision, found.source) == (in_store, "abc", "pypi")
+    in_cache = fill_cache(tmp_path, tiny_folder)
+    found = resolve(MODEL)
+    assert (found.folder, found.revision, found.source) == (in_cache, COMMIT, "hub")
+    (in_cache / "model.safetensors").unlink()
+    assert resolve(MODEL).folder == in_store
+
+
+def test_finding_a_stored_model_is_fast(tiny_folder: Path, home: Path) -> None:
+    fill_store(home, tiny_folder)
+    started = time.perf_counter()
+    resolve(MODEL)
+    assert time.perf_counter() - started < 0.05
+
+
+def test_resolving_imports_neither_torch_nor_the_hub_client(tiny_folder: Path, home: Path) -> None:
+    fill_store(home, tiny_folder)
+    code = (
+        "import sys; from smolcli.models.resolve import resolve; import smolcli.chat; "
+        f"resolve({MODEL!r}); "
+        "print({'torch', 'transformers', 'httpx2', 'huggingface_hub.hf_api'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_what_a_killed_pull_left_is_cleared(tiny_folder: Path, home: Path) -> None:
+    code = (
+        "import time; from smolcli.models.store import exclusively\n"
+        f"with exclusively({MODEL!r}) as scratch:\n"
+        "    (scratch / 'half').mkdir(); print('ready', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    with child, child.stdout:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+    assert entries(home) == [".tests--tiny.partial"]
+    assert stored(MODEL) is None
+    with exclusively(MODEL) as scratch:
+        assert list(scratch.iterdir()) == []
+    assert entries(home) == []
+
+
+def test_a_store_that_cannot_be_written_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SMOL_HOME", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match=r"store .* cannot be written"), exclusively(MODEL):
+        pass
