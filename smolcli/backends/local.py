@@ -1,0 +1,281 @@
+"""The model in this process: one thread owns the engine, a few prepare queries for it."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from smolcli.backends import Counters, Health, OnText
+from smolcli.backends.answer import AnswerText, cut_off, logprob_entries
+from smolcli.backends.several import gather, split
+from smolcli.chat import Chat
+from smolcli.engine.engine import Engine
+from smolcli.engine.sequence import Sequence
+from smolcli.errors import BackendError, QueryError
+from smolcli.records import ErrorCode, FinishReason, Query, Result, Timings, Usage, failure
+from smolcli.vocabulary import TokenConstraint, Vocabulary
+
+WINDOW_BATCHES = 3
+STUCK_AFTER_S = 60.0  # no step takes as long
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One query on its way through the backend."""
+
+    query: Query
+    on_text: OnText | None
+    text: AnswerText
+    is_urgent: bool
+    constraint: TokenConstraint | None = None
+    spell: Callable[[int], bytes] | None = None  # where likelihoods are asked for
+    future: Future[Result] = field(default_factory=Future)
+    submitted_at: float = field(default_factory=time.perf_counter)
+    first_token_at: float = 0.0
+
+    def give(self, result: Result) -> None:
+        """Complete the future, unless somebody cancelled it."""
+        with suppress(InvalidStateError):
+            self.future.set_result(result)
+
+    def fail(self, error: BackendError) -> None:
+        """Tell that the backend is gone."""
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+class LocalBackend:
+    """Answers queries with an engine of its own; see `backends.Backend`.
+
+    The engine is built on the thread that runs it: a thread that has computed once keeps OpenMP
+    workers, and with two such threads the workers of both outnumber the cores and sleep between
+    any two operations instead of waiting awake, which costs a third of the speed.
+
+    Args:
+        load_chat: gives the model's tokenizer and template.
+        build_engine: gives the engine; called on its thread.
+        identity: what decides the answers.
+        max_concurrency: threads that tokenize.
+    """
+
+    def __init__(
+        self,
+        load_chat: Callable[[], Chat],
+        build_engine: Callable[[], Engine],
+        identity: Mapping[str, Any],
+        max_concurrency: int,
+    ) -> None:
+        self._identity = dict(identity)
+        self._inbox: SimpleQueue[tuple[Job, Sequence] | None] = SimpleQueue()
+        self._jobs: dict[Sequence, Job] = {}
+        self._lock = threading.Lock()
+        self._gone: BackendError | None = None
+        self._stepped_at = 0.0
+        self._preparing = ThreadPoolExecutor(max_concurrency, "smol-prepare")
+        built: Future[Engine] = Future()
+        self._thread = threading.Thread(
+            target=self._work, args=(build_engine, built), name="smol-engine", daemon=True
+        )
+        self._thread.start()
+        try:
+            self._chat = load_chat()
+            config = built.result().model.config
+            self._vocabulary = Vocabulary(
+                self._chat.tokenizer_json, config.vocab_size, config.eos_ids
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def window(self) -> int:
+        """A few batches, so that no slot waits for its next query."""
+        return WINDOW_BATCHES * self._engine.scheduler.max_batch_size
+
+    def counters(self) -> Counters:
+        """See `backends.Backend`."""
+        engine = self._engine
+        return Counters(engine.num_steps, engine.cache.prefixes.num_hit_tokens)
+
+    def identity(self) -> dict[str, Any]:
+        """Model, revision, source, dtype and versions."""
+        return dict(self._identity)
+
+    def submit(
+        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+    ) -> Future[Result]:
+        """See `backends.Backend`; of several answers, `on_text` gets the first."""
+        if query.n > 1:
+            first, *others = split(query)
+            futures = [self.submit(other, is_urgent=is_urgent) for other in others]
+            return gather([self.submit(first, on_text, is_urgent=is_urgent), *futures])
+        job = Job(query, on_text, AnswerText(self._chat.decoder(), query.stop), is_urgent)
+        try:
+            self._preparing.submit(self._prepare, job)
+        except RuntimeError:
+            job.fail(BackendError("the model is shut down"))
+        return job.future
+
+    def health(self) -> Health:
+        """See `backends.Backend`."""
+        scheduler = self._engine.scheduler
+        return Health(
+            is_alive=self._gone is None,
+            is_stuck=time.perf_counter() - self._stepped_at > STUCK_AFTER_S
+            and self._engine.has_work,
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting + self._inbox.qsize(),
+        )
+
+    def close(self) -> None:
+        """See `backends.Backend`."""
+        self._leave(BackendError("the model is shut down"))
+        self._preparing.shutdown()
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _prepare(self, job: Job) -> None:
+        """Tokenize, on one of the pool's threads."""
+        try:
+            sequence = self._sequence(job)
+        except BaseException as exc:  # a panic in Rust is no Exception, and somebody waits
+            job.give(_failed(job.query, exc))
+            return
+        with self._lock:
+            if self._gone is None:
+                self._inbox.put((job, sequence))
+                return
+        job.fail(self._gone)
+
+    def _sequence(self, job: Job) -> Sequence:
+        query = job.query
+        if query.format is not None:
+            job.constraint = self._vocabulary.constraint(query.format)
+        if query.top_logprobs is not None:
+            job.spell = self._vocabulary.speller()
+        prompt_ids = self._chat.encode(query.messages)
+        return Sequence(
+            prompt_ids, query.sampling, job.is_urgent, job.constraint, query.top_logprobs
+        )
+
+    def _work(self, build_engine: Callable[[], Engine], built: Future[Engine]) -> None:
+        """The engine thread: build the engine, then serve."""
+        try:
+            self._engine = build_engine()
+        except BaseException as exc:
+            built.set_exception(exc)
+        else:
+            built.set_result(self._engine)
+            self._serve()
+
+    def _serve(self) -> None:
+        """Step until closed, or until the engine fails for good."""
+        try:
+            while self._gone is None:
+                self._take_in()
+                self._drop_cancelled()
+                self._stepped_at = time.perf_counter()
+                if self._engine.has_work:
+                    for sequence in self._engine.step():
+                        self._deliver(sequence)
+        except BaseException as exc:  # a panic in Rust is no Exception
+            self._leave(exc if isinstance(exc, BackendError) else BackendError(_sentence(exc)))
+        self._dismiss_all()
+
+    def _leave(self, reason: BackendError) -> None:
+        with self._lock:
+            self._gone = self._gone or reason
+
+    def _take_in(self) -> None:
+        """Hand new queries to the engine; wait for one when there is nothing to do."""
+        with suppress(Empty):
+            while item := self._inbox.get(block=not self._engine.has_work):
+                job, sequence = item
+                self._stepped_at = time.perf_counter()  # before there is work: it was idle
+                try:
+                    self._engine.add(sequence)
+                    self._jobs[sequence] = job
+                except QueryError as exc:
+                    job.give(_failed(job.query, exc))
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [s for s, job in self._jobs.items() if job.future.cancelled()]:
+            self._engine.stop(sequence)
+            del self._jobs[sequence]
+
+    def _deliver(self, sequence: Sequence) -> None:
+        """Pass on the newest token of a sequence, and its result when it is finished."""
+        job = self._jobs[sequence]
+        try:
+            finished = sequence.error is not None or self._advance(job, sequence)
+        except Exception as exc:
+            sequence.error = exc
+            finished = True
+        if finished:
+            self._engine.stop(sequence)
+            del self._jobs[sequence]
+            job.give(_result(job, sequence))
+
+    def _advance(self, job: Job, sequence: Sequence) -> bool:
+        """Take the newest token into the answer's text; returns whether it was the last."""
+        job.first_token_at = job.first_token_at or time.perf_counter()
+        piece = job.text.push(sequence.token_ids[-1])
+        finished = sequence.is_finished or job.text.is_stopped
+        if finished:
+            piece += job.text.finish()
+        if piece and job.on_text:
+            job.on_text(piece)
+        return finished
+
+    def _dismiss_all(self) -> None:
+        """Nobody waits for ever: all that is left learns that the backend is gone."""
+        assert self._gone is not None
+        with suppress(Empty):
+            while True:
+                item = self._inbox.get_nowait()
+                if item:
+                    item[0].fail(self._gone)
+        for sequence, job in self._jobs.items():
+            self._engine.stop(sequence)
+            job.fail(self._gone)
+        self._jobs.clear()
+
+
+def _result(job: Job, sequence: Sequence) -> Result:
+    if sequence.error is not None:
+        return _failed(job.query, sequence.error)
+    if job.constraint is not None and not job.constraint.is_complete:
+        fault = job.constraint.fault
+        return _failed(job.query, fault) if fault else cut_off(job.query, sequence.num_output)
+    now = time.perf_counter()
+    assert sequence.admitted_at is not None
+    return Result(
+        chat_id=job.query.chat_id,
+        response=job.text.text,
+        finish_reason=FinishReason.STOP if job.text.is_stopped else sequence.finish_reason,
+        logprobs=logprob_entries(sequence.scores, job.spell) if job.spell else None,
+        usage=Usage(len(sequence.prompt_ids), sequence.num_output),
+        metadata=job.query.metadata,
+        line=job.query.line,
+        timings=Timings(
+            queue_s=sequence.admitted_at - job.submitted_at,
+            first_token_s=job.first_token_at - job.submitted_at,
+            total_s=now - job.submitted_at,
+        ),
+    )
+
+
+def _failed(query: Query, exc: BaseException) -> Result:
+    if isinstance(exc, QueryError):
+        return failure(query, str(exc), exc.code, exc.field)
+    return failure(query, _sentence(exc), ErrorCode.INTERNAL)
+
+
+def _sentence(exc: BaseException) -> str:
+    """A foreign exception on one line."""
+    first = (str(exc).splitlines() or [""])[0]
+    return f"internal error: {type(exc).__name__}: {first}"

@@ -1,0 +1,195 @@
+"""The local backend on a tiny random model: text, stop strings, cancelling, faults."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import wait
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolcli.backends.answer import AnswerText
+from smolcli.backends.local import LocalBackend
+from smolcli.backends.open import open_local
+from smolcli.errors import BackendError, UsageError
+from smolcli.records import ErrorCode, FinishReason, Message, Query, Sampling
+from smolcli.settings import EngineSettings
+
+WAIT_S = 30
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder: Path) -> EngineSettings:
+    return EngineSettings(model=str(tiny_folder), dtype="float32", max_batch_size=4, kv_cache_mb=64)
+
+
+@pytest.fixture
+def backend(settings: EngineSettings) -> Iterator[LocalBackend]:
+    with closing(open_local(settings)) as backend:
+        yield backend
+
+
+def query(text: str = "Why is the sky blue?", **changes: Any) -> Query:
+    sampling = Sampling(max_new_tokens=changes.pop("max_new_tokens", 24))
+    return replace(Query("q", (Message("user", text),), sampling), **changes)
+
+
+def answer(backend: LocalBackend, query: Query) -> Any:
+    return backend.submit(query).result(WAIT_S)
+
+
+def test_an_answer_has_its_text_usage_and_reason(backend: LocalBackend) -> None:
+    result = answer(backend, query(line=3, metadata={"a": 1}))
+    assert (result.chat_id, result.line, result.metadata) == ("q", 3, {"a": 1})
+    assert result.usage.completion_tokens <= 24
+    assert result.response == result.response.strip()
+    assert result.finish_reason in FinishReason
+    assert 0 <= result.timings.queue_s <= result.timings.first_token_s <= result.timings.total_s
+
+
+@pytest.mark.parametrize(("megabytes", "hits"), [(1, True), (0, False)])
+def test_what_prompts_have_in_common_is_kept_as_far_as_there_is_memory(
+    settings: EngineSettings, megabytes: int, hits: bool
+) -> None:
+    with closing(open_local(replace(settings, prefix_cache_mb=megabytes))) as backend:
+        answer(backend, query("Why is the sky blue?"))
+        answer(backend, query("Why is the sky grey?"))
+        assert bool(backend.counters().cached_tokens) is hits
+
+
+def test_pieces_of_text_make_the_answer(backend: LocalBackend) -> None:
+    pieces: list[str] = []
+    result = backend.submit(query(), pieces.append).result(WAIT_S)
+    assert len(pieces) > 1
+    assert "".join(pieces) == result.response
+
+
+def test_a_stop_string_ends_an_answer_and_is_left_out(backend: LocalBackend) -> None:
+    whole = answer(backend, query()).response
+    stop = whole[len(whole) // 2 :][:3]
+    result = answer(backend, query(stop=(stop,)))
+    assert result.response == whole[: whole.find(stop)].strip()
+    assert result.finish_reason == FinishReason.STOP
+
+
+def test_many_threads_share_one_engine(backend: LocalBackend) -> None:
+    """The same question gets the same answer, whoever asks and whatever else is asked."""
+    questions = [query(f"Question {i % 5}?", chat_id=str(i)) for i in range(20)]
+    expected = [answer(backend, q).response for q in questions[:5]]
+    futures = [None] * 20
+
+    def ask(i: int) -> None:
+        futures[i] = backend.submit(questions[i])  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [f.result(WAIT_S).response for f in futures] == expected * 4  # type: ignore[attr-defined]
+
+
+def test_cancelling_frees_the_slot(backend: LocalBackend) -> None:
+    started = threading.Event()
+    long = backend.submit(query(max_new_tokens=400), lambda _: started.set())
+    assert started.wait(WAIT_S)
+    assert long.cancel()
+    answer(backend, query())
+    health = backend.health()
+    assert (health.is_alive, health.num_running, health.num_waiting) == (True, 0, 0)
+
+
+def test_a_prompt_that_does_not_fit_is_that_querys_error(backend: LocalBackend) -> None:
+    result = answer(backend, query("word " * 2000))
+    assert result.error_code == ErrorCode.PROMPT_TOO_LONG
+    assert "at most 511" in result.error
+    assert not answer(backend, query()).is_error
+
+
+def test_a_fault_in_one_query_stays_with_it(settings: EngineSettings) -> None:
+    """A listener that raises costs its own query its answer and nobody else."""
+
+    def broken(_: str) -> None:
+        raise ValueError("listener\nbroke")
+
+    with closing(open_local(settings)) as backend:
+        bad, good = backend.submit(query(), broken), backend.submit(query())
+        assert good.result(WAIT_S).error is None
+        result = bad.result(WAIT_S)
+    assert result.error_code == ErrorCode.INTERNAL
+    assert result.error == "internal error: ValueError: listener"
+
+
+def test_closing_leaves_nobody_waiting(settings: EngineSettings) -> None:
+    backend = open_local(settings)
+    futures = [backend.submit(query(max_new_tokens=400)) for _ in range(12)]
+    backend.close()
+    done, pending = wait(futures, timeout=WAIT_S)
+    assert not pending
+    assert any(isinstance(f.exception(), BackendError) for f in done)
+    with pytest.raises(BackendError, match="shut down"):
+        backend.submit(query()).result(WAIT_S)
+
+
+def test_a_broken_engine_is_reported_to_all(settings: EngineSettings) -> None:
+    backend = open_local(settings)
+    backend._engine.model = None  # type: ignore[assignment]
+    futures = [backend.submit(query()) for _ in range(8)]
+    outcomes = [f.exception(WAIT_S) or f.result() for f in futures]
+    assert all(isinstance(o, BackendError) or o.is_error for o in outcomes)
+    backend.close()
+
+
+def test_the_identity_says_what_answers(backend: LocalBackend, tiny_folder: Path) -> None:
+    identity = backend.identity()
+    assert identity["model"] == str(tiny_folder)
+    assert identity["dtype"] == "float32"
+    assert len(identity["revision"]) == 64
+
+
+def test_a_device_that_is_not_there_is_a_clear_error(settings: EngineSettings) -> None:
+    with pytest.raises(UsageError, match="device 'nonsense' cannot be used here"):
+        open_local(replace(settings, device="nonsense"))
+
+
+@given(
+    st.text(alphabet="ab \n", max_size=30),
+    st.lists(st.text(alphabet="ab ", min_size=1, max_size=3), max_size=3),
+    st.data(),
+)
+def test_text_in_pieces_is_the_text_cut_at_the_first_stop(
+    text: str, stops: list[str], data: st.DataObject
+) -> None:
+    pieces, rest = [], text
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        pieces.append(rest[:size])
+        rest = rest[size:]
+    watched = AnswerText(Script(pieces), tuple(stops))  # type: ignore[arg-type]
+    shown, so_far = "", ""
+    for index, piece in enumerate(pieces):
+        so_far += piece
+        shown += watched.push(index)
+        assert watched.is_stopped == any(stop in so_far for stop in stops)
+        if watched.is_stopped:
+            break
+    shown += watched.finish()
+    cut = min([at for stop in stops if (at := so_far.find(stop)) >= 0], default=len(text))
+    assert shown == watched.text == text[:cut].strip()
+
+
+class Script:
+    """A decoder whose tokens are the given pieces."""
+
+    def __init__(self, pieces: list[str]) -> None:
+        self._pieces = pieces
+
+    def push(self, token_id: int) -> str:
+        return self._pieces[token_id]
+
+    def flush(self) -> str:
+        return ""
