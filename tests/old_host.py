@@ -1,0 +1,113 @@
+"""The model service that smol replaces, as far as its clients can tell, on a real socket."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from flask import Flask, Response, jsonify, request
+from waitress import wasyncore
+from waitress.server import create_server
+
+Fault = Callable[[], Response | None]
+
+
+@dataclass
+class OldHost:
+    """Answers a prompt with the prompt and a word of its own; knows three fields and no settings.
+
+    Args:
+        has_batch: whether there is /generate_batch.
+        delay_s: what an answer takes.
+    """
+
+    has_batch: bool = True
+    delay_s: float = 0.0
+    bodies: list[tuple[str, Any]] = field(default_factory=list)
+    faults: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
+    most_at_once: int = 0
+    url: str = ""
+    _num_now: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.bodies]
+
+    def app(self) -> Flask:
+        app = Flask(__name__)
+
+        @app.post("/chat")
+        def chat() -> Any:
+            return self._serve(lambda body: self._answer(body))
+
+        if self.has_batch:
+
+            @app.post("/generate_batch")
+            def batch() -> Any:
+                return self._serve(
+                    lambda body: {"responses": [self._answer(item) for item in body["queries"]]}
+                )
+
+        @app.errorhandler(404)
+        @app.errorhandler(405)
+        def missing(exc: Any) -> Any:
+            return jsonify(detail=exc.name), exc.code
+
+        return app
+
+    def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        if "boom" in body["user_prompt"]:
+            raise ValueError("CUDA out of memory")
+        prompt = "\n".join(filter(None, [body.get("system_prompt"), body["user_prompt"]]))
+        return {"chat_id": body["chat_id"], "response": f"{prompt}\nIndeed {body['chat_id']}."}
+
+    def _serve(self, answer: Callable[[Any], Any]) -> Any:
+        with self._lock:
+            self.bodies.append((request.path, request.get_json()))
+            fault = self.faults.pop(0) if self.faults else None
+            self._num_now += 1
+            self.most_at_once = max(self.most_at_once, self._num_now)
+        try:
+            if fault is not None:
+                status, headers, value = fault
+                return jsonify(value), status, headers
+            time.sleep(self.delay_s)
+            return jsonify(answer(request.get_json()))
+        except Exception as exc:
+            return jsonify(detail=str(exc)), 500
+        finally:
+            with self._lock:
+                self._num_now -= 1
+
+
+@contextmanager
+def listening(app: Flask, port: int = 0) -> Iterator[str]:
+    """Serve an application in a thread; gives its URL."""
+    sockets: dict[int, Any] = {}
+    server = create_server(app, map=sockets, listen=f"127.0.0.1:{port}", threads=32)
+    stopping = threading.Event()
+
+    def loop() -> None:
+        while not stopping.is_set():
+            wasyncore.loop(timeout=0.02, map=sockets, count=1)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.effective_port}"
+    finally:
+        stopping.set()
+        thread.join()
+        server.task_dispatcher.shutdown()
+        wasyncore.close_all(sockets)
+
+
+@contextmanager
+def old_host(port: int = 0, **settings: Any) -> Iterator[OldHost]:
+    """A host that listens."""
+    host = OldHost(**settings)
+    with listening(host.app(), port) as host.url:
+        yield host

@@ -1,0 +1,456 @@
+"""The remote backend: other servers answer, in batches, whatever befalls them on the way."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask, Response, jsonify, request
+from old_host import listening, old_host
+from server_tools import Running, Tap, eventually, serving, tiny_engine
+
+from smolcli.backends.open import open_local
+from smolcli.backends.remote import RemoteBackend, open_gateway, open_remote
+from smolcli.backends.remote_gather import MAX_CHUNK_CHARS
+from smolcli.backends.remote_wire import Nonsense, load_object
+from smolcli.errors import BackendError, UsageError
+from smolcli.formats import JSON_OBJECT, schema_format
+from smolcli.records import (
+    AnswerFormat,
+    ErrorCode,
+    FinishReason,
+    Message,
+    Query,
+    Result,
+    Sampling,
+    Usage,
+)
+from smolcli.settings import RemoteSettings
+
+
+def query(chat_id: str = "1", prompt: str = "Hi", **fields: Any) -> Query:
+    seed = int(chat_id) if chat_id.isdecimal() else 0
+    values = {"sampling": Sampling(6, seed=seed), "messages": (Message("user", prompt),)}
+    return Query(chat_id, **values | fields)
+
+
+@contextmanager
+def remote(*urls: str, retry_s: float = 1.0, **settings: Any) -> Iterator[RemoteBackend]:
+    with closing(open_remote(RemoteSettings(urls, retry_s=retry_s, **settings))) as backend:
+        yield backend
+
+
+def turns(*texts: str) -> tuple[Message, ...]:
+    return tuple(map(Message, cycle(("user", "assistant")), texts))
+
+
+def answers(backend: RemoteBackend, queries: list[Query]) -> list[Result]:
+    futures = [backend.submit(query) for query in queries]
+    return [future.result(20) for future in futures]
+
+
+@pytest.fixture
+def smol(tiny_folder: Path) -> Iterator[Running]:
+    with serving(open_local, tiny_engine(tiny_folder)) as running:
+        yield running
+
+
+class TestSmol:
+    """Another `smol serve`."""
+
+    QUERIES = (
+        query("0", line=7, metadata={"a": 1}),
+        query("1", "Why?", sampling=Sampling(9, 0.8, 0.9, 40, 1.2, 2**62)),
+        query("2", "Say it.", stop=("e", "\u2028")),
+        query("3", "Say it.", messages=(Message("system", "Be brief."), Message("user", "Hi"))),
+        query(
+            "4", messages=(Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+        ),
+        query("5", "long " * 600),
+        query("6", format=AnswerFormat(choices=("yes", "no")), top_logprobs=2),
+        query("7", format=schema_format({"type": "integer", "minimum": 0, "maximum": 9})),
+        query("8", format=AnswerFormat(schema=JSON_OBJECT)),
+        query("9", sampling=Sampling(6, 1.0, seed=3), n=3),
+    )
+
+    @pytest.mark.parametrize("how", ["batch", "alone", "stream"])
+    def test_its_results_are_those_of_the_model_here(
+        self, smol: Running, tiny_folder: Path, how: str
+    ) -> None:
+        with closing(open_local(tiny_engine(tiny_folder))) as local, remote(smol.url) as backend:
+            expected = [local.submit(q).result(20) for q in self.QUERIES]
+            shown: list[list[str]] = [[] for _ in self.QUERIES]
+            futures = [
+                backend.submit(
+                    q, shown[i].append if how == "stream" else None, is_urgent=how != "batch"
+                )
+                for i, q in enumerate(self.QUERIES)
+            ]
+            results = [future.result(20) for future in futures]
+        assert [r.record() for r in results] == [r.record() for r in expected]
+        assert expected[5].error_code is ErrorCode.PROMPT_TOO_LONG
+        if how == "stream":
+            assert ["".join(pieces) for pieces in shown[:5]] == [r.response for r in results[:5]]
+
+    def test_queries_that_come_together_go_together(self, smol: Running) -> None:
+        with remote(smol.url) as backend:
+            results = answers(backend, [query(str(n)) for n in range(24)])
+            assert [r.chat_id for r in results] == [str(n) for n in range(24)]
+            assert backend.counters().model_calls <= 4
+            assert backend.window == 3 * 8
+
+    def test_it_is_what_its_server_is(self, smol: Running, tiny_folder: Path) -> None:
+        with closing(open_local(tiny_engine(tiny_folder))) as local, remote(smol.url) as backend:
+            assert backend.identity() == local.identity() | {"model": tiny_folder.name}
+
+    @pytest.mark.parametrize("wanted", [{"model": "other"}, {"dtype": "bfloat16"}])
+    def test_a_server_with_another_model_is_refused(
+        self, smol: Running, wanted: dict[str, Any]
+    ) -> None:
+        with pytest.raises(BackendError, match=r"has the (model|dtype) '.*', not '"):
+            open_remote(RemoteSettings((smol.url,), **wanted))
+
+    def test_cancelling_frees_the_slot(self, tiny_folder: Path) -> None:
+        tap = Tap(delay_s=0.02)
+        long = Sampling(max_new_tokens=400, repetition_penalty=1.3)
+        with serving(tap.open, tiny_engine(tiny_folder)) as server:
+            settings = RemoteSettings((server.url,), api="smol")
+            with closing(open_remote(settings)) as backend:
+                for on_text, is_urgent in ((None, False), (None, True), (lambda _: None, False)):
+                    futures = [
+                        backend.submit(query(str(n), sampling=long), on_text, is_urgent=is_urgent)
+                        for n in range(3)
+                    ]
+                    eventually(lambda: tap.num_held == 3)
+                    assert all(future.cancel() for future in futures)
+                    eventually(lambda: tap.num_held == 0)
+                    eventually(lambda: backend.health().num_running == 0)
+
+    def test_a_key(self, tiny_folder: Path) -> None:
+        engine = tiny_engine(tiny_folder)
+        with serving(open_local, engine, api_keys=("secret",)) as server:
+            with remote(server.url, api_key="secret") as backend:
+                assert not backend.submit(query()).result(20).is_error
+            started = time.monotonic()
+            with pytest.raises(BackendError, match="answered 401: it wants another API key"):
+                open_remote(RemoteSettings((server.url,), api_key="wrong", retry_s=30))
+            assert time.monotonic() - started < 5
+
+    def test_a_model_that_dies_ends_it(self, tiny_folder: Path) -> None:
+        tap = Tap()
+        with (
+            serving(tap.open, tiny_engine(tiny_folder)) as server,
+            remote(server.url, retry_s=0.2, api="smol") as backend,
+        ):
+            tap.backends[0].close()
+            with pytest.raises(BackendError):
+                backend.submit(query()).result(20)
+
+
+class TestOldHost:
+    """The original host: it echoes prompts and knows no field but three."""
+
+    def test_a_batch_is_one_call_and_the_echo_is_cut_off(self) -> None:
+        with old_host() as host, remote(host.url) as backend:
+            system = (Message("system", "Be kind."), Message("user", "What?"))
+            queries = [query("a", "Hi", line=3), query("b", messages=system), query("b", "So")]
+            results = answers(backend, queries)
+            assert [r.response for r in results] == ["Indeed a.", "Indeed b.", "Indeed b."]
+            assert results[0] == Result(
+                "a", "Indeed a.", FinishReason.STOP, line=3, timings=results[0].timings
+            )
+            told = {"user_prompt": "What?", "chat_id": "b", "system_prompt": "Be kind."}
+            assert host.paths == ["/generate_batch"]
+            assert host.bodies[0][1]["queries"][1] == told
+            assert backend.identity()["model"] == "unknown"
+
+    def test_an_urgent_one_goes_alone_and_its_text_comes_in_one_piece(self) -> None:
+        with old_host() as host, remote(host.url) as backend:
+            pieces: list[str] = []
+            backend.submit(query(), pieces.append).result(20)
+            backend.submit(query(), is_urgent=True).result(20)
+            assert (pieces, host.paths) == (["Indeed 1."], ["/chat", "/chat"])
+
+    def test_without_a_batch_endpoint_it_is_asked_one_by_one_and_the_lack_remembered(self) -> None:
+        with (
+            old_host(has_batch=False, delay_s=0.02) as host,
+            remote(host.url, max_concurrency=3) as backend,
+        ):
+            for _ in range(2):
+                results = answers(backend, [query(str(n)) for n in range(12)])
+                assert [r.response for r in results] == [f"Indeed {n}." for n in range(12)]
+            assert host.paths == ["/chat"] * 24
+            assert backend.counters().model_calls == 25  # the one to a route that is not there
+            assert host.most_at_once == 3
+
+    @pytest.mark.parametrize(
+        ("status", "value", "is_remembered"),
+        [
+            (405, {}, True),
+            (501, {}, True),
+            (500, {"detail": "no batch today"}, False),
+            (200, [1], True),
+            (200, {"responses": []}, True),
+            (200, {"responses": [{"chat_id": "other", "response": "x"}] * 2}, True),
+            (200, {"responses": [{"chat_id": "0"}, 5]}, True),
+        ],
+    )
+    def test_a_batch_that_fails_is_asked_one_by_one(
+        self, status: int, value: Any, is_remembered: bool
+    ) -> None:
+        with old_host() as host, remote(host.url) as backend:
+            host.faults.append((status, {}, value))
+            results = answers(backend, [query("0"), query("1")])
+            assert [r.response for r in results] == ["Indeed 0.", "Indeed 1."]
+            assert host.paths == ["/generate_batch", "/chat", "/chat"]
+            answers(backend, [query("0"), query("1")])
+            assert ("/generate_batch" in host.paths[3:]) is not is_remembered
+
+    def test_no_body_is_larger_than_a_server_takes(self) -> None:
+        """The first query of a chunk was once not counted, so that it took one too many."""
+        with old_host() as host, remote(host.url) as backend:
+            long = "x" * (MAX_CHUNK_CHARS * 3 // 5)
+            answers(backend, [query(str(n), long) for n in range(3)])
+            assert len(host.bodies) == 3
+
+    def test_its_500_is_one_query_s_failure(self) -> None:
+        with old_host() as host, remote(host.url) as backend:
+            results = answers(backend, [query("0"), query("1", "boom"), query("2")])
+            assert [r.response for r in results] == ["Indeed 0.", None, "Indeed 2."]
+            failed = results[1]
+            assert (failed.error_code, failed.error) == (ErrorCode.INTERNAL, "CUDA out of memory")
+            assert host.paths == ["/generate_batch"] + ["/chat"] * 3
+
+    def test_a_conversation_never_reaches_it(self) -> None:
+        with old_host() as host, remote(host.url) as backend:
+            results = answers(backend, [query("0", messages=turns("x", "y", "z")), query("1")])
+            assert (results[0].error_code, results[0].field) == ("invalid_value", "messages")
+            assert results[1].response == "Indeed 1."
+            assert len(host.bodies[0][1]["queries"]) == 1
+
+
+class TestTrouble:
+    """Servers that fail."""
+
+    def test_503_is_asked_again_when_it_says(self) -> None:
+        with old_host() as host, remote(host.url, retry_s=5) as backend:
+            host.faults += [(503, {"Retry-After": "1"}, {}), (502, {}, {}), (504, {}, {})]
+            started = time.monotonic()
+            assert answers(backend, [query("0"), query("1")])[1].response == "Indeed 1."
+            assert time.monotonic() - started >= 1
+            assert host.paths == ["/generate_batch"] * 4
+
+    def test_503_for_too_long_is_the_end(self) -> None:
+        with old_host() as host, remote(host.url, retry_s=0.3) as backend:
+            host.faults += [(503, {}, {})] * 50
+            with pytest.raises(BackendError, match="answered 503"):
+                backend.submit(query()).result(20)
+            assert 1 < len(host.bodies) < 8
+
+    def test_silence_is_not_asked_again(self) -> None:
+        with old_host(delay_s=0.5) as host, remote(host.url, timeout_s=0.1) as backend:
+            with pytest.raises(BackendError, match="silent for too long"):
+                backend.submit(query()).result(20)
+            assert len(host.bodies) == 1
+
+    def test_down_then_back(self) -> None:
+        with old_host() as host:
+            port = int(host.url.rpartition(":")[2])
+            backend = open_gateway(RemoteSettings((host.url,), retry_s=1))
+            eventually(lambda: backend.health().is_ready)
+        with closing(backend):
+            waiting = backend.submit(query())
+            eventually(lambda: not backend.health().is_ready)
+            assert backend.health().is_alive
+            with pytest.raises(BackendError, match="cannot be reached"):
+                waiting.result(20)
+            started = time.monotonic()
+            with pytest.raises(BackendError, match="cannot be reached"):
+                backend.submit(query()).result(20)
+            assert time.monotonic() - started < 0.5  # nobody waits for what has long been gone
+            with old_host(port):
+                eventually(lambda: backend.health().is_ready, 10)
+                assert backend.submit(query()).result(20).response == "Indeed 1."
+
+    def test_a_short_absence_costs_nothing(self) -> None:
+        with old_host() as host:
+            port = int(host.url.rpartition(":")[2])
+            backend = open_remote(RemoteSettings((host.url,), retry_s=20))
+        with closing(backend):
+            futures = [backend.submit(query(str(n))) for n in range(5)]
+            time.sleep(0.3)
+            with old_host(port):
+                assert [f.result(20).response for f in futures] == [
+                    f"Indeed {n}." for n in range(5)
+                ]
+
+    def test_nobody_is_there(self) -> None:
+        with pytest.raises(BackendError, match="cannot be reached"):
+            open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0.2))
+        for url in ("localhost:8000", "ftp://x", "", "http://"):
+            with pytest.raises(UsageError, match="URL"):
+                open_remote(RemoteSettings((url,)))
+
+    def test_the_least_busy_is_asked_and_one_that_is_down_is_not(self) -> None:
+        with old_host(delay_s=0.3) as one, old_host(delay_s=0.3) as other:
+            urls = (one.url, other.url, "http://127.0.0.1:9")
+            with remote(*urls) as backend:
+                eventually(lambda: sum(u.is_up for u in backend._pool.upstreams) == 2)
+                answers(backend, [query(str(n)) for n in range(10)])
+                sizes = [len(host.bodies[0][1]["queries"]) for host in (one, other)]
+                assert sizes == [5, 5]
+                first = [backend.submit(query("a"), is_urgent=True) for _ in range(4)]
+                [f.result(20) for f in first]
+                assert [host.paths[1:] for host in (one, other)] == [["/chat"] * 2] * 2
+
+    def test_another_server_takes_over(self) -> None:
+        with old_host() as one, old_host() as other, remote(one.url, other.url) as backend:
+            eventually(lambda: all(u.is_up for u in backend._pool.upstreams))
+            for host in (one, other):
+                host.faults.append((502, {}, {}))
+            results = answers(backend, [query(str(n)) for n in range(40)])
+            assert [r.response for r in results] == [f"Indeed {n}." for n in range(40)]
+
+    def test_closing_tells_those_who_wait(self) -> None:
+        with old_host(delay_s=0.5) as host:
+            backend = open_remote(RemoteSettings((host.url,)))
+            future = backend.submit(query())
+            backend.close()
+            for late in (future, backend.submit(query())):
+                with pytest.raises(BackendError, match="closed"):
+                    late.result(5)
+            assert not backend.health().is_alive
+
+
+class TestOpenAI:
+    """A server such as vLLM."""
+
+    @staticmethod
+    def app(bodies: list[Any]) -> Flask:
+        app = Flask(__name__)
+
+        @app.get("/v1/models")
+        def models() -> Any:
+            return jsonify(object="list", data=[{"id": "first"}, {"id": "second"}])
+
+        @app.post("/v1/chat/completions")
+        def completions() -> Any:
+            body = request.get_json()
+            bodies.append(body)
+            prompt = body["messages"][-1]["content"]
+            if prompt == "long":
+                message = "This model's maximum context length is 512 tokens."
+                return jsonify(object="error", message=message, code=400), 400
+            if body.get("stream"):
+                pieces = ["", " It", " is\u2028so."]
+                chunks = [{"choices": [{"delta": {"content": p}}]} for p in pieces]
+                chunks.append({"choices": [{"delta": {}, "finish_reason": "length"}]})
+                chunks.append(
+                    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
+                )
+                lines = [": hello\n\n", *(f"data: {app.json.dumps(c)}\n\n" for c in chunks)]
+                if prompt != "torn":
+                    lines.append("data: [DONE]\n\n")
+                return Response(iter(lines), mimetype="text/event-stream")
+            said = (
+                '{"so": true}' if body.get("response_format") and prompt != "torn" else " It is so."
+            )
+            token = {"token": said, "logprob": -0.5, "bytes": None, "top_logprobs": []}
+            choice = {
+                "message": {"content": said},
+                "logprobs": {"content": [token]} if body.get("logprobs") else None,
+                "finish_reason": "stop",
+            }
+            choices = [choice | {"index": n} for n in reversed(range(body.get("n", 1)))]
+            usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+            return jsonify(choices=choices, usage=usage)
+
+        app.json.ensure_ascii = False
+        return app
+
+    def test_it_is_asked_in_openai_s_words(self) -> None:
+        bodies: list[Any] = []
+        with listening(self.app(bodies)) as url, remote(f"{url}/v1", model="second") as backend:
+            drawn = Sampling(5, 0.5, 0.9, 40, 1.1, 11)
+            results = answers(backend, [query("7"), query("8", "So", sampling=drawn, stop=("x",))])
+            assert [r.response for r in results] == ["It is so."] * 2
+            assert results[0].usage == Usage(3, 4)
+            plain, rich = sorted(bodies, key=len)
+            common = {"model": "second", "temperature": 0.0, "top_p": 1.0}
+            hi = [{"role": "user", "content": "Hi"}]
+            assert plain == common | {"messages": hi, "max_tokens": 6, "seed": 7}
+            assert (rich["top_k"], rich["repetition_penalty"], rich["stop"]) == (40, 1.1, ["x"])
+            assert backend.identity()["model"] == "second"
+
+    def test_it_streams(self) -> None:
+        pieces: list[str] = []
+        with listening(self.app([])) as url, remote(url) as backend:
+            result = backend.submit(query(), pieces.append).result(20)
+            assert pieces == [" It", " is\u2028so."]
+            assert (result.response, result.finish_reason) == ("It is\u2028so.", "length")
+            assert result.usage == Usage(3, 2)
+
+    def test_an_answer_that_breaks_off_is_not_begun_again(self) -> None:
+        bodies: list[Any] = []
+        with listening(self.app(bodies)) as url, remote(url) as backend:
+            with pytest.raises(BackendError, match="broke off"):
+                backend.submit(query(prompt="torn"), lambda _: None).result(20)
+            assert len(bodies) == 1
+
+    def test_it_is_told_what_answers_are_to_be(self) -> None:
+        bodies: list[Any] = []
+        asked = query(
+            format=schema_format({"type": "array"}),
+            top_logprobs=2,
+            n=3,
+            sampling=Sampling(5, 1.0, seed=7),
+        )
+        with listening(self.app(bodies)) as url, remote(url) as backend:
+            result, torn, choice = answers(
+                backend,
+                [
+                    asked,
+                    query(prompt="torn", format=AnswerFormat(schema=JSON_OBJECT)),
+                    query(format=AnswerFormat(choices=("yes", "no"))),
+                ],
+            )
+        told = next(body for body in bodies if "n" in body)
+        schema = {"name": "answer", "schema": {"type": "array"}}
+        assert told["response_format"] == {"type": "json_schema", "json_schema": schema}
+        assert (told["n"], told["logprobs"], told["top_logprobs"]) == (3, True, 2)
+        assert [each.response for each in (result, *result.alternatives)] == ['{"so": true}'] * 3
+        assert result.logprobs is not None
+        assert result.logprobs[0]["logprob"] == -0.5
+        assert torn.error_code is ErrorCode.INCOMPLETE_JSON
+        assert (choice.error_code, choice.field) == (ErrorCode.INVALID_VALUE, "choices")
+
+    def test_its_errors_are_sorted(self) -> None:
+        with listening(self.app([])) as url, remote(url) as backend:
+            result = backend.submit(query(prompt="long")).result(20)
+            assert result.error_code is ErrorCode.PROMPT_TOO_LONG
+
+
+def test_an_answer_nested_too_deep_is_nonsense() -> None:
+    with pytest.raises(Nonsense, match="not JSON"):
+        load_object('{"a":' * 100_000)
+
+
+def test_all_at_once_from_many_threads(smol: Running) -> None:
+    with remote(smol.url) as backend:
+        futures: list[Future[Result]] = []
+
+        def work(number: int) -> None:
+            for n in range(10):
+                futures.append(backend.submit(query(f"{number}{n}"), is_urgent=n % 2 == 0))
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(not future.result(30).is_error for future in futures)
