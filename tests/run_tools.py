@@ -1,0 +1,72 @@
+"""Runs without a command line: to their end, until they are killed, or without a package."""
+
+import json
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fakes import EchoBackend
+
+from smolcli.backends import Backend
+from smolcli.display import LogDisplay
+from smolcli.report import RunReport
+from smolcli.run import run_file
+from smolcli.settings import EngineSettings, RunSettings
+
+SLOW_RUN = """
+import pickle, sys, time
+sys.path.insert(0, sys.argv[1])
+from fakes import EchoBackend
+from smolcli.display import LogDisplay
+from smolcli.run import run_file
+
+class Slow(EchoBackend):
+    def answer(self, query):
+        time.sleep(float(sys.argv[3]))
+        return super().answer(query)
+
+job = pickle.loads(bytes.fromhex(sys.argv[2]))
+run_file(job, lambda settings: print("open", flush=True) or Slow(), LogDisplay())
+"""
+
+
+def answer(
+    job: RunSettings, open_backend: Callable[[EngineSettings], Backend] = EchoBackend
+) -> RunReport:
+    return run_file(job, open_backend, LogDisplay())
+
+
+def no_backend(settings: EngineSettings) -> Backend:
+    raise AssertionError("there was nothing to load a model for")
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def answer_until_killed(job: RunSettings, seconds: float, seconds_each: float) -> int:
+    """Kill a run so long after its backend is open; gives the exit status."""
+    folder = str(Path(__file__).parent)
+    command = [sys.executable, "-c", SLOW_RUN, folder, pickle.dumps(job).hex(), str(seconds_each)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(seconds)
+        process.kill()
+    return process.returncode
+
+
+def smol_without(package: str, *args: object) -> "subprocess.CompletedProcess[bytes]":
+    """The command in an environment that lacks a package."""
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from smolcli.cli import app\n"
+        f"sys.argv = {['smol', *map(str, args)]!r}\n"
+        "app()"
+    )
+    folder = Path(__file__).parent.parent
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=folder)

@@ -1,0 +1,147 @@
+"""The loop between reader, backend and writer: in order, bounded, prompt, and gone when told."""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+from fakes import DyingBackend, EchoBackend, HeldBackend, SlowBackend, echo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smolcli.backends import OnText
+from smolcli.errors import BackendError, InputError
+from smolcli.pipeline import answer_all, read_ahead
+from smolcli.records import ErrorCode, Message, Query, Result
+
+
+def query(number: int) -> Query:
+    return Query(str(number), (Message("user", f"question {number}"),), line=number)
+
+
+def bad(number: int) -> Result:
+    return Result(str(number), error="bad", error_code=ErrorCode.INVALID_JSON, line=number)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 8))
+def test_every_item_has_its_result_in_order(are_good: list[bool], window: int) -> None:
+    items = [query(n) if good else bad(n) for n, good in enumerate(are_good)]
+    backend = SlowBackend(window)
+    results = list(answer_all(items, backend))
+    backend.close()
+    assert results == [echo(i) if isinstance(i, Query) else i for i in items]
+    assert backend.most_unfinished <= window
+
+
+def test_a_result_is_handed_on_before_the_next_line_is_read() -> None:
+    received: list[Result] = []
+
+    def items() -> Iterator[Query | Result]:
+        for number in range(6):
+            assert len(received) == number
+            yield query(number) if number % 2 else bad(number)
+
+    for result in answer_all(items(), EchoBackend()):
+        received.append(result)
+    assert len(received) == 6
+
+
+class SlowFirst(EchoBackend):
+    """Answers each question at once with the same text, but the first when told to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(window=4)
+        self.text = text
+        self.first: Future[Result] = Future()
+
+    def submit(
+        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+    ) -> Future[Result]:
+        return super().submit(query) if query.line else self.first
+
+    def answer(self, query: Query) -> Result:
+        return Result(query.chat_id, self.text, line=query.line)
+
+
+@pytest.mark.parametrize(("text", "most"), [("", 10_000), ("x" * 1_000_000, 64)])
+def test_what_waits_behind_a_slow_line_is_bounded(text: str, most: int) -> None:
+    backend, asked = SlowFirst(text), itertools.count()
+    items = (query(number) for number in asked)
+    num_asked: list[int] = []
+
+    def answer_first_when_nobody_asks_any_more() -> None:
+        while len(num_asked) < 2 or num_asked[-1] != num_asked[-2]:
+            time.sleep(0.2)
+            num_asked.append(backend.model_calls)
+        backend.first.set_result(Result("0", "late", line=0))
+
+    thread = threading.Thread(target=answer_first_when_nobody_asks_any_more)
+    results = answer_all(items, backend)
+    thread.start()
+    assert next(results).response == "late"
+    thread.join()
+    results.close()
+    assert most * 0.9 < num_asked[-1] <= most
+
+
+def test_what_was_done_before_the_backend_died_comes_first() -> None:
+    results = answer_all((query(n) for n in range(10)), DyingBackend(num_answers=5, window=4))
+    assert [next(results).line for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(BackendError, match="the engine died"):
+        next(results)
+
+
+def test_a_backend_that_cancels_is_gone() -> None:
+    backend = HeldBackend(window=3)
+
+    def items() -> Iterator[Query]:
+        yield query(0)
+        backend.futures[0].cancel()
+        yield query(1)
+
+    with pytest.raises(BackendError, match="stopped"):
+        next(answer_all(items(), backend))
+
+
+def test_what_is_unfinished_when_the_caller_stops_is_cancelled() -> None:
+    backend = HeldBackend()
+
+    def items() -> Iterator[Query]:
+        yield query(0)
+        yield query(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(answer_all(items(), backend))
+    assert [future.cancelled() for future in backend.futures] == [True, True]
+
+
+def test_results_do_not_wait_for_input_that_is_slow_to_come() -> None:
+    """Somebody who waits for an answer before asking on would wait forever."""
+    received = threading.Event()
+
+    def items() -> Iterator[Query]:
+        yield query(0)
+        assert received.wait(timeout=10)
+        yield query(1)
+
+    backend = SlowBackend()
+    results = answer_all(read_ahead(items()), backend)
+    assert next(results) == echo(query(0))
+    received.set()
+    assert list(results) == [echo(query(1))]
+    backend.close()
+
+
+def test_what_ends_the_input_early_is_raised_after_what_came_before() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise InputError("cut")
+
+    drawn = read_ahead(items())
+    assert next(drawn) == 1
+    with pytest.raises(InputError, match="cut"):
+        next(drawn)
