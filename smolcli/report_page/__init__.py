@@ -1,0 +1,1 @@
+"""A page that shows what came of a run: its results and its manifest in numbers and charts."""

@@ -1,0 +1,127 @@
+"""smol doctor and smol models: what is here, whether it is whole, and what to do if not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from model_stores import MODEL, entries, fill_store
+from test_cli import smol
+
+from smolcli.models.ship import unpack
+from smolcli.models.store import ModelFiles
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+def doctor(*args: object) -> tuple[int, dict[str, dict[str, str]]]:
+    """The exit code, and what was found by name."""
+    done = smol("doctor", "--json", *args)
+    found = json.loads(done.stdout)
+    assert found["ok"] is (done.exit_code == 0)
+    for check in found["checks"]:
+        assert (check["status"] == "ok") is (check["remedy"] is None)
+    return done.exit_code, {check["name"]: check for check in found["checks"]}
+
+
+def install(tiny_folder: Path, home: Path) -> Path:
+    """Put the tiny model into the store as `smol` does; gives its folder."""
+    contents = {path.name: path.read_bytes() for path in tiny_folder.iterdir()}
+    unpack(ModelFiles(MODEL, tiny_folder, "abc", "test"), contents)
+    return home / "models" / "shipped--abc"
+
+
+def test_all_is_well_where_the_model_is(tiny_folder: Path) -> None:
+    code, found = doctor("--model", tiny_folder, "--dtype", "float32", "--max-batch-size", 5)
+    assert code == 0
+    assert {"python", "packages", "torch", "machine", "gpu", "disk", "model", "memory"} <= set(
+        found
+    )
+    assert found["chosen"]["detail"].startswith("float32 on cpu")
+    assert "slots: 5," in found["chosen"]["detail"]
+    assert found["hub"]["status"] == "note"
+
+
+def test_without_a_model_and_a_hub_nothing_can_run(home: Path) -> None:
+    code, found = doctor()
+    assert code == 1
+    assert (found["model"]["status"], found["model"]["remedy"]) == ("bad", "smol pull")
+    assert doctor("--model", home / "nowhere")[0] == 1
+
+
+def test_a_damaged_model_is_found_out(home: Path, tiny_folder: Path) -> None:
+    """A flipped bit is seen by the sha256 that was written down, a short file by its header."""
+    weights = install(tiny_folder, home) / "model.safetensors"
+    name, whole = "shipped--abc", weights.read_bytes()
+    assert doctor("--model", name)[0] == 0
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, found = doctor("--model", name)
+    assert code == 1
+    assert "model.safetensors is not what was put there" in found["model"]["detail"]
+    assert found["model"]["remedy"] == f"smol models rm {name}; smol pull {name}"
+    short = fill_store(home, tiny_folder) / "model.safetensors"
+    short.write_bytes(whole[:-100])
+    assert "model.safetensors is damaged" in doctor("--model", MODEL)[1]["model"]["detail"]
+
+
+def test_a_device_that_is_not_there_is_bad(tiny_folder: Path) -> None:
+    code, found = doctor("--model", tiny_folder, "--device", "cuda:99")
+    assert code == 1
+    assert found["chosen"]["status"] == "bad"
+
+
+def test_the_text_has_the_remedies(tiny_folder: Path) -> None:
+    done = smol("doctor", "--model", tiny_folder)
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("ok   python")
+    hub = next(index for index, line in enumerate(lines) if line.startswith("note hub"))
+    assert lines[hub + 1].lstrip().startswith("-> only needed to download")
+
+
+def test_models_are_listed_shown_and_removed(home: Path, tiny_folder: Path) -> None:
+    done = smol("models", "list")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "smol pull" in done.stderr
+    folder = fill_store(home, tiny_folder)
+    (fill_store(home, tiny_folder, "some/other") / "config.json").unlink()
+    lines = smol("models", "list").stdout.splitlines()
+    assert lines[0].split() == ["some/other", "0", "MB", "damaged"]
+    assert lines[1].split() == [MODEL, "0", "MB", "pypi", "abc"]
+    listed = json.loads(smol("models", "list", "--json").stdout)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    expected = {"name": MODEL, "bytes": size, "source": "pypi", "revision": "abc"}
+    assert listed[1] == expected
+    shown = json.loads(smol("models", "show", MODEL).stdout)
+    assert (shown["source"], shown["fault"]) == ("pypi", None)
+    damaged = smol("models", "show", "some/other")
+    assert damaged.exit_code == 1
+    assert json.loads(damaged.stdout)["fault"] == "config.json is missing"
+    assert smol("models", "rm", MODEL, "some/other").exit_code == 0
+    assert entries(home) == []
+
+
+def test_a_model_that_the_store_does_not_have(home: Path, tiny_folder: Path) -> None:
+    fill_store(home, tiny_folder)
+    for command in ("show", "rm"):
+        done = smol("models", command, "tests/tny")
+        assert done.exit_code == 1
+        assert done.stderr == f"smol: the store has no model 'tests/tny'; it holds: {MODEL}\n"
+    assert len(entries(home)) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "index", "completed"),
+    [
+        ("smol run --model te", 3, [MODEL]),
+        ("smol models rm ", 3, [MODEL]),
+        ("smol doc", 1, ["doctor"]),
+        ("smol ask --max-n", 2, ["--max-new-tokens"]),
+    ],
+)
+def test_a_shell_completes(
+    home: Path, tiny_folder: Path, typed: str, index: int, completed: list[str]
+) -> None:
+    fill_store(home, tiny_folder)
+    variables = {"_SMOL_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(index)}
+    done = smol(env=variables, prog_name="smol")
+    assert done.stdout.splitlines() == completed

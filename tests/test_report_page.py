@@ -1,0 +1,225 @@
+"""`smol report`: what the page says of a run, and that it needs nothing but itself."""
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import DyingBackend, EchoBackend, echo
+from hypothesis import given
+from hypothesis import strategies as st
+from run_tools import smol_without
+from typer.testing import CliRunner
+
+from smolcli.cli import app
+from smolcli.display import LogDisplay
+from smolcli.errors import BackendError, InputError
+from smolcli.manifest import load_manifest
+from smolcli.records import Query, Result, Timings
+from smolcli.report import Pace
+from smolcli.report_page.charts import charts_of
+from smolcli.report_page.facts import gather
+from smolcli.report_page.page import render
+from smolcli.run import run_file
+from smolcli.settings import RowSettings, RunSettings
+
+NASTY = "<script>alert('$x^2$')</script>"
+
+
+class Timed(EchoBackend):
+    """Longer questions take longer."""
+
+    def answer(self, query: Query) -> Result:
+        result = echo(query)
+        assert result.usage is not None
+        return replace(result, timings=Timings(0.1, 0.2, 0.2 + result.usage.completion_tokens))
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> RunSettings:
+    """Twenty lines that can be answered and five that cannot."""
+    lines: list[dict[str, Any]] = [
+        {"chat_id": f"{NASTY}{n}", "user_prompt": "word " * n} for n in range(1, 21)
+    ]
+    lines += [{"chat_id": f"bad{n}", NASTY: n} for n in range(4)] + [{"chat_id": "empty"}]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return RunSettings(path, tmp_path / "out.jsonl", seed=1, with_timings=True)
+
+
+def run(job: RunSettings) -> Path:
+    run_file(job, lambda settings: Timed(settings), LogDisplay())
+    return job.output
+
+
+def smol(*args: object) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+# what is gathered
+
+
+def test_every_line_is_counted(job: RunSettings) -> None:
+    facts = gather(run(job))
+    assert (facts.num_lines, facts.num_answered) == (25, 20)
+    assert facts.errors == {"unknown_field": 4, "missing_field": 1}
+    assert [example.line for example in facts.examples["unknown_field"]] == [21, 22, 23]
+    assert facts.finish_reasons == {"stop": 20}
+    assert facts.completion_tokens == dict.fromkeys(range(1, 21), 1)
+    assert [slow.line for slow in sorted(facts.slowest, reverse=True)] == [*range(20, 10, -1)]
+
+
+def test_a_run_that_is_cut_short_has_a_report(job: RunSettings) -> None:
+    with pytest.raises(BackendError):
+        run_file(job, lambda settings: DyingBackend(num_answers=3), LogDisplay())
+    job.output.write_bytes(job.output.read_bytes() + b'{"chat_id": "tor')
+    facts = gather(job.output)
+    assert facts.num_lines == 3
+    assert "This run has not ended" in render(facts)
+
+
+@pytest.mark.parametrize("data", [b"nonsense", b"[]", b'{"chat_id": "1", "user_prompt": "Hi"}'])
+def test_what_is_no_result_says_so(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(data + b"\n")
+    with pytest.raises(InputError, match=r"line 1 of .* is not a result"):
+        gather(path)
+
+
+def test_a_table_is_reported_by_its_journal(job: RunSettings, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    journal = tmp_path / "t.csv.jsonl"
+    run(replace(job, output=journal, table=table, rows=RowSettings(None, "chat_id")))
+    assert gather(table) == gather(journal)
+    journal.unlink()
+    with pytest.raises(InputError, match=r"t\.csv\.jsonl"):
+        gather(table)
+
+
+# throughput over time
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.floats(0, 20), st.floats(0, 300))))
+def test_a_pace_is_bounded_and_loses_no_token(answers: list[tuple[int, float, float]]) -> None:
+    pace, end_s = Pace(), 0.0
+    for num_tokens, later_s, duration_s in answers:
+        end_s += later_s
+        pace.add(num_tokens, end_s, duration_s)
+    record = pace.record()
+    if record is None:
+        assert not answers
+        return
+    assert len(record["tokens"]) <= Pace.MAX_INTERVALS
+    assert len(record["tokens"]) * record["interval_s"] >= end_s
+    assert sum(record["tokens"]) == pytest.approx(sum(n for n, _, _ in answers), abs=6.1)
+
+
+def test_an_answer_counts_while_it_was_written() -> None:
+    pace = Pace()
+    pace.add(40, end_s=4.0, duration_s=4.0)
+    pace.add(10, end_s=4.5, duration_s=0.0)
+    assert pace.record() == {"interval_s": 1.0, "tokens": [10.0, 10.0, 10.0, 10.0, 10.0]}
+
+
+def test_the_manifest_keeps_the_pace(job: RunSettings) -> None:
+    report = load_manifest(run(job)).report
+    assert report is not None
+    assert sum(report["pace"]["tokens"]) == pytest.approx(report["completion_tokens"])
+
+
+# the page
+
+
+class Elements(HTMLParser):
+    """Every element that opens, with its attributes, and those left open."""
+
+    VOID = ("meta", "br")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(job: RunSettings) -> None:
+    page = render(gather(run(job)))
+    elements = Elements(page)
+    assert elements.open == []
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in elements.seen}
+    for _, attributes in elements.seen:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert "@import" not in page
+    assert "url(http" not in page
+    assert NASTY not in page
+    assert page == render(gather(job.output))
+
+
+def test_the_page_says_what_there_is_to_say(job: RunSettings) -> None:
+    page = render(gather(run(job)))
+    for said in ("unknown_field", "line 21", "median 10, 95 % up to 19", "20.20 s", "tokens/s"):
+        assert said in page
+    for setting in ("max new tokens", "float32", "torch", "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        assert setting in page
+    assert [chart.title for chart in charts_of(gather(job.output))] == [
+        "How lines ended",
+        "Length of prompts",
+        "Length of answers",
+        "Throughput",
+        "Time for an answer",
+    ]
+
+
+def test_without_timings_or_manifest_it_says_how_to_get_them(job: RunSettings) -> None:
+    run(replace(job, with_timings=False))
+    assert "smol run --timings" in render(gather(job.output))
+    job.output.with_name("out.jsonl.manifest.json").unlink()
+    assert "There is no manifest" in render(gather(job.output))
+
+
+@pytest.mark.parametrize("lines", [[], [{"chat_id": "1"}], [{"chat_id": "1", "user_prompt": "x"}]])
+def test_the_smallest_runs_have_a_page(job: RunSettings, lines: list[Any]) -> None:
+    job.input.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f"<dd>{len(lines)}</dd>" in render(gather(run(job)))
+
+
+# the command
+
+
+def test_the_command_writes_a_page_and_a_picture(job: RunSettings, tmp_path: Path) -> None:
+    done = smol("report", run(job), "--png", tmp_path / "x.png")
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'out.report.html'}\n")
+    assert (tmp_path / "out.report.html").read_text("utf-8").startswith("<!doctype html>")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_never_replaces_the_results(job: RunSettings) -> None:
+    before = run(job).read_bytes()
+    for option in ("-o", "--png"):
+        done = smol("report", job.output, option, job.output)
+        assert done.exit_code == 2
+    assert smol("report", "-").exit_code == 2
+    assert smol("report", job.input.with_name("missing.jsonl")).exit_code == 1
+    assert smol("report", job.output, "-o", job.input / "x.html").exit_code == 1
+    assert job.output.read_bytes() == before
+
+
+def test_without_matplotlib_the_extra_is_named(job: RunSettings) -> None:
+    done = smol_without("matplotlib", "report", run(job))
+    assert done.returncode == 2
+    assert b"pip install 'smolcli[report]'" in done.stderr

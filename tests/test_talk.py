@@ -1,0 +1,214 @@
+"""smol chat: what it remembers, what it saves, and what an interrupt stops."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fakes import DyingBackend, EchoBackend
+from server_tools import serving, tiny_engine
+from test_cli import REPOSITORY, Seen, process, smol
+
+from smolcli.backends import OnText
+from smolcli.backends.open import open_local
+from smolcli.conversation import Conversation
+from smolcli.records import Query, Result, Sampling
+from smolcli.settings import QueryDefaults
+from smolcli.talk import Talk
+
+READS = "\x1b[?2004h"  # a terminal is told to mark what is pasted: the prompt is up
+
+
+def spoken(query: Query) -> list[str]:
+    """Who says what, system turns with their role."""
+    return [t.content if t.role != "system" else f"system: {t.content}" for t in query.messages]
+
+
+def talk(backend: EchoBackend, *lines: str, max_new_tokens: int = 256) -> tuple[str, list[str]]:
+    """What is shown of the answers, and all remarks."""
+    shown: list[str] = []
+    said: list[str] = []
+    conversation = Conversation(QueryDefaults(Sampling(max_new_tokens=max_new_tokens)))
+    Talk(backend, conversation, shown.append, said.append, is_interactive=True).run(lines)
+    return "".join(shown), said
+
+
+def test_each_question_comes_with_what_was_said_before() -> None:
+    seen, open_backend = Seen.opener()
+    done = smol("chat", "--seed", 1, backend=open_backend, input="Hi\n\n  \nHow are you?\n")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout == "Hi (1)\nHow are you? (1)\n"
+    assert [spoken(query) for query in seen.queries_seen] == [
+        ["Hi"],
+        ["Hi", "Hi (1)", "How are you?"],
+    ]
+
+
+def test_system_reset_and_quit() -> None:
+    seen, open_backend = Seen.opener()
+    lines = "one\n/system Be brief.\ntwo\n/reset\n/system\nthree\n/quit\nfour\n"
+    done = smol("chat", "--system", "Be kind.", "--seed", 1, backend=open_backend, input=lines)
+    assert [spoken(query) for query in seen.queries_seen] == [
+        ["system: Be kind.", "one"],
+        ["system: Be brief.", "one", "one (1)", "two"],
+        ["three"],
+    ]
+    assert done.stderr.splitlines() == [
+        "system prompt: Be brief.",
+        "what was said is forgotten",
+        "system prompt: the model has its own default",
+    ]
+
+
+def test_help_lists_every_command_and_a_slip_is_told_from_a_question() -> None:
+    shown, said = talk(EchoBackend(), "/help", "/sve", "/xyz", " /etc is what?")
+    for command in ("/system", "/save", "/reset", "/help", "/quit"):
+        assert command in said[0]
+    assert said[1:] == [
+        "there is no command /sve; did you mean /save?",
+        "there is no command /xyz; /help lists them",
+    ]
+    assert shown == "/etc is what? (0)\n"
+
+
+def test_a_saved_conversation_is_a_query_that_gets_the_same_answer(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    path, output = tmp_path / "saved.jsonl", tmp_path / "out.jsonl"
+    path.write_bytes(b'{"chat_id": "1", "user_prompt": "no end of line"}')
+    lines = f"Hi\nWhy?\n/save {path}\n/reset\n/save\nAnd you?\n/save {path}\n"
+    model = ("--model", tiny_folder, "--dtype", "float32", "--threads", 1)
+    sampling = ("--temperature", 1, "--top-k", 9, "--max-new-tokens", 9)
+    done = smol("chat", *model, *sampling, "--system", "Be kind.", backend=None, input=lines)
+    assert "there is no answer to save yet" in done.stderr
+    assert smol("run", path, "-o", output, *model, backend=None).exit_code == 0
+    results = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert len(results) == 3
+    for result in results[1:]:
+        assert result["response"] == result["metadata"]["response"]
+    messages = json.loads(path.read_bytes().splitlines()[1])["messages"]
+    roles = [message["role"] for message in messages]
+    assert roles == ["system", "user", "assistant", "user"]
+
+
+def test_a_file_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    shown, said = talk(EchoBackend(), "one", f"/save {tmp_path}/no/such", "two")
+    assert shown == "one (0)\ntwo (0)\n"
+    assert said == [f"cannot write {tmp_path}/no/such: No such file or directory"]
+
+
+def test_a_long_conversation_forgets_its_beginning(tiny_folder: Path) -> None:
+    """512 tokens of context: neither a full one nor a last short answer ends the conversation."""
+    with closing(open_local(replace(tiny_engine(tiny_folder), threads=1))) as backend:
+        questions = [f"Is it {number}? {'Say something. ' * 6}" for number in range(20)]
+        shown, said = talk(backend, *questions, max_new_tokens=40)  # type: ignore[arg-type]
+        assert len([line for line in said if "forgotten" in line]) >= 2
+        assert not [line for line in said if "tokens; at most" in line]
+        assert shown.strip()
+        shown, said = talk(backend, "far too long " * 500)  # type: ignore[arg-type]
+        assert (shown, len(said)) == ("", 1)
+        assert said[0].endswith("at most 511 leave room for an answer")
+
+
+def test_a_question_without_an_answer_is_not_remembered() -> None:
+    done = smol("chat", backend=lambda settings: DyingBackend(num_answers=1), input="one\ntwo\n")
+    assert done.exit_code == 3
+    assert done.stdout.startswith("one (")
+    assert done.stderr == "the engine died\n"
+
+
+class Interrupted(EchoBackend):
+    """Says one word, and then its user presses Ctrl-C; the next question is answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.futures: list[Future[Result]] = []
+        self.queries: list[Query] = []
+
+    def submit(
+        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+    ) -> Future[Result]:
+        self.queries.append(query)
+        if self.futures:
+            return super().submit(query, on_text)
+        assert on_text is not None
+        on_text("Once")
+        self.futures.append(Future())
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return self.futures[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_an_interrupt_stops_the_answer_alone() -> None:
+    backend = Interrupted()
+    shown, said = talk(backend, "A story.", "Go on.")
+    assert shown == "Once\nGo on. (0)\n"
+    assert said == ["stopped"]
+    assert backend.futures[0].cancelled()
+    assert spoken(backend.queries[1]) == ["A story.", "Once", "Go on."]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_an_interrupt_ends_a_conversation_from_a_pipe() -> None:
+    done = smol("chat", backend=lambda settings: Interrupted(), input="A story.\nGo on.\n")
+    assert (done.exit_code, done.stdout) == (130, "Once")
+
+
+def test_via_a_server_the_answers_are_the_same(tiny_folder: Path) -> None:
+    sampling = ("--max-new-tokens", 9, "--seed", 1)
+    lines = "Hi\nWhy?\n"
+    with serving(open_local, replace(tiny_engine(tiny_folder), threads=1)) as server:
+        remote = smol("chat", "--via", server.url, *sampling, backend=None, input=lines)
+    model = ("--model", tiny_folder, "--dtype", "float32", "--threads", 1)
+    local = smol("chat", *model, *sampling, backend=None, input=lines)
+    assert (remote.exit_code, local.exit_code) == (0, 0)
+    assert remote.stdout == local.stdout
+    assert len(local.stdout.splitlines()) >= 2
+
+
+def test_from_a_pipe_bytes_that_are_no_text_are_replaced(tiny_folder: Path) -> None:
+    done = process("chat", "--model", tiny_folder, "--max-new-tokens", 3, input=b"caf\xe9\n")
+    assert (done.returncode, done.stderr) == (0, b"cut short after 3 tokens\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudoterminal")
+def test_on_a_terminal(tiny_folder: Path, tmp_path: Path) -> None:
+    """Lines are edited; Ctrl-C at the prompt drops the line, Ctrl-D ends."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "smolcli", "chat", "--max-new-tokens", "3", "--model"]
+    environment = {**os.environ, "SMOL_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1"}
+    with subprocess.Popen(
+        [*command, str(tiny_folder)], stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPOSITORY,
+        env=environment, start_new_session=True,
+    ) as running:  # fmt: skip
+        os.close(theirs)
+        shown = until(ours, READS)
+        os.write(ours, b"half a li\x03")
+        shown += until(ours, "/help lists") + until(ours, READS)
+        os.write(ours, b"Hxi\x1b[D\x7f\r")  # an arrow to the left, and backspace
+        shown += until(ours, "cut short") + until(ours, READS)
+        os.write(ours, b"\x04")
+        assert running.wait(30) == 0
+    os.close(ours)
+    history = (tmp_path / "chat_history").read_text()
+    assert history.splitlines()[-1] == "+Hi"
+    assert "Traceback" not in shown
+
+
+def until(descriptor: int, text: str) -> str:
+    """What a terminal shows, up to some text."""
+    shown = b""
+    while text.encode() not in shown:
+        assert select.select([descriptor], [], [], 60)[0], f"it stopped at {shown!r}"
+        shown += os.read(descriptor, 1)
+    return shown.decode(errors="replace")
