@@ -1,0 +1,1 @@
+"""The same pipeline over HTTP: Flask on Waitress."""

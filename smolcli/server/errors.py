@@ -1,0 +1,133 @@
+"""Every error over HTTP: one vocabulary, always JSON, in OpenAI's shape under /v1."""
+
+import json
+import logging
+from collections.abc import Mapping
+from enum import StrEnum
+from http import HTTPStatus
+from typing import Any
+
+from flask import Flask, Response, request
+from werkzeug.exceptions import HTTPException
+
+from smolcli.errors import QueryError
+from smolcli.openai_wire import error_object
+from smolcli.records import ErrorCode, Result
+from smolcli.server.metrics import Metrics
+from smolcli.server.trace import current_trace
+
+logger = logging.getLogger(__name__)
+
+CLIENT_GONE = 499  # nginx's number; nobody is there to read it, but the log
+
+
+class HttpCode(StrEnum):
+    """Faults of a request that has not come as far as its queries."""
+
+    BAD_REQUEST = "bad_request"
+    UNAUTHORIZED = "unauthorized"
+    NOT_FOUND = "not_found"
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    TOO_LARGE = "too_large"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    NOT_IMPLEMENTED = "not_implemented"
+
+
+_CODES = {
+    HTTPStatus.NOT_FOUND: HttpCode.NOT_FOUND,
+    HTTPStatus.METHOD_NOT_ALLOWED: HttpCode.METHOD_NOT_ALLOWED,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: HttpCode.TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: HttpCode.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: HttpCode.TOO_LARGE,
+    HTTPStatus.NOT_IMPLEMENTED: HttpCode.NOT_IMPLEMENTED,
+}
+
+
+class HttpError(Exception):
+    """A request is refused or cannot be answered.
+
+    Args:
+        status: of the response.
+        message: a sentence for people.
+        code: what kind of fault it is.
+        field: the field at fault, where there is one.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: ErrorCode | HttpCode,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.field = field
+        self.headers = dict(headers or {})
+
+
+def code_of(status: int) -> HttpCode:
+    """The code that goes with the status of a foreign error."""
+    return _CODES.get(HTTPStatus(status), HttpCode.BAD_REQUEST)
+
+
+def error_body(error: HttpError, is_openai: bool) -> dict[str, Any]:
+    """An error as users see it."""
+    if is_openai:
+        return {"error": error_object(error.status, str(error), error.code, error.field)}
+    body = {"error": str(error), "error_code": error.code}
+    return body if error.field is None else body | {"field": error.field}
+
+
+def result_error(result: Result) -> HttpError:
+    """The error that a failed query's request ends with."""
+    assert result.error is not None
+    assert result.error_code is not None
+    code = result.error_code
+    return HttpError(code.status, result.error, code, result.field)
+
+
+def error_response(error: HttpError) -> Response:
+    """The response to the present request that tells of an error."""
+    current_trace().error_code = error.code
+    body = error_body(error, request.path.startswith("/v1/"))
+    text = json.dumps(body, ensure_ascii=False) + "\n"
+    return Response(text, error.status, error.headers, mimetype="application/json")
+
+
+def handle_errors(app: Flask, metrics: Metrics) -> None:
+    """Turn whatever is raised while a request is served into its response."""
+
+    @app.errorhandler(Exception)
+    def respond(exc: Exception) -> Response:
+        error = _translate(exc)
+        if error.status != CLIENT_GONE:  # where the queries are counted, each as cancelled
+            metrics.count_error(error.code)
+        return error_response(error)
+
+
+def _translate(exc: Exception) -> HttpError:
+    if isinstance(exc, HttpError):
+        return exc
+    if isinstance(exc, QueryError):
+        return HttpError(HTTPStatus.BAD_REQUEST, str(exc), exc.code, exc.field)
+    if isinstance(exc, HTTPException) and exc.code is not None:
+        return _of_werkzeug(exc, exc.code)
+    logger.error("request %s failed", current_trace().request_id, exc_info=exc)
+    return HttpError(
+        HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the log has it", ErrorCode.INTERNAL
+    )
+
+
+def _of_werkzeug(exc: HTTPException, status: int) -> HttpError:
+    sentences = {
+        HTTPStatus.NOT_FOUND: f"there is nothing at {request.path}",
+        HTTPStatus.METHOD_NOT_ALLOWED: f"{request.method} is not allowed at {request.path}",
+    }
+    allowed: list[str] = getattr(exc, "valid_methods", None) or []
+    headers = {"Allow": ", ".join(sorted(allowed))} if allowed else {}
+    message = sentences.get(HTTPStatus(status), exc.description or exc.name)
+    return HttpError(status, message, code_of(status), headers=headers)

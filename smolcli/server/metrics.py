@@ -1,0 +1,87 @@
+"""What Prometheus may know; names after vLLM's, with a prefix of our own."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from smolcli.backends import Health
+from smolcli.records import Result, Timings, Usage
+
+# A short answer takes 50 ms, where vLLM's finest bucket is 300 ms.
+_SECONDS = (
+    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3),
+    *(5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600),
+)
+_TOKEN_SECONDS = (
+    *(0.002, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3),
+    *(0.5, 0.75, 1, 2, 5),
+)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own.
+
+    Args:
+        health: how the backend is; None while there is none.
+    """
+
+    def __init__(self, health: Callable[[], Health | None]) -> None:
+        self._registry = CollectorRegistry()
+        self._prompt_tokens = self._counter("smol_prompt_tokens", "Tokens of prompts answered")
+        self._new_tokens = self._counter("smol_generation_tokens", "Tokens generated")
+        self._successes = self._counter(
+            "smol_request_success", "Queries answered", "finished_reason"
+        )
+        self._errors = self._counter("smol_request_errors", "Queries and requests failed", "code")
+        self._first_token = self._histogram("smol_time_to_first_token", "Until the first token")
+        self._queue = self._histogram("smol_request_queue_time", "Until a slot was free")
+        self._total = self._histogram("smol_e2e_request_latency", "Until the answer was whole")
+        self._token = self._histogram(
+            "smol_inter_token_latency", "Between two tokens, mean of an answer", _TOKEN_SECONDS
+        )
+        self._gauge("smol_requests_running", "Queries being answered", lambda h: h.num_running)
+        self._gauge("smol_requests_waiting", "Queries waiting for a slot", lambda h: h.num_waiting)
+        self._health = health
+
+    def count_error(self, code: str) -> None:
+        """Count a request refused."""
+        self._errors.labels(code).inc()
+
+    def count_result(self, result: Result) -> None:
+        """Count a query's outcome."""
+        if result.error_code is not None:
+            self.count_error(result.error_code)
+        if result.finish_reason is not None:
+            self._successes.labels(result.finish_reason).inc()
+        if result.usage is not None:
+            self._prompt_tokens.inc(result.usage.prompt_tokens)
+            self._new_tokens.inc(result.usage.completion_tokens)
+            if result.timings is not None:
+                self._observe(result.usage, result.timings)
+
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _observe(self, usage: Usage, timings: Timings) -> None:
+        self._queue.observe(timings.queue_s)
+        self._first_token.observe(timings.first_token_s)
+        self._total.observe(timings.total_s)
+        if usage.completion_tokens > 1:
+            decode_s = timings.total_s - timings.first_token_s
+            self._token.observe(decode_s / (usage.completion_tokens - 1))
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, f"{text}.", labels, registry=self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+        return Histogram(
+            f"{name}_seconds", f"Seconds: {text}.", buckets=buckets, registry=self._registry
+        )
+
+    def _gauge(self, name: str, text: str, value: Callable[[Health], int]) -> None:
+        def current() -> float:
+            health = self._health()
+            return 0.0 if health is None else value(health)
+
+        Gauge(name, f"{text}.", registry=self._registry).set_function(current)

@@ -1,0 +1,142 @@
+"""A server process, and the page it serves, in a Chromium that a test drives."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PATIENCE_S = 60.0
+CHROMIUM_FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+)
+# The page's own fetch, kept for the tests to read, and to answer in the server's place.
+SPY = """
+window.sent = [];
+window.canned = [];
+const real = window.fetch;
+window.fetch = (path, options = {}) => {
+  if (path !== "ready") window.sent.push([path, options.body]);
+  const [at, status, headers, body] = window.canned[0] ?? [];
+  if (at !== path) return real(path, options);
+  window.canned.shift();
+  return Promise.resolve(new Response(body, { status, headers }));
+};
+"""
+# Stops the answer by the button or by the key as soon as there is some of it.
+STOP_SOON = """
+const [how] = arguments;
+const stop = document.getElementById("stop");
+const press = new KeyboardEvent("keydown", { key: how, bubbles: true });
+new MutationObserver((_, observer) => {
+  if (stop.hidden || !document.querySelector("article .answer")?.textContent) return;
+  observer.disconnect();
+  if (how === "click") stop.click();
+  else stop.dispatchEvent(press);
+}).observe(document.body, { subtree: true, childList: true, characterData: true });
+"""
+
+
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[str]:
+    """A server process that is ready; gives its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "smolcli", "serve", "--model", str(model), "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL) as process:
+        try:
+            until(lambda: process.poll() is not None or is_ready(url))
+            assert process.poll() is None
+            yield url
+        finally:
+            process.terminate()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for `condition`, and fail where it does not come about."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.02)
+
+
+class Page:
+    """The page in one tab, found by the ids of its elements."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, url: str, max_tokens: str = "24") -> None:
+        self.driver.get(url)
+        self.script("sessionStorage.clear()")
+        settings = json.dumps({"max_tokens": max_tokens})
+        self.script("sessionStorage.setItem('smol.settings', arguments[0])", settings)
+        self.driver.refresh()
+        self.script(SPY)
+        until(lambda: self.text("state") == "ready" or self.is_shown("key-dialog"))
+
+    def script(self, text: str, *arguments: object) -> Any:
+        return self.driver.execute_script(text, *arguments)
+
+    def find(self, name: str) -> Any:
+        return self.driver.find_element("id", name)
+
+    def text(self, name: str) -> str:
+        return str(self.find(name).text)
+
+    def texts(self, selector: str) -> list[str]:
+        return [e.text for e in self.driver.find_elements("css selector", selector)]
+
+    def is_shown(self, name: str) -> bool:
+        return bool(self.find(name).is_displayed())
+
+    def type(self, name: str, *keys: str) -> None:
+        self.find(name).send_keys(*keys)
+
+    def ask(self, question: str) -> str:
+        """Send a question and wait for the end of its answer."""
+        self.type("question", question, "\ue007")
+        until(lambda: self.is_shown("send") and not self.is_shown("stop"))
+        return str(
+            self.script("return document.querySelector('article:last-child .answer').textContent")
+        )
+
+    def sent(self, path: str) -> list[Any]:
+        """The bodies that the page posted to `path`."""
+        return [json.loads(body) for at, body in self.script("return sent") if at == path]
+
+    def answer_with(self, path: str, status: int, body: object, **headers: str) -> None:
+        """Have the next request to `path` answered so, in the server's place."""
+        text = body if isinstance(body, str) else json.dumps(body)
+        self.script("canned.push([...arguments])", path, status, headers, text)
+
+    def paste(self, *lines: str) -> None:
+        self.find("batch-tab").click()
+        self.type("paste", "\n".join(lines))
+
+    def run(self) -> None:
+        self.find("run").click()
+        until(lambda: self.is_shown("run"))

@@ -1,0 +1,223 @@
+"""Running servers for tests: real sockets, and a tiny real model that can be slow or fail."""
+
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+
+from smolcli.backends import Backend
+from smolcli.backends.local import LocalBackend
+from smolcli.chat import Chat
+from smolcli.engine.engine import Engine
+from smolcli.engine.model import Batch
+from smolcli.models.load import load_model
+from smolcli.server.wsgi import Server
+from smolcli.settings import EngineSettings, ServerSettings
+
+PATIENCE_S = 120.0  # a machine of CI may stand still for a while
+
+
+def tiny_engine(folder: Path) -> EngineSettings:
+    """Settings of the tiny model in float32."""
+    return EngineSettings(model=str(folder), dtype="float32", max_batch_size=8)
+
+
+class TappedModel:
+    """The tiny model, every step of which waits, and fails when told to."""
+
+    def __init__(self, folder: Path, delay_s: float) -> None:
+        self._model = load_model(folder, torch.float32, torch.device("cpu"))
+        self._delay_s = delay_s
+        self.is_broken = False
+        self.poison_id: int | None = None  # fails each step that reads this token
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        time.sleep(self._delay_s)
+        if self.is_broken or self.poison_id in batch.token_ids.tolist():
+            raise RuntimeError("the test broke the model")
+        return self._model.forward(batch)
+
+
+@dataclass
+class Tap:
+    """Opens a backend around a `TappedModel`, and keeps both for the test to see."""
+
+    delay_s: float = 0.0
+    models: list[TappedModel] = field(default_factory=list)
+    backends: list[LocalBackend] = field(default_factory=list)
+
+    def open(self, settings: EngineSettings) -> LocalBackend:
+        folder = Path(settings.model)
+        self.models.append(TappedModel(folder, self.delay_s))
+        engine = Engine(self.models[0], settings.max_batch_size, 64 << 20)
+        self.backends.append(LocalBackend(lambda: Chat.load(folder), lambda: engine, {}, 2))
+        return self.backends[0]
+
+    @property
+    def num_held(self) -> int:
+        """How many queries the engine has."""
+        health = self.backends[0].health()
+        return health.num_running + health.num_waiting
+
+
+@dataclass
+class Running:
+    """A server that runs, and a client of it."""
+
+    server: Server
+    client: httpx2.Client
+    thread: threading.Thread
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
+    def post(self, path: str, value: Any, **headers: str) -> httpx2.Response:
+        return self.client.post(path, json=value, headers=headers)
+
+    def ask(self, prompt: str = "Hi", **fields: Any) -> httpx2.Response:
+        return self.post("/chat", query(prompt, **fields))
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=PATIENCE_S)
+
+
+def query(prompt: str = "Hi", **fields: Any) -> dict[str, Any]:
+    """A query of a few tokens."""
+    return {"chat_id": "1", "user_prompt": prompt, "max_new_tokens": 6} | fields
+
+
+def http(path: str, body: bytes, *headers: str, method: str = "POST") -> bytes:
+    """A request as it goes over the wire."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: test", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def chat_request(**fields: Any) -> bytes:
+    return http("/chat", json.dumps(query(**fields)).encode(), "Content-Type: application/json")
+
+
+@contextmanager
+def serving(
+    open_backend: Callable[[EngineSettings], Backend],
+    engine: EngineSettings,
+    waits: bool = True,
+    **settings: Any,
+) -> Iterator[Running]:
+    """A server on a free port, in a thread of this process, ready unless `waits` is false."""
+    server = Server(ServerSettings(port=0, engine=engine, **settings), open_backend)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    with httpx2.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+        try:
+            if waits:
+                eventually(lambda: client.get("/ready").status_code == 200)
+            yield Running(server, client, thread)
+        finally:
+            server.stop()
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never was"
+        time.sleep(0.01)
+
+
+@dataclass
+class Process:
+    """`smol serve` in a process of its own."""
+
+    popen: subprocess.Popen[str]
+    url: str
+    said: str
+
+    def signal(self, number: signal.Signals) -> None:
+        self.popen.send_signal(number)
+
+    def get(self, path: str) -> httpx2.Response:
+        return httpx2.get(f"{self.url}{path}", timeout=PATIENCE_S)
+
+    def ask(self, value: dict[str, Any]) -> httpx2.Response:
+        return httpx2.post(f"{self.url}/chat", json=value, timeout=PATIENCE_S)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code, and the rest of what it said."""
+        _, said = self.popen.communicate(timeout=PATIENCE_S)
+        return self.popen.returncode, said
+
+
+@contextmanager
+def serve_process(*args: str) -> Iterator[Process]:
+    """Start `smol serve` on a free port, and wait until it is ready."""
+    command = [sys.executable, "-m", "smolcli", "serve", "--port", "0", "--threads", "1", *args]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as popen:
+        assert popen.stderr is not None
+        try:
+            said = ""
+            while not (found := re.search(r"ready at (http://[\w.:]+)", said)):
+                line = popen.stderr.readline()
+                assert line, f"it ended: {said}"
+                said += line
+            yield Process(popen, found[1], said)
+        finally:
+            popen.kill()
+
+
+class Log(logging.Handler):
+    """Keeps the records of requests to one path."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+        self.records: list[Any] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().endswith(f" {self._path}"):
+            self.records.append(record)
+
+    def wait(self, number: int) -> Any:
+        """The record of so many, which may come a little after the response."""
+        eventually(lambda: len(self.records) >= number)
+        assert len(self.records) == number
+        return self.records[-1]
+
+
+@contextmanager
+def logged(path: str) -> Iterator[Log]:
+    """What the server logs of the requests to a path."""
+    logger, log = logging.getLogger("smolcli.server"), Log(path)
+    logger.addHandler(log)
+    logger.setLevel(logging.INFO)
+    try:
+        yield log
+    finally:
+        logger.removeHandler(log)

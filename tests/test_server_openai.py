@@ -1,0 +1,230 @@
+"""/v1 as the official client uses it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+import pytest
+from pydantic import BaseModel, Field
+from server_tools import Running, Tap, query, serving, tiny_engine
+
+from smolcli.backends.open import open_local
+
+MESSAGES: Any = [{"role": "user", "content": "What is gravity?"}]
+
+
+@pytest.fixture
+def server(tiny_folder: Path) -> Iterator[Running]:
+    with serving(open_local, tiny_engine(tiny_folder)) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        yield client
+
+
+def test_the_model_is_listed(client: openai.OpenAI, tiny_folder: Path) -> None:
+    (model,) = client.models.list().data
+    assert model.id == tiny_folder.name
+    assert client.models.retrieve(model.id) == model
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'"):
+        client.models.retrieve("gpt-4")
+
+
+def test_an_answer_is_that_of_chat(
+    client: openai.OpenAI, server: Running, tiny_folder: Path
+) -> None:
+    answer = client.chat.completions.create(
+        model=tiny_folder.name, messages=MESSAGES, max_tokens=6, temperature=0
+    )
+    expected = server.ask("What is gravity?").json()
+    assert answer.choices[0].message.content == expected["response"]
+    assert answer.choices[0].finish_reason == expected["finish_reason"]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == expected["usage"]["prompt_tokens"]
+    assert answer.usage.completion_tokens == expected["usage"]["completion_tokens"]
+    assert answer.usage.total_tokens == sum(expected["usage"].values())
+
+
+def test_the_client_may_send_an_answer_back(client: openai.OpenAI, tiny_folder: Path) -> None:
+    """Its messages hold each field that the server sent; one it does not take would be refused."""
+    first = client.chat.completions.create(model=tiny_folder.name, messages=MESSAGES, max_tokens=6)
+    messages = [*MESSAGES, first.choices[0].message, {"role": "user", "content": "Go on."}]
+    assert client.chat.completions.create(
+        model=tiny_folder.name, messages=messages, max_tokens=6
+    ).choices
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_stream_adds_up_to_the_answer(
+    client: openai.OpenAI, tiny_folder: Path, temperature: float
+) -> None:
+    asked: Any = {
+        "model": tiny_folder.name,
+        "messages": MESSAGES,
+        "max_completion_tokens": 40,
+        "temperature": temperature,
+        "top_p": 0.9,
+        "seed": 3,
+        "stop": ["\n\n"],
+    }
+    whole = client.chat.completions.create(**asked)
+    with client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        *chunks, last = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.choices == []
+    assert last.usage == whole.usage
+    assert len({chunk.id for chunk in (*chunks, last)}) == 1
+
+
+def test_text_parts_and_developers_are_understood(
+    client: openai.OpenAI, server: Running, tiny_folder: Path
+) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "gravity?"}]
+    messages: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": parts},
+    ]
+    answer = client.chat.completions.create(
+        model=tiny_folder.name, messages=messages, max_tokens=6, n=1, presence_penalty=0
+    )
+    expected = server.ask("What is gravity?", system_prompt="Be brief.").json()
+    assert answer.choices[0].message.content == expected["response"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"n": 2, "temperature": 1, "stream": True}, "n"),
+        ({"n": 17, "temperature": 1}, "n"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"tools": []}, "tools"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"response_format": {"type": "json"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "stop": "x"}, "stop"),
+        ({"choices": []}, "choices"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"stop": ""}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": " "}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    client: openai.OpenAI, tiny_folder: Path, extra: dict[str, Any], param: str
+) -> None:
+    body = {"model": tiny_folder.name, "messages": MESSAGES} | extra
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/chat/completions", body=body, cast_to=object)
+    assert caught.value.param == param
+    assert caught.value.type == "invalid_request_error"
+    assert param in caught.value.message
+
+
+class Sky(BaseModel):
+    """What the client's parser makes a schema of."""
+
+    colour: Literal["blue", "grey"]
+    clouds: int = Field(ge=0, le=9)
+
+
+def test_an_answer_parses_as_the_model_that_was_asked_for(
+    client: openai.OpenAI, tiny_folder: Path
+) -> None:
+    answer = client.chat.completions.parse(
+        model=tiny_folder.name, messages=MESSAGES, response_format=Sky
+    )
+    assert isinstance(answer.choices[0].message.parsed, Sky)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_answer_that_is_cut_off_is_an_error(
+    client: openai.OpenAI, tiny_folder: Path, is_stream: bool
+) -> None:
+    schema = {"type": "object", "properties": {"sky": {"type": "string"}}, "required": ["sky"]}
+    form = {"type": "json_schema", "json_schema": {"name": "sky", "schema": schema}}
+    asked: Any = {"response_format": form, "max_tokens": 2, "stream": is_stream}
+    with pytest.raises(openai.APIError, match="cut off after 2 tokens") as caught:
+        list(client.chat.completions.create(model=tiny_folder.name, messages=MESSAGES, **asked))
+    assert caught.value.code == "incomplete_json"
+
+
+def test_likelihoods_come_with_the_answer_and_at_a_streams_end(
+    client: openai.OpenAI, tiny_folder: Path
+) -> None:
+    asked: Any = {"logprobs": True, "top_logprobs": 3, "max_tokens": 5}
+    whole = client.chat.completions.create(model=tiny_folder.name, messages=MESSAGES, **asked)
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    text = b"".join(bytes(entry.bytes or []) for entry in logprobs.content)
+    content = whole.choices[0].message.content or ""
+    assert text.decode(errors="ignore").strip() == content.replace("\ufffd", "").strip()
+    assert [len(entry.top_logprobs) for entry in logprobs.content] == [3] * len(logprobs.content)
+    with client.chat.completions.create(
+        model=tiny_folder.name, messages=MESSAGES, stream=True, **asked
+    ) as stream:
+        *_, last = list(stream)
+    told = last.choices[0].logprobs
+    assert told is not None
+    assert told.model_dump() == logprobs.model_dump()
+
+
+def test_there_may_be_several_answers(client: openai.OpenAI, tiny_folder: Path) -> None:
+    asked: Any = {"model": tiny_folder.name, "messages": MESSAGES, "temperature": 1, "seed": 4}
+    one = client.chat.completions.create(**asked, max_tokens=6)
+    three = client.chat.completions.create(**asked, max_tokens=6, n=3)
+    assert [choice.index for choice in three.choices] == [0, 1, 2]
+    assert three.choices[0].message.content == one.choices[0].message.content
+    assert len({choice.message.content for choice in three.choices}) > 1
+    assert three.usage is not None
+    assert one.usage is not None
+    assert three.usage.prompt_tokens == one.usage.prompt_tokens
+    assert three.usage.completion_tokens > one.usage.completion_tokens
+
+
+def test_another_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-4", messages=MESSAGES)
+    assert caught.value.param == "model"
+
+
+def test_a_prompt_that_is_too_long_has_a_status_even_in_a_stream(
+    client: openai.OpenAI, tiny_folder: Path
+) -> None:
+    messages: Any = [{"role": "user", "content": "word " * 600}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=tiny_folder.name, messages=messages, stream=True)
+    assert caught.value.code == "prompt_too_long"
+
+
+def test_an_engine_that_dies_in_a_stream_says_so(tiny_folder: Path) -> None:
+    """The stream has begun with 200, so the error is an event; the client raises it."""
+    tap = Tap(delay_s=0.01)
+    with serving(tap.open, tiny_engine(tiny_folder)) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0)
+        with (
+            client,
+            client.chat.completions.create(
+                model=tiny_folder.name, messages=MESSAGES, stream=True, max_tokens=400
+            ) as stream,
+        ):
+            next(iter(stream))
+            tap.models[0].is_broken = True
+            with pytest.raises(openai.APIError, match="the test broke the model"):
+                list(stream)
+        assert server.ask(**query()).status_code in (200, 500, 503)

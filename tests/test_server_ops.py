@@ -1,0 +1,213 @@
+"""Keys, origins, probes, metrics, logs and headers."""
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fakes import EchoBackend
+from prometheus_client.parser import text_string_to_metric_families
+from server_tools import (
+    Running,
+    Tap,
+    eventually,
+    logged,
+    query,
+    serving,
+    tiny_engine,
+)
+
+from smolcli.backends import Backend, Health
+from smolcli.backends.open import open_local
+from smolcli.server.log import JsonFormatter, PlainFormatter
+from smolcli.settings import EngineSettings
+
+SECRET = "the password is swordfish"
+
+
+@pytest.fixture
+def server(tiny_folder: Path) -> Iterator[Running]:
+    with serving(open_local, tiny_engine(tiny_folder)) as running:
+        yield running
+
+
+def test_a_key_guards_all_but_the_probes_and_the_page(tiny_folder: Path) -> None:
+    keys = ("first-key", "zweiter-schlüssel")
+    with serving(Tap().open, tiny_engine(tiny_folder), api_keys=keys) as server:
+        for path in ("/health", "/ready", "/", "/page/page.js"):
+            assert server.client.get(path).status_code in (200, 304)
+        for path in ("/metrics", "/openapi.json", "/v1/models", "/nope", "/chat"):
+            refused = server.client.get(path)
+            assert refused.status_code == 401
+            assert refused.headers["www-authenticate"] == "Bearer"
+        for sent in ("Bearer wrong", "Bearer first-key2", "Basic first-key", "first-key", "Bearer"):
+            assert server.post("/chat", query(), Authorization=sent).status_code == 401
+        assert server.post("/chat", query(), Authorization="Bearer first-key").status_code == 200
+        raw = {"Authorization": f"bearer {keys[1]}".encode()}
+        assert server.client.post("/chat", json=query(), headers=raw).status_code == 200
+        assert server.client.get("/v1/models").json()["error"]["code"] == "unauthorized"
+
+
+def test_other_origins_are_refused_unless_they_are_named(tiny_folder: Path) -> None:
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    ask["Access-Control-Request-Headers"] = "authorization,content-type"
+    engine = tiny_engine(tiny_folder)
+    with serving(Tap().open, engine, api_keys=("k",)) as server:
+        assert server.client.options("/chat", headers=ask).status_code == 401
+    origins = ("https://a.example",)
+    with serving(Tap().open, engine, api_keys=("k",), cors_origins=origins) as server:
+        allowed = server.client.options("/chat", headers=ask)
+        assert allowed.status_code == 204
+        assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+        assert allowed.headers["access-control-allow-headers"] == "authorization,content-type"
+        other = server.client.options("/chat", headers=ask | {"Origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+        answer = server.post("/chat", {}, Authorization="Bearer k", Origin="https://a.example")
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        assert "Origin" in answer.headers["vary"]
+    with serving(Tap().open, engine, cors_origins=("*",)) as server:
+        answer = server.post("/chat", query(), Origin="https://c.example")
+        assert answer.headers["access-control-allow-origin"] == "*"
+
+
+def test_the_request_id_is_echoed_or_made(server: Running) -> None:
+    assert server.post("/chat", {}, **{"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    for unfit in ("", "a b", "x" * 129, "ü"):
+        headers = {"X-Request-Id": unfit.encode()}
+        made = server.client.get("/health", headers=headers).headers["x-request-id"]
+        assert len(made) == 32
+
+
+def test_metrics_count_what_happened(server: Running) -> None:
+    answers = server.post("/chat/batched", {"queries": [query(), {"chat_id": "2"}, query()]})
+    server.post("/chat", {})
+    server.client.get("/nope")
+    response = server.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    samples = {
+        (s.name, *s.labels.values()): s.value
+        for family in text_string_to_metric_families(response.text)
+        for s in family.samples
+    }
+    usages = [r["usage"] for r in answers.json()["responses"] if "usage" in r]
+    assert samples["smol_prompt_tokens_total",] == sum(u["prompt_tokens"] for u in usages)
+    assert samples["smol_generation_tokens_total",] == sum(u["completion_tokens"] for u in usages)
+    successes = [v for name, v in samples.items() if name[0] == "smol_request_success_total"]
+    assert sum(successes) == 2
+    assert samples["smol_request_errors_total", "missing_field"] == 2
+    assert samples["smol_request_errors_total", "not_found"] == 1
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
+        assert samples[f"smol_{name}_seconds_count",] == 2
+    assert samples["smol_inter_token_latency_seconds_count",] == 2
+    assert samples["smol_requests_running",] == samples["smol_requests_waiting",] == 0
+
+
+def test_metrics_of_what_runs(tiny_folder: Path) -> None:
+    tap = Tap(delay_s=0.02)
+    with serving(tap.open, tiny_engine(tiny_folder)) as server, ThreadPoolExecutor(1) as pool:
+        batch = {"queries": [query(max_new_tokens=40)] * 10}
+        flood = pool.submit(server.post, "/chat/batched", batch)
+        eventually(lambda: "smol_requests_running 8.0" in server.client.get("/metrics").text)
+        assert "smol_requests_waiting 2.0" in server.client.get("/metrics").text
+        flood.result()
+
+
+def test_one_line_is_logged_for_each_request(server: Running) -> None:
+    with logged("/chat") as log:
+        server.post("/chat", query(SECRET), **{"X-Request-Id": "id-1"})
+        answered = log.wait(1)
+        server.post("/chat", {SECRET: 1})
+        refused = log.wait(2)
+    plain = PlainFormatter("%(message)s").format(answered)
+    assert plain.startswith("POST /chat status=200 request_id=id-1 queries=1 failed=0 prompt_tok")
+    told = json.loads(JsonFormatter().format(answered))
+    expected = {"time", "level", "message", "status", "request_id", "queries", "failed"}
+    expected |= {"prompt_tokens", "completion_tokens", "queue_s", "first_token_s", "total_s"}
+    assert set(told) == expected
+    assert told["completion_tokens"] >= 1
+    assert 0 <= told["queue_s"] <= told["first_token_s"] <= told["total_s"]
+    assert "error_code=unknown_field" in PlainFormatter("%(message)s").format(refused)
+    assert SECRET not in str([vars(record) for record in log.records])
+
+
+def test_prompts_are_logged_where_that_is_wanted(tiny_folder: Path) -> None:
+    with serving(open_local, tiny_engine(tiny_folder), log_prompts=True) as server:
+        with logged("/chat") as log:
+            server.ask(SECRET)
+            record = log.wait(1)
+        assert f'prompts=["{SECRET}"]' in PlainFormatter("%(message)s").format(record)
+
+
+def test_a_log_line_stays_one_line(server: Running) -> None:
+    with logged("/a%0Astatus%3D200") as log:
+        server.client.get("/a%0Astatus=200")
+        assert "\n" not in PlainFormatter("%(message)s").format(log.wait(1))
+    failure = logging.makeLogRecord({"msg": "x", "exc_info": (ValueError, ValueError("y"), None)})
+    assert json.loads(JsonFormatter().format(failure))["traceback"] == "ValueError: y"
+
+
+def test_before_the_model_is_loaded(tiny_folder: Path) -> None:
+    """The server answers at once, and says 503 until it is ready."""
+    engine = tiny_engine(tiny_folder)
+    held = HeldOpening()
+    with serving(held.open, engine, waits=False) as server:
+        assert server.client.get("/health").json() == {"status": "ok"}
+        ready = server.client.get("/ready")
+        assert (ready.status_code, ready.json()) == (503, {"status": "loading"})
+        refused = server.ask()
+        assert (refused.status_code, refused.json()["error_code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "2"
+        assert server.client.get("/v1/models").status_code == 200
+        held.may_go_on.set()
+        eventually(lambda: server.client.get("/ready").status_code == 200)
+        assert server.client.get("/ready").json() == {"status": "ready"}
+        assert server.ask().status_code == 200
+
+
+class HeldOpening:
+    """Opens the model when it is told to."""
+
+    def __init__(self) -> None:
+        self.may_go_on = threading.Event()
+
+    def open(self, settings: EngineSettings) -> Backend:
+        assert self.may_go_on.wait(30)
+        return open_local(settings)
+
+
+class StuckBackend(EchoBackend):
+    """Has work, and does not get on with it."""
+
+    is_stuck = False
+
+    def health(self) -> Health:
+        return Health(True, self.is_stuck, num_running=1, num_waiting=3)
+
+
+def test_an_engine_that_is_stuck() -> None:
+    """/health says that only a restart helps, and that is over when the engine gets on again."""
+    backend = StuckBackend()
+    with serving(lambda _: backend, EngineSettings()) as server:
+        assert server.client.get("/health").status_code == 200
+        backend.is_stuck = True
+        health, ready = server.client.get("/health"), server.client.get("/ready")
+        assert (health.status_code, health.json()) == (503, {"status": "stuck"})
+        assert (ready.status_code, ready.json()) == (503, {"status": "stuck"})
+        backend.is_stuck = False
+        assert server.client.get("/health").json() == {"status": "ok"}
+
+
+def test_the_page_keeps_to_itself(server: Running) -> None:
+    page = server.client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["content-security-policy"].startswith("default-src 'none'; script-src 'se")
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["x-frame-options"] == "DENY"
+    assert page.headers["referrer-policy"] == "no-referrer"
+    script = server.client.get("/page/page.js")
+    assert script.headers["content-type"].startswith("text/javascript")
+    for missing in ("/page/nope.js", "/page/nope", "/page/", "/page/.css"):
+        assert server.client.get(missing).status_code == 404

@@ -1,0 +1,143 @@
+"""`smol serve` as a process: how it starts, and how it ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from server_tools import PATIENCE_S, eventually, query, serve_process
+from typer.testing import CliRunner
+
+from smolcli.cli import app
+from smolcli.options.server import ServeOptions
+from smolcli.settings import EngineSettings, QueryDefaults
+
+LONG = query(max_new_tokens=450, repetition_penalty=1.3)
+SOME = query(max_new_tokens=150, repetition_penalty=1.3)
+signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+
+
+@signals
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_finishes_what_runs_and_takes_nothing_new(
+    tiny_folder: Path, number: signal.Signals
+) -> None:
+    """Every request either has its answer or a documented refusal, and the exit code is 0."""
+    args = ("--model", str(tiny_folder), "--drain-timeout", "300", "--no-dedupe")
+    with serve_process(*args) as process, ThreadPoolExecutor(24) as pool:
+        asked = [pool.submit(process.ask, SOME | {"chat_id": str(n)}) for n in range(24)]
+        eventually(lambda: "running 24.0" in process.get("/metrics").text)
+        process.signal(number)
+        eventually(lambda: process.get("/ready").json() == {"status": "draining"})
+        late = process.ask(query())
+        assert (late.status_code, late.headers["retry-after"]) == (503, "2")
+        assert [response.result().status_code for response in asked] == [200] * 24
+        code, said = process.end()
+    assert code == 0
+    assert "stopping: 24 requests to finish" in said
+    assert "Traceback" not in said
+
+
+@signals
+def test_what_has_no_time_to_finish_is_told_so(tiny_folder: Path) -> None:
+    args = ("--model", str(tiny_folder), "--drain-timeout", "0")
+    with serve_process(*args) as process, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(process.ask, LONG)
+        eventually(lambda: "running 1.0" in process.get("/metrics").text)
+        process.signal(signal.SIGTERM)
+        response = asked.result()
+        assert (response.status_code, response.json()["error_code"]) == (503, "backend_error")
+        assert process.end()[0] == 0
+
+
+@signals
+def test_a_second_ctrl_c_ends_it_at_once(tiny_folder: Path) -> None:
+    with (
+        serve_process("--model", str(tiny_folder)) as process,
+        socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as client,
+    ):
+        body = json.dumps({"queries": [LONG] * 900}).encode()
+        head = f"POST /chat/batched HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        eventually(lambda: "running 0" not in process.get("/metrics").text)
+        process.signal(signal.SIGINT)
+        eventually(lambda: process.get("/ready").json() == {"status": "draining"})
+        process.signal(signal.SIGINT)
+        assert process.end()[0] == -signal.SIGINT
+
+
+def smol(*args: str) -> tuple[int, str]:
+    """Run `smol` to its end: its exit code and what it said on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "smolcli", *args],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_port_in_use(tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, said = smol("serve", "--model", str(tiny_folder), "--port", str(port))
+    assert code == 1
+    assert said.splitlines() == [
+        f"smol: cannot listen on 127.0.0.1:{port}: Address already in use; "
+        "give another --host or --port"
+    ]
+
+
+def test_a_model_that_is_missing(tmp_path: Path) -> None:
+    code, said = smol("serve", "--model", f"{tmp_path}/nothing.gguf", "--port", "0")
+    assert code == 1
+    assert said.splitlines()[-1] == f"smol: there is no file {tmp_path}/nothing.gguf"
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("content", [None, b"", b"# only this\n\n", b"\xff\xfe"])
+def test_a_key_file_that_is_no_use(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content)
+    result = CliRunner().invoke(app, ["serve", "--api-key-file", str(path)])
+    assert result.exit_code == 1
+    assert str(path) in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_options_become_settings(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# comment\nb\n\n  c  \n  # another\n", "utf-8")
+    options = ServeOptions(api_key=["a"], api_key_file=path, max_body_mb=2)
+    settings = options.settings(QueryDefaults(), EngineSettings())
+    assert settings.api_keys == ("a", "b", "c")
+    assert settings.max_body_bytes == 2 << 20
+
+
+@pytest.mark.parametrize("args", [("--max-queue", "5"), ("--api-key", ""), ("--port", "-1")])
+def test_options_that_make_no_sense(args: tuple[str, str]) -> None:
+    assert CliRunner().invoke(app, ["serve", *args]).exit_code == 2
+
+
+def test_who_listens_to_others_without_a_key_is_warned(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve_process("--model", str(tiny_folder), "--host", "0.0.0.0") as process:
+        assert "anybody who reaches http://0.0.0.0" in process.said
+    monkeypatch.setenv("SMOL_API_KEY", "first second")
+    with serve_process(
+        "--model", str(tiny_folder), "--host", "0.0.0.0", "--log-format", "json"
+    ) as process:
+        assert process.ask(query()).status_code == 401
+        lines = [json.loads(line) for line in process.said.splitlines()]
+        assert [line["level"] for line in lines] == ["info"] * len(lines)
+        process.popen.terminate()
+        process.end()

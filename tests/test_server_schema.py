@@ -1,0 +1,64 @@
+"""/openapi.json is valid, and true: schemathesis finds no fault that is not documented."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from server_tools import PATIENCE_S, Running, Tap, serving, tiny_engine
+
+from smolcli.records import Sampling
+from smolcli.settings import QueryDefaults
+
+KEY = {"Authorization": "Bearer key"}
+ROUTES = [
+    ("POST", "/chat"),
+    ("POST", "/chat/batched"),
+    ("POST", "/generate_batch"),
+    ("POST", "/v1/chat/completions"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{id}"),
+    ("GET", "/health"),
+    ("GET", "/ready"),
+    ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+]
+
+
+@pytest.fixture
+def server(tiny_folder: Path) -> Iterator[Running]:
+    short = QueryDefaults(Sampling(max_new_tokens=4))
+    engine = tiny_engine(tiny_folder)
+    with serving(Tap().open, engine, api_keys=("key",), defaults=short) as running:
+        yield running
+
+
+def test_every_route_is_described(server: Running) -> None:
+    document = server.client.get("/openapi.json", headers=KEY).json()
+    described = {(m.upper(), path) for path, item in document["paths"].items() for m in item}
+    assert described - {("PARAMETERS", "/v1/models/{id}")} == set(ROUTES)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "mode"),
+    [(*route, GenerationMode.POSITIVE) for route in ROUTES]
+    + [(*route, GenerationMode.NEGATIVE) for route in ROUTES if route[0] == "POST"],
+)
+def test_what_is_described_is_so(
+    server: Running, method: str, path: str, mode: GenerationMode
+) -> None:
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=KEY)
+    schema.validate()
+    operation = schema[path][method]
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case) -> None:
+        case.call_and_validate(
+            headers=KEY, timeout=PATIENCE_S, excluded_checks=[positive_data_acceptance]
+        )
+
+    check()
