@@ -1,0 +1,51 @@
+"""The real model, in a backend like any, that fails where it is told to."""
+
+from typing import Any
+
+from torch import Tensor
+
+from smolcli.backends.local import LocalBackend
+from smolcli.chat import Chat
+from smolcli.engine.engine import Engine
+from smolcli.engine.model import Batch, LlamaModel
+from smolcli.engine.setup import choose
+from smolcli.models.load import load_config, load_model
+from smolcli.models.resolve import resolve
+from smolcli.records import Message
+from smolcli.settings import EngineSettings
+
+
+class BreakableModel:
+    """Fails the next `num_failures` steps, and each that reads `poison`'s rarest token."""
+
+    poison = "Play the xylophone"
+
+    def __init__(self, model: LlamaModel, chat: Chat) -> None:
+        self._model = model
+        harmless = set(chat.encode((Message("user", "Play the"),)))
+        self._poison_id = max(set(chat.encode((Message("user", self.poison),))) - harmless)
+        self.num_failures = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def forward(self, batch: Batch) -> Tensor:
+        if self.num_failures:
+            self.num_failures -= 1
+            raise RuntimeError("a fault on purpose")
+        if self._poison_id in batch.token_ids:
+            raise RuntimeError("a fault on purpose, of one query")
+        return self._model.forward(batch)
+
+
+def open_breakable(settings: EngineSettings, models: list[BreakableModel]) -> LocalBackend:
+    """A backend like any, around a model that is put into `models`."""
+    folder = resolve(settings.model).folder
+    setup = choose(settings, load_config(folder))
+    chat = Chat.load(folder)
+
+    def build_engine() -> Engine:
+        models.append(BreakableModel(load_model(folder, setup.dtype, setup.device), chat))
+        return Engine(models[0], setup.slots, setup.cache_bytes)
+
+    return LocalBackend(lambda: chat, build_engine, {}, settings.max_concurrency)

@@ -1,0 +1,51 @@
+"""Lines a second, and memory, of `smol run` around a backend that answers at once.
+
+python benchmarks/pipeline.py [LINES]
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from smolcli.backends.shared import shared
+from smolcli.display import LogDisplay
+from smolcli.run import run_file
+from smolcli.settings import RunSettings
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from fakes import EchoBackend
+
+
+class Measuring(LogDisplay):
+    """Takes the memory when all is answered and still held."""
+
+    num_bytes = 0
+
+    def stop(self) -> None:
+        self.num_bytes = psutil.Process().memory_info().rss
+
+
+def main(num_lines: int) -> None:
+    """Write a file of questions, answer it, and say how that went."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = Path(folder, "queries.jsonl"), Path(folder, "results.jsonl")
+        with source.open("w") as file:
+            for number in range(num_lines):
+                prompt = f"What is {number} plus {number}?"
+                file.write(f'{{"chat_id": "{number}", "user_prompt": "{prompt}"}}\n')
+        measuring, num_bytes = Measuring(), psutil.Process().memory_info().rss
+        started = time.perf_counter()
+        report = run_file(RunSettings(source, output), shared(EchoBackend), measuring)
+        seconds = time.perf_counter() - started
+        growth = (measuring.num_bytes - num_bytes) / 1e6
+        sys.stdout.write(
+            f"{report.num_answered:,} lines in {seconds:.2f} s: "
+            f"{report.num_answered / seconds:,.0f} lines/s, {growth:.1f} MB more memory\n"
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200_000)

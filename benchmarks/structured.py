@@ -1,0 +1,171 @@
+"""What structured answers cost, and what they bring, on 50 extraction questions.
+
+    python -m benchmarks.structured
+    python -m benchmarks.structured --dtype float32
+
+Cost: the same prompts with and without a schema, all of the same number of tokens in the same
+batches, by turns in one process. Worth: how many answers parse and validate, and how many values
+are those of the text, with the same prompts, which show the schema, in both arms.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from smolcli.backends.local import LocalBackend
+from smolcli.backends.open import open_local
+from smolcli.chat import Chat
+from smolcli.engine.engine import Engine
+from smolcli.engine.sequence import Sequence
+from smolcli.formats import schema_format
+from smolcli.models.load import load_model
+from smolcli.models.resolve import resolve
+from smolcli.pipeline import answer_all
+from smolcli.records import Query, Result, Sampling
+from smolcli.schema import load_json, parse_query
+from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults
+from smolcli.vocabulary import Vocabulary
+
+QUESTIONS = Path(__file__).with_name("extraction.jsonl")
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "hobbies": {"type": "array", "items": {"type": "string"}, "maxItems": 3},
+    },
+    "required": ["name", "age", "hobbies"],
+    "additionalProperties": False,
+}
+ENDLESS = schema_format({"type": "array", "items": PERSON, "minItems": 1000})
+
+
+def load_queries() -> list[Query]:
+    """The questions, with their schemas; the values that are right are in their metadata."""
+    defaults = QueryDefaults(Sampling(max_new_tokens=128))
+    lines = QUESTIONS.read_bytes().splitlines()
+    return [parse_query(load_json(line), defaults) for line in lines]
+
+
+class Cost:
+    """Times decoding with and without a schema; no answer ends by itself."""
+
+    def __init__(self, queries: list[Query], dtype: torch.dtype, num_tokens: int) -> None:
+        folder = resolve(DEFAULT_MODEL).folder
+        model = load_model(folder, dtype, torch.device("cpu"))
+        chat, config = Chat.load(folder), model.config
+        self._vocabulary = Vocabulary(chat.tokenizer_json, config.vocab_size, config.eos_ids)
+        model.config = replace(config, eos_ids=frozenset())
+        self._model = model
+        self._prompts = [chat.encode(query.messages) for query in queries]
+        self._sampling = Sampling(max_new_tokens=num_tokens)
+
+    def seconds_per_token(self, batch_size: int, with_schema: bool) -> float:
+        engine = Engine(self._model, batch_size, 4 << 30)
+        prompts = (self._prompts * 2)[:batch_size]
+        for prompt in prompts:
+            constraint = self._vocabulary.constraint(ENDLESS) if with_schema else None
+            engine.add(Sequence(prompt, self._sampling, constraint=constraint))
+        while not all(s.is_decoding for s in engine.scheduler.running) or not engine.num_steps:
+            engine.step()
+        began, num_tokens = time.perf_counter(), 0
+        while engine.has_work:
+            num_tokens += len(engine.step())
+        return (time.perf_counter() - began) / num_tokens
+
+
+def measure_cost(cost: Cost, batch_sizes: list[int], rounds: int) -> Table:
+    table = Table("sequences at once", "ms a token", "with a schema", "ratio (median, range)")
+    for batch_size in batch_sizes:
+        pairs = [
+            [cost.seconds_per_token(batch_size, with_schema) for with_schema in (False, True)]
+            for _ in range(rounds + 1)
+        ][1:]  # the first warms up
+        plain, held = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
+        ratios = sorted(held / plain for plain, held in pairs)
+        shown = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        table.add_row(str(batch_size), f"{plain:.2f}", f"{held:.2f}", shown)
+    return table
+
+
+def parsed(text: str | None) -> Any:
+    """What an answer holds; None where it is no JSON."""
+    try:
+        return json.loads(text or "")
+    except ValueError:
+        return None
+
+
+def unfenced(text: str | None) -> str:
+    """An answer without the Markdown fence that a model may put around JSON."""
+    return (text or "").strip().removeprefix("```json").strip("`").strip()
+
+
+def is_valid(value: Any, schema: dict[str, Any]) -> bool:
+    return jsonschema.Draft202012Validator(schema).is_valid(value)
+
+
+def tell(name: str, queries: list[Query], results: list[Result], seconds: float) -> list[str]:
+    """A row: parsed, valid, and the share of values that are those expected."""
+    num_parsed = num_valid = num_unfenced = num_right = num_values = 0
+    for query, result in zip(queries, results, strict=True):
+        assert query.metadata is not None
+        schema, expected = query.metadata["schema"], query.metadata["expected"]
+        value, lenient = parsed(result.response), parsed(unfenced(result.response))
+        num_parsed += value is not None
+        num_valid += is_valid(value, schema)
+        num_unfenced += is_valid(lenient, schema)
+        found = lenient if isinstance(lenient, dict) else {}
+        num_right += sum(found.get(key) == wanted for key, wanted in expected.items())
+        num_values += len(expected)
+    counts = [num_parsed, num_valid, num_unfenced]
+    errors = sum(result.is_error for result in results)
+    share = f"{num_right} of {num_values}"
+    return [name, *(f"{n} of {len(queries)}" for n in counts), share, str(errors), f"{seconds:.1f}"]
+
+
+def measure_worth(queries: list[Query], backend: LocalBackend) -> Table:
+    names = ("arm", "parse", "validate", "validate without a fence", "values right", "errors", "s")
+    table = Table(*names)
+    queries = [
+        replace(q, metadata={**(q.metadata or {}), "schema": json.loads(q.format.schema)})
+        for q in queries
+        if q.format is not None
+    ]
+    for name, asked in (
+        ("asked in words", [replace(query, format=None) for query in queries]),
+        ("held to the schema", queries),
+    ):
+        began = time.perf_counter()
+        results = list(answer_all(asked, backend))
+        table.add_row(*tell(name, queries, results, time.perf_counter() - began))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--batch-sizes", default="1,32")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    queries, console = load_queries(), Console()
+    with closing(open_local(EngineSettings(dtype=args.dtype))) as backend:
+        console.print(measure_worth(queries, backend))
+    cost = Cost(queries, getattr(torch, args.dtype), args.tokens)
+    batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
+    console.print(measure_cost(cost, batch_sizes, args.rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The readings for people: a table and a plot."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from smolcli.bench.measure import Reading, medians
+from smolcli.errors import InputError, RunError
+
+TITLES = {
+    "prompt": "reading a prompt of {} words",
+    "batch": "writing {} answers at once",
+    "questions": "{} real questions",
+}
+
+
+def print_table(readings: Sequence[Reading], identity: Mapping[str, Any], file: IO[str]) -> None:
+    """Print the medians, and what they were measured with."""
+    console = Console(file=file)
+    console.print(_table(medians(readings)))
+    facts = [identity.get(name) for name in ("model", "dtype", "device")]
+    console.print(", ".join([*map(str, facts), *_machine(identity)]), style="dim", highlight=False)
+
+
+def write_json(readings: Sequence[Reading], identity: Mapping[str, Any], path: Path) -> None:
+    """Write all readings, the medians, and what they were measured with.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    record = {
+        "backend": dict(identity),
+        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "medians": [_record(r) for r in medians(readings)],
+        "readings": [_record(r) for r in readings],
+    }
+    try:
+        path.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", "utf-8")
+    except OSError as exc:
+        raise RunError(f"cannot write {path}: {exc.strerror or exc}") from exc
+
+
+def read_peers(path: Path) -> list[Reading]:
+    """What scripts for other systems printed: lines with system, tokens and tokens_per_second.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    try:
+        records = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+        return [
+            Reading(r["system"], "questions", 64, r["tokens"], r["tokens"] / r["tokens_per_second"])
+            for r in records
+        ]
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as exc:
+        raise InputError(f"{path} does not hold the lines of benchmarks/peer_*.py: {exc}") from exc
+
+
+def _record(reading: Reading) -> dict[str, Any]:
+    return asdict(reading) | {"tokens_per_second": round(reading.tokens_per_second, 1)}
+
+
+def _machine(identity: Mapping[str, Any]) -> list[str]:
+    versions = [f"{name} {v}" for name, v in identity.get("versions", {}).items()]
+    return [_processor(), f"{identity.get('threads')} threads", *versions]
+
+
+def _processor() -> str:
+    """The processor's name, which only Linux' list of them tells without more."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _table(readings: Sequence[Reading]) -> Table:
+    """A row for each work, a column for each system, and how many times the first is faster."""
+    systems = list(dict.fromkeys(r.system for r in readings))
+    rates = {(r.system, r.work, r.size): r.tokens_per_second for r in readings}
+    shown = Table("tokens/s", *systems, *(f"against {s}" for s in systems[1:]), box=None)
+    for work, size in dict.fromkeys((r.work, r.size) for r in readings):
+        found = [rates.get((system, work, size)) for system in systems]
+        first, *others = found
+        shown.add_row(
+            TITLES[work].format(size),
+            *("" if rate is None else f"{rate:,.0f}" for rate in found),
+            *("" if not (first and rate) else f"{first / rate:.2f} x" for rate in others),
+        )
+    return shown
+
+
+def plot(all_readings: Sequence[Reading], path: Path) -> None:
+    """Draw tokens a second over batch size, and of the real questions; as .svg or .png.
+
+    Raises:
+        RunError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise RunError("a plot needs matplotlib: pip install 'smolcli[report]'") from exc
+    readings = medians(all_readings)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    lines, bars = figure.subplots(1, 2)
+    for system in dict.fromkeys(r.system for r in readings):
+        batches = [r for r in readings if (r.system, r.work) == (system, "batch")]
+        if batches:
+            rates = [r.tokens_per_second for r in batches]
+            lines.plot([r.size for r in batches], rates, marker="o", label=system)
+    lines.set(xscale="log", xlabel="answers at once", ylabel="tokens/s", ylim=(0, None))
+    lines.set_xticks(sorted({r.size for r in readings if r.work == "batch"}))
+    lines.xaxis.set_major_formatter("{x:.0f}")
+    lines.minorticks_off()
+    lines.legend(frameon=False)
+    questions = [r for r in readings if r.work == "questions"]
+    drawn = bars.barh([r.system for r in questions], [r.tokens_per_second for r in questions])
+    bars.bar_label(drawn, fmt="{:,.0f}", padding=3)
+    bars.invert_yaxis()
+    bars.margins(x=0.15)
+    bars.set(xlabel="tokens/s, real questions")
+    for axes in (lines, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as exc:
+        raise RunError(f"cannot draw {path}: {exc}") from exc

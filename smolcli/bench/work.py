@@ -1,0 +1,38 @@
+"""What is asked to be timed: prompts of a length, batches of a size, and real questions."""
+
+import json
+from pathlib import Path
+
+from smolcli.records import Message, Query, Sampling
+
+QUESTIONS = Path(__file__).with_name("reference.jsonl")
+REFERENCE_TOKENS = 128
+STORY_TOKENS = 64
+WORDS = ("river", "clock", "garden", "letter", "storm", "bridge", "violin", "harbour")
+
+
+def reference(num_questions: int = 64, max_new_tokens: int = REFERENCE_TOKENS) -> list[Query]:
+    """The first of 64 real questions, on all sorts of matters, as everybody asks them."""
+    lines = QUESTIONS.read_text("utf-8").splitlines()[:num_questions]
+    return [
+        _query(number, json.loads(line)["user_prompt"], max_new_tokens)
+        for number, line in enumerate(lines)
+    ]
+
+
+def stories(number: int, max_new_tokens: int = STORY_TOKENS) -> list[Query]:
+    """Different questions of one length whose answers are all longer than `max_new_tokens`."""
+    return [
+        _query(n, f"Write a long story about {n + 10} years and a {WORDS[n % 8]}.", max_new_tokens)
+        for n in range(number)
+    ]
+
+
+def long_prompt(num_words: int, turn: int) -> Query:
+    """A prompt of about so many tokens that no earlier turn's begins like."""
+    text = " ".join(WORDS[(n * n + turn) % 8] for n in range(num_words))
+    return _query(turn, f"{turn + 2} {text}", max_new_tokens=1)
+
+
+def _query(number: int, prompt: str, max_new_tokens: int) -> Query:
+    return Query(str(number), (Message("user", prompt),), Sampling(max_new_tokens))

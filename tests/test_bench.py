@@ -1,0 +1,90 @@
+"""`smol bench` times real work, and says what it found in every form."""
+
+import json
+from pathlib import Path
+
+import pytest
+from fakes import EchoBackend
+from typer.testing import CliRunner
+
+from smolcli.bench.measure import Reading, medians, time_backend
+from smolcli.bench.work import long_prompt, reference, stories
+from smolcli.cli import app
+from smolcli.errors import RunError
+from smolcli.records import ErrorCode, Query, Result, failure
+from smolcli.settings import BenchPlan
+
+SMALL = (
+    "--dtype",
+    "float32",
+    "--threads",
+    "1",
+    "--prompts",
+    "16",
+    "--sizes",
+    "1,3",
+    "--questions",
+    "2",
+    "--runs",
+    "1",
+)
+
+
+def test_a_benchmark_against_transformers(tiny_folder: Path, tmp_path: Path) -> None:
+    """Both systems do all of the work, and the table, the JSON and the picture agree."""
+    out, picture, peers = tmp_path / "b.json", tmp_path / "b.svg", tmp_path / "peers"
+    peers.write_text('{"system": "other", "tokens": 100, "tokens_per_second": 50.0}\n')
+    files = ("--json", out, "--plot", picture, "--peers", peers)
+    args = ("bench", "--model", tiny_folder, *SMALL, "--compare", "transformers", *files)
+    done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "120"})
+    assert done.exit_code == 0, done.output
+    assert "against transformers" in done.stdout
+    assert "float32" in done.stdout
+    record = json.loads(out.read_text())
+    works = [(r["system"], r["work"], r["size"]) for r in record["medians"]]
+    own = [("prompt", 16), ("batch", 1), ("batch", 3), ("questions", 2)]
+    assert works == [
+        *(("smol", *work) for work in own),
+        *(("transformers", *work) for work in own),
+        ("other", "questions", 64),
+    ]
+    tokens = {(r["system"], r["work"], r["size"]): r["tokens"] for r in record["medians"]}
+    assert tokens["smol", "batch", 3] == tokens["transformers", "batch", 3]
+    assert tokens["smol", "questions", 2] == tokens["transformers", "questions", 2]
+    assert record["backend"]["dtype"] == "float32"
+    assert "<svg" in picture.read_text()
+
+
+def test_medians_keep_the_order_and_the_middle() -> None:
+    slow, middle, fast = (Reading("a", "batch", 8, 100, s) for s in (4.0, 2.0, 1.0))
+    other = Reading("b", "batch", 8, 100, 3.0)
+    assert medians([slow, other, fast, middle]) == [middle, other]
+
+
+def test_no_prompt_is_in_a_cache_and_no_answer_is_another_s() -> None:
+    queries = [*reference(), *stories(128), *(long_prompt(64, turn) for turn in range(9))]
+    prompts = [query.messages[-1].content for query in queries]
+    assert len(set(prompts)) == len(prompts)
+    assert len({prompt[:2] for prompt in prompts[-9:]}) == 9
+
+
+def test_a_question_that_fails_ends_it() -> None:
+    class Failing(EchoBackend):
+        def answer(self, query: Query) -> Result:
+            return failure(query, "no luck", ErrorCode.INTERNAL)
+
+    with pytest.raises(RunError, match="failed: no luck"):
+        time_backend(Failing(), BenchPlan(), 0, "smol", print)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "sentence"),
+    [
+        (("--sizes", "1,x"), 2, "--sizes must be whole numbers from 1"),
+        (("--prompts", "0"), 2, "--prompts must be whole numbers from 1"),
+        (("--peers", "nothing"), 1, "nothing does not hold the lines"),
+    ],
+)
+def test_what_makes_no_sense(args: tuple[str, str], code: int, sentence: str) -> None:
+    done = CliRunner().invoke(app, ["bench", *args], obj=EchoBackend)
+    assert (done.exit_code, sentence in done.stderr) == (code, True), done.stderr
