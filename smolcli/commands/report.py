@@ -1,0 +1,34 @@
+"""`smol report`: a page that shows what came of a run."""
+
+import typer
+
+from smolcli.errors import RunError, UsageError
+from smolcli.jsonl import is_stream
+from smolcli.options.report import Page, Picture, Results
+from smolcli.tables import journal_path
+
+EXAMPLES = (
+    "[bold]smol report queries.results.jsonl[/bold] writes queries.results.report.html; "
+    "results of [bold]smol run --timings[/bold] show the slowest lines, too."
+)
+
+
+def report(results: Results, output: Page = None, png: Picture = None) -> None:
+    """Show what came of a run as one HTML page; print where it is."""
+    from smolcli.report_page.charts import charts_of, write_png
+    from smolcli.report_page.facts import gather
+    from smolcli.report_page.page import render
+
+    if output is None and is_stream(results):
+        raise UsageError("where to? Give --output for a report on stdin")
+    page = output or results.with_name(f"{results.stem}.report.html")
+    if {page, png} & {results, journal_path(results)}:
+        raise UsageError("the page would replace the results; give another name")
+    facts = gather(results)
+    try:
+        page.write_text(render(facts), "utf-8")
+        if png is not None:
+            write_png(charts_of(facts), facts.path.name, png)
+    except OSError as exc:
+        raise RunError(f"cannot write {exc.filename}: {exc.strerror or exc}") from exc
+    typer.echo(str(page))

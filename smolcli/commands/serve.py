@@ -1,0 +1,52 @@
+"""`smol serve`: the same pipeline over HTTP."""
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import typer
+
+from smolcli.commands import log_to_stderr, open_local
+from smolcli.options import grouped
+from smolcli.options.engine import EngineOptions
+from smolcli.options.generation import GenerationOptions
+from smolcli.options.remote import UpstreamOptions
+from smolcli.options.server import ServeOptions
+from smolcli.settings import EngineSettings, RemoteSettings
+
+if TYPE_CHECKING:
+    from smolcli.backends import Backend
+
+EXAMPLES = "[bold]smol serve[/bold] answers at http://127.0.0.1:8000, where there is a page, too."
+
+
+@grouped
+def serve(
+    *,
+    ctx: typer.Context,
+    generation: GenerationOptions,
+    engine: EngineOptions,
+    remote: UpstreamOptions,
+    options: ServeOptions,
+) -> None:
+    """Answer over HTTP: /chat, /chat/batched, OpenAI's API under /v1, and a page."""
+    from smolcli.backends.shared import shared
+    from smolcli.server.log import log_requests
+    from smolcli.server.wsgi import serve as serve_http
+
+    upstream = remote.settings(engine.settings())
+    settings = options.settings(generation.query_defaults(), engine.settings())
+    log_to_stderr()
+    log_requests(options.log_format)
+    open_backend = ctx.obj or open_local
+    if upstream is not None:
+        settings = replace(settings, is_gateway=True)
+        upstream = replace(upstream, timeout_s=settings.request_timeout_s)
+        open_backend = partial(_open_gateway, upstream)
+    serve_http(settings, shared(open_backend) if options.dedupe else open_backend)
+
+
+def _open_gateway(remote: RemoteSettings, settings: EngineSettings) -> "Backend":
+    from smolcli.backends.remote import open_gateway
+
+    return open_gateway(remote)

@@ -1,0 +1,474 @@
+"""OpenAI's batch format through `run_file` and `--check`, with failed lines split off or not."""
+
+import json
+import os
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import DyingBackend
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai.types.chat import ChatCompletion
+from run_tools import answer, answer_until_killed, no_backend, results
+
+from smolcli.backends.open import open_local
+from smolcli.check import check_input
+from smolcli.errors import BackendError, QueryError, ResumeRefused, UsageError
+from smolcli.manifest import load_manifest, manifest_path, save_manifest
+from smolcli.openai_wire import parse_completion
+from smolcli.records import Query, Result
+from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
+
+MESSAGES = [{"role": "user", "content": "one two"}]
+
+
+def request(custom_id: object = "a", **body: Any) -> dict[str, Any]:
+    """A line as OpenAI's guide has it."""
+    whole = {"model": "gpt-4o-mini", "messages": MESSAGES} | body
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": whole}
+
+
+LINES = [
+    request("a"),
+    request("b", tools=[]),
+    request("c", temperature=0.5),
+    request("a"),
+    request("d") | {"url": "/v1/embeddings"},
+    "torn",
+    request("e", max_tokens=3),
+]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> RunSettings:
+    """A run of LINES, the fourth of them blank."""
+    return write(RunSettings(tmp_path / "in.jsonl", tmp_path / "out.jsonl", seed=5), LINES)
+
+
+def write(job: RunSettings, lines: list[Any]) -> RunSettings:
+    """Make these the lines of the input; strings stay as they are."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    job.input.write_text("\n".join([*texts[:3], "", *texts[3:]]) + "\n", "utf-8")
+    return job
+
+
+def failure(record: dict[str, Any]) -> dict[str, Any]:
+    error = record["response"]["body"]["error"]
+    assert isinstance(error, dict)
+    return error
+
+
+def test_every_request_gets_a_response(job: RunSettings) -> None:
+    report = answer(job)
+    got = [(r["custom_id"], r["response"]["status_code"]) for r in results(job.output)]
+    assert got == [
+        ("a", 200), ("b", 400), ("c", 200), ("a", 400), ("d", 400), (None, 400), ("e", 200),
+    ]  # fmt: skip
+    assert report.failed == {
+        "duplicate_chat_id": 1, "invalid_json": 1, "invalid_value": 1, "unknown_field": 1,
+    }  # fmt: skip
+    assert all(record["error"] is None for record in results(job.output))
+
+
+def test_the_sample_runs(job: RunSettings) -> None:
+    sample = Path(__file__).parents[1] / "sample_inputs" / "openai_batch.jsonl"
+    answer(replace(job, input=sample))
+    statuses = [r["response"]["status_code"] for r in results(job.output)]
+    assert statuses == [200, 200, 400, 400, 200, 400]
+
+
+def test_an_answer_is_in_openais_shape(job: RunSettings) -> None:
+    answer(job)
+    record = results(job.output)[0]
+    assert list(record) == ["id", "custom_id", "response", "error"]
+    assert list(record["response"]) == ["status_code", "request_id", "body"]
+    completion = ChatCompletion.model_validate(record["response"]["body"], strict=True)
+    assert completion.choices[0].message.content is not None
+    assert completion.choices[0].message.content.startswith("one two")
+    assert completion.model == EngineSettings().model, "the model that answered"
+    assert completion.usage is not None
+    assert completion.usage.total_tokens == 3
+
+
+def test_a_refusal_says_which_line_and_why(job: RunSettings) -> None:
+    answer(job)
+    _, tools, _, duplicate, url, torn, _ = results(job.output)
+    assert failure(tools) == {
+        "message": "'tools' is not supported here",
+        "type": "invalid_request_error",
+        "param": "tools",
+        "code": "unknown_field",
+        "line": 2,
+    }
+    assert failure(duplicate)["message"] == "custom_id 'a' was already used on an earlier line"
+    assert (failure(duplicate)["param"], failure(duplicate)["line"]) == ("custom_id", 5)
+    assert failure(url)["message"] == "url must be /v1/chat/completions"
+    assert failure(torn)["code"] == "invalid_json"
+
+
+def test_a_check_finds_what_a_run_finds(job: RunSettings) -> None:
+    answer(job)
+    found = [item.error for item in check_input(job, None) if isinstance(item, Result)]
+    written = results(job.output)
+    assert found == [failure(r)["message"] for r in written if r["response"]["status_code"] != 200]
+
+
+def only_error(job: RunSettings, line: object) -> tuple[str | None, str, str | None]:
+    """What is wrong with a line that stands between two good ones."""
+    write(job, [request("first"), line, request("last")])
+    items = list(check_input(job, None))
+    assert [isinstance(item, Query) for item in items] == [True, False, True]
+    bad = items[1]
+    assert isinstance(bad, Result)
+    return bad.chat_id, str(bad.error), bad.field
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "field"),
+    [
+        ({"custom_id": None}, "custom_id must be a non-empty string", "custom_id"),
+        ({"custom_id": ""}, "custom_id must be a non-empty string", "custom_id"),
+        ({"custom_id": 7}, "custom_id must be a non-empty string", "custom_id"),
+        ({"method": "GET"}, "method must be POST", "method"),
+        ({"url": "/v1/completions"}, "url must be /v1/chat/completions", "url"),
+        ({"body": "x"}, "body must be an object: a request for a chat completion", "body"),
+        ({"priority": 1}, "'priority' is not supported here", "priority"),
+    ],
+)
+def test_a_line_follows_openais_rules(
+    job: RunSettings, change: dict[str, Any], said: str, field: str
+) -> None:
+    assert only_error(job, request("b") | change)[1:] == (said, field)
+
+
+@pytest.mark.parametrize("name", ["custom_id", "method", "url", "body"])
+def test_no_part_of_a_line_may_be_missing(job: RunSettings, name: str) -> None:
+    line = request("b")
+    del line[name]
+    assert only_error(job, line)[1:] == (f"{name} is required", name)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"tools": []}, {"top_logprobs": 99}, {"temperature": -1}, {"messages": []}, {"max_tokens": 0}],
+)
+def test_a_body_is_judged_as_the_server_does(job: RunSettings, body: dict[str, Any]) -> None:
+    line = request("b", **body)
+    with pytest.raises(QueryError) as caught:
+        parse_completion(line["body"], QueryDefaults(), "b")
+    assert only_error(job, line) == ("b", str(caught.value), caught.value.field)
+
+
+def test_a_stream_cannot_be_had(job: RunSettings) -> None:
+    line = request("b", stream=True)
+    assert only_error(job, line) == ("b", "stream cannot be true in a batch", "stream")
+
+
+def test_whatever_model_is_named_or_none_answers_come(job: RunSettings) -> None:
+    """vLLM's files may leave it out; OpenAI's name models that are not here."""
+    nameless = request("b")
+    del nameless["body"]["model"]
+    write(job, [request("a", model="o3"), nameless, request("c", model="m")])
+    assert answer(job).num_answered == 3
+
+
+def test_formats_do_not_mix(job: RunSettings) -> None:
+    own = {"chat_id": "x", "user_prompt": "Hi"}
+    _, said, _ = only_error(job, own)
+    assert "the file begins in OpenAI's batch format" in said
+    write(job, [own, request("b"), own | {"chat_id": "y"}])
+    _, error, _ = check_input(job, None)
+    assert isinstance(error, Result)
+    assert "the file begins in smol's own" in str(error.error)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        '{"custom_id": "a", "method": "POST"',
+        {"method": "POST", "url": "/v1/chat/completions", "body": {}},
+        {"custom_id": "a", "body": None},
+    ],
+)
+def test_a_bad_first_line_is_recognised_too(job: RunSettings, first: object) -> None:
+    answer(write(job, [first, request("b"), request("c")]))
+    assert [r["response"]["status_code"] for r in results(job.output)] == [400, 200, 200]
+
+
+def test_columns_of_the_same_names_do_not_make_a_batch(job: RunSettings) -> None:
+    line = {"chat_id": "a", "user_prompt": "Hi", "url": "x", "body": "y"}
+    job = replace(job, defaults=QueryDefaults(extra_fields="keep"))
+    answer(write(job, [line]))
+    assert results(job.output)[0]["metadata"] == {"url": "x", "body": "y"}
+
+
+def test_a_custom_id_seeds_as_a_chat_id_does(job: RunSettings, tmp_path: Path) -> None:
+    answer(write(job, [request("a")]))
+    own = replace(job, output=tmp_path / "own.jsonl")
+    answer(write(own, [{"chat_id": "a", "messages": MESSAGES}]))
+    [batch], [line] = results(job.output), results(own.output)
+    assert batch["response"]["body"]["choices"][0]["message"]["content"] == line["response"]
+
+
+def test_equal_runs_give_equal_bytes_with_ids_of_their_own(job: RunSettings) -> None:
+    answer(job)
+    again = replace(job, output=job.output.with_name("again.jsonl"))
+    answer(again)
+    assert again.output.read_bytes() == job.output.read_bytes()
+    ids = [r["id"] for r in results(job.output)]
+    assert len(set(ids)) == len(ids)
+    other = replace(again, seed=6, overwrite=True)
+    answer(other)
+    assert not {r["id"] for r in results(other.output)} & set(ids)
+
+
+def test_structure_likelihoods_and_several_answers(job: RunSettings, tiny_folder: Path) -> None:
+    """By the code of /v1: what the server takes in a body, a line takes."""
+    schema = {"type": "integer", "minimum": 0, "maximum": 99}
+    held = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    engine = EngineSettings(str(tiny_folder), dtype="float32", max_batch_size=4, kv_cache_mb=64)
+    lines = [
+        request("a", response_format=held, n=3, temperature=1, logprobs=True, top_logprobs=2),
+        request("b", response_format=held, max_tokens=1, stop="x"),
+        request("c", response_format={"type": "json_object"}, max_tokens=1),
+    ]
+    answer(replace(write(job, lines), engine=engine), open_local)
+    several, refused, cut = results(job.output)
+    completion = ChatCompletion.model_validate(several["response"]["body"], strict=True)
+    assert [choice.index for choice in completion.choices] == [0, 1, 2]
+    for choice in completion.choices:
+        assert 0 <= int(str(choice.message.content)) <= 99
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert len(choice.logprobs.content[0].top_logprobs) == 2
+    assert (failure(refused)["param"], failure(cut)["code"]) == ("stop", "incomplete_json")
+
+
+def test_timings_come_on_request(job: RunSettings) -> None:
+    answer(replace(job, with_timings=True))
+    assert results(job.output)[0]["timings"]["total_s"] == 0.02
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="/dev/fd")
+def test_from_a_pipe_to_a_pipe(job: RunSettings, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """The format of a stream shows with its first line."""
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "wb") as pipe:
+        pipe.write(job.input.read_bytes())
+    answer(replace(job, input=Path(f"/dev/fd/{read_end}"), output=Path("-")))
+    os.close(read_end)
+    lines = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
+    assert [line["custom_id"] for line in lines] == ["a", "b", "c", "a", "d", None, "e"]
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_cut_off_anywhere_it_ends_as_if_undisturbed(
+    job: RunSettings, monkeypatch: pytest.MonkeyPatch, is_split: bool
+) -> None:
+    """Truncated at many places, both files come out the same; `created` is the input's."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)  # hundreds of runs
+    answer(job)
+    running = job.output.read_bytes()
+    errors = job.output.with_name("bad.jsonl") if is_split else None
+    job = replace(job, errors=errors, overwrite=True)
+    answer(job)
+    whole, bad = job.output.read_bytes(), errors.read_bytes() if errors else b""
+    assert len(whole) + len(bad) == len(running)
+    unfinished = replace(load_manifest(job.output), report=None)
+    job = replace(job, overwrite=False)
+    for num_bytes in range(0, len(running), 23):
+        job.output.write_bytes(running[:num_bytes])
+        if errors is not None:
+            errors.unlink()
+        save_manifest(unfinished, job.output)
+        report = answer(job)
+        assert report.num_lines == len(LINES)
+        assert job.output.read_bytes() == whole
+        assert errors is None or errors.read_bytes() == bad
+
+
+def test_created_is_the_inputs_age_as_of_the_first_run(job: RunSettings) -> None:
+    os.utime(job.input, (0, 1_700_000_000))
+    answer(replace(job, limit=1))
+    os.utime(job.input, (0, 1_800_000_000))
+    answer(job)
+    answered = [r for r in results(job.output) if r["response"]["status_code"] == 200]
+    assert {r["response"]["body"]["created"] for r in answered} == {1_700_000_000}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=5,
+)
+FIELDS = {
+    "custom_id": JSON | st.sampled_from(["a", "b", ""]),
+    "method": JSON | st.just("POST"),
+    "url": JSON | st.just("/v1/chat/completions"),
+    "body": JSON | st.fixed_dictionaries({}, optional={"messages": JSON, "model": JSON}),
+    "chat_id": JSON,
+    "error": JSON,
+}
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(st.fixed_dictionaries({}, optional=FIELDS), max_size=8))
+def test_rubbish_never_ends_a_run(job: RunSettings, lines: list[Any]) -> None:
+    """One response comes out for each line in, and a resume understands them all."""
+    write(job, [request("first"), *lines])
+    answer(replace(job, overwrite=True))
+    records = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in job.output.read_bytes().splitlines()
+    ]
+    assert len(records) == len(lines) + 1
+    assert all(record["error"] is None for record in records)
+    answer(job, no_backend)
+
+
+@pytest.fixture
+def split(job: RunSettings) -> RunSettings:
+    """A finished run with its failed lines split off."""
+    job = replace(job, errors=job.output.with_name("bad.jsonl"))
+    answer(job)
+    return job
+
+
+def test_failed_lines_are_split_off(split: RunSettings) -> None:
+    assert split.errors is not None
+    assert [r["custom_id"] for r in results(split.output)] == ["a", "c", "e"]
+    assert [r["custom_id"] for r in results(split.errors)] == ["b", "a", "d", None]
+    before = split.output.stat(), split.errors.stat()
+    report = answer(split, no_backend)
+    assert (report.num_answered, report.num_lines) == (3, 7)
+    assert (split.output.stat(), split.errors.stat()) == before, "left alone"
+
+
+def test_own_lines_are_split_off_too(job: RunSettings) -> None:
+    errors = job.output.with_name("bad.jsonl")
+    write(job, [{"chat_id": "a", "user_prompt": "x"}, {"chat_id": "b"}])
+    answer(replace(job, errors=errors))
+    assert [r["chat_id"] for r in results(job.output)] == ["a"]
+    assert [r["chat_id"] for r in results(errors)] == ["b"]
+
+
+def test_a_finished_output_may_be_split_later(job: RunSettings, split: RunSettings) -> None:
+    late = replace(job, output=job.output.with_name("late.jsonl"))
+    answer(late)
+    late = replace(late, errors=job.output.with_name("late-bad.jsonl"))
+    answer(late, no_backend)
+    assert late.errors is not None
+    assert split.errors is not None
+    assert late.output.read_bytes() == split.output.read_bytes()
+    assert late.errors.read_bytes() == split.errors.read_bytes()
+
+
+def test_where_nothing_failed_there_is_no_file(job: RunSettings) -> None:
+    errors = job.output.with_name("bad.jsonl")
+    answer(replace(write(job, [request("a")]), errors=errors))
+    assert not errors.exists()
+
+
+def test_killed_between_the_two_files_it_is_completed(split: RunSettings) -> None:
+    """First only the new file has the failed lines, then none but it; then the report is lost."""
+    assert split.errors is not None
+    whole, bad = split.output.read_bytes(), split.errors.read_bytes()
+    manifest = json.loads(manifest_path(split.output).read_bytes()) | {"report": None}
+    both = sorted(
+        (whole + bad).splitlines(keepends=True),
+        key=lambda line: int(json.loads(line)["id"].rpartition("_")[2]),
+    )
+    for state in (b"".join(both), whole):
+        split.output.write_bytes(state)
+        manifest_path(split.output).write_text(json.dumps(manifest))
+        answer(split, no_backend)
+        assert (split.output.read_bytes(), split.errors.read_bytes()) == (whole, bad)
+        assert load_manifest(split.output).report is not None
+
+
+def test_a_split_run_may_grow(job: RunSettings, split: RunSettings) -> None:
+    other = replace(job, output=job.output.with_name("o"), errors=job.output.with_name("e"))
+    answer(replace(other, limit=4))
+    with pytest.raises(BackendError):
+        answer(other, lambda settings: DyingBackend(num_answers=0))
+    answer(other)
+    assert split.errors is not None
+    assert other.errors is not None
+    assert other.output.read_bytes() == split.output.read_bytes()
+    assert other.errors.read_bytes() == split.errors.read_bytes()
+
+
+def test_where_all_failed_the_output_is_empty(job: RunSettings) -> None:
+    errors = job.output.with_name("bad.jsonl")
+    job = replace(write(job, [request("a", tools=[])]), errors=errors)
+    answer(job)
+    assert job.output.read_bytes() == b""
+    assert answer(job, no_backend).failed == {"unknown_field": 1}
+
+
+def test_split_off_lines_are_not_left_behind(split: RunSettings) -> None:
+    for errors in (None, split.output.with_name("other.jsonl")):
+        with pytest.raises(ResumeRefused, match=r"are in .*bad.jsonl; give that as --errors"):
+            answer(replace(split, errors=errors), no_backend)
+    assert split.errors is not None
+    split.errors.unlink()
+    with pytest.raises(ResumeRefused, match="lacks results"):
+        answer(split, no_backend)
+    answer(replace(split, overwrite=True))
+    assert len(results(split.errors)) == 4
+
+
+def test_a_file_of_errors_that_is_not_ours_is_left_alone(job: RunSettings) -> None:
+    errors = job.output.with_name("bad.jsonl")
+    errors.write_bytes(b"mine\n")
+    job = replace(job, errors=errors)
+    with pytest.raises(ResumeRefused, match=r"bad.jsonl exists"):
+        answer(job, no_backend)
+    answer(replace(job, errors=None))
+    with pytest.raises(ResumeRefused, match=r"bad.jsonl exists"):
+        answer(job, no_backend)
+    assert errors.read_bytes() == b"mine\n"
+
+
+def test_errors_need_files_of_their_own(job: RunSettings) -> None:
+    for errors in (job.input, job.output, manifest_path(job.output), job.output.parent):
+        with pytest.raises(UsageError):
+            answer(replace(job, errors=errors), no_backend)
+    for change in ({"output": Path("-")}, {"input": Path("-")}):
+        with pytest.raises(UsageError, match="--errors works on files"):
+            answer(replace(job, errors=job.output.with_name("e"), **change), no_backend)
+
+
+def test_a_line_of_another_run_is_refused(job: RunSettings) -> None:
+    answer(replace(job, limit=1))
+    foreign = results(job.output)[0] | {"id": "batch_req_0_2"}
+    with job.output.open("ab") as file:
+        file.write(json.dumps(foreign).encode() + b"\n")
+    with pytest.raises(ResumeRefused, match="line 2 of"):
+        answer(job, no_backend)
+
+
+def test_killed_at_any_moment_it_resumes(job: RunSettings) -> None:
+    """Both files equal those of an undisturbed run, to the byte."""
+    lines = [request(str(n)) if n % 9 else request(str(n), tools=[]) for n in range(400)]
+    job.input.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    whole = replace(job, output=job.output.with_name("whole"), errors=job.output.with_name("bad"))
+    torn = replace(whole, output=job.output.with_name("torn"), errors=job.output.with_name("off"))
+    answer(whole)
+    assert whole.errors is not None
+    assert torn.errors is not None
+    source, num_killed = random.Random(3), 0
+    for _ in range(12):
+        num_killed += answer_until_killed(torn, source.uniform(0, 0.15), 0.001) != 0
+    answer(torn)
+    assert num_killed > 0
+    assert torn.output.read_bytes() == whole.output.read_bytes()
+    assert torn.errors.read_bytes() == whole.errors.read_bytes()

@@ -1,0 +1,453 @@
+"""The command line: what goes to stdout, what to stderr, and what the exit code says."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import DyingBackend, EchoBackend
+from typer.testing import CliRunner, Result
+
+from smolcli import __version__
+from smolcli.cli import app
+from smolcli.manifest import load_manifest
+from smolcli.records import ErrorCode, Query, failure
+from smolcli.settings import EngineSettings
+
+REPOSITORY = Path(__file__).parent.parent
+SAMPLES = REPOSITORY / "sample_inputs"
+GOOD = b'{"chat_id": "1", "user_prompt": "Hi there"}\n'
+BAD = b'{"chat_id": "2"}\n'
+
+OpenBackend = Callable[[EngineSettings], EchoBackend]
+
+
+def smol(*args: object, backend: OpenBackend = EchoBackend, **options: Any) -> Result:
+    """`smol` in this process; the context object opens its backends."""
+    return CliRunner().invoke(app, [str(arg) for arg in args], obj=backend, **options)
+
+
+def process(*args: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """`smol` in a process of its own."""
+    command = [sys.executable, "-m", "smolcli", *(str(arg) for arg in args)]
+    return subprocess.run(command, capture_output=True, cwd=REPOSITORY, **options)
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> Path:
+    """A file of one good line."""
+    path = tmp_path / "queries.jsonl"
+    path.write_bytes(GOOD)
+    return path
+
+
+class Seen(EchoBackend):
+    """Keeps the settings and the queries it was given."""
+
+    settings_seen: EngineSettings
+    queries_seen: list[Query]
+
+    @classmethod
+    def opener(cls) -> tuple["Seen", OpenBackend]:
+        seen = cls()
+        seen.queries_seen = []
+
+        def open_backend(settings: EngineSettings) -> EchoBackend:
+            seen.settings_seen = settings
+            return seen
+
+        return seen, open_backend
+
+    def answer(self, query: Query) -> Any:
+        self.queries_seen.append(query)
+        return super().answer(query)
+
+
+def test_version() -> None:
+    assert smol("--version").stdout == f"smol {__version__}\n"
+
+
+def test_without_a_command_there_is_help() -> None:
+    help_text = smol().output
+    for command in ("run", "ask", "pull"):
+        assert command in help_text
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "smolcli", "run", "--help"],
+        capture_output=True,
+        cwd=REPOSITORY,
+        check=True,
+    )
+    imported = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
+    assert b"smolcli.options" in imported
+    assert not imported & {b"torch", b"transformers", b"numpy", b"tokenizers", b"smolcli.schema"}
+
+
+def test_a_check_does_not_import_torch(queries: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "smolcli", "run", queries, "--check"]
+    done = subprocess.run(command, capture_output=True, cwd=REPOSITORY, check=True)
+    imported = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
+    assert b"smolcli.check" in imported
+    assert not imported & {b"torch", b"transformers", b"numpy"}
+
+
+def test_every_line_answered_is_0_some_failed_is_3(queries: Path) -> None:
+    done = smol("run", queries)
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "answered" in done.stderr
+    output = queries.with_name("queries.results.jsonl")
+    assert str(output) in done.stderr
+    assert json.loads(output.read_bytes())["response"].startswith("Hi there")
+    assert smol("run", queries).exit_code == 0
+    queries.write_bytes(GOOD + BAD)
+    done = smol("run", queries, "--overwrite")
+    assert done.exit_code == 3
+    assert "failed: missing_field" in done.stderr
+    assert smol("run", queries).exit_code == 3
+
+
+def test_a_run_that_failed_is_1_and_says_why_and_how_to_go_on(queries: Path) -> None:
+    done = smol("run", queries, backend=lambda settings: DyingBackend(num_answers=0))
+    assert done.exit_code == 1
+    assert "0 results are in" in done.stderr
+    assert done.stderr.splitlines()[-1] == "smol: the engine died"
+    assert smol("run", queries.with_name("missing")).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--temperature", "-1"], "temperature must be a number from 0 (greedy) to 100"),
+        (["--top-p", "nan"], "top_p must be a number above 0 and up to 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be a whole number from 1"),
+        (["--seed", "-1"], "seed must be a whole number from 0 to 2^63 - 1"),
+        (["--limit", "0"], "--limit"),
+        (["--dtype", "float16"], "--dtype"),
+        (["--no-such-option"], "--no-such-option"),
+        (["-o", "no/such/folder/out"], "no/such/folder/out cannot be a file"),
+    ],
+)
+def test_wrong_usage_is_2(queries: Path, args: list[str], said: str) -> None:
+    done = smol("run", queries, *args)
+    assert done.exit_code == 2
+    assert said in done.stderr
+
+
+def test_other_settings_than_before_are_wrong_usage(queries: Path) -> None:
+    smol("run", queries, "--seed", 1)
+    done = smol("run", queries, "--seed", 2)
+    assert done.exit_code == 2
+    assert "seed was 1, is 2" in done.stderr
+    assert "--overwrite" in done.stderr
+
+
+def test_quiet_says_nothing_but_errors(queries: Path) -> None:
+    assert smol("run", queries, "--quiet").output == ""
+    queries.write_bytes(b"")
+    assert smol("run", queries, "--quiet").stderr.count("\n") == 1
+
+
+def test_every_option_reaches_the_backend(queries: Path) -> None:
+    seen, open_backend = Seen.opener()
+    options = {
+        "--max-new-tokens": 9, "--temperature": 0.5, "--top-p": 0.9, "--top-k": 4,
+        "--repetition-penalty": 1.5, "--seed": 3, "--system": "Be brief.", "--model": "m",
+        "--dtype": "float32", "--device": "cuda", "--threads": 2, "--max-batch-size": 5,
+        "--max-concurrency": 6,
+    }  # fmt: skip
+    done = smol("run", queries, *(part for pair in options.items() for part in pair),
+                backend=open_backend)  # fmt: skip
+    assert done.exit_code == 0
+    assert seen.settings_seen == EngineSettings("m", "float32", "cuda", 2, 5, 6)
+    [query] = seen.queries_seen
+    sampling = query.sampling
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (9, 0.5, 0.9)
+    assert (sampling.top_k, sampling.repetition_penalty) == (4, 1.5)
+    assert query.messages[0].content == "Be brief."
+    assert load_manifest(queries.with_name("queries.results.jsonl")).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "concurrency"),
+    [
+        ({"SMOL_MAX_CONCURRENCY": "3", "HOSTING_MAX_CONCURRENCY": "4"}, 3),
+        ({"HOSTING_MAX_CONCURRENCY": "4"}, 4),
+        ({}, 8),
+    ],
+)
+def test_the_environment_sets_options(
+    queries: Path, variables: dict[str, str], concurrency: int
+) -> None:
+    seen, open_backend = Seen.opener()
+    smol("run", queries, backend=open_backend, env=variables | {"SMOL_MAX_BATCH_SIZE": "2"})
+    assert seen.settings_seen.max_concurrency == concurrency
+    assert seen.settings_seen.max_batch_size == 2
+
+
+def test_every_option_has_its_variable() -> None:
+    for command in ("run", "ask"):
+        help_text = smol(command, "--help", env={"COLUMNS": "200"}).output
+        flags = [line.split()[1] for line in help_text.splitlines() if line.startswith("│ --")]
+        for flag in set(flags) - {"--help"}:
+            assert f"SMOL_{flag[2:].upper().replace('-', '_')}" in help_text
+
+
+def test_limit_extra_fields_and_timings(queries: Path) -> None:
+    queries.write_bytes(b'{"chat_id": "1", "user_prompt": "Hi", "colour": "red"}\n' + BAD)
+    args = ("--limit", 1, "--extra-fields", "keep", "--timings", "-o", queries.with_name("out"))
+    assert smol("run", queries, *args).exit_code == 0
+    [result] = map(json.loads, queries.with_name("out").read_bytes().splitlines())
+    assert result["metadata"] == {"colour": "red"}
+    assert result["timings"] == {"queue_s": 0.0, "first_token_s": 0.01, "total_s": 0.02}
+
+
+def test_failed_lines_are_split_off_and_asked_again(queries: Path) -> None:
+    def failing(settings: EngineSettings) -> EchoBackend:
+        backend = EchoBackend(settings)
+        backend.answer = lambda query: failure(query, "no luck", ErrorCode.INTERNAL)  # type: ignore[method-assign]
+        return backend
+
+    queries.write_bytes(GOOD + BAD)
+    errors, output = queries.with_name("bad.jsonl"), queries.with_name("queries.results.jsonl")
+    assert smol("run", queries, "--errors", errors, backend=failing).exit_code == 3
+    assert (output.read_bytes(), errors.read_bytes().count(b"\n")) == (b"", 2)
+    assert smol("run", queries, "--errors", errors, "--retry-errors").exit_code == 3
+    assert (output.read_bytes().count(b"\n"), errors.read_bytes().count(b"\n")) == (1, 1)
+    assert smol("run", queries, "--retry-errors", "--overwrite").exit_code == 2
+
+
+@pytest.fixture
+def schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file that holds one, and beside it a module with a pydantic model of the same."""
+    monkeypatch.chdir(tmp_path)
+    Path("trips.py").write_text("import pydantic\nclass Trip(pydantic.BaseModel): end: str\n")
+    Path("broken.py").write_text("1 / 0")
+    Path("list.json").write_text("[]")
+    Path("bad.json").write_text('{"type": "nonsense"}')
+    path = Path("trip.json")
+    path.write_text('{"type": "object", "properties": {"end": {"type": "string"}}}')
+    return str(path)
+
+
+def test_a_schema_is_that_of_every_answer(queries: Path, schema: str) -> None:
+    """But of one that says otherwise; another schema, or none, does not go on with the output."""
+    queries.write_bytes(
+        GOOD + b'{"chat_id": "2", "user_prompt": "x", "response_format": {"type": "text"}}\n'
+    )
+    seen, open_backend = Seen.opener()
+    assert smol("run", queries, "--schema", schema, backend=open_backend).exit_code == 0
+    assert smol("ask", "x", "--schema", "trips:Trip", backend=open_backend).exit_code == 0
+    held, free, asked = [query.format for query in seen.queries_seen]
+    assert held is not None
+    assert asked is not None
+    assert free is None
+    assert json.loads(held.schema) == json.loads(Path(schema).read_bytes())
+    assert json.loads(asked.schema)["required"] == ["end"]
+    for options in ([], ["--schema", "trips:Trip"]):
+        done = smol("run", queries, *options)
+        assert (done.exit_code, "schema was" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("none.json", "No such file"),
+        ("trips.py", "not valid JSON"),
+        ("list.json", "does not hold a JSON object"),
+        ("bad.json", "Invalid type: nonsense"),
+        ("trips:Journey", "no attribute 'Journey'"),
+        ("nowhere:Trip", "No module named 'nowhere'"),
+        ("broken:Trip", "ZeroDivisionError"),
+    ],
+)
+def test_what_is_no_schema_is_refused_at_once(
+    queries: Path, schema: str, value: str, reason: str
+) -> None:
+    done = smol("run", queries, "--schema", value)
+    assert done.exit_code == 2
+    assert f"--schema {value}" in done.stderr
+    assert reason in done.stderr
+    assert not list(queries.parent.glob("*.results.jsonl"))
+
+
+def test_stdout_is_data(queries: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    smol("run", queries, "-o", "-")
+    [line] = capfdbinary.readouterr().out.splitlines()
+    assert json.loads(line)["chat_id"] == "1"
+    assert [path.name for path in queries.parent.iterdir()] == ["queries.jsonl"]
+
+
+def test_check_lists_every_bad_line_and_leaves_no_file(tmp_path: Path) -> None:
+    mixed = Path(shutil.copy(SAMPLES / "mixed.jsonl", tmp_path))
+    done = process("run", mixed, "--check")
+    assert done.returncode == 3
+    lines = done.stdout.decode().splitlines()
+    assert len(lines) == 20
+    assert lines[0] == "line 4: missing_field: user_prompt is required and cannot be empty"
+    assert lines[6].endswith("unknown field 'user_promt'; did you mean 'user_prompt'?")
+    assert done.stderr.startswith(b"23 lines, 20 bad")
+    assert list(tmp_path.iterdir()) == [mixed]
+
+
+@pytest.mark.parametrize(("options", "num_calls"), [([], 1), (["--no-dedupe"], 2)])
+def test_equal_questions_are_asked_once(tmp_path: Path, options: list[str], num_calls: int) -> None:
+    same = tmp_path / "same.jsonl"
+    same.write_bytes(GOOD + GOOD.replace(b'"1"', b'"2"'))
+    done = smol("run", same, *options)
+    assert done.exit_code == 0, done.output
+    report = load_manifest(tmp_path / "same.results.jsonl").report
+    assert report is not None
+    assert (report["model_calls"], report["shared_queries"]) == (num_calls, 2 - num_calls)
+
+
+@pytest.mark.parametrize("name", ["queries", "multi_turn", "settings"])
+def test_the_good_samples_are_good(name: str) -> None:
+    done = smol("run", SAMPLES / f"{name}.jsonl", "--check")
+    assert (done.exit_code, done.stdout) == (0, "")
+
+
+def test_the_mixed_sample_has_every_kind_of_bad_line(tmp_path: Path) -> None:
+    smol("run", SAMPLES / "mixed.jsonl", "-o", tmp_path / "out")
+    lines = (tmp_path / "out").read_bytes().splitlines()
+    codes = {json.loads(line).get("error_code") for line in lines}
+    assert codes == {
+        None, "invalid_json", "not_an_object", "missing_field", "invalid_value",
+        "unknown_field", "duplicate_chat_id",
+    }  # fmt: skip
+
+
+def test_check_knows_the_prompts_that_do_not_fit(queries: Path, tiny_folder: Path) -> None:
+    long = json.dumps({"chat_id": "2", "user_prompt": "word " * 5000}).encode()
+    queries.write_bytes(GOOD + long)
+    done = process("run", queries, "--check", "--model", tiny_folder)
+    assert done.returncode == 3
+    assert done.stdout.startswith(b"line 2: prompt_too_long: the prompt has ")
+    done = process("run", queries, "--check", "--model", "someone/unknown-to-this-disk")
+    assert done.returncode == 0
+    assert b"prompt lengths unchecked" in done.stderr
+
+
+def test_ask_prints_the_answer_alone() -> None:
+    done = smol("ask", "Hi there", "--seed", 1)
+    assert done.exit_code == 0
+    assert done.stdout.startswith("Hi there (")
+    assert done.stderr == ""
+
+
+def test_ask_json() -> None:
+    record = json.loads(smol("ask", "Hi", "--json").stdout)
+    assert record["chat_id"] == "ask"
+    assert record["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("args", [["-"], []])
+def test_ask_reads_stdin(args: list[str]) -> None:
+    assert smol("ask", *args, input="What is\nthis?").stdout.startswith("What is this? (")
+
+
+def test_ask_system() -> None:
+    seen, open_backend = Seen.opener()
+    smol("ask", "Hi", "--system", "Be brief.", backend=open_backend)
+    [query] = seen.queries_seen
+    assert [turn.content for turn in query.messages] == ["Be brief.", "Hi"]
+
+
+def test_ask_without_a_question_is_wrong_usage() -> None:
+    done = smol("ask", " ")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "cannot be empty" in done.stderr
+
+
+def test_ask_that_fails_says_why_on_stderr() -> None:
+    class Failing(EchoBackend):
+        def answer(self, query: Query) -> Any:
+            return failure(query, "the prompt is too long", ErrorCode.PROMPT_TOO_LONG)
+
+    done = smol("ask", "Hi", backend=Failing)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "smol: the prompt is too long\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudoterminal")
+def test_ask_streams_to_a_terminal(tiny_folder: Path) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "smolcli", "ask", "Hi", "--max-new-tokens", "8", "--model"]
+    with subprocess.Popen(
+        [*command, str(tiny_folder)], stdout=theirs, stderr=subprocess.PIPE, cwd=REPOSITORY
+    ) as running:
+        os.close(theirs)
+        shown = b""
+        try:
+            while data := os.read(ours, 4096):
+                shown += data
+        except OSError:  # how Linux reports that the other end is closed
+            pass
+    os.close(ours)
+    plain = process("ask", "Hi", "--max-new-tokens", "8", "--model", tiny_folder)
+    assert running.returncode == 0
+    assert shown.decode().split() == plain.stdout.decode().split()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+def test_interrupted_is_130_and_the_same_command_goes_on(tmp_path: Path, tiny_folder: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(
+        "".join(
+            f'{{"chat_id": "{n}", "user_prompt": "Hi {n}", "max_new_tokens": 64}}\n'
+            for n in range(100)
+        )
+    )
+    output = tmp_path / "in.results.jsonl"
+    args = ["run", str(source), "--model", str(tiny_folder), "--max-batch-size", "4"]
+    command = [sys.executable, "-m", "smolcli", *args]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=REPOSITORY) as running:
+        while running.poll() is None and not (output.exists() and output.stat().st_size):
+            time.sleep(0.02)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate()
+    assert running.returncode == 130
+    assert b"the same command goes on from there" in said
+    assert b"Traceback" not in said
+    before = output.read_bytes()
+    assert process(*args).returncode == 0
+    assert output.read_bytes().startswith(before)
+    assert output.read_bytes().count(b"\n") == 100
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes")
+def test_whoever_reads_stdout_may_leave(queries: Path, tiny_folder: Path) -> None:
+    queries.write_bytes(b"".join(b'{"chat_id": "%d"}\n' % number for number in range(20_000)))
+    command = [sys.executable, "-m", "smolcli", "run", str(queries), "-o", "-", "--quiet"]
+    with subprocess.Popen(
+        [*command, "--model", str(tiny_folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=REPOSITORY,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.readline()
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 1
+
+
+def test_stdin_to_a_file_cannot_be_resumed(tmp_path: Path, tiny_folder: Path) -> None:
+    args = ("run", "-", "-o", tmp_path / "out", "--model", tiny_folder, "--max-new-tokens", 3)
+    assert process(*args, input=GOOD).returncode == 0
+    assert load_manifest(tmp_path / "out").input_sha256 is None
+    done = process(*args, input=GOOD)
+    assert done.returncode == 2
+    assert b"a run from stdin cannot be resumed" in done.stderr
+    assert process(*args, "--overwrite", input=GOOD + BAD).returncode == 3

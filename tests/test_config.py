@@ -1,0 +1,112 @@
+"""The config file: flags win over the environment, that over the file, that over defaults."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import Seen, smol
+
+from smolcli.manifest import load_manifest
+
+FILE = """\
+max-new-tokens = 7
+threads = 2
+[ask]
+top-k = 5
+temperature = 0.5
+[serve]
+port = 9000
+api-key = ["first", "second"]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "c.toml"
+    path.write_text(FILE)
+    return path
+
+
+def asked(*args: object, **options: object) -> Seen:
+    """What a backend saw of `smol ... ask Hi`."""
+    seen, open_backend = Seen.opener()
+    done = smol(*args, backend=open_backend, **options)
+    assert done.exit_code == 0, done.stderr
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "tokens"),
+    [
+        (["--max-new-tokens", 9], {"SMOL_MAX_NEW_TOKENS": "8"}, 9),
+        ([], {"SMOL_MAX_NEW_TOKENS": "8"}, 8),
+        ([], {}, 7),
+    ],
+)
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    config: Path, flags: list[object], variables: dict[str, str], tokens: int
+) -> None:
+    seen = asked("--config", config, "ask", "Hi", *flags, env=variables)
+    assert seen.queries_seen[0].sampling.max_new_tokens == tokens
+    assert seen.settings_seen.threads == 2
+
+
+def test_a_table_is_for_its_command_alone(config: Path) -> None:
+    asking = asked("--config", config, "ask", "Hi").queries_seen[0].sampling
+    assert (asking.top_k, asking.temperature) == (5, 0.5)
+    talking = asked("--config", config, "chat", input="Hi\n").queries_seen[0].sampling
+    assert (talking.top_k, talking.max_new_tokens) == (0, 7)
+
+
+def test_what_is_on_can_be_turned_off(tmp_path: Path) -> None:
+    path, queries = tmp_path / "c.toml", tmp_path / "in.jsonl"
+    path.write_text("dedupe = false\ntimings = true\n")
+    queries.write_text('{"chat_id": 1, "user_prompt": "Hi"}\n{"chat_id": 2, "user_prompt": "Hi"}\n')
+    assert smol("--config", path, "run", queries).exit_code == 0
+    output = tmp_path / "in.results.jsonl"
+    report = load_manifest(output).report
+    assert report is not None
+    assert report["model_calls"] == 2
+    assert "timings" in output.read_text()
+
+
+def test_the_variable_names_a_file_too(config: Path) -> None:
+    seen = asked("ask", "Hi", env={"SMOL_CONFIG": str(config)})
+    assert seen.settings_seen.threads == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where Linux keeps settings")
+def test_the_users_own_file_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "settings" / "smol"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("threads = 3\n")
+    own = {"XDG_CONFIG_HOME": str(tmp_path / "settings")}
+    assert asked("ask", "Hi", env=own).settings_seen.threads == 3
+    assert asked("--config", "/dev/null", "ask", "Hi", env=own).settings_seen.threads == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_new_tokens = 3", "no option 'max_new_tokens'; did you mean 'max-new-tokens'?"),
+        ("[serv]\nport = 3", "there is no command 'serv'; did you mean 'serve'?"),
+        ("[ask]\nport = 3", "smol ask has no option 'port'"),
+        ("help = true", "there is no option 'help'"),
+        ('threads = "two"', "threads = 'two': Input should be a valid integer"),
+        ("top-k = 1.5", "top-k = 1.5: Input should be a valid integer"),
+        ("max-batch-size = -1", "greater than or equal to 0"),
+        ('dtype = "float16"', "'float16' is not one of 'auto', 'float32', 'bfloat16'"),
+        ('model = ["a", "b"]', "model takes one value, not a list"),
+        ("threads = x", "is no TOML: Invalid value (at line 1, column 11)"),
+        ("\udcff", "is no TOML"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "bad.toml"
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    done = smol("--config", path, "ask", "Hi")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert str(path) in done.stderr
+    assert said in done.stderr

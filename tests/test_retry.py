@@ -1,0 +1,168 @@
+"""`--retry-errors`: failed lines are asked again, and take their old places or none at all."""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import DyingBackend, EchoBackend
+from run_tools import answer, answer_until_killed, no_backend
+
+from smolcli.errors import BackendError, ResumeRefused, UsageError
+from smolcli.manifest import load_manifest, manifest_path
+from smolcli.records import ErrorCode, Query, Result, failure
+from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
+
+NUM_LINES = 40
+OWN = [{"chat_id": str(n), "user_prompt": f"question {n}"} for n in range(NUM_LINES)]
+BATCH = [
+    {
+        "custom_id": str(n),
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "m", "messages": [{"role": "user", "content": f"question {n}"}]},
+    }
+    for n in range(NUM_LINES)
+]
+BAD = {9: "torn", 20: "{}"}  # numbers of lines, from 0: their faults are the input's own
+
+
+class Flaky(EchoBackend):
+    """Fails every fourth query."""
+
+    def answer(self, query: Query) -> Result:
+        if int(query.chat_id) % 4 == 0:
+            return failure(query, "out of luck", ErrorCode.INTERNAL)
+        return super().answer(query)
+
+
+class Counting(EchoBackend):
+    """Answers all, and keeps whom."""
+
+    def __init__(self, settings: EngineSettings | None = None) -> None:
+        super().__init__(settings)
+        self.seen: list[str] = []
+
+    def answer(self, query: Query) -> Result:
+        self.seen.append(query.chat_id)
+        return super().answer(query)
+
+
+@pytest.fixture(params=[OWN, BATCH], ids=["own", "batch"])
+def job(request: pytest.FixtureRequest, tmp_path: Path) -> RunSettings:
+    """A run of 40 lines in either format, two of them bad."""
+    lines = [BAD.get(n) or json.dumps(line) for n, line in enumerate(request.param)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return RunSettings(tmp_path / "in.jsonl", tmp_path / "out.jsonl", seed=5)
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_only_failed_lines_are_asked_and_take_their_places(job: RunSettings, splits: bool) -> None:
+    whole = replace(job, output=job.output.with_name("whole.jsonl"))
+    job = replace(job, errors=job.output.with_name("bad.jsonl") if splits else None)
+    if splits:
+        whole = replace(whole, errors=job.output.with_name("whole-bad.jsonl"))
+    answer(whole)
+    answer(job, Flaky)
+    assert load_manifest(job.output).report is not None
+    backend = Counting()
+    report = answer(replace(job, retry_errors=True), lambda settings: backend)
+    assert backend.seen == [str(n) for n in range(0, NUM_LINES, 4) if n not in BAD]
+    assert job.output.read_bytes() == whole.output.read_bytes()
+    if job.errors is not None:
+        assert whole.errors is not None
+        assert job.errors.read_bytes() == whole.errors.read_bytes()
+    assert (report.num_answered, report.resumed_lines) == (NUM_LINES - 2, 29)
+    written = load_manifest(job.output).report
+    assert written is not None
+    assert (written["num_answered"], written["num_lines"]) == (NUM_LINES - 2, NUM_LINES)
+
+
+def test_what_fails_again_keeps_its_error(job: RunSettings) -> None:
+    answer(job, Flaky)
+    before = job.output.read_bytes()
+    assert answer(replace(job, retry_errors=True), Flaky).failed["internal"] == 9
+    assert job.output.read_bytes() == before
+
+
+def test_faults_of_the_input_need_no_model(
+    job: RunSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    answer(job)
+    before = job.output.stat()
+    report = answer(replace(job, retry_errors=True), no_backend)
+    assert sum(report.failed.values()) == 2
+    assert "the faults are the input's own" in caplog.text
+    assert job.output.stat() == before
+
+
+def test_a_run_must_be_finished_first(job: RunSettings) -> None:
+    with pytest.raises(UsageError, match="not finished"):
+        answer(replace(job, retry_errors=True), no_backend)
+    answer(replace(job, limit=10), Flaky)
+    before = job.output.read_bytes()
+    with pytest.raises(UsageError, match="not finished"):
+        answer(replace(job, retry_errors=True), no_backend)
+    assert job.output.read_bytes() == before
+    answer(replace(job, limit=10, retry_errors=True))
+    assert len(job.output.read_bytes().splitlines()) == 10
+
+
+def test_other_settings_are_refused(job: RunSettings) -> None:
+    answer(job, Flaky)
+    other = replace(job, defaults=QueryDefaults(system_prompt="x"), retry_errors=True)
+    with pytest.raises(ResumeRefused, match="system_prompt was"):
+        answer(other, no_backend)
+
+
+@pytest.mark.parametrize(
+    "change", [{"overwrite": True}, {"input": Path("-")}, {"output": Path("-")}]
+)
+def test_it_works_on_finished_files(job: RunSettings, change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--retry-errors"):
+        answer(replace(job, retry_errors=True, **change), no_backend)
+
+
+def test_a_backend_that_dies_or_a_user_who_stops_leaves_all_as_it_was(
+    job: RunSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Interrupted(EchoBackend):
+        def answer(self, query: Query) -> Result:
+            if query.chat_id == "12":
+                raise KeyboardInterrupt
+            return super().answer(query)
+
+    caplog.set_level("INFO")
+    answer(job, Flaky)
+    before = job.output.read_bytes(), manifest_path(job.output).read_bytes()
+    names = {path.name for path in job.output.parent.iterdir()}
+    retry = replace(job, retry_errors=True)
+    with pytest.raises(BackendError):
+        answer(retry, lambda settings: DyingBackend(num_answers=3))
+    with pytest.raises(KeyboardInterrupt):
+        answer(retry, Interrupted)
+    assert (job.output.read_bytes(), manifest_path(job.output).read_bytes()) == before
+    assert {path.name for path in job.output.parent.iterdir()} == names
+    assert "is as it was" in caplog.text
+
+
+def test_killed_at_any_moment_it_leaves_the_old_or_the_new(job: RunSettings) -> None:
+    """And whichever it leaves, the next retry ends with the new."""
+    answer(job, Flaky)
+    old, manifest = job.output.read_bytes(), manifest_path(job.output).read_bytes()
+    answer(replace(job, retry_errors=True))
+    new, source, seen = job.output.read_bytes(), random.Random(7), set()
+    for _ in range(6):
+        job.output.write_bytes(old)
+        manifest_path(job.output).write_bytes(manifest)
+        answer_until_killed(replace(job, retry_errors=True), source.uniform(0, 0.09), 0.005)
+        seen.add(job.output.read_bytes())
+        answer(replace(job, retry_errors=True))
+        assert job.output.read_bytes() == new
+        report = load_manifest(job.output).report
+        assert report is not None
+        assert report["num_answered"] == NUM_LINES - 2
+    assert seen <= {old, new}

@@ -1,0 +1,477 @@
+"""`run_file`: whole files in, whole files out, whatever cuts the work short."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fakes import DyingBackend, EchoBackend, SlowBackend
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from run_tools import answer, no_backend, results
+
+from smolcli.backends import Backend
+from smolcli.display import LogDisplay
+from smolcli.errors import BackendError, InputError, ResumeRefused, UsageError
+from smolcli.journal import output_lock
+from smolcli.manifest import Manifest, load_manifest, manifest_path
+from smolcli.records import ErrorCode, Query, Result, Sampling, failure
+from smolcli.run import default_output, run_file
+from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
+
+MIXED = b"""\xef\xbb\xbf{"chat_id": "a", "user_prompt": "one"}
+
+{"chat_id": "b"}
+nonsense
+{"chat_id": "a", "user_prompt": "again"}
+{"chat_id": "b", "user_prompt": "its id is taken, though the first was bad"}
+{"chat_id": 7, "user_prompt": "seven", "metadata": {"row": 1}}
+{"chat_id": "7", "user_prompt": "seven again", "metadata": {"row": 2}}
+{"chat_id": "", "user_prompt": "x"}
+{"chat_id": "", "user_prompt": "x"}
+{"chat_id": "c", "user_prompt": "caf\xc3\xa9 \xe2\x80\xa8"}
+[]
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> RunSettings:
+    """A run of MIXED with a seed of its own."""
+    (tmp_path / "in.jsonl").write_bytes(MIXED)
+    return RunSettings(tmp_path / "in.jsonl", tmp_path / "out.jsonl", seed=5)
+
+
+def test_one_line_out_for_each_line_in(job: RunSettings) -> None:
+    report = answer(job)
+    got = [
+        (r["line"], r["chat_id"], r.get("error_code"), r.get("field")) for r in results(job.output)
+    ]
+    assert got == [
+        (1, "a", None, None),
+        (3, "b", "missing_field", "user_prompt"),
+        (4, None, "invalid_json", None),
+        (5, "a", "duplicate_chat_id", "chat_id"),
+        (6, "b", "duplicate_chat_id", "chat_id"),
+        (7, "7", None, None),
+        (8, "7", "duplicate_chat_id", "chat_id"),
+        (9, "", "missing_field", "chat_id"),
+        (10, "", "missing_field", "chat_id"),
+        (11, "c", None, None),
+        (12, None, "not_an_object", None),
+    ]
+    assert (report.num_lines, report.num_answered) == (11, 3)
+    assert report.failed == {
+        "duplicate_chat_id": 3,
+        "invalid_json": 1,
+        "missing_field": 3,
+        "not_an_object": 1,
+    }
+
+
+def test_a_duplicate_says_so_and_keeps_its_metadata(job: RunSettings) -> None:
+    answer(job)
+    duplicate = results(job.output)[6]
+    assert duplicate["error"] == "chat_id '7' was already used on an earlier line"
+    assert duplicate["metadata"] == {"row": 2}
+
+
+def test_gzip_crlf_and_slow_backends_change_nothing(job: RunSettings, tmp_path: Path) -> None:
+    answer(job)
+    packed = tmp_path / "in2.jsonl.gz"
+    packed.write_bytes(gzip.compress(MIXED.replace(b"\n", b"\r\n")))
+    other = replace(job, input=packed, output=tmp_path / "out2.jsonl")
+    answer(other, lambda settings: SlowBackend())
+    assert other.output.read_bytes() == job.output.read_bytes()
+
+
+def test_a_run_leaves_output_and_manifest_and_nothing_else(job: RunSettings) -> None:
+    answer(job)
+    names = {path.name for path in job.output.parent.iterdir()}
+    assert names == {"in.jsonl", "out.jsonl", "out.jsonl.manifest.json"}
+
+
+def test_the_manifest_says_how_the_output_came_to_be(job: RunSettings) -> None:
+    report = answer(job)
+    manifest = load_manifest(job.output)
+    assert manifest.seed == 5
+    assert manifest.generation["max_new_tokens"] == 256
+    assert manifest.backend is not None
+    assert manifest.backend["dtype"] == "float32"
+    assert manifest.report is not None
+    assert manifest.report["num_lines"] == 11
+    assert manifest.report["completion_tokens"] == report.completion_tokens > 0
+    assert manifest.report["tokens_per_second"] > 0
+    assert manifest.report["model_calls"] == 3
+    assert manifest.report["latency_p50_s"] == pytest.approx(0.02, rel=0.02)
+
+
+def test_the_manifest_is_there_before_the_first_result(job: RunSettings) -> None:
+    seen: list[Manifest] = []
+
+    class Looking(EchoBackend):
+        def answer(self, query: Query) -> Result:
+            seen.append(load_manifest(job.output))
+            return super().answer(query)
+
+    answer(job, Looking)
+    assert seen[0].report is None
+    assert seen[0].input_sha256 == load_manifest(job.output).input_sha256
+
+
+def test_a_drawn_seed_is_kept_for_the_rest_of_the_run(job: RunSettings) -> None:
+    job = replace(job, seed=None)
+    answer(replace(job, limit=3))
+    seed = load_manifest(job.output).seed
+    answer(job)
+    assert load_manifest(job.output).seed == seed
+    answer(replace(job, overwrite=True, seed=seed, output=job.output.with_name("new.jsonl")))
+    assert job.output.with_name("new.jsonl").read_bytes() == job.output.read_bytes()
+
+
+def test_cut_off_anywhere_it_ends_as_if_undisturbed(
+    job: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Truncated at every byte, the output is repaired and the rest of it is the same."""
+    monkeypatch.setattr("os.fsync", lambda fd: None)  # hundreds of runs
+    job.input.write_bytes(b"".join(MIXED.splitlines(keepends=True)[:5]))
+    answer(job)
+    whole = job.output.read_bytes()
+    for num_bytes in range(len(whole)):
+        job.output.write_bytes(whole[:num_bytes])
+        report = answer(job)
+        assert job.output.read_bytes() == whole
+        assert report.num_lines == 4
+        assert report.resumed_lines == whole[:num_bytes].count(b"\n")
+
+
+def test_what_was_written_is_not_written_again(job: RunSettings) -> None:
+    answer(replace(job, limit=6))
+    before = job.output.read_bytes()
+    backends: list[EchoBackend] = []
+
+    def opened(settings: EngineSettings) -> Backend:
+        backends.append(EchoBackend(settings))
+        return backends[-1]
+
+    report = answer(job, opened)
+    assert job.output.read_bytes().startswith(before)
+    assert backends[0].model_calls == 1  # of the three good lines
+    assert backends[0].is_closed
+    assert report.resumed_lines == 6
+
+
+def test_a_complete_output_is_left_alone(job: RunSettings) -> None:
+    first = answer(job)
+    before = job.output.stat()
+    manifest = manifest_path(job.output).read_bytes()
+    report = answer(job, no_backend)
+    assert job.output.stat() == before
+    assert manifest_path(job.output).read_bytes() == manifest
+    assert (report.num_answered, report.failed) == (first.num_answered, first.failed)
+
+
+def test_killed_between_the_last_line_and_the_end_it_needs_no_model(job: RunSettings) -> None:
+    answer(job)
+    path = manifest_path(job.output)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"report": None}))
+    answer(job, no_backend)
+    manifest = load_manifest(job.output)
+    assert manifest.report is not None
+    assert manifest.report["num_lines"] == 11
+
+
+def test_a_smaller_limit_leaves_what_is_there(job: RunSettings) -> None:
+    answer(job)
+    before = job.output.read_bytes()
+    answer(replace(job, limit=2), no_backend)
+    assert job.output.read_bytes() == before
+
+
+def test_the_same_model_by_another_name_goes_on(job: RunSettings) -> None:
+    class Same(EchoBackend):
+        def identity(self) -> dict[str, Any]:
+            return super().identity() | {"model": "the same", "versions": {"torch": "1"}}
+
+    answer(replace(job, limit=3), Same)
+    answer(replace(job, engine=EngineSettings("other/name", max_batch_size=3, threads=2)), Same)
+    assert len(results(job.output)) == 11
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": 6}, "seed was 5, is 6"),
+        ({"with_timings": True}, "timings was false, is true"),
+        ({"engine": EngineSettings("other")}, 'model was "Hugging.*", is "other"'),
+        (
+            {"defaults": QueryDefaults(Sampling(temperature=0.5, top_k=2))},
+            "temperature was 0.0, is 0.5; top_k was 0, is 2",
+        ),
+        (
+            {"defaults": QueryDefaults(system_prompt="Be brief.", extra_fields="keep")},
+            'extra_fields was "error", is "keep"; system_prompt was null, is "Be brief."',
+        ),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    job: RunSettings, change: dict[str, Any], said: str
+) -> None:
+    for limit in (3, None):  # unfinished, finished
+        answer(replace(job, limit=limit))
+        before = job.output.read_bytes()
+        with pytest.raises(ResumeRefused, match=said) as caught:
+            answer(replace(job, **change))
+        assert "--overwrite" in str(caught.value)
+        assert job.output.read_bytes() == before
+    answer(replace(job, **change, overwrite=True))
+
+
+def test_a_changed_input_is_refused(job: RunSettings) -> None:
+    answer(job)
+    job.input.write_bytes(MIXED + b"\n")
+    with pytest.raises(ResumeRefused, match="input_sha256 was"):
+        answer(job)
+
+
+def test_overwrite_starts_anew(job: RunSettings) -> None:
+    answer(job)
+    whole = job.output.read_bytes()
+    job.output.write_bytes(b"something else")
+    answer(replace(job, overwrite=True))
+    assert job.output.read_bytes() == whole
+
+
+def test_overwrite_keeps_the_old_output_where_no_model_can_be_loaded(job: RunSettings) -> None:
+    answer(job)
+    before = job.output.read_bytes()
+
+    def broken(settings: EngineSettings) -> Backend:
+        raise BackendError("no memory")
+
+    with pytest.raises(BackendError):
+        answer(replace(job, overwrite=True), broken)
+    assert job.output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"mine\n", b"no end of line", b'{"chat_id":"1","line":1}\n', b"\x00" * 50 + b"\n"]
+)
+def test_a_file_that_is_not_ours_is_left_alone(job: RunSettings, content: bytes) -> None:
+    job.output.write_bytes(content)
+    with pytest.raises(ResumeRefused, match="--overwrite"):
+        answer(job, no_backend)
+    assert job.output.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"mine",
+        b"[]",
+        b'{"line":3}',
+        b'{"chat_id":1,"line":3,"response":"x"}',
+        b'{"chat_id":"x","line":1,"response":"x"}',
+        b'{"chat_id":"x","line":3,"error_code":"strange"}',
+        b"\x00\x00",
+    ],
+)
+def test_a_line_that_is_no_result_is_refused(job: RunSettings, line: bytes) -> None:
+    answer(replace(job, limit=1))
+    job.output.write_bytes(job.output.read_bytes() + line + b"\n")
+    with pytest.raises(ResumeRefused, match=r"line 2 of .* is not a result"):
+        answer(job)
+
+
+def test_a_dead_backend_ends_the_run_and_the_next_goes_on(job: RunSettings) -> None:
+    whole = job.output.with_name("whole.jsonl")
+    answer(replace(job, output=whole))
+    with pytest.raises(BackendError, match="the engine died"):
+        answer(job, lambda settings: DyingBackend(num_answers=1))
+    assert whole.read_bytes().startswith(job.output.read_bytes())
+    assert len(results(job.output)) == 5
+    answer(job)
+    assert job.output.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("code", ["backend_error", "overloaded", "timeout", "cancelled"])
+def test_a_fault_of_the_backend_is_no_answer(job: RunSettings, code: str) -> None:
+    class Busy(EchoBackend):
+        def answer(self, query: Query) -> Result:
+            if query.chat_id == "a":
+                return super().answer(query)
+            return failure(query, "not now", ErrorCode(code))
+
+    with pytest.raises(BackendError, match="line 7 got no answer: not now"):
+        answer(job, Busy)
+    assert len(results(job.output)) == 5
+
+
+def test_a_fault_of_one_query_is_its_line(job: RunSettings) -> None:
+    class Picky(EchoBackend):
+        def answer(self, query: Query) -> Result:
+            return failure(query, "cannot", ErrorCode.INTERNAL)
+
+    assert answer(job, Picky).failed["internal"] == 3
+
+
+def test_interrupted_it_says_how_to_go_on(
+    job: RunSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Interrupted(EchoBackend):
+        def answer(self, query: Query) -> Result:
+            if query.chat_id == "7":
+                raise KeyboardInterrupt
+            return super().answer(query)
+
+    caplog.set_level("INFO")
+    with pytest.raises(KeyboardInterrupt):
+        answer(job, Interrupted)
+    assert "5 results are in" in caplog.text
+    assert "the same command goes on from there" in caplog.text
+    answer(job)
+    assert len(results(job.output)) == 11
+
+
+def test_an_input_of_nothing_is_answered_without_a_model(job: RunSettings) -> None:
+    job.input.write_bytes(b"\n \n")
+    assert answer(job, no_backend).num_lines == 0
+    assert job.output.read_bytes() == b""
+    assert load_manifest(job.output).report is not None
+
+
+def test_an_input_that_is_missing_or_damaged_touches_nothing(job: RunSettings) -> None:
+    job.input.write_bytes(gzip.compress(MIXED)[:-9])
+    for settings_ in (job, replace(job, input=job.input.with_name("missing"))):
+        with pytest.raises(InputError):
+            answer(settings_, no_backend)
+    assert {path.name for path in job.output.parent.iterdir()} == {"in.jsonl"}
+
+
+def test_the_output_cannot_be_the_input(job: RunSettings) -> None:
+    link = job.input.with_name("link.jsonl")
+    link.symlink_to(job.input)
+    manifest = manifest_path(job.output)
+    manifest.write_bytes(MIXED)
+    for source, output in ((job.input, job.input), (job.input, link), (manifest, job.output)):
+        with pytest.raises(UsageError, match="is the input"):
+            answer(replace(job, input=source, output=output, overwrite=True), no_backend)
+    assert job.input.read_bytes() == manifest.read_bytes() == MIXED
+
+
+def test_the_output_must_have_a_folder_and_be_none(job: RunSettings, tmp_path: Path) -> None:
+    for output in (tmp_path, tmp_path / "no" / "out.jsonl"):
+        with pytest.raises(UsageError, match="cannot be a file"):
+            answer(replace(job, output=output), no_backend)
+
+
+def test_one_run_at_a_time(job: RunSettings) -> None:
+    """The other run is another process; when it is killed, the lock goes with it."""
+    script = (
+        "import sys; from pathlib import Path; from smolcli.journal import output_lock\n"
+        "with output_lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(job.output)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UsageError, match="another run is writing"):
+            answer(job, no_backend)
+        other.kill()
+    answer(job)
+    with output_lock(job.output), pytest.raises(UsageError):
+        answer(job)
+
+
+@pytest.mark.parametrize(
+    ("input", "output"),
+    [
+        ("a/queries.jsonl", "a/queries.results.jsonl"),
+        ("queries.jsonl.gz", "queries.results.jsonl"),
+        ("queries", "queries.results.jsonl"),
+        ("a.b.txt", "a.b.results.jsonl"),
+        ("-", "-"),
+        (os.devnull, "-"),
+    ],
+)
+def test_where_results_go(input: str, output: str) -> None:
+    assert default_output(Path(input)) == Path(output)
+
+
+RUBBISH = st.one_of(
+    st.binary(max_size=200),
+    st.text().map(str.encode),
+    st.sampled_from(
+        [
+            b'{"chat_id": "1", "user_prompt": "x", "temperature": NaN}',
+            b'{"chat_id": "1", "chat_id": "2"}',
+            b'{"chat_id": "\\ud800", "user_prompt": "x"}',
+            b'{"chat_id": "1", "user_prompt": "\\udc00"}',
+            b"[" * 100_000,
+            b'{"metadata":' * 50_000,
+            b'{"chat_id": ' + b"9" * 10_000 + b"}",
+            b'{"chat_id": 1e400}',
+            b'{"chat_id": 1E5, "user_prompt": "x"}',
+            b'{"chat_id": "1", "user_prompt": "x", "max_new_tokens": 99999999999999999999999}',
+            b'{"chat_id": {}, "messages": [{"role": [], "content": {}}]}',
+            b"\xef\xbb\xbf{}",
+            b"\xff\xfe{\x00}\x00",
+        ]
+    ),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            name: st.none() | st.text() | st.integers() | st.floats() | st.lists(st.text())
+            for name in ("chat_id", "user_prompt", "messages", "stop", "seed", "metadata", "x")
+        },
+    ).map(lambda value: json.dumps(value).encode()),
+).map(lambda line: line.replace(b"\n", b" ").replace(b"\r", b" "))
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(RUBBISH, max_size=12), st.sampled_from(["error", "ignore", "keep"]))
+def test_rubbish_never_ends_a_run(job: RunSettings, lines: list[bytes], extra: Any) -> None:
+    """One valid JSON line comes out for each line in, and a resume understands them all."""
+    assume(
+        not lines or not lines[0].startswith(b"\x1f\x8b")
+    )  # a broken packed file, not rubbish lines
+    job.input.write_bytes(b"\n".join(lines))
+    job = replace(job, defaults=QueryDefaults(extra_fields=extra))
+    answer(replace(job, overwrite=True))
+    bom = b"\xef\xbb\xbf"  # dropped at the start, so that a first line of it alone is blank
+    numbers = [n for n, line in enumerate(lines, 1) if line.strip() and (n, line) != (1, bom)]
+    written = job.output.read_bytes().split(b"\n")
+    assert written.pop() == b""
+    records = [json.loads(line.decode(), parse_constant=pytest.fail) for line in written]
+    assert [record["line"] for record in records] == numbers
+    for record in records:
+        assert ("response" in record) != ("error" in record)
+    answer(job, no_backend)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """200,000 lines take less than 50 MB more; their rate is shown by benchmarks/pipeline.py."""
+    source = tmp_path / "in.jsonl"
+    with source.open("w") as file:
+        for number in range(200_000):
+            file.write(f'{{"chat_id": "{number}", "user_prompt": "What is {number}?"}}\n')
+    process = psutil.Process()
+    num_bytes = [process.memory_info().rss]
+
+    class Measuring(LogDisplay):
+        def stop(self) -> None:  # all that the run holds is still there
+            num_bytes.append(process.memory_info().rss)
+
+    report = run_file(RunSettings(source, tmp_path / "out.jsonl"), EchoBackend, Measuring())
+    assert report.num_answered == 200_000
+    assert num_bytes[1] - num_bytes[0] < 50e6

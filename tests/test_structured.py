@@ -1,0 +1,283 @@
+"""Answers held to a schema or to choices, how likely they are, and several of them."""
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import pytest
+from tokenizers import Tokenizer
+
+from smolcli.backends.local import LocalBackend
+from smolcli.backends.open import open_local
+from smolcli.chat import Chat
+from smolcli.formats import JSON_OBJECT, schema_format
+from smolcli.records import AnswerFormat, ErrorCode, FinishReason, Message, Query, Result, Sampling
+from smolcli.settings import EngineSettings
+from smolcli.vocabulary import Vocabulary
+
+WAIT_S = 60
+SCHEMAS: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 8},
+            "age": {"type": "integer", "minimum": 0, "maximum": 130},
+            "tags": {"type": "array", "items": {"enum": ["a", "b", None]}, "maxItems": 3},
+        },
+        "required": ["name", "age", "tags"],
+        "additionalProperties": False,
+    },
+    {"type": "string", "pattern": "^[a-f]{2,5}$"},
+    {"anyOf": [{"type": "boolean"}, {"const": {"x": [1.5, "é日"]}}]},
+    {"$defs": {"d": {"enum": [1, 2, 3]}}, "type": "array", "items": {"$ref": "#/$defs/d"},
+     "minItems": 2, "maxItems": 4},
+]  # fmt: skip
+LONG = schema_format({"type": "array", "items": {"type": "integer"}, "minItems": 500})
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder: Path) -> EngineSettings:
+    return EngineSettings(model=str(tiny_folder), dtype="float32", max_batch_size=8, kv_cache_mb=64)
+
+
+@pytest.fixture
+def backend(settings: EngineSettings) -> Iterator[LocalBackend]:
+    with closing(open_local(settings)) as backend:
+        yield backend
+
+
+def query(text: str = "Why is the sky blue?", **changes: Any) -> Query:
+    sampling = Sampling(max_new_tokens=64)
+    return replace(Query("q", (Message("user", text),), sampling), **changes)
+
+
+def answers(backend: LocalBackend, queries: list[Query]) -> list[Result]:
+    futures = [backend.submit(query) for query in queries]
+    return [future.result(WAIT_S) for future in futures]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 2.0}, {"temperature": 1.5, "top_p": 0.9}, {"repetition_penalty": 1.5},
+     {"temperature": 1.0, "top_k": 3}],
+    ids=str,
+)  # fmt: skip
+def test_every_answer_validates_and_neighbours_are_what_they_were(
+    backend: LocalBackend, options: dict[str, Any]
+) -> None:
+    """A random model would never write JSON; held to a schema, it cannot write anything else."""
+    held = [
+        query(f"Tell {n}.", format=schema_format(schema), sampling=Sampling(64, **options, seed=n))
+        for n, schema in enumerate(SCHEMAS * 2)
+    ]
+    free = [query(f"Question {n}?", sampling=Sampling(24, **options, seed=n)) for n in range(4)]
+    expected = answers(backend, free)
+    *results, a, b, c, d = answers(backend, held + free)
+    for result, schema in zip(results, SCHEMAS * 2, strict=True):
+        assert result.error is None
+        assert result.response is not None
+        jsonschema.validate(json.loads(result.response), schema)
+        assert result.finish_reason == FinishReason.STOP
+    assert [r.response for r in (a, b, c, d)] == [r.response for r in expected]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_an_answer_is_one_of_the_choices(backend: LocalBackend, temperature: float) -> None:
+    """Also where one begins as another does, and what means something in a pattern means itself."""
+    choices = ("yes", "yes, but (not)* [now]", "nein", "日本 \\d+", "<|im_end|>")
+    sampling = [Sampling(64, temperature, seed=n) for n in range(20)]
+    results = answers(
+        backend, [query(format=AnswerFormat(choices=choices), sampling=s) for s in sampling]
+    )
+    assert {r.response for r in results} <= set(choices)
+    assert len({r.response for r in results}) > (1 if temperature else 0)
+
+
+def test_an_answer_that_is_cut_off_is_an_error_and_no_broken_json(backend: LocalBackend) -> None:
+    cut, by_the_model, whole = answers(
+        backend,
+        [
+            query(format=LONG, sampling=Sampling(9)),
+            query(format=LONG, sampling=Sampling(5000)),
+            query(format=schema_format({"type": "integer"}), sampling=Sampling(2)),
+        ],
+    )
+    assert (cut.error_code, by_the_model.error_code) == (ErrorCode.INCOMPLETE_JSON,) * 2
+    assert "cut off after 9 tokens" in str(cut.error)
+    assert cut.response is None
+    assert whole.error is not None or isinstance(json.loads(str(whole.response)), int)
+
+
+@pytest.mark.parametrize(
+    ("schema", "reason"),
+    [
+        ({"type": "nonsense"}, "Invalid type: nonsense"),
+        ({"type": "string", "pattern": "(a"}, "unclosed group"),
+        ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum .5. is greater"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"$ref": "#"}, "no text is one"),
+        ({"$ref": "https://example.org/schema"}, "example.org"),
+        ({"properties": {"a": False}, "type": "object", "required": ["a"]}, "unsatisfiable"),
+        ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf is not supported, but anyOf"),
+        ({"allOf": [{"type": "string", "pattern": c} for c in "abcdefghijkl"]}, "too hard"),
+    ],
+    ids=str,
+)
+def test_a_schema_that_cannot_be_held_is_that_querys_error(
+    backend: LocalBackend, schema: dict[str, Any], reason: str
+) -> None:
+    bad, good = answers(backend, [query(format=schema_format(schema)), query()])
+    assert (bad.error_code, bad.field) == (ErrorCode.INVALID_VALUE, "response_format")
+    assert reason.replace(".5.", "(5)") in str(bad.error)
+    assert not good.is_error
+
+
+def test_a_schema_that_gets_too_hard_on_the_way_ends_the_answer_in_words(tiny_folder: Path) -> None:
+    """More and more states of an automaton; it costs the batch no more than it may."""
+    tokenizer = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
+    vocabulary = Vocabulary(tokenizer.to_str, tokenizer.get_vocab_size(), frozenset([2]))
+    schema = {"type": "string", "pattern": "^.*(a.{9}|b.{99}|[ab].*a.{30})+.{200}$"}
+    constraint = vocabulary.constraint(schema_format(schema))
+    text = random.Random(0)
+    for char in ['"', *text.choices("ab", k=300)]:
+        assert not constraint.is_complete
+        if not constraint.is_over:
+            constraint.mask()
+            constraint.accept(tokenizer.token_to_id(char))
+    assert constraint.is_over
+    assert "its patterns are too hard" in str(constraint.fault)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("PanicException", ErrorCode.INVALID_VALUE), ("Else", ErrorCode.INTERNAL)],
+)
+def test_a_panic_in_the_library_is_one_querys_error(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch, name: str, code: ErrorCode
+) -> None:
+    """pyo3's exception for a panic in Rust is no Exception: the run would wait for ever."""
+    panic = type(name, (BaseException,), {})
+
+    def fail(*args: Any, **options: Any) -> str:
+        raise panic("index out of bounds")
+
+    monkeypatch.setattr("llguidance.LLMatcher", SimpleNamespace(grammar_from_json_schema=fail))
+    bad, good = answers(backend, [query(format=LONG), query()])
+    assert bad.error_code == code
+    assert "index out of bounds" in str(bad.error)
+    assert not good.is_error
+
+
+def test_any_json_object_will_do(backend: LocalBackend) -> None:
+    sampling = [Sampling(200, 1.0, seed=n) for n in range(12)]
+    results = answers(
+        backend, [query(format=AnswerFormat(schema=JSON_OBJECT), sampling=s) for s in sampling]
+    )
+    whole = [json.loads(str(r.response)) for r in results if r.error is None]
+    assert whole
+    assert all(isinstance(value, dict) for value in whole)
+    assert {r.error_code for r in results} <= {None, ErrorCode.INCOMPLETE_JSON}
+
+
+def test_likelihoods_are_told_for_each_token_of_the_text(backend: LocalBackend) -> None:
+    plain, told = answers(backend, [query(), query(top_logprobs=3)])
+    assert told.response == plain.response
+    assert plain.logprobs is None
+    assert told.logprobs is not None
+    spelled = b"".join(bytes(entry["bytes"]) for entry in told.logprobs)
+    assert spelled.decode(errors="ignore").strip() == told.response.replace("\ufffd", "").strip()
+    for entry in told.logprobs:
+        best = entry["top_logprobs"][0]
+        assert (entry["token"], entry["logprob"]) == (best["token"], best["logprob"]), "greedy"
+        assert [each["logprob"] for each in entry["top_logprobs"]] == sorted(
+            (each["logprob"] for each in entry["top_logprobs"]), reverse=True
+        )
+
+
+def test_likelihoods_are_transformers(backend: LocalBackend, tiny_folder: Path) -> None:
+    """Each is that of a forward pass over the whole text, and so are the likeliest ones."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    (result,) = answers(backend, [query(top_logprobs=5, sampling=Sampling(12, 1.0, seed=3))])
+    chat = Chat.load(tiny_folder)
+    spell = Vocabulary(chat.tokenizer_json, 384, frozenset([2])).speller()
+    ids = {spell(token): token for token in range(3, 384)}
+    prompt = chat.encode(query().messages)
+    assert result.logprobs is not None
+    answer = [ids[bytes(entry["bytes"])] for entry in result.logprobs]
+    model = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    for row, token, entry in zip(expected, answer, result.logprobs, strict=True):
+        likeliest = [each["logprob"] for each in entry["top_logprobs"]]
+        assert entry["logprob"] == pytest.approx(row[token].item(), abs=2e-4)
+        assert likeliest == pytest.approx(row.topk(5).values.tolist(), abs=2e-4)
+
+
+def test_likelihoods_of_choices_are_theirs_alone(backend: LocalBackend) -> None:
+    """What is forced is certain, and what is forbidden is not among the likeliest."""
+    asked = query(format=AnswerFormat(choices=("ab", "ac")), top_logprobs=20)
+    (result,) = answers(backend, [asked])
+    assert result.logprobs is not None
+    assert {each["token"] for entry in result.logprobs for each in entry["top_logprobs"]} <= {
+        *("a", "ab", "ac", "b", "c")
+    }
+
+
+def test_several_answers_are_drawn_and_the_first_is_the_only_one_of_one(
+    backend: LocalBackend,
+) -> None:
+    one = query(sampling=Sampling(12, temperature=1.5, seed=5))
+    several = replace(one, n=4)
+    alone, first, again = answers(backend, [one, several, several])
+    assert first.response == alone.response
+    texts = [first.response, *(other.response for other in first.alternatives)]
+    assert len(texts) == 4
+    assert len(set(texts)) > 1
+    assert texts == [again.response, *(other.response for other in again.alternatives)]
+    assert first.usage is not None
+    assert alone.usage is not None
+    assert first.usage.prompt_tokens == alone.usage.prompt_tokens
+    record = first.record()
+    assert [each["response"] for each in record["alternatives"]] == texts[1:]
+    assert "usage" not in record["alternatives"][0]
+
+
+def test_one_of_several_that_fails_is_the_error_of_all(backend: LocalBackend) -> None:
+    asked = query(format=LONG, sampling=Sampling(9, 1.0), n=3)
+    (result,) = answers(backend, [asked])
+    assert result.error_code == ErrorCode.INCOMPLETE_JSON
+    assert not result.alternatives
+
+
+def test_cancelling_several_frees_all_their_slots(backend: LocalBackend) -> None:
+    future = backend.submit(query(sampling=Sampling(400, 1.0), n=8))
+    assert future.cancel()
+    answers(backend, [query()])
+    health = backend.health()
+    assert (health.num_running, health.num_waiting) == (0, 0)
+
+
+@pytest.mark.model
+def test_the_real_model_extracts(model_folder: Path) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    text = "Extract the name and the age as JSON: Maria Lopez is 34 and lives in Madrid."
+    settings = EngineSettings(model=str(model_folder), max_batch_size=2, kv_cache_mb=64)
+    with closing(open_local(settings)) as backend:
+        (result,) = answers(backend, [query(text, format=schema_format(schema), top_logprobs=1)])
+    assert json.loads(str(result.response)) == {"name": "Maria Lopez", "age": 34}
+    assert result.logprobs is not None
+    assert "".join(entry["token"] for entry in result.logprobs) == result.response
