@@ -7,7 +7,7 @@ from torch import Tensor
 from smolcli.backends.local import LocalBackend
 from smolcli.chat import Chat
 from smolcli.engine.engine import Engine
-from smolcli.engine.model import Batch, LlamaModel
+from smolcli.engine.model import Batch, Model
 from smolcli.engine.setup import choose
 from smolcli.models.load import load_config, load_model
 from smolcli.models.resolve import resolve
@@ -20,7 +20,7 @@ class BreakableModel:
 
     poison = "Play the xylophone"
 
-    def __init__(self, model: LlamaModel, chat: Chat) -> None:
+    def __init__(self, model: Model, chat: Chat) -> None:
         self._model = model
         harmless = set(chat.encode((Message("user", "Play the"),)))
         self._poison_id = max(set(chat.encode((Message("user", self.poison),))) - harmless)
@@ -45,7 +45,9 @@ def open_breakable(settings: EngineSettings, models: list[BreakableModel]) -> Lo
     chat = Chat.load(folder)
 
     def build_engine() -> Engine:
-        models.append(BreakableModel(load_model(folder, setup.dtype, setup.device), chat))
+        models.append(
+            BreakableModel(load_model(folder, setup.dtype, setup.device, setup.kernels), chat)
+        )
         return Engine(models[0], setup.slots, setup.cache_bytes)
 
     return LocalBackend(lambda: chat, build_engine, {}, settings.max_concurrency)

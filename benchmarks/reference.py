@@ -13,10 +13,9 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,33 +103,60 @@ def run_transformers(
     return outcome(name, dtype, tokens, began, calls, latencies)
 
 
-def measure(systems: list[str], queries: list[Query], args: argparse.Namespace) -> list[Outcome]:
-    """Each system `--runs` times, taking turns; one by one only once, it takes minutes."""
-    torch.manual_seed(0)
-    settings = EngineSettings(args.model, args.dtype, max_batch_size=args.max_batch_size)
-    tries: dict[str, Callable[[], Outcome]] = {}
-    outcomes: list[Outcome] = []
-    with closing(open_local(settings)) as backend:
-        dtype = backend.identity()["dtype"]
-        warm_up = [replace(q, sampling=Sampling(max_new_tokens=4)) for q in queries]
-        list(answer_all(warm_up, backend))
-        if "smol" in systems:
-            tries["smol"] = lambda: run_smol(queries, backend, dtype)
-        if {"static", "sequential"} & set(systems):
+class Systems:
+    """smol and transformers, each on threads that end with its turn.
+
+    What computes with OpenMP keeps the workers of its thread; two such threads hinder each other.
+    """
+
+    def __init__(self, queries: list[Query], args: argparse.Namespace) -> None:
+        self._queries = queries
+        self._warm_up = [replace(q, sampling=Sampling(max_new_tokens=4)) for q in queries]
+        self._settings = EngineSettings(
+            args.model, args.dtype, max_batch_size=args.max_batch_size, kernels=args.kernels
+        )
+        self._folder = resolve(args.model).folder
+        self._chat = Chat.load(self._folder)
+        self._model: torch.nn.Module | None = None
+
+    def smol(self) -> Outcome:
+        """Through the pipeline, warm."""
+        with closing(open_local(self._settings)) as backend:
+            list(answer_all(self._warm_up, backend))
+            return run_smol(self._queries, backend, self._settings.dtype)
+
+    def static(self) -> Outcome:
+        """transformers in batches of a fixed size."""
+        return self._transformers(STATIC_BATCH)
+
+    def sequential(self) -> Outcome:
+        """transformers, one question after the other."""
+        return self._transformers(1)
+
+    def _transformers(self, size: int) -> Outcome:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(self._run_transformers, size).result()
+
+    def _run_transformers(self, size: int) -> Outcome:
+        if self._model is None:
             from transformers import AutoModelForCausalLM
 
-            folder = resolve(args.model).folder
-            chat = Chat.load(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-            run_transformers(warm_up[:STATIC_BATCH], chat, model, dtype, STATIC_BATCH)
-            for name, size in (("static", STATIC_BATCH), ("sequential", 1)):
-                if name in systems:
-                    tries[name] = partial(run_transformers, queries, chat, model, dtype, size)
-        for turn in range(args.runs):
-            for name, attempt in tries.items():
-                if turn == 0 or name != "sequential":
-                    outcomes.append(attempt())
-    return outcomes
+            dtype = getattr(torch, self._settings.dtype)
+            self._model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=dtype)
+        run_transformers(self._warm_up[:size], self._chat, self._model, "", size)
+        return run_transformers(self._queries, self._chat, self._model, self._settings.dtype, size)
+
+
+def measure(names: list[str], queries: list[Query], args: argparse.Namespace) -> list[Outcome]:
+    """Each system `--runs` times, taking turns; one by one only once, it takes minutes."""
+    torch.manual_seed(0)
+    systems = Systems(queries, args)
+    return [
+        getattr(systems, name)()
+        for turn in range(args.runs)
+        for name in names
+        if turn == 0 or name != "sequential"
+    ]
 
 
 def medians(outcomes: list[Outcome]) -> list[Outcome]:
@@ -170,6 +196,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--systems", default="smol,static")
+    parser.add_argument("--kernels", default="auto", choices=["auto", "native", "torch"])
     parser.add_argument("--max-batch-size", type=int, default=EngineSettings().max_batch_size)
     parser.add_argument("--questions", type=int, default=64, help="the first so many")
     parser.add_argument("--max-new-tokens", type=int, default=128)

@@ -149,10 +149,11 @@ def _chosen(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
         yield Finding("chosen", str(exc), "choose another --model or --device", is_fatal=True)
         return
     dtype = str(setup.dtype).removeprefix("torch.")
+    kernels = "native" if setup.kernels else f"torch ({setup.why_torch})"
     yield Finding(
         "chosen",
-        f"{dtype} on {setup.device}; threads: {setup.threads}, slots: {setup.slots}, "
-        f"keys and values: at most {_gib(setup.cache_bytes)}",
+        f"{dtype} on {setup.device}; kernels: {kernels}, threads: {setup.threads}, "
+        f"slots: {setup.slots}, keys and values: at most {_gib(setup.cache_bytes)}",
     )
     yield _memory(setup)
 

@@ -38,6 +38,7 @@ class EngineSettings:
     max_concurrency: int = 8
     kv_cache_mb: int = 0
     prefix_cache_mb: int = 64
+    kernels: Literal["auto", "native", "torch"] = "auto"
 
     @property
     def most_slots(self) -> int:

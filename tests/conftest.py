@@ -140,11 +140,11 @@ def _save_tiny_llama(folder: Path, vocab_size: int) -> None:
 
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=48,
+        hidden_size=96,
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=32,
         intermediate_size=96,
         max_position_embeddings=512,
         tie_word_embeddings=True,

@@ -162,12 +162,12 @@ def test_every_option_reaches_the_backend(queries: Path) -> None:
         "--max-new-tokens": 9, "--temperature": 0.5, "--top-p": 0.9, "--top-k": 4,
         "--repetition-penalty": 1.5, "--seed": 3, "--system": "Be brief.", "--model": "m",
         "--dtype": "float32", "--device": "cuda", "--threads": 2, "--max-batch-size": 5,
-        "--max-concurrency": 6,
+        "--max-concurrency": 6, "--kernels": "torch",
     }  # fmt: skip
     done = smol("run", queries, *(part for pair in options.items() for part in pair),
                 backend=open_backend)  # fmt: skip
     assert done.exit_code == 0
-    assert seen.settings_seen == EngineSettings("m", "float32", "cuda", 2, 5, 6)
+    assert seen.settings_seen == EngineSettings("m", "float32", "cuda", 2, 5, 6, kernels="torch")
     [query] = seen.queries_seen
     sampling = query.sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (9, 0.5, 0.9)

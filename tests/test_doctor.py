@@ -85,8 +85,8 @@ def test_models_are_listed_shown_and_removed(home: Path, tiny_folder: Path) -> N
     folder = fill_store(home, tiny_folder)
     (fill_store(home, tiny_folder, "some/other") / "config.json").unlink()
     lines = smol("models", "list").stdout.splitlines()
-    assert lines[0].split() == ["some/other", "0", "MB", "damaged"]
-    assert lines[1].split() == [MODEL, "0", "MB", "pypi", "abc"]
+    assert lines[0].split() == ["some/other", "1", "MB", "damaged"]
+    assert lines[1].split() == [MODEL, "1", "MB", "pypi", "abc"]
     listed = json.loads(smol("models", "list", "--json").stdout)
     size = sum(path.stat().st_size for path in folder.iterdir())
     expected = {"name": MODEL, "bytes": size, "source": "pypi", "revision": "abc"}

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolcli.engine.engine import Engine
-from smolcli.engine.model import Batch, LlamaModel
+from smolcli.engine.model import Batch, Model
+from smolcli.engine.native.build import NoKernels, load_kernels
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, ModelError, PromptTooLong
 from smolcli.models.load import load_config, load_model
@@ -20,10 +22,11 @@ from smolcli.records import FinishReason, Sampling
 
 CPU = torch.device("cpu")
 MEGABYTE = 1 << 20
+KERNELS = ("native", "torch")
 SHAPES = {  # heads, kv heads, tied embeddings: SmolLM2's three sizes and an untied one, scaled down
     "135M": (9, 3, True),
     "360M": (15, 5, True),
-    "1.7B": (32, 32, True),
+    "1.7B": (8, 8, True),
     "untied": (4, 2, False),
 }
 
@@ -34,17 +37,17 @@ def save_llama(folder: Path, shape: tuple[int, int, bool]) -> Any:
 
     heads, kv_heads, is_tied = shape
     config = LlamaConfig(
-        vocab_size=160,
-        hidden_size=heads * 8,
+        vocab_size=170,
+        hidden_size=heads * 32,
         num_hidden_layers=3,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=8,
-        intermediate_size=heads * 20,
+        head_dim=32,
+        intermediate_size=heads * 48,
         max_position_embeddings=512,
         rope_theta=10000.0,
         tie_word_embeddings=is_tied,
-        initializer_range=0.2,
+        initializer_range=0.1,
         bos_token_id=1,
         eos_token_id=[2, 5],
         pad_token_id=2,
@@ -59,16 +62,26 @@ def save_llama(folder: Path, shape: tuple[int, int, bool]) -> Any:
     return model
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+def load(folder: Path, kernels: str) -> Model:
+    """Our model in float32, computed by our own kernels or torch's."""
+    try:
+        ours = load_kernels(torch.float32) if kernels == "native" else None
+    except NoKernels as exc:
+        pytest.skip(str(exc))
+    return load_model(folder, torch.float32, CPU, ours)
+
+
+@pytest.fixture(scope="module", params=product(SHAPES, KERNELS), ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers' model and ours, of the same weights."""
+    shape, kernels = request.param
     folder = tmp_path_factory.mktemp("llama")
-    theirs = save_llama(folder, SHAPES[request.param])
+    theirs = save_llama(folder, SHAPES[shape])
     questions = prompts(14)
     lengths = [1 + 11 * i % 70 for i in range(len(questions))]
     return SimpleNamespace(
         theirs=theirs,
-        ours=load_model(folder, torch.float32, CPU),
+        ours=load(folder, kernels),
         questions=questions,
         answers=[
             reference(theirs, q, max_new_tokens=n) for q, n in zip(questions, lengths, strict=True)
@@ -77,11 +90,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaModel:
+@pytest.fixture(scope="module", params=KERNELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("llama")
     save_llama(folder, SHAPES["135M"])
-    return load_model(folder, torch.float32, CPU)
+    return load(folder, request.param)
 
 
 def prompts(count: int, longest: int = 90) -> list[list[int]]:
@@ -129,7 +142,7 @@ def test_a_known_beginning_changes_no_token(pair: Any, max_step_tokens: int) -> 
     questions = [system + q[:20] for q in pair.questions[:6]]
     expected = [reference(pair.theirs, q, max_new_tokens=12) for q in questions]
     engine = Engine(
-        pair.ours, 4, 64 * MEGABYTE, prefix_bytes=MEGABYTE, max_step_tokens=max_step_tokens
+        pair.ours, 4, 64 * MEGABYTE, prefix_bytes=4 * MEGABYTE, max_step_tokens=max_step_tokens
     )
     for _ in range(2):
         assert generate(engine, [greedy(q, 12) for q in questions]) == expected
@@ -137,7 +150,7 @@ def test_a_known_beginning_changes_no_token(pair: Any, max_step_tokens: int) -> 
     assert prefixes.num_hit_tokens > prefixes.num_asked_tokens // 2
 
 
-def test_the_prefix_cache_is_bounded_and_drops_the_oldest(model: LlamaModel) -> None:
+def test_the_prefix_cache_is_bounded_and_drops_the_oldest(model: Model) -> None:
     block = model.config.cache_bytes(4, 4)
     engine = Engine(model, 2, 64 * MEGABYTE, prefix_bytes=6 * block)
     hits = []
@@ -153,7 +166,7 @@ def test_every_end_of_sequence_id_ends(pair: Any) -> None:
     assert pair.ours.config.eos_ids == {2, 5}
 
 
-def test_a_freed_slot_is_refilled_at_the_next_step(model: LlamaModel) -> None:
+def test_a_freed_slot_is_refilled_at_the_next_step(model: Model) -> None:
     """Two slots, one long answer and three short ones: the short ones pass through beside it."""
     engine = Engine(Endless(model), 2, 64 * MEGABYTE)
     shorts = [greedy([10 + i, 20], 5) for i in range(3)]
@@ -161,7 +174,7 @@ def test_a_freed_slot_is_refilled_at_the_next_step(model: LlamaModel) -> None:
     assert engine.num_steps == 60
 
 
-def test_a_neighbours_content_never_changes_a_row(model: LlamaModel) -> None:
+def test_a_neighbours_content_never_changes_a_row(model: Model) -> None:
     """At equal shapes the hidden states of a row are the same bits whoever else is in the batch."""
     seen = []
     for other in (11, 97):
@@ -176,9 +189,9 @@ def test_a_neighbours_content_never_changes_a_row(model: LlamaModel) -> None:
 class Endless:
     """A model without an end-of-sequence token."""
 
-    def __init__(self, model: LlamaModel) -> None:
+    def __init__(self, model: Model) -> None:
         self.config = replace(model.config, eos_ids=frozenset())
-        self.dtype, self.device, self.head = model.dtype, model.device, model.head
+        self.head, self.make_cache = model.head, model.make_cache
         self._model = model
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -188,7 +201,7 @@ class Endless:
 class Recorder(Endless):
     """Keeps the hidden states."""
 
-    def __init__(self, model: LlamaModel) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__(model)
         self.hidden: list[torch.Tensor] = []
 
@@ -197,7 +210,7 @@ class Recorder(Endless):
         return hidden
 
 
-def test_sampling_depends_on_the_seed_alone(model: LlamaModel) -> None:
+def test_sampling_depends_on_the_seed_alone(model: Model) -> None:
     hot = Sampling(max_new_tokens=20, temperature=1.3, top_k=50, top_p=0.9, seed=5)
     alone = generate(Engine(model, 1, 64 * MEGABYTE), [Sequence([9, 9], hot)])[0]
     crowd = [Sequence(p, hot) for p in prompts(6)]
@@ -216,7 +229,7 @@ def test_repetition_penalty_equals_transformers(pair: Any, penalty: float) -> No
     assert generate(engine, [Sequence(prompt, settings_)])[0] == expected
 
 
-def test_a_prompt_without_room_is_refused_with_its_counts(model: LlamaModel) -> None:
+def test_a_prompt_without_room_is_refused_with_its_counts(model: Model) -> None:
     engine = Engine(model, 2, 64 * MEGABYTE)
     with pytest.raises(PromptTooLong, match="512 tokens; at most 511"):
         engine.add(greedy([9] * 512))
@@ -225,13 +238,13 @@ def test_a_prompt_without_room_is_refused_with_its_counts(model: LlamaModel) -> 
     assert last.num_output == 1
 
 
-def test_a_smaller_room_ends_as_length(model: LlamaModel) -> None:
+def test_a_smaller_room_ends_as_length(model: Model) -> None:
     sequence = greedy([9] * 500, 10**30)
     generate(Engine(Endless(model), 2, 64 * MEGABYTE), [sequence])
     assert (sequence.num_output, sequence.finish_reason) == (12, FinishReason.LENGTH)
 
 
-def test_the_cache_is_bounded(model: LlamaModel) -> None:
+def test_the_cache_is_bounded(model: Model) -> None:
     """Sequences wait for memory, however many slots there are; all are answered."""
     per_sequence = model.config.cache_bytes(128, 4)
     engine = Engine(model, 16, 3 * per_sequence)
@@ -259,9 +272,7 @@ class Faulty(Endless):
 
 @given(culprits=st.sets(st.integers(0, 8), max_size=4))
 @settings(max_examples=12, deadline=None)
-def test_a_failing_step_is_narrowed_down_to_its_culprits(
-    model: LlamaModel, culprits: set[int]
-) -> None:
+def test_a_failing_step_is_narrowed_down_to_its_culprits(model: Model, culprits: set[int]) -> None:
     """The others are answered, and with the same tokens as without the culprits."""
     questions = [[20 + i, 30, 31] for i in range(9)]
     faulty = Faulty(model)
@@ -280,7 +291,7 @@ def test_a_failing_step_is_narrowed_down_to_its_culprits(
             assert sequence.output_ids == expected[i]
 
 
-def test_an_engine_that_always_fails_is_gone(model: LlamaModel) -> None:
+def test_an_engine_that_always_fails_is_gone(model: Model) -> None:
     faulty = Faulty(model)
     faulty.poison = frozenset(range(160))
     engine = Engine(faulty, 4, 64 * MEGABYTE)
@@ -290,7 +301,7 @@ def test_an_engine_that_always_fails_is_gone(model: LlamaModel) -> None:
         engine.step()
 
 
-def test_stopping_frees_everything_at_once(model: LlamaModel) -> None:
+def test_stopping_frees_everything_at_once(model: Model) -> None:
     """The row that moves into a freed place was once written to outside inference mode."""
     engine = Engine(Endless(model), 3, 64 * MEGABYTE)
     sequences = [greedy(p) for p in prompts(5)]

@@ -17,6 +17,7 @@ import pytest
 from model_stores import MODEL, fill_store
 
 import smolcli
+from smolcli.errors import BackendError
 from smolcli.manifest import load_manifest
 
 pytest.importorskip("ray")
@@ -102,7 +103,7 @@ def whole(questions: Path, tiny_folder: Path) -> Path:
 
 def start(questions: Path, output: Path, *options: str, **how: Any) -> "subprocess.Popen[bytes]":
     """`smol run` somewhere else than in the repository, whose path workers would inherit."""
-    arguments = [str(questions), "-o", str(output), "--max-new-tokens", "120"]
+    arguments = [str(questions), "-o", str(output), "--max-new-tokens", "320"]
     return subprocess.Popen(
         [sys.executable, "-m", "smolcli", "run", *arguments, *SETTINGS, *options],
         cwd=questions.parent,
@@ -250,6 +251,14 @@ def test_a_node_with_another_version_is_refused(
     assert f"has smol 0.0.0, and this machine {smolcli.__version__}" in talk.decode()
     assert b"Traceback" not in talk
     assert not output.exists()
+
+
+def test_a_node_with_other_kernels_is_refused() -> None:
+    from smolcli.backends.ray import refuse_other_kernels
+
+    refuse_other_kernels("b", {"kernels": "native"}, {"kernels": "native"})
+    with pytest.raises(BackendError, match="node b computes with torch kernels, and another"):
+        refuse_other_kernels("b", {"kernels": "torch"}, {"kernels": "native"})
 
 
 def test_a_cluster_too_small_is_told_at_once(

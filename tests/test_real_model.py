@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from itertools import chain
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,10 @@ import pytest
 import torch
 
 from smolcli.chat import Chat
-from smolcli.engine.attention import PromptSpan
 from smolcli.engine.engine import Engine
-from smolcli.engine.model import Batch, LlamaModel
-from smolcli.engine.sequence import Sequence
+from smolcli.engine.model import Model
+from smolcli.engine.native.build import NoKernels, load_kernels
+from smolcli.engine.sequence import Sequence, Work
 from smolcli.models.load import load_model
 from smolcli.records import Message, Sampling
 
@@ -21,7 +23,6 @@ pytestmark = pytest.mark.model
 QUESTIONS = Path(__file__).parents[1] / "smolcli" / "bench" / "reference.jsonl"
 NUM_QUESTIONS = 20
 NUM_TOKENS = 32
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,18 @@ def prompts(model_folder: Path) -> list[list[int]]:
     return [chat.encode([Message("user", json.loads(line)["user_prompt"])]) for line in lines]
 
 
-@pytest.fixture(scope="module")
-def ours(model_folder: Path) -> LlamaModel:
-    return load_model(model_folder, torch.float32, CPU)
+@pytest.fixture(scope="module", params=["native", "torch"])
+def ours(request: pytest.FixtureRequest, model_folder: Path) -> Model:
+    return load(model_folder, torch.float32, request.param)
+
+
+def load(folder: Path, dtype: torch.dtype, kernels: str) -> Model:
+    """Our model, computed by our own kernels or torch's."""
+    try:
+        ours = load_kernels(dtype) if kernels == "native" else None
+    except NoKernels as exc:
+        pytest.skip(str(exc))
+    return load_model(folder, dtype, torch.device("cpu"), ours)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +68,10 @@ def expected(theirs: Any, prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
-def generate(model: LlamaModel, prompts: list[list[int]], max_batch_size: int) -> list[list[int]]:
-    engine = Engine(model, max_batch_size, 1 << 30)
+def generate(
+    model: Model, prompts: list[list[int]], max_batch_size: int, max_step_tokens: int = 256
+) -> list[list[int]]:
+    engine = Engine(model, max_batch_size, 1 << 30, max_step_tokens=max_step_tokens)
     sequences = [Sequence(p, Sampling(max_new_tokens=NUM_TOKENS)) for p in prompts]
     for sequence in sequences:
         engine.add(sequence)
@@ -70,37 +82,48 @@ def generate(model: LlamaModel, prompts: list[list[int]], max_batch_size: int) -
 
 @pytest.mark.parametrize("max_batch_size", [NUM_QUESTIONS, 1])
 def test_float32_equals_transformers(
-    ours: LlamaModel, prompts: list[list[int]], expected: list[list[int]], max_batch_size: int
+    ours: Model, prompts: list[list[int]], expected: list[list[int]], max_batch_size: int
 ) -> None:
     """Token for token, as one batch and one by one."""
     assert generate(ours, prompts, max_batch_size) == expected
 
 
+@pytest.mark.parametrize("kernels", ["native", "torch"])
 def test_bfloat16_nearly_always_agrees(
-    model_folder: Path,
-    ours: LlamaModel,
-    prompts: list[list[int]],
-    expected: list[list[int]],
+    model_folder: Path, prompts: list[list[int]], expected: list[list[int]], kernels: str
 ) -> None:
     """Teacher-forced on float32's answers, the most likely token is the same 97 % of the time."""
-    half = load_model(model_folder, torch.bfloat16, CPU)
-    same = [
-        token == forced
-        for prompt, answer in zip(prompts, expected, strict=True)
-        for token, forced in zip(next_tokens(half, prompt, answer), answer, strict=True)
-    ]
-    assert sum(same) / len(same) >= 0.97
+    half = load(model_folder, torch.bfloat16, kernels)
+    said = [*chain.from_iterable(next_tokens(half, prompts, expected))]
+    forced = [*chain.from_iterable(expected)]
+    assert sum(map(eq, said, forced)) / len(forced) >= 0.97
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_company_changes_no_token_of_the_native_kernels(
+    model_folder: Path, prompts: list[list[int]], dtype: torch.dtype
+) -> None:
+    """Near ties, too, come out the same alone, in a crowd, and with prompts read in pieces."""
+    model = load(model_folder, dtype, "native")
+    alone = generate(model, prompts, 1)
+    assert generate(model, prompts, NUM_QUESTIONS) == alone
+    assert generate(model, prompts[::-1], 7, max_step_tokens=16)[::-1] == alone
 
 
 @torch.inference_mode()
-def next_tokens(model: LlamaModel, prompt: list[int], answer: list[int]) -> list[int]:
-    """What the model would say at each token of the answer."""
-    token_ids = (prompt + answer)[:-1]
-    config, length = model.config, len(token_ids)
-    keys = torch.empty(
-        config.num_layers, config.num_kv_heads, length, config.head_dim, dtype=model.dtype
-    )
-    span = PromptSpan(keys, torch.empty_like(keys), 0, length)
-    last_rows = torch.arange(len(prompt) - 1, length)
-    batch = Batch(torch.tensor(token_ids), torch.arange(length), [span], last_rows)
-    return model.head.best(model.forward(batch))
+def next_tokens(
+    model: Model, prompts: list[list[int]], answers: list[list[int]]
+) -> list[list[int]]:
+    """What the model would say at each token of the answers, which it is made to give."""
+    said: list[list[int]] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        cache, sequence = model.make_cache(0), Sequence(prompt)
+        cache.open(sequence)
+        said.append([])
+        for token in answer:
+            cache.make_room(sequence)
+            work = Work(sequence, sequence.num_cached, len(sequence.token_ids))
+            said[-1] += model.head.best(model.forward(cache.batch([work])))
+            sequence.num_cached = work.stop
+            sequence.token_ids.append(token)
+    return said

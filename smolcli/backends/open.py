@@ -32,7 +32,7 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> Loc
     def build_engine() -> Engine:
         torch.set_num_threads(setup.threads)
         return Engine(
-            load_model(files.folder, setup.dtype, setup.device),
+            load_model(files.folder, setup.dtype, setup.device, setup.kernels),
             setup.slots,
             cache_bytes=setup.cache_bytes,
             prefix_bytes=settings.prefix_cache_mb << 20,
@@ -62,6 +62,7 @@ def _identity(files: ModelFiles, setup: Setup) -> dict[str, Any]:
         "source": files.source,
         "dtype": str(setup.dtype).removeprefix("torch."),
         "device": str(setup.device),
+        "kernels": "native" if setup.kernels else "torch",
         "threads": setup.threads,
         "versions": versions(),
     }

@@ -149,6 +149,7 @@ class RayBackend:
         identity = member.open(self._settings, self._shipment)
         with self._lock:
             self._identity = self._identity or identity
+            refuse_other_kernels(facts.node, identity, self._identity)
             self._ready.append(member)
         self._queue.join(member.share)
 
@@ -199,3 +200,17 @@ def refuse_other_versions(facts: Facts) -> None:
                 f"the Ray node {facts.node} has {name} {theirs}, and this machine {ours}; "
                 "install the same versions on both"
             )
+
+
+def refuse_other_kernels(node: str, identity: dict[str, Any], first: dict[str, Any]) -> None:
+    """Check that a worker rounds as the first one does, so that it does not matter who answers.
+
+    Raises:
+        BackendError: saying where what is other.
+    """
+    ours, theirs = first["kernels"], identity["kernels"]
+    if ours != theirs:
+        raise BackendError(
+            f"the Ray node {node} computes with {theirs} kernels, and another with {ours} ones; "
+            "install a C compiler on all of them, or give --kernels torch"
+        )

@@ -26,6 +26,7 @@ def print_table(readings: Sequence[Reading], identity: Mapping[str, Any], file: 
     console = Console(file=file)
     console.print(_table(medians(readings)))
     facts = [identity.get(name) for name in ("model", "dtype", "device")]
+    facts.append(f"{identity.get('kernels')} kernels")
     console.print(", ".join([*map(str, facts), *_machine(identity)]), style="dim", highlight=False)
 
 

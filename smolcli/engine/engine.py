@@ -2,33 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from smolcli.engine.cache import KVCache, padded_length
-from smolcli.engine.config import LlamaConfig
-from smolcli.engine.head import Head
-from smolcli.engine.model import Batch
+from smolcli.engine.model import Model
 from smolcli.engine.sampler import choose, score
-from smolcli.engine.scheduler import Scheduler, Work
-from smolcli.engine.sequence import Sequence
+from smolcli.engine.scheduler import Scheduler
+from smolcli.engine.sequence import Sequence, Work
 from smolcli.errors import BackendError, PromptTooLong
 from smolcli.records import FinishReason
-
-
-class Model(Protocol):
-    """What the engine needs of a model; `LlamaModel` is the real one."""
-
-    config: LlamaConfig
-    dtype: torch.dtype
-    device: torch.device
-    head: Head
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Hidden states, (N, hidden), of the batch's last rows."""
-        ...
 
 
 class Engine:
@@ -53,11 +35,11 @@ class Engine:
         max_step_tokens: int = 256,
     ) -> None:
         self.model = model
-        self.cache = KVCache(model.config, model.dtype, model.device, prefix_bytes)
+        self.cache = model.make_cache(prefix_bytes)
         self.scheduler = Scheduler(
             max_batch_size, max_step_tokens, cache_bytes, self.cache.cost, self._begin
         )
-        self.max_length = longest_length(model.config, cache_bytes, model.dtype.itemsize)
+        self.max_length = self.cache.longest(cache_bytes)
         self.num_steps = 0
 
     @property
@@ -156,14 +138,3 @@ def _blamed_on(sequence: Sequence) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as exc:
         sequence.error = exc
-
-
-def longest_length(config: LlamaConfig, cache_bytes: int, itemsize: int) -> int:
-    """The most tokens of one sequence: what the model was made for, and what the cache can hold."""
-    length = 0
-    while length < config.max_positions:
-        longer = padded_length(length + 1)
-        if config.cache_bytes(longer, itemsize) > cache_bytes:
-            break
-        length = longer
-    return min(length, config.max_positions)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolcli.engine.head import Head
+from smolcli.engine.model import Head
 from smolcli.engine.sequence import Sequence, TokenScore
 from smolcli.records import Sampling
 

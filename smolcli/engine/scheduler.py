@@ -3,26 +3,11 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-from smolcli.engine.sequence import Sequence
+from smolcli.engine.sequence import Sequence, Work
 
 URGENT_SHARE = 8  # urgent sequences have a slot of their own for every so many others
 BULK_TURN = 3  # while urgent sequences run, the others take part in every third step
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Tokens `start` to `stop` of one sequence, to be computed in this step."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the step yields the sequence's next token."""
-        return self.stop == len(self.sequence.token_ids)
 
 
 class Scheduler:

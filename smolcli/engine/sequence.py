@@ -99,3 +99,17 @@ class Sequence:
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) >= self.max_tokens:
             self.finish_reason = FinishReason.LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tokens `start` to `stop` of one sequence, to be computed in one step."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether the step yields the sequence's next token."""
+        return self.stop == len(self.sequence.token_ids)

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from smolcli.engine.cache import padded_length
 from smolcli.engine.config import LlamaConfig
+from smolcli.engine.eager.cache import padded_length
+from smolcli.engine.native.build import NoKernels, load_kernels
+from smolcli.engine.native.kernels import Kernels
+from smolcli.engine.native.model import misfit
 from smolcli.errors import UsageError
 from smolcli.machine import memory_bytes, num_cores
 from smolcli.settings import MOST_SLOTS, EngineSettings
@@ -21,6 +24,8 @@ class Setup:
 
     device: torch.device
     dtype: torch.dtype
+    kernels: Kernels | None  # None: torch's
+    why_torch: str  # why they are torch's
     threads: int
     slots: int
     cache_bytes: int
@@ -39,10 +44,11 @@ def choose(settings: EngineSettings, config: LlamaConfig, memory: int | None = N
         memory: bytes that there are; None: the device's.
 
     Raises:
-        UsageError: the device is not available here.
+        UsageError: the device is not available here, or kernels that are insisted on.
     """
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
+    kernels, why_torch = _kernels(settings.kernels, config, dtype, device)
     memory = memory or _memory_bytes(device)
     taken = OVERHEAD_BYTES + config.num_weights * dtype.itemsize
     slot_bytes = config.cache_bytes(padded_length(TYPICAL_TOKENS), dtype.itemsize)
@@ -52,6 +58,8 @@ def choose(settings: EngineSettings, config: LlamaConfig, memory: int | None = N
     return Setup(
         device=device,
         dtype=dtype,
+        kernels=kernels,
+        why_torch=why_torch,
         threads=settings.threads or min(num_cores(), torch.get_num_threads()),
         slots=slots,
         cache_bytes=cache_bytes,
@@ -107,6 +115,24 @@ def _has_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def _kernels(
+    name: str, config: LlamaConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[Kernels | None, str]:
+    """Our own, or None and why they are torch's."""
+    if name == "torch":
+        return None, "chosen"
+    kernels, reason = None, "they are for the CPU"
+    if device.type == "cpu":
+        try:
+            kernels = load_kernels(dtype)
+            reason = misfit(config, kernels) or ""
+        except NoKernels as exc:
+            reason = str(exc)
+    if reason and name == "native":
+        raise UsageError(f"--kernels native cannot be had: {reason}")
+    return (None, reason) if reason else (kernels, "")
 
 
 def _memory_bytes(device: torch.device) -> int:

@@ -9,12 +9,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.model import LlamaModel
+from smolcli.engine.eager.model import EagerModel
+from smolcli.engine.model import Model
+from smolcli.engine.native.kernels import Kernels
+from smolcli.engine.native.model import NativeModel
 from smolcli.errors import ModelError
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaModel:
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, kernels: Kernels | None = None
+) -> Model:
     """Load a Llama checkpoint in the layout of transformers' `save_pretrained`.
+
+    Args:
+        folder: where it is.
+        dtype: to compute in.
+        device: to compute on.
+        kernels: to compute with, made for the dtype; None: torch's.
 
     Raises:
         ModelError: it is of another architecture, or its files are damaged.
@@ -22,7 +33,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaM
     config = load_config(folder)
     weights = _weights(folder)
     try:
-        return LlamaModel(config, weights, dtype, device)
+        if kernels is not None:
+            return NativeModel(config, weights, kernels)
+        return EagerModel(config, weights, dtype, device)
     except KeyError as exc:
         raise ModelError(f"{folder}: the weights hold no {exc}") from exc
     except RuntimeError as exc:

@@ -55,6 +55,13 @@ class EngineOptions:
         _engine("--dtype", help="auto: bfloat16 where the machine has it, else float32."),
     ] = _DEFAULTS.dtype
     device: Annotated[str, _engine("--device", help="cpu or cuda.")] = _DEFAULTS.device
+    kernels: Annotated[
+        Literal["auto", "native", "torch"],
+        _engine(
+            "--kernels",
+            help="native: compiled for this CPU when first needed; auto: those, where they can be.",
+        ),
+    ] = _DEFAULTS.kernels
     threads: Annotated[
         int, _engine("--threads", help="CPU threads; 0: one for each core it may use.", least=0)
     ] = _DEFAULTS.threads

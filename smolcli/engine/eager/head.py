@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolcli.engine.linear import make_linear
+from smolcli.engine.eager.linear import make_linear
 
 NEAR_TIE = 0.25  # two steps of a bfloat16 between 16 and 32, where the largest logits lie
 BLOCK = 128
 
 
-class Head:
+class EagerHead:
     """The last norm and the projection to the vocabulary.
 
     Args:

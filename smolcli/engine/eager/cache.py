@@ -13,12 +13,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from smolcli.engine.attention import PromptSpan, SlabSpan
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.model import Batch, Span
+from smolcli.engine.eager.attention import PromptSpan, SlabSpan
+from smolcli.engine.eager.batch import Batch, Span
 from smolcli.engine.prefix import PrefixCache
-from smolcli.engine.scheduler import Work
-from smolcli.engine.sequence import Sequence
+from smolcli.engine.sequence import Sequence, Work
 
 ROW_STEP = 8  # a slab grows and shrinks by this many rows
 
@@ -100,7 +99,7 @@ class Slab:
                 new[kept:] = 0
 
 
-class KVCache:
+class SlabCache:
     """Owner of all keys and values: who has a buffer, who a row, and in which slab.
 
     Args:
@@ -128,6 +127,16 @@ class KVCache:
         """The most bytes that the sequence will hold, padding included."""
         length = padded_length(sequence.max_tokens)
         return self._config.cache_bytes(length, self._like.itemsize)
+
+    def longest(self, num_bytes: int) -> int:
+        """See `model.Cache`."""
+        length = 0
+        while length < self._config.max_positions:
+            longer = padded_length(length + 1)
+            if self._config.cache_bytes(longer, self._like.itemsize) > num_bytes:
+                break
+            length = longer
+        return min(length, self._config.max_positions)
 
     def open(self, sequence: Sequence) -> None:
         """Give a new sequence the buffer of its prompt, filled as far as its beginning is known."""

@@ -1,0 +1,96 @@
+"""Keys and values, a buffer for each sequence, as long as the sequence may become."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smolcli.engine.config import LlamaConfig
+from smolcli.engine.native.kernels import SPAN, Kernels, address
+from smolcli.engine.prefix import PrefixCache
+from smolcli.engine.sequence import Sequence, Work
+
+
+@dataclass(frozen=True, slots=True)
+class NativeBatch:
+    """The tokens of one step: (T,) ids, which sequence has which, and whose next one is wanted."""
+
+    token_ids: "np.ndarray[Any, np.dtype[np.int32]]"
+    spans: "np.ndarray[Any, Any]"  # of SPAN
+    last_rows: Tensor  # (N,)
+
+
+class BufferCache:
+    """See `model.Cache`.
+
+    Args:
+        config: the model's shapes.
+        kernels: for which values are laid out.
+        prefix_bytes: memory for the beginnings of prompts, kept for prompts to come.
+    """
+
+    def __init__(self, config: LlamaConfig, kernels: Kernels, prefix_bytes: int) -> None:
+        self.prefixes = PrefixCache(prefix_bytes)
+        self._config = config
+        self._kernels = kernels
+        self._buffers: dict[Sequence, Tensor] = {}  # (2, layers, kv_heads, length, head_dim)
+
+    @property
+    def num_sequences(self) -> int:
+        """See `model.Cache`."""
+        return len(self._buffers)
+
+    def cost(self, sequence: Sequence) -> int:
+        """See `model.Cache`."""
+        length = self._padded(sequence.max_tokens)
+        return self._config.cache_bytes(length, self._kernels.dtype.itemsize)
+
+    def longest(self, num_bytes: int) -> int:
+        """See `model.Cache`."""
+        width = self._kernels.width
+        most = num_bytes // self._config.cache_bytes(width, self._kernels.dtype.itemsize) * width
+        return min(most, self._config.max_positions)
+
+    def open(self, sequence: Sequence) -> None:
+        """See `model.Cache`; what is not computed yet is never looked at."""
+        if sequence in self._buffers:
+            return
+        config, length = self._config, self._padded(sequence.max_tokens)
+        shape = (2, config.num_layers, config.num_kv_heads, length, config.head_dim)
+        buffer = torch.empty(shape, dtype=self._kernels.dtype)
+        sequence.num_cached = self.prefixes.fill(sequence.prompt_ids, buffer)
+        self._buffers[sequence] = buffer
+
+    def remember(self, sequence: Sequence) -> None:
+        """See `model.Cache`."""
+        self.prefixes.keep(sequence.prompt_ids, self._buffers[sequence])
+
+    def make_room(self, sequence: Sequence) -> None:
+        """See `model.Cache`; there is room from the beginning."""
+        assert len(sequence.token_ids) <= self._buffers[sequence].shape[3]
+
+    def place(self, work: Work) -> tuple[int, int]:
+        """See `model.Cache`; long pieces first, so that what is short fills the gaps."""
+        return work.start - work.stop, -work.stop
+
+    def batch(self, works: list[Work]) -> NativeBatch:
+        """See `model.Cache`."""
+        ids = [t for w in works for t in w.sequence.token_ids[w.start : w.stop]]
+        ends = np.cumsum([w.stop - w.start for w in works])
+        spans = np.empty(len(works), SPAN)
+        for index, (end, work) in enumerate(zip(ends, works, strict=True)):
+            num_rows, buffer = work.stop - work.start, self._buffers[work.sequence]
+            at = address(buffer)
+            spans[index] = (end - num_rows, num_rows, work.start, buffer.shape[3], at)
+        completed = np.array([w.completes for w in works])
+        return NativeBatch(np.array(ids, np.int32), spans, torch.from_numpy(ends[completed] - 1))
+
+    def release(self, sequence: Sequence) -> None:
+        """See `model.Cache`."""
+        self._buffers.pop(sequence, None)
+
+    def _padded(self, num_tokens: int) -> int:
+        """Whole vectors of scores: the kernels look at that many keys at a time."""
+        return -(-num_tokens // self._kernels.width) * self._kernels.width

@@ -1,0 +1,63 @@
+"""From hidden states to the next token."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from smolcli.engine.native.kernels import Kernels, ModelStruct, address
+
+
+class NativeHead:
+    """See `model.Head`; logits are summed in float32 and never rounded to less.
+
+    Args:
+        kernels: what computes.
+        struct: the model.
+    """
+
+    def __init__(self, kernels: Kernels, struct: ModelStruct) -> None:
+        self._kernels = kernels
+        self._struct = struct
+        self._best_bytes = struct.num_threads * 8 * kernels.width
+
+    def logits(self, x: Tensor) -> Tensor:
+        """See `model.Head`."""
+        vocab, panel = self._struct.vocab, self._kernels.panel
+        x, normed = self._inputs(x)
+        out = torch.empty(len(x), -(-vocab // panel) * panel)
+        self._kernels.logits(
+            ctypes.byref(self._struct), address(x), len(x), address(normed), address(out)
+        )
+        return out[:, :vocab]
+
+    def refine(self, x: Tensor, logits: Tensor, width: int) -> None:
+        """See `model.Head`; they are."""
+
+    def best(self, x: Tensor) -> list[int]:
+        """See `model.Head`; no logit is written to memory."""
+        x, normed = self._inputs(x)
+        found = torch.empty(len(x) * self._best_bytes, dtype=torch.uint8)
+        ids = torch.empty(len(x), dtype=torch.int32)
+        self._kernels.best(
+            ctypes.byref(self._struct),
+            address(x),
+            len(x),
+            address(normed),
+            address(found),
+            address(ids),
+        )
+        if (ids < 0).any():
+            raise FloatingPointError("the model computed logits that are not numbers")
+        return ids.tolist()
+
+    def best_of(self, x: Tensor, logits: Tensor) -> list[int]:
+        """See `model.Head`."""
+        ids = logits.argmax(-1, keepdim=True)
+        if logits.gather(-1, ids).isnan().any():
+            raise FloatingPointError("the model computed logits that are not numbers")
+        return ids.flatten().tolist()
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x without gaps, and space for what the last norm makes of it."""
+        return x.contiguous(), torch.empty(x.shape, dtype=self._kernels.dtype)

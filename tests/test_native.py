@@ -1,0 +1,128 @@
+"""Kernels compiled here: when there are none, where they are kept, and what they compute."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from smolcli.engine.eager.head import EagerHead
+from smolcli.engine.native.build import NoKernels, load_kernels
+from smolcli.engine.native.kernels import Kernels
+from smolcli.engine.native.model import NativeModel, interleaved, pack
+from smolcli.engine.setup import choose
+from smolcli.errors import UsageError
+from smolcli.models.load import load_config, load_model
+from smolcli.settings import EngineSettings
+
+FLOAT = EngineSettings(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    try:
+        return load_kernels(torch.float32)
+    except NoKernels as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def fresh(kernels: Kernels) -> Iterator[None]:
+    """Nothing is loaded yet, and afterwards nothing that the test loaded."""
+    load_kernels.cache_clear()
+    yield
+    load_kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh", "home")
+def test_without_a_compiler_torch_computes(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    setup = choose(FLOAT, load_config(tiny_folder))
+    assert (setup.kernels, setup.why_torch) == (None, "there is no C compiler")
+    with pytest.raises(UsageError, match="--kernels native cannot be had: there is no C compiler"):
+        choose(EngineSettings(dtype="float32", kernels="native"), load_config(tiny_folder))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script for a shell")
+@pytest.mark.usefixtures("fresh", "home")
+def test_a_compiler_that_fails_is_quoted(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'kernels.c:1: error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    setup = choose(FLOAT, load_config(tiny_folder))
+    assert setup.kernels is None
+    assert setup.why_torch == f"{compiler}: kernels.c:1: error: no such thing"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_library_is_compiled_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_kernels(torch.float32)
+    [kept] = (home / "kernels").iterdir()
+    load_kernels.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    load_kernels(torch.float32)
+    assert [*(home / "kernels").iterdir()] == [kept]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_home_that_cannot_be_written_to_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SMOL_HOME", str(tmp_path / "file" / "home"))
+    assert load_kernels(torch.float32).dtype is torch.float32
+
+
+def test_a_shape_that_does_not_fit_is_left_to_torch(
+    kernels: Kernels, tiny_folder: Path, tmp_path: Path
+) -> None:
+    text = (tiny_folder / "config.json").read_text("utf-8")
+    (tmp_path / "config.json").write_text(text.replace('"head_dim": 32', '"head_dim": 36'))
+    setup = choose(FLOAT, load_config(tmp_path))
+    assert setup.kernels is None
+    assert setup.why_torch == f"head_dim 36 is no multiple of {2 * kernels.width}"
+
+
+def test_packing_keeps_every_weight(kernels: Kernels) -> None:
+    weight = torch.arange(70 * 6, dtype=torch.float32).view(70, 6)
+    packed = pack(weight, kernels)
+    panels = -(-70 // kernels.panel)
+    assert packed.shape == (panels, 6, kernels.panel, 1)
+    unpacked = packed.permute(0, 2, 1, 3).reshape(-1, 6)
+    assert torch.equal(unpacked[:70], weight)
+    assert not unpacked[70:].any()
+
+
+def test_rows_of_gate_and_up_take_turns() -> None:
+    gate = torch.arange(8.0).view(4, 2)
+    rows = interleaved(gate, -gate, 2)
+    assert rows[:, 0].tolist() == [0, 2, 0, -2, 4, 6, -4, -6]
+
+
+def test_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:
+    """Scores of the whole vocabulary, and the best of them, are those that torch computes."""
+    cpu = torch.device("cpu")
+    ours = load_model(tiny_folder, torch.float32, cpu, kernels)
+    assert isinstance(ours, NativeModel)
+    theirs = load_model(tiny_folder, torch.float32, cpu).head
+    assert isinstance(theirs, EagerHead)
+    hidden = torch.randn(37, ours.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    logits = ours.head.logits(hidden)
+    assert torch.allclose(logits, theirs.logits(hidden), atol=1e-4)
+    assert ours.head.best(hidden) == theirs.best(hidden) == ours.head.best_of(hidden, logits)
+
+
+def test_what_is_not_a_number_is_told(kernels: Kernels, tiny_folder: Path) -> None:
+    model = load_model(tiny_folder, torch.float32, torch.device("cpu"), kernels)
+    hidden = torch.ones(3, model.config.hidden_size)
+    hidden[1] = torch.nan
+    with pytest.raises(FloatingPointError):
+        model.head.best(hidden)
+    with pytest.raises(FloatingPointError):
+        model.head.best_of(hidden, model.head.logits(hidden))
