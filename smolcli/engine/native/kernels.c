@@ -13,14 +13,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
 #if BF16
 #ifndef __AVX512BF16__
 #error "no instructions for bfloat16"
 #endif
+#include <immintrin.h>
 typedef uint16_t elem;
 #else
 typedef float elem;
@@ -37,7 +34,6 @@ typedef uint32_t lane;
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
 typedef vec loose __attribute__((aligned(4))); /* a vec anywhere in an array */
-typedef uint16_t half_vec __attribute__((vector_size(2 * WIDTH), aligned(2)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -97,7 +93,7 @@ INLINE vec dot(vec acc, vec a, vec b) {
 
 INLINE vec load(const elem *from) {
 #if BF16
-    return (vec)(__builtin_convertvector(*(const half_vec *)from, ivec) << 16);
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_epi16(from)), 16);
 #else
     return *(const loose *)from;
 #endif
@@ -105,8 +101,7 @@ INLINE vec load(const elem *from) {
 
 INLINE void store(elem *to, vec value) {
 #if BF16
-    ivec bits = (ivec)value; /* to the nearest, ties to even */
-    *(half_vec *)to = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, half_vec);
+    _mm256_storeu_epi16(to, (__m256i)_mm512_cvtneps_pbh((__m512)value)); /* ties to even */
 #else
     *(loose *)to = value;
 #endif
@@ -312,37 +307,11 @@ typedef struct {
     int visible[TILE_ROWS]; /* how many keys each may see */
 } Task;
 
-/* WIDTH keys, so that the same lane of all is one vector; depth is a multiple of WIDTH. */
+/* WIDTH keys, so that the same lane of all is one vector. */
 INLINE void transpose(const elem *keys, int depth, vec out[]) {
     const lane *from = (const lane *)keys;
-#ifdef __AVX512F__
-    for (int part = 0; part < depth; part += WIDTH) {
-        vec row[WIDTH];
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; i++) row[i] = *(const loose *)(from + i * depth + part);
-#pragma GCC unroll 4
-        for (int step = 1; step < WIDTH; step *= 2) { /* exchange blocks beside the diagonal */
-            ivec low = {}, high = {};
-#pragma GCC unroll 16
-            for (int i = 0; i < WIDTH; i++) {
-                low[i] = i & step ? WIDTH + i - step : i;
-                high[i] = i & step ? WIDTH + i : i + step;
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < WIDTH; i++) {
-                if (i & step) continue;
-                __m512 a = (__m512)row[i], b = (__m512)row[i + step];
-                row[i] = (vec)_mm512_permutex2var_ps(a, (__m512i)low, b);
-                row[i + step] = (vec)_mm512_permutex2var_ps(a, (__m512i)high, b);
-            }
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; i++) out[part + i] = row[i];
-    }
-#else
     for (int k = 0; k < depth; k++)
         for (int i = 0; i < WIDTH; i++) ((lane *)(out + k))[i] = from[i * depth + k];
-#endif
 }
 
 INLINE void score(int rows, const Task *task, int depth, int64_t stride, float *scores) {
@@ -415,7 +384,8 @@ static void attend(const Model *model, int layer, const Span *spans, const int32
     int dim = model->head_dim, heads = model->num_heads, kv_heads = model->num_kv_heads;
     int group = heads / kv_heads;
     float *scores = space->scores + omp_get_thread_num() * space->scores_stride;
-#pragma omp for schedule(dynamic)
+    int chunk = num_tasks < 4 * model->num_threads ? 1 : kv_heads; /* neighbours in memory */
+#pragma omp for schedule(dynamic, chunk)
     for (int item = 0; item < num_tasks * kv_heads; item++) {
         const int32_t *which = tasks + 3 * (item / kv_heads); /* span, its first and end row here */
         const Span *span = spans + which[0];
