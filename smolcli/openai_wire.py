@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
 from smolcli.formats import CHOICES_DESCRIPTION, FORMAT_DESCRIPTION, Choices, ResponseFormat
-from smolcli.records import ErrorCode, Query, Result, Usage
-from smolcli.schema import (
+from smolcli.query_fields import (
     MAX_ANSWERS,
     MAX_LOGPROBS,
     Count,
@@ -26,8 +25,9 @@ from smolcli.schema import (
     TopK,
     TopP,
     Whole,
-    parse_query,
 )
+from smolcli.records import ErrorCode, Query, Result, Usage
+from smolcli.schema import parse_query
 from smolcli.settings import QueryDefaults
 
 Zero = Annotated[Number, Field(ge=0, le=0)]

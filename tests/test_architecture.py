@@ -29,6 +29,7 @@ LAYERS = [  # from the doors down; a module imports only from rows below its own
     ["batch_format"],
     ["openai_wire"],
     ["schema"],
+    ["query_fields"],
     ["formats"],
     ["settings", "machine"],
     ["errors"],
