@@ -16,8 +16,8 @@ from smolcli.openai_wire import (
     parameter_error,
     parse_completion,
 )
+from smolcli.query_fields import Text
 from smolcli.records import ErrorCode, Query, Result, Usage
-from smolcli.schema import Text
 from smolcli.settings import QueryDefaults
 
 _REQUEST_KEYS = {"custom_id", "method", "url", "body"}

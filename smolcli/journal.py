@@ -44,6 +44,7 @@ class Journal:
         self.last_line = 0  # of the input
         self.num_bytes = 0
         self.num_failed_bytes = 0
+        self.failed_lines: set[int] = set()  # of the input
 
     def add(self, written: Written) -> None:
         """Take in one line of the output."""
@@ -52,7 +53,9 @@ class Journal:
         self.tally.add(written.result)
         self.last_line = written.line
         self.num_bytes += len(written.data)
-        self.num_failed_bytes += len(written.data) if written.result.is_error else 0
+        if written.result.is_error:
+            self.num_failed_bytes += len(written.data)
+            self.failed_lines.add(written.line)
 
 
 def read_journal(lines: Iterable[Written]) -> Journal:

@@ -8,6 +8,7 @@ from typing import Any, Self
 from smolcli.errors import ResumeRefused
 from smolcli.jsonl import replacing
 from smolcli.settings import EngineSettings, RunSettings
+from smolcli.survey import Survey
 
 _RECORDED_ONLY = ("versions", "threads", "device")  # of the backend: may differ after a resume
 
@@ -35,13 +36,15 @@ class Manifest:
     report: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, settings: RunSettings, input_sha256: str | None, seed: int, created: int) -> Self:
+    def of(cls, settings: RunSettings, known: Survey, seed: int, created: int) -> Self:
         """The manifest of a run whose backend is not known yet."""
         defaults = settings.defaults
+        several = None if known.is_batch is False else defaults.several_temperature
         generation = asdict(defaults.sampling) | {
             "system_prompt": defaults.system_prompt,
             "extra_fields": defaults.extra_fields,
             "schema": defaults.format.schema if defaults.format else None,
+            "several_temperature": several,
             "timings": settings.with_timings,
             "prompt": settings.rows.prompt,
             "id_column": settings.rows.id_column,
@@ -50,7 +53,7 @@ class Manifest:
         del generation["seed"]
         return cls(
             input=str(settings.input),
-            input_sha256=input_sha256,
+            input_sha256=known.sha256,
             limit=settings.limit,
             seed=seed,
             created=created,

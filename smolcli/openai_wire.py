@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
 from smolcli.formats import CHOICES_DESCRIPTION, FORMAT_DESCRIPTION, Choices, ResponseFormat
-from smolcli.records import ErrorCode, Query, Result, Usage
-from smolcli.schema import (
+from smolcli.query_fields import (
     MAX_ANSWERS,
     MAX_LOGPROBS,
     Count,
@@ -26,8 +25,9 @@ from smolcli.schema import (
     TopK,
     TopP,
     Whole,
-    parse_query,
 )
+from smolcli.records import ErrorCode, Query, Result, Usage
+from smolcli.schema import parse_query
 from smolcli.settings import QueryDefaults
 
 Zero = Annotated[Number, Field(ge=0, le=0)]
@@ -72,7 +72,9 @@ class CompletionFields(BaseModel):
     max_tokens: Count | None = Field(None, description="a whole number from 1")
     max_completion_tokens: Count | None = Field(None, description="a whole number from 1")
     temperature: Temperature | None = Field(
-        None, description="a number from 0 (greedy, the default unless the server has another)"
+        None,
+        description="a number from 0 (greedy) to 100; without one it is the server's, "
+        "or where that has none 0, and 1 for n above 1",
     )
     top_p: TopP | None = Field(None, description="a number above 0 and up to 1")
     top_k: TopK | None = Field(None, description="a whole number from 0 (off); smol's own")
@@ -178,7 +180,7 @@ def parse_completion(
     if fields.stream and (fields.n or 1) > 1:
         raise _refused("n")
     return Completion(
-        query=parse_query(_query(fields) | {"chat_id": chat_id}, defaults, line),
+        query=parse_query(_query(fields, defaults) | {"chat_id": chat_id}, defaults, line),
         model=fields.model,
         is_stream=bool(fields.stream),
         includes_usage=bool(fields.stream_options and fields.stream_options.include_usage),
@@ -191,8 +193,10 @@ _AS_THEY_ARE = (
 )
 
 
-def _query(fields: CompletionFields) -> dict[str, Any]:
+def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
     values = {name: getattr(fields, name) for name in _AS_THEY_ARE}
+    if fields.temperature is None and (fields.n or 1) > 1:
+        values["temperature"] = defaults.several_temperature
     if fields.response_format is not None:
         values["response_format"] = fields.response_format.model_dump(by_alias=True)
     return values | {

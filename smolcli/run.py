@@ -61,7 +61,7 @@ def run_file(settings: RunSettings, open_backend: OpenBackend, display: Display)
 def _run_to_file(settings: RunSettings, open_backend: OpenBackend, display: Display) -> RunReport:
     output, previous = settings.output, _previous_manifest(settings)
     work = _work(settings, previous)
-    manifest = Manifest.of(settings, work.survey.sha256, work.seed, work.created)
+    manifest = Manifest.of(settings, work.survey, work.seed, work.created)
     if previous is not None:
         previous.refuse_change(replace(manifest, backend=previous.backend), output)
         _check_errors(settings, previous, manifest)

@@ -8,6 +8,7 @@ from typing import Literal
 from smolcli.records import AnswerFormat, Sampling
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+OPENAI_TEMPERATURE = 1.0  # what its API draws at unless asked otherwise
 MOST_SLOTS = 64  # measured: more do not answer faster on a CPU
 
 
@@ -18,12 +19,16 @@ def smol_home() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class QueryDefaults:
-    """What a query that leaves a field out gets; `sampling.seed` is the run's seed."""
+    """What a query that leaves a field out gets; `sampling.seed` is the run's seed.
+
+    `several_temperature` is that of a request in OpenAI's words for more than one answer.
+    """
 
     sampling: Sampling = field(default_factory=Sampling)
     system_prompt: str | None = None
     extra_fields: Literal["error", "ignore", "keep"] = "error"
     format: AnswerFormat | None = None
+    several_temperature: float = OPENAI_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)

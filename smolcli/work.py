@@ -57,7 +57,7 @@ class Work:
     @property
     def has_failed_queries(self) -> bool:
         """Whether a failed line of the output is one to ask the model."""
-        failed = self._failed_lines()
+        failed = self.journal.failed_lines
         questions = self._questions(self._rows(), ChatIds())
         return any(isinstance(item, Query) and item.line in failed for item in questions)
 
@@ -143,10 +143,8 @@ class Work:
                 display.update()
 
     def _replace_failed(self, backend: Backend, display: Display, manifest: Manifest) -> Tally:
-        failed, tally = self._failed_lines(), Tally()
-        for written in self.written:
-            if not written.result.is_error:
-                tally.add(written.result)
+        failed, tally = self.journal.failed_lines, self.journal.tally
+        tally.failed.clear()  # each is counted anew
         questions = self._questions(self._rows(), ChatIds(), backend)
         items = (item for item in questions if item.line in failed)
         with (
@@ -180,9 +178,6 @@ class Work:
             yield
         finally:
             display.stop()
-
-    def _failed_lines(self) -> set[int]:
-        return {written.line for written in self.written if written.result.is_error}
 
     def _rows(self) -> Iterator[Row]:
         return islice(read_rows(self.settings.input, self.settings.rows), self.settings.limit)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import DyingBackend
+from fakes import DyingBackend, EchoBackend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 from run_tools import answer, answer_until_killed, no_backend, results
+from typer.testing import CliRunner
 
 from smolcli.backends.open import open_local
 from smolcli.check import check_input
+from smolcli.cli import app
 from smolcli.errors import BackendError, QueryError, ResumeRefused, UsageError
 from smolcli.manifest import load_manifest, manifest_path, save_manifest
 from smolcli.openai_wire import parse_completion
@@ -246,6 +248,45 @@ def test_structure_likelihoods_and_several_answers(job: RunSettings, tiny_folder
         assert choice.logprobs.content is not None
         assert len(choice.logprobs.content[0].top_logprobs) == 2
     assert (failure(refused)["param"], failure(cut)["code"]) == ("stop", "incomplete_json")
+
+
+def test_several_answers_are_drawn_as_openai_draws(job: RunSettings) -> None:
+    """In OpenAI's words alone, and only where there is no temperature."""
+    left_open, told = [
+        parse_completion(request(**body)["body"], QueryDefaults(), "a").query
+        for body in ({"n": 2}, {"n": 2, "temperature": 1})
+    ]
+    assert left_open == told
+    assert only_error(job, request("b", n=2, temperature=0))[2] == "n"
+    lines = [request("a", n=2), request("b", n=2, temperature=0.5), request("c", logprobs=True)]
+    drawn = [item.sampling.temperature for item in check_input(write(job, lines), None)
+             if isinstance(item, Query)]  # fmt: skip
+    assert drawn == [1.0, 0.5, 0.0]
+    [own] = check_input(write(job, [{"chat_id": "a", "user_prompt": "Hi", "n": 2}]), None)
+    assert isinstance(own, Result)
+    assert own.field == "n"
+
+
+def smol_run(job: RunSettings, *args: str) -> int:
+    """The exit code of the command."""
+    given = ["run", str(job.input), "-o", str(job.output), "--seed", "5", *args]
+    return CliRunner().invoke(app, given, obj=EchoBackend).exit_code
+
+
+def test_the_commands_temperature_is_that_of_several_answers_too(job: RunSettings) -> None:
+    """A run at 0 refuses them, so it does not go on with what another one drew."""
+    write(job, [request("a", n=2)])
+    assert smol_run(job) == smol_run(job) == 0
+    assert smol_run(job, "--temperature", "0") == 2
+    assert smol_run(job, "--temperature", "0", "--overwrite") == 3
+    assert failure(results(job.output)[0])["param"] == "n"
+    assert smol_run(job, "--temperature", "0.7", "--overwrite") == 0
+    assert load_manifest(job.output).generation["several_temperature"] == 0.7
+
+
+def test_it_is_nothing_to_smols_own_lines(job: RunSettings) -> None:
+    write(job, [{"chat_id": "a", "user_prompt": "Hi"}])
+    assert smol_run(job) == smol_run(job, "--temperature", "0") == 0
 
 
 def test_timings_come_on_request(job: RunSettings) -> None:

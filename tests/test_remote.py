@@ -14,6 +14,7 @@ from flask import Flask, Response, jsonify, request
 from old_host import listening, old_host
 from server_tools import Running, Tap, eventually, serving, tiny_engine
 
+from smolcli.backends import OnText
 from smolcli.backends.open import open_local
 from smolcli.backends.remote import RemoteBackend, open_gateway, open_remote
 from smolcli.backends.remote_gather import MAX_CHUNK_CHARS
@@ -30,7 +31,7 @@ from smolcli.records import (
     Sampling,
     Usage,
 )
-from smolcli.settings import RemoteSettings
+from smolcli.settings import QueryDefaults, RemoteSettings
 
 
 def query(chat_id: str = "1", prompt: str = "Hi", **fields: Any) -> Query:
@@ -96,6 +97,19 @@ class TestSmol:
         assert expected[5].error_code is ErrorCode.PROMPT_TOO_LONG
         if how == "stream":
             assert ["".join(pieces) for pieces in shown[:5]] == [r.response for r in results[:5]]
+
+    @pytest.mark.parametrize("on_text", [None, lambda _: None])
+    def test_the_servers_schema_is_for_those_who_ask_it_themselves(
+        self, tiny_folder: Path, on_text: OnText | None
+    ) -> None:
+        """A query that asks a gateway for text would otherwise be held to what is behind it."""
+        digit = QueryDefaults(format=schema_format({"type": "integer", "minimum": 0, "maximum": 9}))
+        engine = tiny_engine(tiny_folder)
+        with serving(open_local, engine, defaults=digit) as server, remote(server.url) as backend:
+            assert server.ask().json()["response"].isdecimal()
+            with closing(open_local(engine)) as local:
+                expected = local.submit(query()).result(20)
+            assert backend.submit(query(), on_text).result(20).record() == expected.record()
 
     def test_queries_that_come_together_go_together(self, smol: Running) -> None:
         with remote(smol.url) as backend:

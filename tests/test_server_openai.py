@@ -103,7 +103,7 @@ def test_text_parts_and_developers_are_understood(
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 2, "temperature": 0}, "n"),
         ({"n": 2, "temperature": 1, "stream": True}, "n"),
         ({"n": 17, "temperature": 1}, "n"),
         ({"logprobs": 2}, "logprobs"),
@@ -195,6 +195,19 @@ def test_there_may_be_several_answers(client: openai.OpenAI, tiny_folder: Path) 
     assert one.usage is not None
     assert three.usage.prompt_tokens == one.usage.prompt_tokens
     assert three.usage.completion_tokens > one.usage.completion_tokens
+
+
+def test_several_answers_are_drawn_as_openai_draws(
+    client: openai.OpenAI, server: Running, tiny_folder: Path
+) -> None:
+    """A program written for OpenAI gives no temperature, for there it is 1; /chat wants one."""
+    asked: Any = {"model": tiny_folder.name, "messages": MESSAGES, "seed": 4, "max_tokens": 6}
+    created = client.chat.completions.create
+    left_open, told = [created(**asked, n=3, **extra) for extra in ({}, {"temperature": 1})]
+    assert left_open.choices == told.choices
+    one, greedy = [created(**asked, **extra) for extra in ({}, {"temperature": 0})]
+    assert one.choices == greedy.choices
+    assert server.ask(n=3).json()["field"] == "n"
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

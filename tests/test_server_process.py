@@ -8,7 +8,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
 from server_tools import PATIENCE_S, eventually, query, serve_process
 from typer.testing import CliRunner
@@ -71,6 +73,28 @@ def test_a_second_ctrl_c_ends_it_at_once(tiny_folder: Path) -> None:
         assert process.end()[0] == -signal.SIGINT
 
 
+def test_a_schema_is_that_of_every_answer_that_says_no_other(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "digit.json"
+    path.write_text('{"type": "integer", "minimum": 0, "maximum": 9}', "utf-8")
+    text = {"response_format": {"type": "text"}}
+    asked = {"model": tiny_folder.name, "messages": [{"role": "user", "content": "Hi"}]}
+    with serve_process("--model", str(tiny_folder), "--schema", str(path)) as process:
+
+        def post(route: str, body: dict[str, Any]) -> Any:
+            return httpx2.post(f"{process.url}{route}", json=body, timeout=PATIENCE_S).json()
+
+        chats = [post("/chat", query(**extra)) for extra in ({}, text)]
+        batch = post("/chat/batched", {"queries": [query(), query(**text), query(choices=["b"])]})
+        others = [post("/v1/chat/completions", asked | extra) for extra in ({}, text)]
+    held, free = [answer["response"] for answer in chats]
+    assert (held.isdecimal(), free.isdecimal()) == (True, False)
+    assert [each["response"] for each in batch["responses"]] == [held, free, "b"]
+    contents = [answer["choices"][0]["message"]["content"] for answer in others]
+    assert [content.isdecimal() for content in contents] == [True, False]
+
+
 def smol(*args: str) -> tuple[int, str]:
     """Run `smol` to its end: its exit code and what it said on stderr."""
     done = subprocess.run(
@@ -92,6 +116,20 @@ def test_a_port_in_use(tiny_folder: Path) -> None:
     assert said.splitlines() == [
         f"smol: cannot listen on 127.0.0.1:{port}: Address already in use; "
         "give another --host or --port"
+    ]
+
+
+@pytest.mark.parametrize("content", [None, "[]", '{"type": "nonsense"}', "nonsense"])
+def test_what_is_no_schema_is_refused_before_anything_else(
+    tiny_folder: Path, tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "schema.json"
+    if content is not None:
+        path.write_text(content, "utf-8")
+    code, said = smol("serve", "--model", str(tiny_folder), "--port", "0", "--schema", str(path))
+    assert code == 2
+    assert [line[: len(f"smol: --schema {path}")] for line in said.splitlines()] == [
+        f"smol: --schema {path}"
     ]
 
 

@@ -82,6 +82,8 @@ def _wishes(query: Query, kind: Kind) -> dict[str, Any]:
         QueryError: where the server has no words for it.
     """
     fields = format_fields(query.format)
+    if query.format is None and kind is Kind.SMOL:
+        fields["response_format"] = {"type": "text"}  # whatever --schema the server has
     if query.n > 1:
         fields["n"] = query.n
     if query.top_logprobs is not None:

@@ -11,6 +11,7 @@ from smolcli.options import grouped
 from smolcli.options.engine import EngineOptions
 from smolcli.options.generation import GenerationOptions
 from smolcli.options.remote import UpstreamOptions
+from smolcli.options.schema import Schema, read_format
 from smolcli.options.server import ServeOptions
 from smolcli.settings import EngineSettings, RemoteSettings
 
@@ -24,6 +25,7 @@ EXAMPLES = "[bold]smol serve[/bold] answers at http://127.0.0.1:8000, where ther
 def serve(
     *,
     ctx: typer.Context,
+    schema: Schema = None,
     generation: GenerationOptions,
     engine: EngineOptions,
     remote: UpstreamOptions,
@@ -35,7 +37,8 @@ def serve(
     from smolcli.server.wsgi import serve as serve_http
 
     upstream = remote.settings(engine.settings())
-    settings = options.settings(generation.query_defaults(), engine.settings())
+    defaults = generation.query_defaults(answers=read_format(schema))
+    settings = options.settings(defaults, engine.settings())
     log_to_stderr()
     log_requests(options.log_format)
     open_backend = ctx.obj or open_local

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from smolcli.errors import QueryError, UsageError
 from smolcli.options import option
 from smolcli.records import AnswerFormat, Sampling
-from smolcli.settings import QueryDefaults
+from smolcli.settings import OPENAI_TEMPERATURE, QueryDefaults
 
 _DEFAULTS = Sampling()
 _generation = functools.partial(option, panel="Generation")
@@ -22,9 +22,9 @@ class GenerationOptions:
         int, _generation("--max-new-tokens", help="The most tokens an answer may have.")
     ] = _DEFAULTS.max_new_tokens
     temperature: Annotated[
-        float,
-        _generation("--temperature", help="0: always the likeliest token."),
-    ] = _DEFAULTS.temperature
+        float | None,
+        _generation("--temperature", help="0, the default: always the likeliest token."),
+    ] = None
     top_p: Annotated[
         float,
         _generation("--top-p", help="Draw from the likeliest tokens of this share."),
@@ -62,5 +62,11 @@ class GenerationOptions:
         except QueryError as exc:
             raise UsageError(str(exc)) from exc
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
-        sampling = replace(sampling, seed=seed)
-        return QueryDefaults(sampling, self.system_prompt, extra_fields, answers)
+        several = OPENAI_TEMPERATURE if self.temperature is None else self.temperature
+        return QueryDefaults(
+            sampling=replace(sampling, seed=seed),
+            system_prompt=self.system_prompt,
+            extra_fields=extra_fields,
+            format=answers,
+            several_temperature=several,
+        )

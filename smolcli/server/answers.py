@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from smolcli.query_fields import MAX_ANSWERS, QueryFields
 from smolcli.records import ErrorCode, FinishReason
-from smolcli.schema import MAX_ANSWERS, QueryFields
 from smolcli.server.errors import HttpCode
 
 

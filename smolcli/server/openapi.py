@@ -7,7 +7,7 @@ from pydantic.json_schema import models_json_schema
 
 from smolcli import __version__
 from smolcli.openai_wire import CompletionFields
-from smolcli.schema import QueryFields
+from smolcli.query_fields import QueryFields
 from smolcli.server import answers
 
 Json = dict[str, Any]

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smolcli.errors import QueryError, UsageError
+from smolcli.query_fields import FIELDS, QueryFields
 from smolcli.records import ErrorCode
-from smolcli.schema import FIELDS, QueryFields, load_json
+from smolcli.schema import load_json
 from smolcli.settings import RowSettings
 from smolcli.tables import Row
 from smolcli.tables.template import Template, cell, no_column
