@@ -1,0 +1,109 @@
+"""Where the milliseconds of a step go: the layers, the head, and the Python around them.
+
+    python -m benchmarks.steps
+    python -m benchmarks.steps --dtype float32 --kernels torch --sizes 1,64
+
+Each batch decodes answers that do not end, after prompts of about 100 tokens; medians of the
+steps. For what is inside the layers: `perf record -e cpu-clock python -m benchmarks.steps`.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from smolcli.bench.work import long_prompt
+from smolcli.chat import Chat
+from smolcli.engine.engine import Engine
+from smolcli.engine.sequence import Sequence
+from smolcli.engine.setup import choose
+from smolcli.models.load import load_config, load_model
+from smolcli.models.resolve import resolve
+from smolcli.records import Sampling
+from smolcli.settings import DEFAULT_MODEL, EngineSettings
+
+PROMPT_WORDS = 70
+
+
+class TimedModel:
+    """A model, and head of one, that adds up what it takes; no answer ends by itself."""
+
+    def __init__(self, model: Any) -> None:
+        self.config = replace(model.config, eos_ids=frozenset())
+        self.make_cache = model.make_cache
+        self.layers_s = self.head_s = 0.0
+        self._model = model
+
+    @property
+    def head(self) -> "TimedModel":
+        return self
+
+    def forward(self, batch: Any) -> Any:
+        began = time.perf_counter()
+        hidden = self._model.forward(batch)
+        self.layers_s += time.perf_counter() - began
+        return hidden
+
+    def best(self, hidden: Any) -> list[int]:
+        began = time.perf_counter()
+        tokens: list[int] = self._model.head.best(hidden)
+        self.head_s += time.perf_counter() - began
+        return tokens
+
+
+@contextmanager
+def full_batch(model: TimedModel, chat: Chat, size: int, num_steps: int) -> Iterator[Engine]:
+    """An engine whose prompts are read."""
+    engine = Engine(model, size, 8 << 30)
+    for turn in range(size):
+        prompt = chat.encode(long_prompt(PROMPT_WORDS, turn).messages)
+        engine.add(Sequence(prompt, Sampling(max_new_tokens=num_steps + 50)))
+    while engine.scheduler.num_waiting or not all(s.is_decoding for s in engine.scheduler.running):
+        engine.step()
+    yield engine
+
+
+def measure(model: TimedModel, chat: Chat, size: int, num_steps: int) -> list[float]:
+    """Milliseconds of a step: in all, layers, head, the rest."""
+    rows = []
+    with full_batch(model, chat, size, num_steps) as engine:
+        for _ in range(num_steps):
+            model.layers_s = model.head_s = 0.0
+            began = time.perf_counter()
+            engine.step()
+            total = time.perf_counter() - began
+            parts = (total, model.layers_s, model.head_s, total - model.layers_s - model.head_s)
+            rows.append([1000 * part for part in parts])
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", default="1,2,4,8,16,32,64,128")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--kernels", default="auto", choices=["auto", "native", "torch"])
+    args = parser.parse_args()
+    folder = resolve(DEFAULT_MODEL).folder
+    settings = EngineSettings(dtype=args.dtype, kernels=args.kernels)
+    setup = choose(settings, load_config(folder))
+    torch.set_num_threads(setup.threads)
+    loaded = load_model(folder, setup.dtype, setup.device, setup.kernels)
+    model, chat = TimedModel(loaded), Chat.load(folder)
+    table = Table("sequences", "ms a step", "layers", "head", "the rest", "tokens/s", box=None)
+    for size in map(int, args.sizes.split(",")):
+        total, *parts = measure(model, chat, size, args.steps)
+        shown = [f"{part:.2f}" for part in (total, *parts)]
+        table.add_row(str(size), *shown, f"{1000 * size / total:,.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
