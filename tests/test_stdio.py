@@ -1,4 +1,4 @@
-"""Standard streams that are closed or full."""
+"""Standard streams that are closed or full, and arguments that are no text."""
 
 import os
 import subprocess
@@ -58,3 +58,22 @@ def test_a_run_needs_nobody_to_talk_to(tmp_path: Path, tiny_folder: Path) -> Non
     done = shell("2>&-", "run", "good.jsonl", folder=tmp_path, tiny_folder=tiny_folder)
     assert done.returncode == 0
     assert (tmp_path / "good.results.jsonl").read_text().startswith('{"chat_id":"1","response":')
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (["ask", "caf\udce9"], "the question"),
+        (["ask", "Hi", "--system", "caf\udce9"], "--system"),
+        (["run", "good.jsonl", "--system", "caf\udce9"], "--system"),
+        (["run", "good.jsonl", "--prompt", "caf\udce9 {chat_id}"], "--prompt"),
+    ],
+)
+def test_an_argument_that_is_no_text_is_wrong_usage(
+    args: list[str], what: str, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """A Latin-1 terminal got `internal error: TypeError`, and a run that for each of its lines."""
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    done = shell("", *args, folder=tmp_path, tiny_folder=tiny_folder)
+    assert (done.returncode, done.stderr) == (2, f"smol: {what} is not UTF-8\n")
+    assert not list(tmp_path.glob("*results*"))

@@ -12,6 +12,20 @@ from typing import Any
 
 import typer
 
+from smolcli.errors import UsageError
+
+
+def refuse_no_text(what: str, text: str | None) -> None:
+    """Refuse an argument with bytes that are no UTF-8, which Python hands on as lone surrogates.
+
+    Raises:
+        UsageError: naming it.
+    """
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as exc:
+        raise UsageError(f"{what} is not UTF-8") from exc
+
 
 def option(
     *flags: str,
