@@ -33,6 +33,7 @@ def option(
     panel: str = "Options",
     also: str | None = None,
     least: int | None = None,
+    most: int | None = None,
     complete: Callable[[str], list[str]] | None = None,
 ) -> Any:
     """An option that SMOL_<ITS NAME> sets too, and so does the variable `also`."""
@@ -43,6 +44,7 @@ def option(
         help=help,
         envvar=envvar,
         min=least,
+        max=most,
         rich_help_panel=panel,
         autocompletion=complete,
     )
