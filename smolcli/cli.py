@@ -1,8 +1,9 @@
 """The `smol` command: its commands, and the one place where an error becomes an exit code."""
 
 import functools
+import os
 import sys
-from io import TextIOWrapper
+from io import TextIOWrapper, UnsupportedOperation
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,11 @@ class SmolGroup(TyperGroup):
         except KeyboardInterrupt as exc:
             typer.echo("smol: interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from exc
+        except OSError as exc:
+            if not _is_of_stdout(exc) or isinstance(exc, BrokenPipeError):
+                raise  # that one ends the process without a word: whoever read has left
+            typer.echo(f"smol: cannot write stdout: {exc.strerror or exc}", err=True)
+            raise typer.Exit(FAILED) from exc
 
 
 app = typer.Typer(
@@ -51,6 +57,19 @@ app = typer.Typer(
     epilog='[bold]smol ask "What is gravity?"[/bold] answers one question, '
     "[bold]smol run queries.jsonl[/bold] a file of them.",
 )
+
+
+def _is_of_stdout(exc: OSError) -> bool:
+    """Whether stdout cannot be written: errors of files name them, others have no number."""
+    has_reason = exc.errno is not None or isinstance(exc, UnsupportedOperation)
+    return exc.filename is None and has_reason
+
+
+def _open_standard_streams() -> None:
+    """Stand in for those that are closed: none is None, and no file that is opened becomes one."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull)  # noqa: SIM115  cannot be written: data matters
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -77,6 +96,7 @@ def main(
         typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
+    _open_standard_streams()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the console has: stdout is data
     if path := config_file(config):

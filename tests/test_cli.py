@@ -132,6 +132,7 @@ def test_a_run_that_failed_is_1_and_says_why_and_how_to_go_on(queries: Path) -> 
         (["--max-new-tokens", "0"], "max_new_tokens must be a whole number from 1"),
         (["--seed", "-1"], "seed must be a whole number from 0 to 2^63 - 1"),
         (["--limit", "0"], "--limit"),
+        (["--threads", "100000"], "--threads"),  # torch died of it: a segmentation fault
         (["--dtype", "float16"], "--dtype"),
         (["--no-such-option"], "--no-such-option"),
         (["-o", "no/such/folder/out"], "no/such/folder/out cannot be a file"),

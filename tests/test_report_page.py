@@ -1,6 +1,7 @@
 """`smol report`: what the page says of a run, and that it needs nothing but itself."""
 
 import json
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -217,6 +218,15 @@ def test_the_command_never_replaces_the_results(job: RunSettings) -> None:
     assert smol("report", job.input.with_name("missing.jsonl")).exit_code == 1
     assert smol("report", job.output, "-o", job.input / "x.html").exit_code == 1
     assert job.output.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("option", ["-o", "--png"])
+def test_a_full_disk_is_named(job: RunSettings, option: str) -> None:
+    """The error of a full disk has no name of a file, so it said `cannot write None`."""
+    done = smol("report", run(job), option, "/dev/full")
+    assert done.exit_code == 1
+    assert done.stderr == "smol: cannot write /dev/full: No space left on device\n"
 
 
 def test_without_matplotlib_the_extra_is_named(job: RunSettings) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from smolcli.commands import backend_opener, log_to_stderr
 from smolcli.errors import QueryError, RunError, UsageError
-from smolcli.options import grouped
+from smolcli.options import grouped, refuse_no_text
 from smolcli.options.engine import EngineOptions
 from smolcli.options.files import AsJson, Question
 from smolcli.options.generation import GenerationOptions
@@ -58,10 +58,12 @@ def _query(question: str | None, defaults: QueryDefaults) -> Query:
 
     if question is None and sys.stdin.isatty():
         raise UsageError("ask what? Give a question, or - to read it from stdin")
+    if question in (None, "-"):
+        question = sys.stdin.buffer.read().decode(errors="surrogateescape")
+    refuse_no_text("the question", question)
     try:
-        prompt = sys.stdin.buffer.read().decode() if question in (None, "-") else question
-        return parse_query({"chat_id": "ask", "user_prompt": prompt}, defaults)
-    except (QueryError, UnicodeDecodeError) as exc:
+        return parse_query({"chat_id": "ask", "user_prompt": question}, defaults)
+    except QueryError as exc:
         raise UsageError(str(exc)) from exc
 
 

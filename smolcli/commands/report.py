@@ -1,5 +1,9 @@
 """`smol report`: a page that shows what came of a run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import typer
 
 from smolcli.errors import RunError, UsageError
@@ -25,10 +29,17 @@ def report(results: Results, output: Page = None, png: Picture = None) -> None:
     if {page, png} & {results, journal_path(results)}:
         raise UsageError("the page would replace the results; give another name")
     facts = gather(results)
-    try:
+    with _writing(page):
         page.write_text(render(facts), "utf-8")
-        if png is not None:
+    if png is not None:
+        with _writing(png):
             write_png(charts_of(facts), facts.path.name, png)
-    except OSError as exc:
-        raise RunError(f"cannot write {exc.filename}: {exc.strerror or exc}") from exc
     typer.echo(str(page))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise RunError(f"cannot write {path}: {exc.strerror or exc}") from exc

@@ -12,6 +12,20 @@ from typing import Any
 
 import typer
 
+from smolcli.errors import UsageError
+
+
+def refuse_no_text(what: str, text: str | None) -> None:
+    """Refuse an argument with bytes that are no UTF-8, which Python hands on as lone surrogates.
+
+    Raises:
+        UsageError: naming it.
+    """
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as exc:
+        raise UsageError(f"{what} is not UTF-8") from exc
+
 
 def option(
     *flags: str,
@@ -19,6 +33,7 @@ def option(
     panel: str = "Options",
     also: str | None = None,
     least: int | None = None,
+    most: int | None = None,
     complete: Callable[[str], list[str]] | None = None,
 ) -> Any:
     """An option that SMOL_<ITS NAME> sets too, and so does the variable `also`."""
@@ -29,6 +44,7 @@ def option(
         help=help,
         envvar=envvar,
         min=least,
+        max=most,
         rich_help_panel=panel,
         autocompletion=complete,
     )

@@ -63,7 +63,10 @@ class EngineOptions:
         ),
     ] = _DEFAULTS.kernels
     threads: Annotated[
-        int, _engine("--threads", help="CPU threads; 0: one for each core it may use.", least=0)
+        int,
+        _engine(
+            "--threads", help="CPU threads; 0: one for each core it may use.", least=0, most=1024
+        ),
     ] = _DEFAULTS.threads
     max_batch_size: Annotated[
         int,

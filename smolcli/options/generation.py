@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Literal
 
 from smolcli.errors import QueryError, UsageError
-from smolcli.options import option
+from smolcli.options import option, refuse_no_text
 from smolcli.records import AnswerFormat, Sampling
 from smolcli.settings import OPENAI_TEMPERATURE, QueryDefaults
 
@@ -56,6 +56,7 @@ class GenerationOptions:
         """
         from smolcli.schema import parse_query  # late: imports pydantic
 
+        refuse_no_text("--system", self.system_prompt)
         query = {"chat_id": "-", "user_prompt": "-"} | asdict(self)
         try:
             sampling = parse_query(query, QueryDefaults()).sampling

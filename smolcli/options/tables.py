@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from smolcli.errors import UsageError
-from smolcli.options import option
+from smolcli.options import option, refuse_no_text
 from smolcli.settings import RowSettings
 
 _table = functools.partial(option, panel="Tables")
@@ -33,8 +33,9 @@ class TableOptions:
         """These options as settings.
 
         Raises:
-            UsageError: where a field is named twice, or not at all.
+            UsageError: where a field is named twice, or not at all, or the prompt is no text.
         """
+        refuse_no_text("--prompt", self.prompt)
         fields = tuple(next(csv.reader([self.fields]))) if self.fields else ()
         if "" in fields or len(set(fields)) < len(fields):
             raise UsageError("--fields takes names of columns, each once: --fields title,year")

@@ -126,6 +126,8 @@ def _of_werkzeug(exc: HTTPException, status: int) -> HttpError:
     sentences = {
         HTTPStatus.NOT_FOUND: f"there is nothing at {request.path}",
         HTTPStatus.METHOD_NOT_ALLOWED: f"{request.method} is not allowed at {request.path}",
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the body is larger than "
+        f"{request.max_content_length or 0:,} bytes, the most this server takes",
     }
     allowed: list[str] = getattr(exc, "valid_methods", None) or []
     headers = {"Allow": ", ".join(sorted(allowed))} if allowed else {}

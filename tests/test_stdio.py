@@ -1,0 +1,79 @@
+"""Standard streams that are closed or full, and arguments that are no text."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs sh and /dev/full")
+
+GOOD = '{"chat_id": "1", "user_prompt": "Hi there"}\n'
+
+
+def shell(
+    redirection: str, *args: str, folder: Path, tiny_folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """`smol` as a shell starts it, with a small model."""
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "smolcli", *args],
+        capture_output=True,
+        cwd=folder,
+        env=os.environ | {"SMOL_MODEL": str(tiny_folder), "SMOL_MAX_NEW_TOKENS": "2"},
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("redirection", "args", "exit_code", "said"),
+    [
+        (">&-", ["ask", "Hi"], 1, "smol: cannot write stdout: not writable\n"),
+        (">/dev/full", ["ask", "Hi"], 1, "smol: cannot write stdout: No space left on device\n"),
+        (">/dev/full", ["run", "bad.jsonl", "--check"], 1, "smol: cannot write stdout: No space"),
+        (">&-", ["run", "good.jsonl", "-o", "-", "-q"], 1, "smol: cannot write -: Bad file"),
+        (">&-", ["run", "good.jsonl", "-o", "out.jsonl", "-q"], 0, ""),
+        ("<&-", ["ask"], 2, "smol: user_prompt is required and cannot be empty\n"),
+        ("<&-", ["chat"], 0, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full_are_no_reason_for_a_traceback(
+    redirection: str,
+    args: list[str],
+    exit_code: int,
+    said: str,
+    tmp_path: Path,
+    tiny_folder: Path,
+) -> None:
+    """Cron jobs and full disks met `'NoneType' object has no attribute 'isatty'`, 40 lines deep."""
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    done = shell(redirection, *args, folder=tmp_path, tiny_folder=tiny_folder)
+    assert (done.returncode, done.stderr[: len(said) or None]) == (exit_code, said)
+
+
+def test_a_run_needs_nobody_to_talk_to(tmp_path: Path, tiny_folder: Path) -> None:
+    """With stderr closed it ended with exit code 1 before it began, and could not say why."""
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    done = shell("2>&-", "run", "good.jsonl", folder=tmp_path, tiny_folder=tiny_folder)
+    assert done.returncode == 0
+    assert (tmp_path / "good.results.jsonl").read_text().startswith('{"chat_id":"1","response":')
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (["ask", "caf\udce9"], "the question"),
+        (["ask", "Hi", "--system", "caf\udce9"], "--system"),
+        (["run", "good.jsonl", "--system", "caf\udce9"], "--system"),
+        (["run", "good.jsonl", "--prompt", "caf\udce9 {chat_id}"], "--prompt"),
+    ],
+)
+def test_an_argument_that_is_no_text_is_wrong_usage(
+    args: list[str], what: str, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """A Latin-1 terminal got `internal error: TypeError`, and a run that for each of its lines."""
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    done = shell("", *args, folder=tmp_path, tiny_folder=tiny_folder)
+    assert (done.returncode, done.stderr) == (2, f"smol: {what} is not UTF-8\n")
+    assert not list(tmp_path.glob("*results*"))
