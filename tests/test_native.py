@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from smolcli.engine.eager.head import EagerHead
+from smolcli.engine.native import build
 from smolcli.engine.native.build import NoKernels, load_kernels
 from smolcli.engine.native.kernels import Kernels
 from smolcli.engine.native.model import NativeModel, interleaved, pack
@@ -77,6 +78,21 @@ def test_a_home_that_cannot_be_written_to_is_done_without(
     (tmp_path / "file").touch()
     monkeypatch.setenv("SMOL_HOME", str(tmp_path / "file" / "home"))
     assert load_kernels(torch.float32).dtype is torch.float32
+
+
+@pytest.mark.usefixtures("fresh", "home")
+def test_where_no_library_may_be_run_torch_computes(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on disks that are mounted noexec."""
+
+    def refuse(path: str) -> None:
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(build, "CDLL", refuse)
+    setup = choose(FLOAT, load_config(tiny_folder))
+    assert setup.kernels is None
+    assert "failed to map segment" in setup.why_torch
 
 
 def test_a_shape_that_does_not_fit_is_left_to_torch(

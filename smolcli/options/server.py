@@ -19,7 +19,9 @@ class ServeOptions:
     """Where a server listens, whom it answers, and how much it takes on."""
 
     host: Annotated[str, _serve("--host", help="Address to listen on.")] = _DEFAULTS.host
-    port: Annotated[int, _serve("--port", help="0: any that is free.", least=0)] = _DEFAULTS.port
+    port: Annotated[int, _serve("--port", help="0: any that is free.", least=0, most=65535)] = (
+        _DEFAULTS.port
+    )
     api_key: Annotated[
         list[str] | None,
         _serve("--api-key", help="A key that clients must send; may be repeated."),

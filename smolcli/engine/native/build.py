@@ -18,7 +18,7 @@ from smolcli.settings import smol_home
 SOURCE = Path(__file__).with_name("kernels.c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
-TIMEOUT_S = 120.0
+TIMEOUT_S = 60.0
 
 
 class NoKernels(Exception):
@@ -41,10 +41,18 @@ def load_kernels(dtype: torch.dtype) -> Kernels:
             kept.parent.mkdir(parents=True, exist_ok=True)
             _compile(dtype, kept)
         return Kernels(CDLL(str(kept)), dtype)
-    except OSError:  # nothing can be kept there
+    except OSError:  # nothing can be kept there, or run from there
+        return _load_elsewhere(dtype, name)
+
+
+def _load_elsewhere(dtype: torch.dtype, name: str) -> Kernels:
+    """From a file that is gone as soon as it is loaded."""
+    try:
         with tempfile.TemporaryDirectory() as folder:
             _compile(dtype, Path(folder) / name)
             return Kernels(CDLL(str(Path(folder) / name)), dtype)
+    except OSError as exc:
+        raise NoKernels(f"a library cannot be kept or run here: {exc}") from exc
 
 
 def _compile(dtype: torch.dtype, path: Path) -> None:
@@ -62,6 +70,8 @@ def _compile(dtype: torch.dtype, path: Path) -> None:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise NoKernels(f"{compiler}: {(errors or ['failed'])[0].strip()}")
+        with made.open("rb+") as file:
+            os.fsync(file.fileno())  # half of a library would end the process that loads it
         os.replace(made, path)
 
 
