@@ -143,7 +143,7 @@ class Systems:
 
             dtype = getattr(torch, self._settings.dtype)
             self._model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=dtype)
-        run_transformers(self._warm_up[:size], self._chat, self._model, "", size)
+        run_transformers(self._warm_up[: max(size, 2)], self._chat, self._model, "", size)
         return run_transformers(self._queries, self._chat, self._model, self._settings.dtype, size)
 
 
