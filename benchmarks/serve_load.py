@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import Exchange, Target, percentiles, post, prompts, target
+from smolcli.machine import num_cores
 
 MAX_NEW_TOKENS = 128
 PROMPTS = prompts(64)
@@ -33,6 +34,7 @@ class Load:
         self._model = model
         self._lock = threading.Lock()
         self.num_asked = 0
+        self.cpu_share = 0.0  # of the machine, which the server has not
         self._is_over = False
         self.answered: list[Exchange] = []
         self.streamed: list[Exchange] = []
@@ -46,9 +48,10 @@ class Load:
         for thread in self._threads:
             thread.start()
         time.sleep(warm_up_s)
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         time.sleep(seconds)
         ended = time.perf_counter()
+        self.cpu_share = (time.process_time() - used) / (ended - began) / num_cores()
         self._is_over = True
         for thread in self._threads:
             thread.join()
@@ -131,6 +134,7 @@ def measure(url: str | None, num_clients: int, warm_up_s: float, seconds: float)
         "different_streams": len({stream_id(e) for e in load.streamed}),
         "streams": len(load.streamed),
         "faults": dict(load.faults),
+        "clients_share_of_the_cores": round(load.cpu_share, 3),
         "tokens_per_second": round(tokens / (ended - began), 1),
         "latency": percentiles([e.total_s for e in counted]),
         "first_token": percentiles([e.first_s for e in load.streamed if began <= e.ended < ended]),

@@ -1,5 +1,6 @@
 """`smol serve`: the same pipeline over HTTP."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from smolcli.settings import EngineSettings, RemoteSettings
 
 if TYPE_CHECKING:
     from smolcli.backends import Backend
+
+SWITCH_INTERVAL_S = 0.0005  # the engine's thread waits no longer for those of the requests
 
 EXAMPLES = "[bold]smol serve[/bold] answers at http://127.0.0.1:8000, where there is a page, too."
 
@@ -39,6 +42,7 @@ def serve(
     upstream = remote.settings(engine.settings())
     defaults = generation.query_defaults(answers=read_format(schema))
     settings = options.settings(defaults, engine.settings())
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     log_to_stderr()
     log_requests(options.log_format)
     open_backend = ctx.obj or open_local

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 SPARE_THREADS = 16  # for those who are refused, and for /health
 SPARE_CONNECTIONS = 256  # idle ones, and slow ones
 TICK_S = 0.2
+GAP_S = 0.0001  # between turns, for each connection: a turn looks at all of them
+MOST_GAP_S = 0.01
 FLUSH_S = 1.0
 
 
@@ -102,6 +104,7 @@ class Server:
 
     def _turn(self) -> None:
         wasyncore.loop(timeout=TICK_S, use_poll=True, map=self._map, count=1)
+        time.sleep(min(GAP_S * len(self._map), MOST_GAP_S))
         now = time.monotonic()
         for channel in self._channels():
             channel.drop_if_slow(now)
