@@ -10,9 +10,7 @@ Float32, one thread for each engine, three Ray nodes on this machine.
 
 import hashlib
 import json
-import os
 import random
-import signal
 import socket
 import statistics
 import subprocess
@@ -213,8 +211,8 @@ def tell_end(runs: Runs, name: str, popen: "subprocess.Popen[bytes]") -> None:
 
 
 def kill(server: Target) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGKILL)
+    assert server.process is not None
+    server.process.kill()
 
 
 def ray_workers() -> list[psutil.Process]:

@@ -27,8 +27,9 @@ from smolcli.backends.open import open_local
 from smolcli.chat import Chat
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
+from smolcli.engine.setup import choose
 from smolcli.formats import schema_format
-from smolcli.models.load import load_model
+from smolcli.models.load import load_config, load_model
 from smolcli.models.resolve import resolve
 from smolcli.pipeline import answer_all
 from smolcli.records import Query, Result, Sampling
@@ -60,9 +61,11 @@ def load_queries() -> list[Query]:
 class Cost:
     """Times decoding with and without a schema; no answer ends by itself."""
 
-    def __init__(self, queries: list[Query], dtype: torch.dtype, num_tokens: int) -> None:
+    def __init__(self, queries: list[Query], settings: EngineSettings, num_tokens: int) -> None:
         folder = resolve(DEFAULT_MODEL).folder
-        model = load_model(folder, dtype, torch.device("cpu"))
+        setup = choose(settings, load_config(folder))
+        torch.set_num_threads(setup.threads)
+        model = load_model(folder, setup.dtype, setup.device, setup.kernels)
         chat, config = Chat.load(folder), model.config
         self._vocabulary = Vocabulary(chat.tokenizer_json, config.vocab_size, config.eos_ids)
         model.config = replace(config, eos_ids=frozenset())
@@ -160,9 +163,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     queries, console = load_queries(), Console()
-    with closing(open_local(EngineSettings(dtype=args.dtype))) as backend:
+    settings = EngineSettings(dtype=args.dtype)
+    with closing(open_local(settings)) as backend:
         console.print(measure_worth(queries, backend))
-    cost = Cost(queries, getattr(torch, args.dtype), args.tokens)
+    cost = Cost(queries, settings, args.tokens)
     batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
     console.print(measure_cost(cost, batch_sizes, args.rounds))
 
