@@ -51,9 +51,9 @@ class TimedModel:
         self.layers_s += time.perf_counter() - began
         return hidden
 
-    def best(self, hidden: Any) -> list[int]:
+    def best(self, hidden: Any, masks: Any) -> list[int]:
         began = time.perf_counter()
-        tokens: list[int] = self._model.head.best(hidden)
+        tokens: list[int] = self._model.head.best(hidden, masks)
         self.head_s += time.perf_counter() - began
         return tokens
 

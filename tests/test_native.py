@@ -1,5 +1,6 @@
 """Kernels compiled here: when there are none, where they are kept, and what they compute."""
 
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,7 +132,13 @@ def test_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:
     hidden = torch.randn(37, ours.config.hidden_size, generator=torch.Generator().manual_seed(1))
     logits = ours.head.logits(hidden)
     assert torch.allclose(logits, theirs.logits(hidden), atol=1e-4)
-    assert ours.head.best(hidden) == theirs.best(hidden) == ours.head.best_of(hidden, logits)
+    best = ours.head.best(hidden)
+    assert best == theirs.best(hidden) == logits.argmax(-1).tolist()
+    masks = [None if n % 3 == 0 else random.Random(n).randbytes(48) for n in range(37)]
+    allowed = ours.head.best(hidden, masks)
+    assert allowed == theirs.best(hidden, masks)
+    assert allowed[::3] == best[::3]
+    assert allowed != best
 
 
 def test_what_is_not_a_number_is_told(kernels: Kernels, tiny_folder: Path) -> None:
@@ -140,5 +147,3 @@ def test_what_is_not_a_number_is_told(kernels: Kernels, tiny_folder: Path) -> No
     hidden[1] = torch.nan
     with pytest.raises(FloatingPointError):
         model.head.best(hidden)
-    with pytest.raises(FloatingPointError):
-        model.head.best_of(hidden, model.head.logits(hidden))

@@ -20,7 +20,7 @@ from smolcli.options.server import ServeOptions
 from smolcli.settings import EngineSettings, QueryDefaults
 
 LONG = query(max_new_tokens=450, repetition_penalty=1.3)
-SOME = query(max_new_tokens=150, repetition_penalty=1.3)
+SLOW = ("--kernels", "torch")  # so that what is asked still runs when the test looks
 signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
 
@@ -30,9 +30,9 @@ def test_it_finishes_what_runs_and_takes_nothing_new(
     tiny_folder: Path, number: signal.Signals
 ) -> None:
     """Every request either has its answer or a documented refusal, and the exit code is 0."""
-    args = ("--model", str(tiny_folder), "--drain-timeout", "300", "--no-dedupe")
+    args = ("--model", str(tiny_folder), "--drain-timeout", "300", "--no-dedupe", *SLOW)
     with serve_process(*args) as process, ThreadPoolExecutor(24) as pool:
-        asked = [pool.submit(process.ask, SOME | {"chat_id": str(n)}) for n in range(24)]
+        asked = [pool.submit(process.ask, LONG | {"chat_id": str(n)}) for n in range(24)]
         eventually(lambda: "running 24.0" in process.get("/metrics").text)
         process.signal(number)
         eventually(lambda: process.get("/ready").json() == {"status": "draining"})
@@ -47,7 +47,7 @@ def test_it_finishes_what_runs_and_takes_nothing_new(
 
 @signals
 def test_what_has_no_time_to_finish_is_told_so(tiny_folder: Path) -> None:
-    args = ("--model", str(tiny_folder), "--drain-timeout", "0")
+    args = ("--model", str(tiny_folder), "--drain-timeout", "0", *SLOW)
     with serve_process(*args) as process, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(process.ask, LONG)
         eventually(lambda: "running 1.0" in process.get("/metrics").text)
@@ -60,7 +60,7 @@ def test_what_has_no_time_to_finish_is_told_so(tiny_folder: Path) -> None:
 @signals
 def test_a_second_ctrl_c_ends_it_at_once(tiny_folder: Path) -> None:
     with (
-        serve_process("--model", str(tiny_folder)) as process,
+        serve_process("--model", str(tiny_folder), *SLOW) as process,
         socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as client,
     ):
         body = json.dumps({"queries": [LONG] * 900}).encode()

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
+from smolcli.engine.masks import Masks
 from smolcli.engine.prefix import PrefixCache
 from smolcli.engine.sequence import Sequence, Work
 
@@ -22,16 +23,12 @@ class Head(Protocol):
         """See to it that the `width` largest logits of each row are as exact as float32."""
         ...
 
-    def best(self, x: Tensor) -> list[int]:
-        """The most likely token for each row; of equals, the first.
+    def best(self, x: Tensor, masks: Masks = ()) -> list[int]:
+        """The most likely token for each row that its mask, if any, allows; of equals, the first.
 
         Raises:
             FloatingPointError: a row has no largest logit, because it holds NaN.
         """
-        ...
-
-    def best_of(self, x: Tensor, logits: Tensor) -> list[int]:
-        """As `best`, by the logits of x, of which some may be minus infinity."""
         ...
 
 

@@ -8,10 +8,10 @@ own logits, settings and generator alone: only rows of one kind are computed tog
 import math
 from collections import defaultdict
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from smolcli.engine.masks import Masks, forbid
 from smolcli.engine.model import Head
 from smolcli.engine.sequence import Sequence, TokenScore
 from smolcli.records import Sampling
@@ -45,7 +45,7 @@ def choose_scored(logits: Tensor, sequences: list[Sequence]) -> list[int]:
     for row, sequence in zip(logits, sequences, strict=True):
         if sequence.sampling.repetition_penalty != 1.0:
             _penalize(row, sequence)
-    _forbid(logits, sequences)
+    forbid(logits, masks(sequences))
     tokens: list[int] = logits.argmax(-1).tolist()
     groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for i, sequence in enumerate(sequences):
@@ -70,7 +70,7 @@ def score(
     if not asking:
         return scores
     logits = head.logits(hidden[asking])
-    _forbid(logits, [sequences[i] for i in asking])
+    forbid(logits, masks([sequences[i] for i in asking]))
     head.refine(hidden[asking], logits, FINE)
     for i, row in zip(asking, logits.log_softmax(-1), strict=True):
         top = row.topk(sequences[i].top_logprobs or 0)
@@ -81,20 +81,12 @@ def score(
 
 
 def _likeliest(head: Head, hidden: Tensor, sequences: list[Sequence]) -> list[int]:
-    if not any(s.constraint for s in sequences):
-        return head.best(hidden)
-    logits = head.logits(hidden)
-    _forbid(logits, sequences)
-    return head.best_of(hidden, logits)
+    return head.best(hidden, masks(sequences))
 
 
-def _forbid(logits: Tensor, sequences: list[Sequence]) -> None:
-    """Leave the sequences with a constraint what it allows; (N, vocab_size) in place."""
-    for row, sequence in zip(logits, sequences, strict=True):
-        if sequence.constraint is not None:
-            mask = np.frombuffer(sequence.constraint.mask(), np.uint8)
-            allowed = np.unpackbits(mask, count=len(row), bitorder="little").view(np.bool_)
-            row.masked_fill_(~torch.from_numpy(allowed).to(row.device), -torch.inf)
+def masks(sequences: list[Sequence]) -> Masks:
+    """What the sequences' constraints allow next."""
+    return [s.constraint.mask() if s.constraint else None for s in sequences]
 
 
 def _penalize(row: Tensor, sequence: Sequence) -> None:

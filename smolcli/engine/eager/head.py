@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolcli.engine.eager.linear import make_linear
+from smolcli.engine.masks import Masks, forbid
 
 NEAR_TIE = 0.25  # two steps of a bfloat16 between 16 and 32, where the largest logits lie
 BLOCK = 128
@@ -43,20 +44,16 @@ class EagerHead:
             exact = self._exact(x, rows, ids.flatten()).view_as(rough)
             logits.scatter_(1, ids, torch.where(rough.isinf(), rough, exact))
 
-    def best(self, x: Tensor) -> list[int]:
-        """The most likely token for each row of (N, hidden); of equals, the first.
+    def best(self, x: Tensor, masks: Masks = ()) -> list[int]:
+        """See `model.Head`.
 
         Bfloat16 rounds logits near 25 to steps of 0.125, which makes ties of close calls: the few
         that come near the largest are computed again in float32. They are looked for block by
         block, because argmax over a whole vocabulary is slow on a CPU.
-
-        Raises:
-            FloatingPointError: a row has no largest logit, because it holds NaN.
         """
-        return self.best_of(x, self.logits(x))
-
-    def best_of(self, x: Tensor, logits: Tensor) -> list[int]:
-        """As `best`, by the logits of x, (N, vocab_size), of which some may be minus infinity."""
+        logits = self.logits(x)
+        if masks:
+            forbid(logits, masks)
         logits = logits.view(len(x), -1, self._block)  # (N, blocks, block)
         highest = logits.amax(-1)
         margin = 0.0 if x.dtype == torch.float32 else NEAR_TIE

@@ -1,10 +1,13 @@
 """From hidden states to the next token."""
 
 import ctypes
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from smolcli.engine.masks import Masks
 from smolcli.engine.native.kernels import Kernels, ModelStruct, address
 
 
@@ -34,15 +37,17 @@ class NativeHead:
     def refine(self, x: Tensor, logits: Tensor, width: int) -> None:
         """See `model.Head`; they are."""
 
-    def best(self, x: Tensor) -> list[int]:
+    def best(self, x: Tensor, masks: Masks = ()) -> list[int]:
         """See `model.Head`; no logit is written to memory."""
         x, normed = self._inputs(x)
         found = torch.empty(len(x) * self._best_bytes, dtype=torch.uint8)
         ids = torch.empty(len(x), dtype=torch.int32)
+        bits = self._bits(masks) if any(masks) else None
         self._kernels.best(
             ctypes.byref(self._struct),
             address(x),
             len(x),
+            None if bits is None else address(bits),
             address(normed),
             address(found),
             address(ids),
@@ -51,12 +56,14 @@ class NativeHead:
             raise FloatingPointError("the model computed logits that are not numbers")
         return ids.tolist()
 
-    def best_of(self, x: Tensor, logits: Tensor) -> list[int]:
-        """See `model.Head`."""
-        ids = logits.argmax(-1, keepdim=True)
-        if logits.gather(-1, ids).isnan().any():
-            raise FloatingPointError("the model computed logits that are not numbers")
-        return ids.flatten().tolist()
+    def _bits(self, masks: Masks) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+        """The masks side by side, in whole panels."""
+        panel = self._kernels.panel
+        bits = np.full((len(masks), -(-self._struct.vocab // panel) * panel // 8), 255, np.uint8)
+        for row, mask in zip(bits, masks, strict=True):
+            if mask is not None:
+                row[: len(mask)] = np.frombuffer(mask, np.uint8)[: len(row)]
+        return bits
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x without gaps, and space for what the last norm makes of it."""

@@ -185,14 +185,22 @@ typedef struct {
     float *out; /* STORE, ADD: (rows, stride) */
     elem *act;  /* SWIGLU: (rows, stride) */
     Best *best; /* BEST: (rows,) of this thread */
+    const uint8_t *allowed; /* BEST: a bit for each token, (rows, stride bytes), or none */
     int64_t stride;
     int32_t vocab;
 } Target;
 
-INLINE void keep_best(Best *best, vec value, int first_id, int vocab) {
-    ivec ids = (ivec){} + first_id;
-    for (int i = 0; i < WIDTH; i++) ids[i] += i;
-    ivec better = (value > best->value) & (ids < vocab);
+INLINE void keep_best(const Target *to, int row, vec value, int first_id) {
+    Best *best = to->best + row;
+    ivec places = {};
+    for (int i = 0; i < WIDTH; i++) places[i] = i;
+    ivec ids = places + first_id;
+    ivec better = (value > best->value) & (ids < to->vocab);
+    if (to->allowed) {
+        const uint8_t *bytes = to->allowed + row * to->stride + first_id / 8;
+        int32_t bits = WIDTH == 16 ? bytes[0] | bytes[1] << 8 : bytes[0];
+        better &= (((ivec){} + bits) >> places & 1) != 0;
+    }
     best->value = pick(better, value, best->value);
     best->id = (better & ids) | (~better & best->id);
 }
@@ -202,8 +210,8 @@ INLINE void put(const Target *to, int row, int panel, vec first, vec second) {
         vec gate = first / (exp_of(-first) + 1.0f);
         store(to->act + row * to->stride + panel * WIDTH, gate * second);
     } else if (to->use == BEST) {
-        keep_best(to->best + row, first, panel * PANEL, to->vocab);
-        keep_best(to->best + row, second, panel * PANEL + WIDTH, to->vocab);
+        keep_best(to, row, first, panel * PANEL);
+        keep_best(to, row, second, panel * PANEL + WIDTH);
     } else {
         loose *out = (loose *)(to->out + row * to->stride + panel * PANEL);
         if (to->use == ADD) first += out[0], second += out[1];
@@ -447,16 +455,19 @@ void logits(const Model *model, const float *hidden, int rows, elem *normed, flo
 
 /* The most likely token of each row, of equals the first, -1 where no logit is a number.
 
-   best has (threads, rows) of Best's size. */
-void best(const Model *model, const float *hidden, int rows, elem *normed, Best *best, int32_t *ids) {
+   allowed has a bit for each token, (rows, whole panels), or is null; best has (threads, rows) of
+   Best's size. */
+void best(const Model *model, const float *hidden, int rows, const uint8_t *allowed, elem *normed,
+          Best *best, int32_t *ids) {
+    int num_panels = (model->vocab + PANEL - 1) / PANEL;
     for (int64_t i = 0; i < (int64_t)rows * model->num_threads; i++)
         best[i] = (Best){spread(-INFINITY), (ivec){} - 1};
 #pragma omp parallel num_threads(model->num_threads)
     {
-        Target to = {BEST, .best = best + (int64_t)omp_get_thread_num() * rows, .vocab = model->vocab};
+        Target to = {BEST, .allowed = allowed, .stride = num_panels * PANEL / 8, .vocab = model->vocab};
+        to.best = best + (int64_t)omp_get_thread_num() * rows;
         norm(hidden, model->norm, rows, model->hidden, model->eps, normed);
-        multiply(model->head, (model->vocab + PANEL - 1) / PANEL, model->hidden / ELEMS, normed, rows,
-                 &to);
+        multiply(model->head, num_panels, model->hidden / ELEMS, normed, rows, &to);
     }
     for (int row = 0; row < rows; row++) {
         float top = -INFINITY;

@@ -65,7 +65,9 @@ class Kernels:
             library.forward, model, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, space
         )
         self.logits = _typed(library.logits, model, c_void_p, c_int32, c_void_p, c_void_p)
-        self.best = _typed(library.best, model, c_void_p, c_int32, c_void_p, c_void_p, c_void_p)
+        self.best = _typed(
+            library.best, model, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p
+        )
 
 
 def address(array: "torch.Tensor | np.ndarray[Any, Any]") -> int:
