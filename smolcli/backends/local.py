@@ -3,49 +3,24 @@
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from smolcli.backends import Counters, Health, OnText
-from smolcli.backends.answer import AnswerText, cut_off, logprob_entries
+from smolcli.backends.answer import AnswerText
+from smolcli.backends.job import Job, failed, outcome, sentence
 from smolcli.backends.several import gather, split
 from smolcli.chat import Chat
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
-from smolcli.records import ErrorCode, FinishReason, Query, Result, Timings, Usage, failure
-from smolcli.vocabulary import TokenConstraint, Vocabulary
+from smolcli.records import Query, Result
+from smolcli.vocabulary import Vocabulary
 
 WINDOW_BATCHES = 3
 STUCK_AFTER_S = 60.0  # no step takes as long
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One query on its way through the backend."""
-
-    query: Query
-    on_text: OnText | None
-    text: AnswerText
-    is_urgent: bool
-    constraint: TokenConstraint | None = None
-    spell: Callable[[int], bytes] | None = None  # where likelihoods are asked for
-    future: Future[Result] = field(default_factory=Future)
-    submitted_at: float = field(default_factory=time.perf_counter)
-    first_token_at: float = 0.0
-
-    def give(self, result: Result) -> None:
-        """Complete the future, unless somebody cancelled it."""
-        with suppress(InvalidStateError):
-            self.future.set_result(result)
-
-    def fail(self, error: BackendError) -> None:
-        """Tell that the backend is gone."""
-        with suppress(InvalidStateError):
-            self.future.set_exception(error)
 
 
 class LocalBackend:
@@ -143,7 +118,7 @@ class LocalBackend:
         try:
             sequence = self._sequence(job)
         except BaseException as exc:  # a panic in Rust is no Exception, and somebody waits
-            job.give(_failed(job.query, exc))
+            job.give(failed(job.query, exc))
             return
         with self._lock:
             if self._gone is None:
@@ -183,7 +158,7 @@ class LocalBackend:
                     for sequence in self._engine.step():
                         self._deliver(sequence)
         except BaseException as exc:  # a panic in Rust is no Exception
-            self._leave(exc if isinstance(exc, BackendError) else BackendError(_sentence(exc)))
+            self._leave(exc if isinstance(exc, BackendError) else BackendError(sentence(exc)))
         self._dismiss_all()
 
     def _leave(self, reason: BackendError) -> None:
@@ -200,7 +175,7 @@ class LocalBackend:
                     self._engine.add(sequence)
                     self._jobs[sequence] = job
                 except QueryError as exc:
-                    job.give(_failed(job.query, exc))
+                    job.give(failed(job.query, exc))
 
     def _drop_cancelled(self) -> None:
         for sequence in [s for s, job in self._jobs.items() if job.future.cancelled()]:
@@ -218,7 +193,7 @@ class LocalBackend:
         if finished:
             self._engine.stop(sequence)
             del self._jobs[sequence]
-            job.give(_result(job, sequence))
+            job.give(outcome(job, sequence))
 
     def _advance(self, job: Job, sequence: Sequence) -> bool:
         """Take the newest token into the answer's text; returns whether it was the last."""
@@ -243,39 +218,3 @@ class LocalBackend:
             self._engine.stop(sequence)
             job.fail(self._gone)
         self._jobs.clear()
-
-
-def _result(job: Job, sequence: Sequence) -> Result:
-    if sequence.error is not None:
-        return _failed(job.query, sequence.error)
-    if job.constraint is not None and not job.constraint.is_complete:
-        fault = job.constraint.fault
-        return _failed(job.query, fault) if fault else cut_off(job.query, sequence.num_output)
-    now = time.perf_counter()
-    assert sequence.admitted_at is not None
-    return Result(
-        chat_id=job.query.chat_id,
-        response=job.text.text,
-        finish_reason=FinishReason.STOP if job.text.is_stopped else sequence.finish_reason,
-        logprobs=logprob_entries(sequence.scores, job.spell) if job.spell else None,
-        usage=Usage(len(sequence.prompt_ids), sequence.num_output),
-        metadata=job.query.metadata,
-        line=job.query.line,
-        timings=Timings(
-            queue_s=sequence.admitted_at - job.submitted_at,
-            first_token_s=job.first_token_at - job.submitted_at,
-            total_s=now - job.submitted_at,
-        ),
-    )
-
-
-def _failed(query: Query, exc: BaseException) -> Result:
-    if isinstance(exc, QueryError):
-        return failure(query, str(exc), exc.code, exc.field)
-    return failure(query, _sentence(exc), ErrorCode.INTERNAL)
-
-
-def _sentence(exc: BaseException) -> str:
-    """A foreign exception on one line."""
-    first = (str(exc).splitlines() or [""])[0]
-    return f"internal error: {type(exc).__name__}: {first}"
