@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from smolcli.engine.eager.head import EagerHead
+from smolcli.engine.eager.model import EagerModel
+from smolcli.engine.model import Model
 from smolcli.engine.native import build
 from smolcli.engine.native.build import NoKernels, load_kernels
 from smolcli.engine.native.kernels import Kernels
 from smolcli.engine.native.model import NativeModel, interleaved, pack
+from smolcli.engine.sequence import Sequence, Work
 from smolcli.engine.setup import choose
 from smolcli.errors import UsageError
 from smolcli.models.load import load_config, load_model
@@ -120,6 +124,26 @@ def test_rows_of_gate_and_up_take_turns() -> None:
     gate = torch.arange(8.0).view(4, 2)
     rows = interleaved(gate, -gate, 2)
     assert rows[:, 0].tolist() == [0, 2, 0, -2, 4, 6, -4, -6]
+
+
+def test_activations_of_any_size_are_computed(kernels: Kernels, tiny_folder: Path) -> None:
+    """The exponential inside of SiLU once overflowed into nonsense below -88."""
+    config, weights = load_config(tiny_folder), load_file(tiny_folder / "model.safetensors")
+    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    large = {n: w * 1000 if "gate_proj" in n else w for n, w in weights.items()}
+    ours = NativeModel(config, large, kernels)
+    theirs = EagerModel(config, large, torch.float32, torch.device("cpu"))
+    seen = [hidden_states(model, list(range(5, 45))) for model in (ours, theirs)]
+    assert torch.allclose(*seen, rtol=1e-3, atol=1e-3 * seen[1].abs().max().item())
+
+
+@torch.inference_mode()
+def hidden_states(model: Model, token_ids: list[int]) -> torch.Tensor:
+    """After the last token."""
+    cache, sequence = model.make_cache(0), Sequence(token_ids)
+    cache.open(sequence)
+    cache.make_room(sequence)
+    return model.forward(cache.batch([Work(sequence, 0, len(token_ids))]))
 
 
 def test_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:

@@ -119,9 +119,10 @@ INLINE float max_of(vec value) {
     return max;
 }
 
-/* e^x for x up to 88, 0 below -87; to 2 units in the last place (Cephes, S. Moshier). */
+/* e^x, 0 below -87 and e^88 above 88; to 2 units in the last place (Cephes, S. Moshier). */
 INLINE vec exp_of(vec x) {
     const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    x = pick(x > 88.0f, spread(88.0f), x);
     vec shifted = x * 1.44269504f + round, n = shifted - round;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = spread(1.9875691500e-4f);
