@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from smolcli.cli import app
 from smolcli.engine.eager.head import EagerHead
 from smolcli.engine.eager.model import EagerModel
 from smolcli.engine.model import Model
@@ -50,6 +52,14 @@ def test_without_a_compiler_torch_computes(
     assert (setup.kernels, setup.why_torch) == (None, "there is no C compiler")
     with pytest.raises(UsageError, match="--kernels native cannot be had: there is no C compiler"):
         choose(EngineSettings(dtype="float32", kernels="native"), load_config(tiny_folder))
+
+
+@pytest.mark.usefixtures("fresh", "home")
+def test_the_doctor_says_what_is_slow(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    done = CliRunner().invoke(app, ["doctor", "--model", str(tiny_folder), "--dtype", "float32"])
+    assert "kernels: torch (there is no C compiler)" in " ".join(done.output.split())
+    assert "they need a C compiler" in " ".join(done.output.split())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script for a shell")
