@@ -406,7 +406,7 @@ def test_interrupted_is_130_and_the_same_command_goes_on(tmp_path: Path, tiny_fo
     source = tmp_path / "in.jsonl"
     source.write_text(
         "".join(
-            f'{{"chat_id": "{n}", "user_prompt": "Hi {n}", "max_new_tokens": 64}}\n'
+            f'{{"chat_id": "{n}", "user_prompt": "Hi {n}", "max_new_tokens": 256}}\n'
             for n in range(100)
         )
     )
