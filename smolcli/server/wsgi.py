@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 SPARE_THREADS = 16  # for those who are refused, and for /health
 SPARE_CONNECTIONS = 256  # idle ones, and slow ones
 TICK_S = 0.2
-GAP_S = 0.0001  # between turns, for each connection: a turn looks at all of them
-MOST_GAP_S = 0.01
+GAP_S = 0.0002  # between turns, for each connection: a turn looks at all of them
+MOST_GAP_S = 0.02
 FLUSH_S = 1.0
 
 
