@@ -1,13 +1,24 @@
 """Whatever computes answers, behind one seam."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from smolcli.errors import BackendError
 from smolcli.records import Query, Result
 
 OnText = Callable[[str], None]
+
+
+def settle(future: Future[Result], end: Result | BackendError) -> None:
+    """Complete a future with a result or an error, unless it is complete or cancelled already."""
+    with suppress(InvalidStateError):
+        if isinstance(end, BackendError):
+            future.set_exception(end)
+        else:
+            future.set_result(end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,10 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from smolcli.backends import OnText
+from smolcli.backends import OnText, settle
 from smolcli.backends.answer import AnswerText, cut_off, logprob_entries
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
@@ -30,13 +29,11 @@ class Job:
 
     def give(self, result: Result) -> None:
         """Complete the future, unless somebody cancelled it."""
-        with suppress(InvalidStateError):
-            self.future.set_result(result)
+        settle(self.future, result)
 
     def fail(self, error: BackendError) -> None:
         """Tell that the backend is gone."""
-        with suppress(InvalidStateError):
-            self.future.set_exception(error)
+        settle(self.future, error)
 
 
 def outcome(job: Job, sequence: Sequence) -> Result:

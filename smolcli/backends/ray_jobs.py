@@ -3,13 +3,12 @@
 import threading
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
 from math import ceil
 
-from smolcli.backends import OnText
+from smolcli.backends import OnText, settle
 from smolcli.errors import BackendError, SmolError
 from smolcli.records import Query, Result
 
@@ -31,13 +30,11 @@ class Job:
         """Complete the future, unless somebody cancelled it."""
         if self.on_text and result.response and not self.future.cancelled():
             self.on_text(result.response)
-        with suppress(InvalidStateError):
-            self.future.set_result(result)
+        settle(self.future, result)
 
     def fail(self, error: BackendError) -> None:
         """Tell that there will be no result."""
-        with suppress(InvalidStateError):
-            self.future.set_exception(error)
+        settle(self.future, error)
 
 
 class Share:

@@ -3,13 +3,13 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future, InvalidStateError
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import httpx2 as httpx
 
-from smolcli.backends import OnText
+from smolcli.backends import OnText, settle
 from smolcli.errors import BackendError
 from smolcli.records import Query, Result, Timings
 
@@ -68,13 +68,11 @@ class Job:
             first_token_s=(self.first_text_at or now) - self.submitted_at,
             total_s=now - self.submitted_at,
         )
-        with suppress(InvalidStateError):
-            self.future.set_result(replace(result, timings=timings))
+        settle(self.future, replace(result, timings=timings))
 
     def fail(self, error: BackendError) -> None:
         """Tell that nobody can answer."""
-        with suppress(InvalidStateError):
-            self.future.set_exception(error)
+        settle(self.future, error)
 
 
 @contextmanager
