@@ -11,18 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_tools import KERNELS, load
 
 from smolcli.engine.engine import Engine
 from smolcli.engine.model import Batch, Model
-from smolcli.engine.native.build import NoKernels, load_kernels
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, ModelError, PromptTooLong
-from smolcli.models.load import load_config, load_model
+from smolcli.models.load import load_config
 from smolcli.records import FinishReason, Sampling
 
-CPU = torch.device("cpu")
 MEGABYTE = 1 << 20
-KERNELS = ("native", "torch")
 SHAPES = {  # heads, kv heads, tied embeddings: SmolLM2's three sizes and an untied one, scaled down
     "135M": (9, 3, True),
     "360M": (15, 5, True),
@@ -62,15 +60,6 @@ def save_llama(folder: Path, shape: tuple[int, int, bool]) -> Any:
     return model
 
 
-def load(folder: Path, kernels: str) -> Model:
-    """Our model in float32, computed by our own kernels or torch's."""
-    try:
-        ours = load_kernels(torch.float32) if kernels == "native" else None
-    except NoKernels as exc:
-        pytest.skip(str(exc))
-    return load_model(folder, torch.float32, CPU, ours)
-
-
 @pytest.fixture(scope="module", params=product(SHAPES, KERNELS), ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers' model and ours, of the same weights."""
@@ -81,7 +70,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     lengths = [1 + 11 * i % 70 for i in range(len(questions))]
     return SimpleNamespace(
         theirs=theirs,
-        ours=load(folder, kernels),
+        ours=load(folder, torch.float32, kernels),
         questions=questions,
         answers=[
             reference(theirs, q, max_new_tokens=n) for q, n in zip(questions, lengths, strict=True)
@@ -94,7 +83,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("llama")
     save_llama(folder, SHAPES["135M"])
-    return load(folder, request.param)
+    return load(folder, torch.float32, request.param)
 
 
 def prompts(count: int, longest: int = 90) -> list[list[int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_tools import native_kernels
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -15,7 +16,7 @@ from smolcli.engine.eager.head import EagerHead
 from smolcli.engine.eager.model import EagerModel
 from smolcli.engine.model import Model
 from smolcli.engine.native import build
-from smolcli.engine.native.build import NoKernels, load_kernels
+from smolcli.engine.native.build import load_kernels
 from smolcli.engine.native.kernels import Kernels
 from smolcli.engine.native.model import NativeModel, interleaved, pack
 from smolcli.engine.sequence import Sequence, Work
@@ -29,10 +30,7 @@ FLOAT = EngineSettings(dtype="float32")
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    try:
-        return load_kernels(torch.float32)
-    except NoKernels as exc:
-        pytest.skip(str(exc))
+    return native_kernels(torch.float32)
 
 
 @pytest.fixture

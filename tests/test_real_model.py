@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_tools import KERNELS, load
 
 from smolcli.chat import Chat
 from smolcli.engine.engine import Engine
 from smolcli.engine.model import Model
-from smolcli.engine.native.build import NoKernels, load_kernels
 from smolcli.engine.sequence import Sequence, Work
-from smolcli.models.load import load_model
 from smolcli.records import Message, Sampling
 
 pytestmark = pytest.mark.model
@@ -32,18 +31,9 @@ def prompts(model_folder: Path) -> list[list[int]]:
     return [chat.encode([Message("user", json.loads(line)["user_prompt"])]) for line in lines]
 
 
-@pytest.fixture(scope="module", params=["native", "torch"])
+@pytest.fixture(scope="module", params=KERNELS)
 def ours(request: pytest.FixtureRequest, model_folder: Path) -> Model:
     return load(model_folder, torch.float32, request.param)
-
-
-def load(folder: Path, dtype: torch.dtype, kernels: str) -> Model:
-    """Our model, computed by our own kernels or torch's."""
-    try:
-        ours = load_kernels(dtype) if kernels == "native" else None
-    except NoKernels as exc:
-        pytest.skip(str(exc))
-    return load_model(folder, dtype, torch.device("cpu"), ours)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +78,7 @@ def test_float32_equals_transformers(
     assert generate(ours, prompts, max_batch_size) == expected
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_bfloat16_nearly_always_agrees(
     model_folder: Path, prompts: list[list[int]], expected: list[list[int]], kernels: str
 ) -> None:
