@@ -151,13 +151,12 @@ def _chosen(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
     dtype = str(setup.dtype).removeprefix("torch.")
     kernels = "native" if setup.kernels else f"torch ({setup.why_torch})"
     is_slow = setup.kernels is None and setup.device.type == "cpu" and settings.kernels == "auto"
+    remedy = "native kernels are nearly twice as fast; they need a C compiler, such as gcc"
     yield Finding(
         "chosen",
         f"{dtype} on {setup.device}; kernels: {kernels}, threads: {setup.threads}, "
         f"slots: {setup.slots}, keys and values: at most {_gib(setup.cache_bytes)}",
-        "native kernels are nearly twice as fast; they need a C compiler, gcc say"
-        if is_slow
-        else None,
+        remedy if is_slow else None,
     )
     yield _memory(setup)
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.eager.cache import padded_length
 from smolcli.engine.native.build import NoKernels, load_kernels
 from smolcli.engine.native.kernels import Kernels
 from smolcli.engine.native.model import misfit
@@ -51,7 +50,7 @@ def choose(settings: EngineSettings, config: LlamaConfig, memory: int | None = N
     kernels, why_torch = _kernels(settings.kernels, config, dtype, device)
     memory = memory or _memory_bytes(device)
     taken = OVERHEAD_BYTES + config.num_weights * dtype.itemsize
-    slot_bytes = config.cache_bytes(padded_length(TYPICAL_TOKENS), dtype.itemsize)
+    slot_bytes = config.cache_bytes(TYPICAL_TOKENS, dtype.itemsize)
     room = max(min(memory // CACHE_SHARE, memory - taken), slot_bytes)
     cache_bytes = settings.kv_cache_mb << 20 or room
     slots = settings.max_batch_size or max(1, min(MOST_SLOTS, cache_bytes // slot_bytes))

@@ -1,8 +1,8 @@
 """A Llama runner: one forward pass over tokens of many sequences, flattened, without padding.
 
 Architecture: Touvron et al. 2023 (arXiv:2302.13971); grouped-query attention: Ainslie et al.
-2023 (arXiv:2305.13245). The weights of
-norms and the scale of attention are folded into the matrices behind them when they are loaded.
+2023 (arXiv:2305.13245). The weights of norms and the scale of attention are folded into the
+matrices behind them when they are loaded.
 """
 
 from collections.abc import Mapping

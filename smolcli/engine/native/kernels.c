@@ -137,8 +137,8 @@ INLINE vec exp_of(vec x) {
 }
 
 /* Products of up to TILE_ROWS rows of x with one panel; prefetches a share of what comes next. */
-INLINE void tile(int rows, const lane *panel, int depth, const lane *x, int64_t x_stride,
-                 const char *next, int next_step, vec acc[][2]) {
+INLINE void tile(int rows, const lane *panel, int depth, const lane *x, const char *next,
+                 int next_step, vec acc[][2]) {
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
     for (int k = 0; k < depth; k++) {
@@ -146,7 +146,7 @@ INLINE void tile(int rows, const lane *panel, int depth, const lane *x, int64_t 
         vec second = *(const vec *)(panel + k * PANEL + WIDTH);
         __builtin_prefetch(next + ((k * next_step) >> 8) * 64, 0, 2);
         for (int r = 0; r < rows; r++) {
-            vec value = spread_lane(x[r * x_stride + k]);
+            vec value = spread_lane(x[r * depth + k]);
             sum[r][0] = dot(sum[r][0], first, value);
             sum[r][1] = dot(sum[r][1], second, value);
         }
@@ -167,9 +167,9 @@ INLINE void tile(int rows, const lane *panel, int depth, const lane *x, int64_t 
         CASE(7, call) CASE(8, call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call) \
     }
 
-static void any_tile(int rows, const lane *panel, int depth, const lane *x, int64_t x_stride,
-                     const char *next, int next_step, vec acc[][2]) {
-    FOR_ROWS(rows, tile(ROWS, panel, depth, x, x_stride, next, next_step, acc))
+static void any_tile(int rows, const lane *panel, int depth, const lane *x, const char *next,
+                     int next_step, vec acc[][2]) {
+    FOR_ROWS(rows, tile(ROWS, panel, depth, x, next, next_step, acc))
 }
 
 /* The best logit of each of a thread's WIDTH lanes so far, and whose it is. */
@@ -233,8 +233,8 @@ static void multiply(const lane *weight, int num_panels, int depth, const elem *
         const char *next = (const char *)(at + (int64_t)depth * PANEL);
         next += ((int64_t)number * depth * next_step >> 8) * 64;
         vec acc[TILE_ROWS][2];
-        any_tile(end - first, at, depth, (const lane *)x + (int64_t)first * depth, depth, next,
-                 next_step, acc);
+        any_tile(end - first, at, depth, (const lane *)x + (int64_t)first * depth, next, next_step,
+                 acc);
         for (int r = first; r < end; r++) put(to, r, panel, acc[r - first][0], acc[r - first][1]);
     }
 }
