@@ -43,6 +43,11 @@ class Gate:
         """Whether not one query more would be let in."""
         return self._num_queries >= self._max_queries or self._num_requests >= self._max_requests
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that are let in and not finished."""
+        return self._num_requests
+
     def enter(self, num_queries: int) -> None:
         """Let a request in with its queries, all or none.
 

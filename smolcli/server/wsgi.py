@@ -89,8 +89,7 @@ class Server:
 
     def _drain(self) -> None:
         self._gate.close()
-        num_busy = sum(channel.is_busy for channel in self._channels())
-        logger.info("stopping: %d requests to finish", num_busy)
+        logger.info("stopping: %d requests to finish", self._gate.num_requests)
         self._turn_until(time.monotonic() + self._drain_timeout_s)
         if num_left := sum(channel.is_busy for channel in self._channels()):
             logger.warning("stopping: %d requests had no time to finish", num_left)
