@@ -124,6 +124,19 @@ def test_greedy_equals_transformers(pair: Any, max_batch_size: int, max_step_tok
     assert generate(engine, sequences) == pair.answers
 
 
+def test_urgent_ones_between_others_change_no_token(pair: Any) -> None:
+    """They come while others run and take steps of their own, so that a step has gaps."""
+    engine = Engine(pair.ours, 16, 64 * MEGABYTE)
+    sequences = [greedy(q, n) for q, n in zip(pair.questions, pair.lengths, strict=True)]
+    for i, sequence in enumerate(sequences):
+        sequence.is_urgent = i % 3 == 1
+        engine.add(sequence)
+        for _ in range(3):
+            engine.step()
+    assert generate(engine, []) == []
+    assert [s.output_ids for s in sequences] == pair.answers
+
+
 @pytest.mark.parametrize("max_step_tokens", [8, 256])
 def test_a_known_beginning_changes_no_token(pair: Any, max_step_tokens: int) -> None:
     """Prompts that begin alike hit the prefix cache, and answer as transformers does."""

@@ -13,22 +13,30 @@ class SlabSpan:
     Args:
         keys, values: the slab's, (capacity, kv_heads, length, head_dim) a layer.
         first: the first of the rows.
-        positions: of the R new tokens.
+        positions: (R,), of the new tokens.
+        stored_in: (R,), the rows that take the new keys and values.
+        reach: no row attends to more positions than these.
     """
 
     def __init__(
-        self, keys: list[Tensor], values: list[Tensor], first: int, positions: list[int]
+        self,
+        keys: list[Tensor],
+        values: list[Tensor],
+        first: int,
+        positions: Tensor,
+        stored_in: Tensor,
+        reach: int,
     ) -> None:
         _, num_heads, length, _ = keys[0].shape
         device, dtype = keys[0].device, keys[0].dtype
         self.num_rows = len(positions)
         self._keys = keys
         self._values = values
-        self._rows = slice(first, first + len(positions))
-        self._length = length if self.num_rows > FEW_ROWS else max(positions) + 1
-        at = torch.tensor(positions, device=device)[:, None]  # (R, 1)
-        heads = torch.arange(first * num_heads, (first + len(positions)) * num_heads, device=device)
-        self._stored_at = (heads.view(-1, num_heads) * length + at).flatten()  # (R * kv_heads,)
+        self._rows = slice(first, first + self.num_rows)
+        self._length = length if self.num_rows > FEW_ROWS else reach
+        at = positions[:, None]  # (R, 1)
+        heads = stored_in[:, None] * num_heads + torch.arange(num_heads, device=device)
+        self._stored_at = (heads * length + at).flatten()  # (R * kv_heads,)
         hidden = torch.arange(self._length, device=device) > at  # (R, S)
         self._mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
         self._mask = self._mask.masked_fill_(hidden, -torch.inf)[:, None]  # (R, 1, S)

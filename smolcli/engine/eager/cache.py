@@ -193,13 +193,22 @@ class SlabCache:
         return self._slabs[length]
 
     def _spans(self, works: list[Work]) -> list[Span]:
-        spans: list[Span] = []
-        for home, group in groupby(works, key=lambda work: self._homes[work.sequence]):
-            members = list(group)
-            if isinstance(home, Slab):
-                first = home.rows[members[0].sequence]
-                positions = [work.start for work in members]
-                spans.append(SlabSpan(home.keys, home.values, first, positions))
-            else:
-                spans.append(PromptSpan(home.keys, home.values, members[0].start, members[0].stop))
-        return spans
+        """The works in runs that lie side by side; each prompt is a run of its own."""
+
+        def gap(item: tuple[int, Work]) -> tuple[int, int]:
+            length, row = self.place(item[1])
+            return length, row - item[0]
+
+        runs = groupby(enumerate(works), key=gap)
+        return [self._span([work for _, work in run]) for _, run in runs]
+
+    def _span(self, works: list[Work]) -> Span:
+        """Works on one prompt, or on rows of one slab that lie side by side."""
+        home = self._homes[works[0].sequence]
+        if isinstance(home, PromptBuffer):
+            return PromptSpan(home.keys, home.values, works[0].start, works[0].stop)
+        first = home.rows[works[0].sequence]
+        rows = torch.arange(first, first + len(works), device=self._like.device)
+        positions = torch.tensor([w.start for w in works], device=self._like.device)
+        reach = max(w.stop for w in works)
+        return SlabSpan(home.keys, home.values, first, positions, rows, reach)
