@@ -19,7 +19,8 @@ from smolcli.engine.eager.batch import Batch, Span
 from smolcli.engine.prefix import PrefixCache
 from smolcli.engine.sequence import Sequence, Work
 
-ROW_STEP = 8  # a slab grows and shrinks by this many rows
+ROW_STEP = 8  # a slab grows and shrinks by this many rows,
+STEP_TOKENS = 2048  # or by fewer, if those would hold more tokens than this
 
 LayerTensors = Iterable[tuple[Tensor, Tensor]]  # keys and values of each layer
 
@@ -55,6 +56,7 @@ class Slab:
     def __init__(self, config: LlamaConfig, length: int, like: Tensor) -> None:
         self.length = length
         self.rows: dict[Sequence, int] = {}
+        self._row_step = max(1, min(ROW_STEP, STEP_TOKENS // length))
         empty = like.new_empty(0, config.num_kv_heads, length, config.head_dim)
         self.keys = [empty] * config.num_layers
         self.values = [empty] * config.num_layers
@@ -68,7 +70,7 @@ class Slab:
         """Give the sequence the next row, filled with its (kv_heads, n, head_dim) of each layer."""
         row = len(self.rows)
         if row == self.capacity:
-            self._resize(row + ROW_STEP)
+            self._resize(row + self._row_step)
         for index, (keys, values) in enumerate(layers):
             self.keys[index][row, :, : keys.shape[1]] = keys
             self.values[index][row, :, : values.shape[1]] = values
@@ -82,8 +84,8 @@ class Slab:
             self.rows[mover] = row
             for tensor in (*self.keys, *self.values):
                 tensor[row] = tensor[last]
-        if self.capacity - len(self.rows) >= 2 * ROW_STEP:
-            self._resize(len(self.rows) + ROW_STEP)
+        if self.capacity - len(self.rows) >= 2 * self._row_step:
+            self._resize(len(self.rows) + self._row_step)
 
     def read(self, sequence: Sequence) -> LayerTensors:
         """The sequence's row, layer by layer."""

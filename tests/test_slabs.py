@@ -1,0 +1,32 @@
+"""The slabs of torch's kernels: how many rows they have."""
+
+import pytest
+import torch
+
+from smolcli.engine.config import LlamaConfig
+from smolcli.engine.eager.cache import Slab
+from smolcli.engine.sequence import Sequence
+
+CONFIG = LlamaConfig(
+    vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1,
+    head_dim=4, max_positions=8192, rms_norm_eps=1e-5, rope_theta=1e4, is_tied=True,
+    eos_ids=frozenset({2}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("length", "num_rows", "capacity"), [
+    (32, 1, 8), (32, 9, 16), (512, 1, 4), (8192, 1, 1), (8192, 3, 3),
+])  # fmt: skip
+def test_long_rows_are_not_allocated_ahead(length: int, num_rows: int, capacity: int) -> None:
+    """One long prompt takes what admission reserved for it, not many times that."""
+    slab = Slab(CONFIG, length, torch.empty(0))
+    prompts = [torch.full((1, 5, 4), float(row)) for row in range(num_rows)]
+    sequences = [Sequence([1]) for _ in prompts]
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        slab.insert(sequence, [(prompt, -prompt)] * 2)
+    assert slab.capacity == capacity
+    slab.remove(sequences.pop(0))
+    for sequence, prompt in zip(sequences, prompts[1:], strict=True):
+        for keys, values in slab.read(sequence):
+            assert torch.equal(keys[:, :5], prompt)
+            assert torch.equal(values[:, :5], -prompt)
