@@ -9,6 +9,7 @@ import torch
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.setup import choose
+from smolcli.errors import UsageError
 from smolcli.machine import memory_bytes, num_cores
 from smolcli.settings import EngineSettings
 
@@ -36,6 +37,23 @@ def machine(root: Path, files: dict[str, str]) -> Path:
 
 def slots(config: LlamaConfig, memory: int, dtype: str = "bfloat16") -> int:
     return choose(EngineSettings(dtype=dtype), config, memory).slots  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["tpu", "", "cuda:", "cuda:x", "meta"])
+def test_another_device_is_refused_with_those_that_there_are(name: str) -> None:
+    with pytest.raises(UsageError, match="none of auto, cpu, cuda"):
+        choose(EngineSettings(device=name), SMOLLM2_135M)
+
+
+def test_auto_is_a_gpu_where_there_is_one() -> None:
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert choose(EngineSettings(device="auto"), SMOLLM2_135M).device.type == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_cuda_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UsageError, match=r"'cuda' cannot be used here: .*; auto takes"):
+        choose(EngineSettings(device="cuda"), SMOLLM2_135M)
 
 
 def test_without_control_groups_the_whole_machine_counts(tmp_path: Path) -> None:

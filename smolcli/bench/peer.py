@@ -22,7 +22,7 @@ class Peer:
     """A model loaded by transformers.
 
     Args:
-        identity: of the backend that it is compared with: the same model, dtype and threads.
+        identity: of the backend that it is compared with: its model, dtype, device and threads.
     """
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
@@ -30,7 +30,9 @@ class Peer:
         dtype = getattr(torch, identity["dtype"])
         self._num_threads = identity["threads"]
         self._chat = Chat.load(folder)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._device = identity["device"]
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self._model = model.to(self._device)
         self._eos = int(self._model.config.eos_token_id)
 
     def time(self, plan: BenchPlan, turn: int, show: Show) -> list[Reading]:
@@ -73,8 +75,8 @@ class Peer:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
         with torch.inference_mode():
             out = self._model.generate(
-                ids,
-                attention_mask=mask,
+                ids.to(self._device),
+                attention_mask=mask.to(self._device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=self._eos,

@@ -1,5 +1,6 @@
 """What suits this machine: device, dtype, threads, slots and memory for keys and values."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -93,12 +94,20 @@ def gpus() -> list[str]:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(
+            f"device {name!r} is none of auto, cpu, cuda, and cuda:0, cuda:1 and so on"
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:
         reason = str(exc).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here: {reason}") from exc
+        raise UsageError(
+            f"device {name!r} cannot be used here: {reason}; auto takes a GPU where there is one"
+        ) from exc
     return device
 
 

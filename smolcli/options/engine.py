@@ -54,7 +54,10 @@ class EngineOptions:
         Literal["auto", "float32", "bfloat16"],
         _engine("--dtype", help="auto: bfloat16 where the machine has it, else float32."),
     ] = _DEFAULTS.dtype
-    device: Annotated[str, _engine("--device", help="cpu or cuda.")] = _DEFAULTS.device
+    device: Annotated[
+        str,
+        _engine("--device", help="cpu, cuda, cuda:1 ...; auto: a GPU, where there is one."),
+    ] = _DEFAULTS.device
     kernels: Annotated[
         Literal["auto", "native", "torch"],
         _engine(
