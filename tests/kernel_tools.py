@@ -1,16 +1,22 @@
-"""Our kernels, where this machine can have them."""
+"""Models for tests of the engine, in all ways that this machine can compute them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tape import Tape
 
-from smolcli.engine.model import Model
+from smolcli.engine.eager.graphs import GraphedModel
+from smolcli.engine.eager.model import EagerModel
+from smolcli.engine.model import Batch, Model
 from smolcli.engine.native.build import NoKernels, load_kernels
 from smolcli.engine.native.kernels import Kernels
 from smolcli.models.load import load_model
 
 KERNELS = ("native", "torch")
+GPU = ("cuda",) if torch.cuda.is_available() else ()
+WAYS = (*KERNELS, "graphs", *GPU)  # all that there are here to compute an answer
 
 
 def native_kernels(dtype: torch.dtype) -> Kernels:
@@ -22,6 +28,24 @@ def native_kernels(dtype: torch.dtype) -> Kernels:
 
 
 def load(folder: Path, dtype: torch.dtype, kernels: str) -> Model:
-    """Our model, computed by our own kernels or torch's."""
+    """Our model, computed in one of the `WAYS`; graphs are a GPU's, replayed on the CPU."""
+    if kernels == "cuda":
+        return load_model(folder, dtype, torch.device("cuda"))
     ours = native_kernels(dtype) if kernels == "native" else None
-    return load_model(folder, dtype, torch.device("cpu"), ours)
+    model = load_model(folder, dtype, torch.device("cpu"), ours)
+    if kernels == "graphs":
+        assert isinstance(model, EagerModel)
+        return GraphedModel(model, lambda compute: Tape().record(compute))
+    return model
+
+
+class Endless:
+    """A model without an end-of-sequence token."""
+
+    def __init__(self, model: Model) -> None:
+        self.config = replace(model.config, eos_ids=frozenset())
+        self.head, self.make_cache = model.head, model.make_cache
+        self._model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self._model.forward(batch)

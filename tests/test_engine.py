@@ -1,7 +1,6 @@
 """The engine against transformers' `generate`, and its scheduling on a tiny random model."""
 
 import random
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_tools import KERNELS, load
+from kernel_tools import KERNELS, WAYS, Endless, load
 
 from smolcli.engine.engine import Engine
 from smolcli.engine.model import Batch, Model
@@ -60,7 +59,7 @@ def save_llama(folder: Path, shape: tuple[int, int, bool]) -> Any:
     return model
 
 
-@pytest.fixture(scope="module", params=product(SHAPES, KERNELS), ids="-".join)
+@pytest.fixture(scope="module", params=product(SHAPES, WAYS), ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers' model and ours, of the same weights."""
     shape, kernels = request.param
@@ -186,18 +185,6 @@ def test_a_neighbours_content_never_changes_a_row(model: Model) -> None:
         generate(Engine(recorder, 8, 64 * MEGABYTE), [watched, *neighbours])
         seen.append([hidden[0] for hidden in recorder.hidden])
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-
-
-class Endless:
-    """A model without an end-of-sequence token."""
-
-    def __init__(self, model: Model) -> None:
-        self.config = replace(model.config, eos_ids=frozenset())
-        self.head, self.make_cache = model.head, model.make_cache
-        self._model = model
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return self._model.forward(batch)
 
 
 class Recorder(Endless):

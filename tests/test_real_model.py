@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_tools import KERNELS, load
+from kernel_tools import KERNELS, WAYS, load
 
 from smolcli.chat import Chat
 from smolcli.engine.engine import Engine
@@ -31,7 +31,7 @@ def prompts(model_folder: Path) -> list[list[int]]:
     return [chat.encode([Message("user", json.loads(line)["user_prompt"])]) for line in lines]
 
 
-@pytest.fixture(scope="module", params=KERNELS)
+@pytest.fixture(scope="module", params=WAYS)
 def ours(request: pytest.FixtureRequest, model_folder: Path) -> Model:
     return load(model_folder, torch.float32, request.param)
 

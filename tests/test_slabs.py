@@ -19,7 +19,7 @@ CONFIG = LlamaConfig(
 ])  # fmt: skip
 def test_long_rows_are_not_allocated_ahead(length: int, num_rows: int, capacity: int) -> None:
     """One long prompt takes what admission reserved for it, not many times that."""
-    slab = Slab(CONFIG, length, torch.empty(0))
+    slab = Slab(CONFIG, length, torch.empty(0), spare_rows=0)
     prompts = [torch.full((1, 5, 4), float(row)) for row in range(num_rows)]
     sequences = [Sequence([1]) for _ in prompts]
     for sequence, prompt in zip(sequences, prompts, strict=True):

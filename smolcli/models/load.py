@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
+from smolcli.engine.eager.graphs import GraphedModel
 from smolcli.engine.eager.model import EagerModel
 from smolcli.engine.model import Model
 from smolcli.engine.native.kernels import Kernels
@@ -35,7 +36,8 @@ def load_model(
     try:
         if kernels is not None:
             return NativeModel(config, weights, kernels)
-        return EagerModel(config, weights, dtype, device)
+        model = EagerModel(config, weights, dtype, device)
+        return GraphedModel(model) if device.type == "cuda" else model
     except KeyError as exc:
         raise ModelError(f"{folder}: the weights hold no {exc}") from exc
     except RuntimeError as exc:

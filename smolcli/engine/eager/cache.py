@@ -7,7 +7,7 @@ tensors, and a long answer does not pad the short ones. Rows are compact: the la
 into the place of one that leaves. A sequence that fills its row moves to the next longer slab.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import torch
@@ -50,21 +50,25 @@ class PromptBuffer:
 class Slab:
     """Rows of one padded length; (capacity, kv_heads, length, head_dim) a layer.
 
-    What lies beyond a row's tokens is finite, so that a weight of zero hides it.
+    What lies beyond a row's tokens is finite, so that a weight of zero hides it. Spare rows lie
+    behind the others, and belong to nobody. `step` is what computes a step over the tensors that
+    there are now, for who wants to keep it.
     """
 
-    def __init__(self, config: LlamaConfig, length: int, like: Tensor) -> None:
+    def __init__(self, config: LlamaConfig, length: int, like: Tensor, spare_rows: int) -> None:
         self.length = length
         self.rows: dict[Sequence, int] = {}
+        self.step: Callable[[list[Work]], Tensor] | None = None
         self._row_step = max(1, min(ROW_STEP, STEP_TOKENS // length))
+        self._spare_rows = spare_rows
         empty = like.new_empty(0, config.num_kv_heads, length, config.head_dim)
         self.keys = [empty] * config.num_layers
         self.values = [empty] * config.num_layers
 
     @property
     def capacity(self) -> int:
-        """Rows allocated."""
-        return len(self.keys[0])
+        """Rows there are for sequences."""
+        return max(0, len(self.keys[0]) - self._spare_rows)
 
     def insert(self, sequence: Sequence, layers: LayerTensors) -> None:
         """Give the sequence the next row, filled with its (kv_heads, n, head_dim) of each layer."""
@@ -93,10 +97,11 @@ class Slab:
         return ((k[row], v[row]) for k, v in zip(self.keys, self.values, strict=True))
 
     def _resize(self, capacity: int) -> None:
+        self.step = None
+        kept = len(self.rows)
         for tensors in (self.keys, self.values):
             for index, old in enumerate(tensors):
-                kept = min(capacity, len(old))
-                tensors[index] = new = old.new_empty(capacity, *old.shape[1:])
+                tensors[index] = new = old.new_empty(capacity + self._spare_rows, *old.shape[1:])
                 new[:kept] = old[:kept]
                 new[kept:] = 0
 
@@ -109,16 +114,26 @@ class SlabCache:
         dtype: the dtype of keys and values.
         device: where they live.
         prefix_bytes: memory for the beginnings of prompts, kept for prompts to come.
+        padded_length: the length of the slab that holds so many tokens of a sequence.
+        spare_rows: of each slab.
     """
 
     def __init__(
-        self, config: LlamaConfig, dtype: torch.dtype, device: torch.device, prefix_bytes: int
+        self,
+        config: LlamaConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        prefix_bytes: int,
+        padded_length: Callable[[int], int] = padded_length,
+        spare_rows: int = 0,
     ) -> None:
         self.prefixes = PrefixCache(prefix_bytes)
         self._config = config
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._homes: dict[Sequence, PromptBuffer | Slab] = {}
         self._slabs: dict[int, Slab] = {}
+        self._padded_length = padded_length
+        self._spare_rows = spare_rows
 
     @property
     def num_sequences(self) -> int:
@@ -127,14 +142,14 @@ class SlabCache:
 
     def cost(self, sequence: Sequence) -> int:
         """The most bytes that the sequence will hold, padding included."""
-        length = padded_length(sequence.max_tokens)
+        length = self._padded_length(sequence.max_tokens)
         return self._config.cache_bytes(length, self._like.itemsize)
 
     def longest(self, num_bytes: int) -> int:
         """See `model.Cache`."""
         length = 0
         while length < self._config.max_positions:
-            longer = padded_length(length + 1)
+            longer = self._padded_length(length + 1)
             if self._config.cache_bytes(longer, self._like.itemsize) > num_bytes:
                 break
             length = longer
@@ -158,17 +173,22 @@ class SlabCache:
         """See that all tokens of the sequence, the newest included, have a place."""
         home = self._homes[sequence]
         if home.length < len(sequence.token_ids):
-            slab = self._slab(padded_length(len(sequence.token_ids)))
+            slab = self._slab(self._padded_length(len(sequence.token_ids)))
             slab.insert(sequence, home.read(sequence))
             self.release(sequence)
             self._homes[sequence] = slab
+
+    def slab_of(self, sequence: Sequence) -> Slab | None:
+        """The slab that the sequence has a row in, if its prompt is complete."""
+        home = self._homes[sequence]
+        return home if isinstance(home, Slab) else None
 
     def place(self, work: Work) -> tuple[int, int]:
         """Where the sequence's row lies; works in this order make the fewest spans."""
         home = self._homes[work.sequence]
         return (home.length, home.rows[work.sequence]) if isinstance(home, Slab) else (1 << 62, 0)
 
-    def batch(self, works: list[Work]) -> Batch:
+    def flat_batch(self, works: list[Work]) -> Batch:
         """The input of a forward pass over works with room, in the order of their places."""
         token_ids = [t for w in works for t in w.sequence.token_ids[w.start : w.stop]]
         positions = [p for w in works for p in range(w.start, w.stop)]
@@ -191,7 +211,7 @@ class SlabCache:
 
     def _slab(self, length: int) -> Slab:
         if length not in self._slabs:
-            self._slabs[length] = Slab(self._config, length, self._like)
+            self._slabs[length] = Slab(self._config, length, self._like, self._spare_rows)
         return self._slabs[length]
 
     def _spans(self, works: list[Work]) -> list[Span]:
@@ -214,3 +234,11 @@ class SlabCache:
         positions = torch.tensor([w.start for w in works], device=self._like.device)
         reach = max(w.stop for w in works)
         return SlabSpan(home.keys, home.values, first, positions, rows, reach)
+
+
+class FlatCache(SlabCache):
+    """The cache of a model that computes all works of a step in one pass."""
+
+    def batch(self, works: list[Work]) -> Batch:
+        """See `model.Cache`."""
+        return self.flat_batch(works)

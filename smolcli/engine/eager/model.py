@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.eager.batch import Batch, Span
-from smolcli.engine.eager.cache import SlabCache
+from smolcli.engine.eager.cache import FlatCache
 from smolcli.engine.eager.head import EagerHead
 from smolcli.engine.eager.linear import Linear, make_linear
 from smolcli.engine.rope import rotary_angles
@@ -58,9 +58,9 @@ class EagerModel:
         self._cos, self._sin = self._rotary_tables()
         self._eps = torch.tensor(config.rms_norm_eps, device=device)
 
-    def make_cache(self, prefix_bytes: int) -> SlabCache:
+    def make_cache(self, prefix_bytes: int) -> FlatCache:
         """Keys and values for this model's batches."""
-        return SlabCache(self.config, self.dtype, self.device, prefix_bytes)
+        return FlatCache(self.config, self.dtype, self.device, prefix_bytes)
 
     def forward(self, batch: Batch) -> Tensor:
         """One pass; returns the last hidden states, (N, hidden), of the batch's last rows."""

@@ -1,0 +1,84 @@
+"""Recorded steps: when they are recorded, replayed and dropped, and what if they cannot be."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_tools import Endless
+from tape import Tape
+from torch import Tensor
+
+from smolcli.engine.eager.graphs import PLAIN_STEPS, GraphedModel
+from smolcli.engine.eager.model import EagerModel
+from smolcli.engine.engine import Engine
+from smolcli.engine.model import Model
+from smolcli.engine.sequence import Sequence
+from smolcli.models.load import load_model
+from smolcli.records import Sampling
+
+NUM_TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder: Path) -> EagerModel:
+    model = load_model(tiny_folder, torch.float32, torch.device("cpu"))
+    assert isinstance(model, EagerModel)
+    return model
+
+
+def answers(model: Model, num_questions: int) -> list[list[int]]:
+    """Of one length, to questions asked one by one while the others run."""
+    engine = Engine(Endless(model), num_questions, 64 << 20)
+    sampling = Sampling(max_new_tokens=NUM_TOKENS)
+    sequences = [Sequence([9 + i, 30, 31 + i], sampling) for i in range(num_questions)]
+    for sequence in sequences:
+        engine.add(sequence)
+        engine.step()
+        engine.step()
+    while engine.has_work:
+        engine.step()
+    return [s.output_ids for s in sequences]
+
+
+def test_a_step_is_recorded_when_it_has_come_a_few_times(plain: EagerModel) -> None:
+    tape = Tape()
+    assert answers(GraphedModel(plain, tape.record), 1) == answers(plain, 1)
+    assert tape.num_replays == NUM_TOKENS - 1 - PLAIN_STEPS, "the first is from the prompt"
+
+
+def test_a_slab_that_grows_or_shrinks_is_recorded_anew(plain: EagerModel) -> None:
+    tapes: list[Tape] = []
+
+    def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        tapes.append(Tape())
+        return tapes[-1].record(compute)
+
+    assert answers(GraphedModel(plain, record), 30) == answers(plain, 30)
+    assert len(tapes) > 2
+    assert all(tape.num_replays for tape in tapes)
+
+
+def test_where_nothing_can_be_recorded_all_is_answered(
+    plain: EagerModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[Any] = []
+
+    def refuse(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        tried.append(compute)
+        raise RuntimeError("out of memory")
+
+    with caplog.at_level(logging.WARNING):
+        assert answers(GraphedModel(plain, refuse), 30) == answers(plain, 30)
+    assert len(tried) == len(caplog.records) == 1
+    assert "slower: out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("asks", [lambda x: x.sum().item(), lambda x: x.nonzero(), torch.tensor])
+def test_the_tape_refuses_what_a_graph_would(asks: Callable[[Any], Any]) -> None:
+    """So that a step that a GPU could not replay fails here."""
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="cannot be recorded"):
+        Tape().record(lambda: x * asks([1.0] if asks is torch.tensor else x))
