@@ -1,6 +1,7 @@
 """From a model's folder to the engine's model: config.json, safetensors, weights laid out."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.eager.graphs import GraphedModel
+from smolcli.engine.eager.graphs import GraphedModel, record_cuda_graph
 from smolcli.engine.eager.model import EagerModel
 from smolcli.engine.model import Model
 from smolcli.engine.native.kernels import Kernels
@@ -37,7 +38,9 @@ def load_model(
         if kernels is not None:
             return NativeModel(config, weights, kernels)
         model = EagerModel(config, weights, dtype, device)
-        return GraphedModel(model) if device.type == "cuda" else model
+        if device.type == "cuda":
+            return GraphedModel(model, partial(record_cuda_graph, device))
+        return model
     except KeyError as exc:
         raise ModelError(f"{folder}: the weights hold no {exc}") from exc
     except RuntimeError as exc:

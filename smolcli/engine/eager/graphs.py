@@ -37,14 +37,18 @@ def fixed_length(num_tokens: int) -> int:
     return length
 
 
-def record_cuda_graph(compute: Compute) -> Compute:
+def record_cuda_graph(device: torch.device, compute: Compute) -> Compute:
     """What launches all kernels of `compute` at once, over the same memory, for the same result.
+
+    Args:
+        device: which GPU computes.
+        compute: launches kernels on its current stream, and waits for nothing.
 
     Raises:
         RuntimeError: they cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         result = compute()
 
     def replay() -> Tensor:
@@ -133,7 +137,7 @@ class GraphedModel:
         record: how.
     """
 
-    def __init__(self, model: EagerModel, record: Record = record_cuda_graph) -> None:
+    def __init__(self, model: EagerModel, record: Record) -> None:
         self.config = model.config
         self.head = model.head
         self._model = model
