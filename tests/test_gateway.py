@@ -1,6 +1,7 @@
 """Two services: a gateway without a model in front of servers that have one, and `--via`."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -222,7 +223,10 @@ def pieces(lines: list[str]) -> list[Any]:
     return [(value["choices"], value.get("usage")) for value in values]
 
 
-def test_a_service_that_is_down_and_comes_back(tiny_folder: Path) -> None:
+def test_a_service_that_is_down_and_comes_back(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     with old_host() as host:
         port = int(host.url.rpartition(":")[2])
     with gateway(host.url, waits=False) as front:
@@ -236,8 +240,10 @@ def test_a_service_that_is_down_and_comes_back(tiny_folder: Path) -> None:
         answers = front.post("/chat/batched", {"queries": [query(), {"chat_id": "x"}]}).json()
         codes = [answer["error_code"] for answer in answers["responses"]]
         assert codes == ["backend_error", "missing_field"]
+        assert "ready at" not in caplog.text
         with old_host(port):
             eventually(lambda: front.client.get("/ready").status_code == 200, 10)
+            eventually(lambda: "ready at" in caplog.text)
             assert front.ask().json()["response"] == "Indeed 1."
 
 

@@ -34,9 +34,9 @@ class Holder:
         self.error: Exception | None = None
 
     @property
-    def is_loading(self) -> bool:
-        """Whether there is no backend yet."""
-        return self._backend is None
+    def is_ready(self) -> bool:
+        """Whether there is a backend that can be asked now."""
+        return self._backend is not None and self._backend.health().is_ready
 
     @property
     def backend(self) -> Backend:

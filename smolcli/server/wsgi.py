@@ -83,7 +83,7 @@ class Server:
         is_ready = False
         while not self._is_stopping and self._holder.error is None:
             self._turn()
-            if not is_ready and not self._holder.is_loading:
+            if not is_ready and self._holder.is_ready:
                 is_ready = True
                 logger.info("ready at %s", self.url)
 
