@@ -160,7 +160,10 @@ def test_options_become_settings(tmp_path: Path) -> None:
     assert settings.max_body_bytes == 2 << 20
 
 
-@pytest.mark.parametrize("args", [("--max-queue", "5"), ("--api-key", ""), ("--port", "-1")])
+@pytest.mark.parametrize("args", [
+    ("--max-queue", "5"), ("--api-key", ""), ("--port", "-1"),
+    ("--cors-origin", "example.org"), ("--cors-origin", "https://example.org/"),
+])  # fmt: skip
 def test_options_that_make_no_sense(args: tuple[str, str]) -> None:
     assert CliRunner().invoke(app, ["serve", *args]).exit_code == 2
 

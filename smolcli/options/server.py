@@ -1,6 +1,7 @@
 """Where a server listens, whom it answers, and how much it takes on."""
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +12,8 @@ from smolcli.options.engine import Dedupe
 from smolcli.settings import EngineSettings, QueryDefaults, ServerSettings
 
 _DEFAULTS = ServerSettings()
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#@]+")
+
 _serve = functools.partial(option, panel="Server")
 
 
@@ -71,6 +74,11 @@ class ServeOptions:
             keys += _read_keys(self.api_key_file)
         if not all(keys):
             raise UsageError("an --api-key must not be empty")
+        for origin in self.cors_origin or ():
+            if not ORIGIN.fullmatch(origin):
+                raise UsageError(
+                    f"--cors-origin {origin!r} is no origin like https://example.org, nor *"
+                )
         return ServerSettings(
             host=self.host,
             port=self.port,
