@@ -5,8 +5,8 @@
         --weight-format int8 openvino-int8
     python benchmarks/peer_openvino.py openvino-int8
 
-FOLDER is what `smol pull` prints. All questions are there at once, as in `benchmarks.reference`;
-continuous batching, prefix cache on, bfloat16 arithmetic.
+FOLDER is what `smol pull` prints. All questions are there at once, as in `benchmarks.reference`,
+with `--slots 1` one after the other; continuous batching, prefix cache on, bfloat16 arithmetic.
 """
 
 import argparse
@@ -51,8 +51,10 @@ def main() -> None:
     def run(limit: int) -> tuple[int, float]:
         config = genai.GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=2)
         began = time.perf_counter()
-        results = pipeline.generate(encoded, [config] * len(encoded))
+        asked = [[ids] for ids in encoded] if args.slots == 1 else [encoded]
+        answers = [pipeline.generate(ids, [config] * len(ids)) for ids in asked]
         seconds = time.perf_counter() - began
+        results = [answer for batch in answers for answer in batch]
         return sum(len(r.m_generation_ids[0]) for r in results), seconds
 
     run(4)
