@@ -9,7 +9,7 @@ from tape import Tape
 
 from smolcli.engine.eager.graphs import GraphedModel
 from smolcli.engine.eager.model import EagerModel
-from smolcli.engine.model import Batch, Model
+from smolcli.engine.model import Batch, Head, Model
 from smolcli.engine.native.build import NoKernels, load_kernels
 from smolcli.engine.native.kernels import Kernels
 from smolcli.models.load import load_model
@@ -44,7 +44,8 @@ class Endless:
 
     def __init__(self, model: Model) -> None:
         self.config = replace(model.config, eos_ids=frozenset())
-        self.head, self.make_cache = model.head, model.make_cache
+        self.head: Head = model.head
+        self.make_cache = model.make_cache
         self._model = model
 
     def forward(self, batch: Batch) -> torch.Tensor:

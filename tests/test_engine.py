@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kernel_tools import KERNELS, WAYS, Endless, load
 
 from smolcli.engine.engine import Engine
-from smolcli.engine.model import Batch, Model
+from smolcli.engine.masks import Masks
+from smolcli.engine.model import Batch, Head, Model
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, ModelError, PromptTooLong
 from smolcli.models.load import load_config
@@ -207,6 +208,32 @@ def test_sampling_depends_on_the_seed_alone(model: Model) -> None:
     other = Sampling(max_new_tokens=20, temperature=1.3, top_k=50, top_p=0.9, seed=6)
     assert alone == together
     assert alone != generate(Engine(model, 1, 64 * MEGABYTE), [Sequence([9, 9], other)])[0]
+
+
+def test_a_step_that_is_computed_again_draws_as_before(model: Model) -> None:
+    """The plain rows of the third step fail after the others have drawn."""
+    hot = Sampling(max_new_tokens=20, temperature=1.3, seed=5)
+    alone = generate(Engine(Endless(model), 4, 64 * MEGABYTE), [Sequence([9, 9], hot)])
+    tight = Endless(model)
+    tight.head = FailsOnce(model.head, 3)
+    drawn, plain = Sequence([9, 9], hot), greedy([30, 31], 20)
+    generate(Engine(tight, 4, 64 * MEGABYTE), [drawn, plain])
+    assert [drawn.output_ids] == alone
+    assert plain.num_output == 20
+
+
+class FailsOnce:
+    """A head whose n-th look for the best tokens fails."""
+
+    def __init__(self, head: Head, number: int) -> None:
+        self.logits, self.refine = head.logits, head.refine
+        self._head, self._left = head, number
+
+    def best(self, x: torch.Tensor, masks: Masks = ()) -> list[int]:
+        self._left -= 1
+        if self._left == 0:
+            raise RuntimeError("out of memory")
+        return self._head.best(x, masks)
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.3])

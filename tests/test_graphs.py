@@ -1,6 +1,7 @@
 """Recorded steps: when they are recorded, replayed and dropped, and what if they cannot be."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,24 @@ def test_where_nothing_can_be_recorded_all_is_answered(
         assert answers(GraphedModel(plain, refuse), 30) == answers(plain, 30)
     assert len(tried) == len(caplog.records) == 1
     assert "slower: out of memory" in caplog.text
+
+
+def test_what_a_graph_reads_lives_as_long_as_it_is_replayed(plain: EagerModel) -> None:
+    """A graph knows addresses, and keeps nothing alive itself."""
+    recorded: list[weakref.ref[Callable[[], Tensor]]] = []
+
+    def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        recorded.append(weakref.ref(compute))
+        result = compute()
+
+        def replay() -> Tensor:
+            assert recorded[-1]() is not None
+            return result
+
+        return replay
+
+    answers(GraphedModel(plain, record), 1)
+    assert len(recorded) == 1
 
 
 @pytest.mark.parametrize("asks", [lambda x: x.sum().item(), lambda x: x.nonzero(), torch.tensor])

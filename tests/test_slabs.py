@@ -1,5 +1,7 @@
 """The slabs of torch's kernels: how many rows they have."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,6 +14,28 @@ CONFIG = LlamaConfig(
     head_dim=4, max_positions=8192, rms_norm_eps=1e-5, rope_theta=1e4, is_tied=True,
     eos_ids=frozenset({2}),
 )  # fmt: skip
+
+
+def test_memory_that_runs_out_halfway_leaves_a_slab_of_one_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slab = Slab(CONFIG, 32, torch.empty(0), spare_rows=0)
+    sequences = [Sequence([1]) for _ in range(9)]
+    for number, sequence in enumerate(sequences[:8]):
+        slab.insert(sequence, [(torch.full((1, 5, 4), float(number)),) * 2] * 2)
+    new_empty, calls = torch.Tensor.new_empty, iter(range(9))
+
+    def scarce(like: torch.Tensor, *shape: Any) -> torch.Tensor:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return new_empty(like, *shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", scarce)
+    with pytest.raises(torch.OutOfMemoryError):
+        slab.insert(sequences[8], [])
+    assert {len(t) for t in (*slab.keys, *slab.values)} == {slab.capacity} == {8}
+    for number, sequence in enumerate(sequences[:8]):
+        assert all((keys[:, :5] == number).all() for keys, _ in slab.read(sequence))
 
 
 @pytest.mark.parametrize(("length", "num_rows", "capacity"), [

@@ -214,7 +214,9 @@ class LocalBackend:
                 item = self._inbox.get_nowait()
                 if item:
                     item[0].fail(self._gone)
-        for sequence, job in self._jobs.items():
-            self._engine.stop(sequence)
+        for job in self._jobs.values():
             job.fail(self._gone)
+        for sequence in self._jobs:
+            with suppress(Exception):  # a GPU that is gone cannot even free a row
+                self._engine.stop(sequence)
         self._jobs.clear()

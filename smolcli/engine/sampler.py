@@ -106,7 +106,7 @@ def _draw(logits: Tensor, sequences: list[Sequence], top_k: int, is_cut: bool) -
     temperature = _column(logits, [s.sampling.temperature for s in sequences])
     scores = logits.double()
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature.clamp(min=1e-6)
-    uniform = _column(logits, [s.random.random() for s in sequences])
+    uniform = _column(logits, [s.draw() for s in sequences])
     if not is_cut:
         return _pick(scores.softmax(-1), uniform).tolist()
     top_p = _column(logits, [s.sampling.top_p for s in sequences])

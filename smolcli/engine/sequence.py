@@ -59,6 +59,7 @@ class Sequence:
     random: Random = field(init=False)
     scores: list[TokenScore] = field(init=False, default_factory=list)
     admitted_at: float | None = field(init=False, default=None)
+    _uniform: float | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         assert self.prompt_ids, "a sequence starts from at least one token"
@@ -86,11 +87,18 @@ class Sequence:
         """Whether nothing more will come."""
         return self.finish_reason is not None or self.error is not None
 
+    def draw(self) -> float:
+        """A random number for the next token: the same one until there is that token."""
+        if self._uniform is None:
+            self._uniform = self.random.random()
+        return self._uniform
+
     def append(
         self, token_id: int, eos_ids: frozenset[int], score: TokenScore | None = None
     ) -> None:
         """Take the next token, and end where it says so, or nothing can or may follow."""
         self.token_ids.append(token_id)
+        self._uniform = None
         if self.constraint is not None:
             self.constraint.accept(token_id)
         if score is not None and token_id not in eos_ids:

@@ -8,6 +8,7 @@ into the place of one that leaves. A sequence that fills its row moves to the ne
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import groupby
 
 import torch
@@ -89,7 +90,8 @@ class Slab:
             for tensor in (*self.keys, *self.values):
                 tensor[row] = tensor[last]
         if self.capacity - len(self.rows) >= 2 * self._row_step:
-            self._resize(len(self.rows) + self._row_step)
+            with suppress(RuntimeError):  # no memory for a smaller copy: it stays as it is
+                self._resize(len(self.rows) + self._row_step)
 
     def read(self, sequence: Sequence) -> LayerTensors:
         """The sequence's row, layer by layer."""
@@ -99,11 +101,17 @@ class Slab:
     def _resize(self, capacity: int) -> None:
         self.step = None
         kept = len(self.rows)
-        for tensors in (self.keys, self.values):
-            for index, old in enumerate(tensors):
-                tensors[index] = new = old.new_empty(capacity + self._spare_rows, *old.shape[1:])
-                new[:kept] = old[:kept]
-                new[kept:] = 0
+        try:
+            for tensors in (self.keys, self.values):
+                for index, old in enumerate(tensors):
+                    new = old.new_empty(capacity + self._spare_rows, *old.shape[1:])
+                    new[:kept] = old[:kept]
+                    new[kept:] = 0
+                    tensors[index] = new
+        finally:  # where memory ran out halfway, all get as many rows as the smallest has
+            least = min(map(len, (*self.keys, *self.values)))
+            for tensors in (self.keys, self.values):
+                tensors[:] = [tensor[:least] for tensor in tensors]
 
 
 class SlabCache:

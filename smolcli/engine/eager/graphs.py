@@ -71,7 +71,8 @@ class SlabStep:
         self._rows = slab.rows
         self._spare_row = slab.capacity
         self._inputs = torch.zeros(3, slab.capacity, dtype=torch.long, device=model.device)
-        self._compute = _over_all_rows(model, slab, self._inputs)
+        self._plain = _over_all_rows(model, slab, self._inputs)  # holds what a graph reads
+        self._compute = self._plain
         self._record = record
         self._num_steps = 0
 
@@ -84,7 +85,7 @@ class SlabStep:
         inputs[:, rows] = torch.tensor([tokens, [work.start for work in works], rows])
         self._inputs.copy_(inputs)
         if self._num_steps == PLAIN_STEPS:
-            self._compute = self._record(self._compute)
+            self._compute = self._record(self._plain)
         self._num_steps += 1
         return self._compute()[rows]
 
