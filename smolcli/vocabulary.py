@@ -1,5 +1,6 @@
 """What a model's tokens spell, and which of them may come next in an answer of some format."""
 
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from smolcli.records import AnswerFormat
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+MOST_MET = 12  # patterns for one text: their time doubles with each, and nothing ends it
+_PATTERNS = ("pattern", "format", "$ref")
 NUM_COMPILED = 128  # formats that are kept for queries to come
 # As json.dumps writes it: white space left to the model may go on for ever.
 JSON_STYLE: Any = {
@@ -122,7 +125,53 @@ def grammar(answers: AnswerFormat) -> str:
 
     if answers.choices:
         return LLMatcher.grammar_from_regex("|".join(map(re.escape, answers.choices)))
+    _refuse_hard(answers)
     return LLMatcher.grammar_from_json_schema(answers.schema, overrides=JSON_STYLE)
+
+
+def _refuse_hard(answers: AnswerFormat) -> None:
+    """Refuse what llguidance would work on without end, or let change what JSON is."""
+    num_met = 0
+    for node in _nodes(json.loads(answers.schema or "{}")):
+        if "x-guidance" in node:
+            raise _refusal(answers, "x-guidance is not supported")
+        num_met += _num_met(node)
+    if num_met > MOST_MET:
+        raise _refusal(answers, f"more than {MOST_MET} patterns have to hold together")
+
+
+def _num_met(node: dict[str, Any]) -> int:
+    """How many patterns have to hold together here; one alone does not count."""
+    parts = node.get("allOf")
+    found = [node, *(inner for part in _items(parts) for inner in _combined(part))]
+    num = sum(isinstance(schema.get(name), str) for schema in found for name in _PATTERNS)
+    return num if num > 1 else 0
+
+
+def _combined(value: object) -> Iterator[dict[str, Any]]:
+    """A schema, and those that it is combined of in its place."""
+    left = [value]
+    while left:
+        if isinstance(node := left.pop(), dict):
+            yield node
+            for name in ("allOf", "anyOf", "oneOf"):
+                left.extend(_items(node.get(name)))
+
+
+def _items(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _nodes(value: object) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value."""
+    left = [value]
+    while left:
+        match left.pop():
+            case dict() as node:
+                yield node
+                left.extend(node.values())
+            case list() as items:
+                left.extend(items)
 
 
 def check_format(answers: AnswerFormat) -> None:

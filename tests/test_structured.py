@@ -125,7 +125,8 @@ def test_an_answer_that_is_cut_off_is_an_error_and_no_broken_json(backend: Local
         ({"$ref": "https://example.org/schema"}, "example.org"),
         ({"properties": {"a": False}, "type": "object", "required": ["a"]}, "unsatisfiable"),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf is not supported, but anyOf"),
-        ({"allOf": [{"type": "string", "pattern": c} for c in "abcdefghijkl"]}, "too hard"),
+        ({"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(20)]}, "more than 12"),
+        ({"type": "object", "x-guidance": {"whitespace_pattern": "x"}}, "x-guidance"),
     ],
     ids=str,
 )
