@@ -50,6 +50,17 @@ def test_a_kept_answer_is_given_at_once() -> None:
     assert "".join(pieces) == later.response == echo(QUERY).response
 
 
+def test_answers_of_another_model_are_not_kept() -> None:
+    """A gateway's service may come back as another one."""
+    backend = SharingBackend(inner := EchoBackend())
+    backend.submit(QUERY).result()
+    inner.settings = replace(inner.settings, model="another")
+    backend.submit(SAME).result()
+    assert inner.model_calls == 2
+    backend.submit(SAME).result()
+    assert inner.model_calls == 2
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -91,6 +91,7 @@ class SharingBackend:
         self._lock = threading.RLock()  # an inner future may be finished when it is returned
         self._running: dict[Key, Generation] = {}
         self._kept: OrderedDict[Query, Result] = OrderedDict()
+        self._kept_from: dict[str, Any] = {}  # the identity of what gave the kept answers
 
     @property
     def window(self) -> int:
@@ -120,6 +121,7 @@ class SharingBackend:
         follower = Follower(query, on_text)
         key = (_question(query), is_urgent, on_text is not None)
         with self._lock:
+            self._forget_others()
             if kept := self._kept.get(key[0]):
                 self._kept.move_to_end(key[0])
                 self._num_shared += 1
@@ -149,12 +151,13 @@ class SharingBackend:
 
     def _finish(self, key: Key, generation: Generation, inner: Future[Result]) -> None:
         with self._lock:
-            if self._running.get(key) is generation:
+            is_current = self._running.get(key) is generation
+            if is_current:
                 del self._running[key]
             followers = list(generation.followers)
             fault = None if inner.cancelled() else inner.exception()
             result = None if inner.cancelled() or fault else inner.result()
-            if result is not None and not result.is_error:
+            if is_current and result is not None and not result.is_error:
                 self._keep(key[0], result)
         for follower in followers:
             if result is not None:
@@ -163,6 +166,14 @@ class SharingBackend:
                 follower.fail(fault)
             else:
                 follower.future.cancel()
+
+    def _forget_others(self) -> None:
+        """A service that came back as another one answers otherwise."""
+        identity = self._backend.identity()
+        if identity != self._kept_from:
+            self._kept.clear()
+            self._running.clear()  # who waits gets what he asked; nobody joins him
+            self._kept_from = identity
 
     def _keep(self, question: Query, result: Result) -> None:
         if question.num_chars + result.num_chars <= MAX_KEPT_CHARS:
