@@ -48,7 +48,11 @@ def record_cuda_graph(device: torch.device, compute: Compute) -> Compute:
         RuntimeError: they cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(device),
+        torch.cuda.stream(torch.cuda.current_stream(device)),  # back to it where recording fails
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
         result = compute()
 
     def replay() -> Tensor:
