@@ -1,5 +1,6 @@
 """/chat, /chat/batched and /generate_batch, over real sockets."""
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,11 @@ def test_a_bad_request_gets_a_sentence(
     assert (response.json()["error_code"], response.json()["error"]) == (code, sentence)
 
 
+def test_a_mark_of_the_byte_order_is_no_fault(server: Running) -> None:
+    body = codecs.BOM_UTF8 + json.dumps(query()).encode()
+    assert server.client.post("/chat", content=body, headers=JSON).status_code == 200
+
+
 def test_every_refusal_is_json(server: Running) -> None:
     """Never an HTML page, never a traceback."""
     client = server.client
@@ -125,6 +131,11 @@ def test_every_refusal_is_json(server: Running) -> None:
         (client.get("/nope"), 404, "not_found"),
         (client.get("/page/../app.py"), 404, "not_found"),
         (client.get("/page/%2e%2e%2fapp.py"), 404, "not_found"),
+        (
+            client.post("/chat", content=b"{}", headers=JSON | {"Content-Encoding": "gzip"}),
+            415,
+            "unsupported_media_type",
+        ),
     ]
     for response, status, code in refusals:
         assert response.status_code == status, response.text

@@ -1,5 +1,6 @@
 """What the views share."""
 
+import codecs
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -87,7 +88,13 @@ def read_json() -> object:
             "the body must be JSON, sent with Content-Type: application/json",
             HttpCode.UNSUPPORTED_MEDIA_TYPE,
         )
-    return load_json(request.get_data(cache=False))
+    if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
+        raise HttpError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"Content-Encoding {encoding!r} is not supported: send the body as it is",
+            HttpCode.UNSUPPORTED_MEDIA_TYPE,
+        )
+    return load_json(request.get_data(cache=False).removeprefix(codecs.BOM_UTF8))
 
 
 def json_response(value: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
