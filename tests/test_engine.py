@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_tools import KERNELS, WAYS, Endless, load
 
-from smolcli.engine.engine import Engine
+from smolcli.engine.engine import MOST_FAILED_STEPS, Engine
 from smolcli.engine.masks import Masks
 from smolcli.engine.model import Batch, Head, Model
 from smolcli.engine.sequence import Sequence
@@ -315,6 +315,19 @@ def test_an_engine_that_always_fails_is_gone(model: Model) -> None:
     engine.add(greedy([8, 8]))
     with pytest.raises(BackendError, match="out of memory"):
         engine.step()
+
+
+def test_an_engine_whose_steps_fail_one_by_one_is_gone_in_the_end(model: Model) -> None:
+    faulty = Faulty(model)
+    faulty.poison = frozenset({9})
+    engine = Engine(faulty, 4, 64 * MEGABYTE)
+    for _ in range(MOST_FAILED_STEPS - 1):
+        assert generate(engine, [greedy([9, 9])]) == [[]]
+    assert generate(engine, [greedy([8, 8], 1)]) != [[]]
+    for _ in range(MOST_FAILED_STEPS - 1):
+        generate(engine, [greedy([9, 9])])
+    with pytest.raises(BackendError, match="out of memory"):
+        generate(engine, [greedy([9, 9])])
 
 
 def test_stopping_frees_everything_at_once(model: Model) -> None:

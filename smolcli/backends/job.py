@@ -1,5 +1,6 @@
 """One query on its way through the local backend, and what comes of it."""
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,6 +12,8 @@ from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
 from smolcli.records import ErrorCode, FinishReason, Query, Result, Timings, Usage, failure
 from smolcli.vocabulary import TokenConstraint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -65,6 +68,10 @@ def failed(query: Query, exc: BaseException) -> Result:
     """The result of a query that something went wrong with."""
     if isinstance(exc, QueryError):
         return failure(query, str(exc), exc.code, exc.field)
+    is_wanted = logger.isEnabledFor(logging.DEBUG)
+    logger.error(
+        "query %.100r: %s", query.chat_id, sentence(exc), exc_info=exc if is_wanted else None
+    )
     return failure(query, sentence(exc), ErrorCode.INTERNAL)
 
 

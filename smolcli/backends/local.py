@@ -1,5 +1,6 @@
 """The model in this process: one thread owns the engine, a few prepare queries for it."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
 from smolcli.records import Query, Result
 from smolcli.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 WINDOW_BATCHES = 3
 STUCK_AFTER_S = 60.0  # no step takes as long
@@ -158,7 +161,9 @@ class LocalBackend:
                     for sequence in self._engine.step():
                         self._deliver(sequence)
         except BaseException as exc:  # a panic in Rust is no Exception
-            self._leave(exc if isinstance(exc, BackendError) else BackendError(sentence(exc)))
+            reason = exc if isinstance(exc, BackendError) else BackendError(sentence(exc))
+            logger.error("the model is gone: %s", reason)
+            self._leave(reason)
         self._dismiss_all()
 
     def _leave(self, reason: BackendError) -> None:

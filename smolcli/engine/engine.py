@@ -12,6 +12,8 @@ from smolcli.engine.sequence import Sequence, Work
 from smolcli.errors import BackendError, PromptTooLong
 from smolcli.records import FinishReason
 
+MOST_FAILED_STEPS = 5  # one after the other, then it is not the queries that are at fault
+
 
 class Engine:
     """Generates for many sequences at once, with continuous batching (Yu et al. 2022, Orca).
@@ -41,6 +43,7 @@ class Engine:
         )
         self.max_length = self.cache.longest(cache_bytes)
         self.num_steps = 0
+        self._num_failed_steps = 0  # one after the other
 
     @property
     def has_work(self) -> bool:
@@ -74,14 +77,17 @@ class Engine:
             The sequences that got a token or failed; `error` says why.
 
         Raises:
-            BackendError: every sequence of the batch fails, each on its own too.
+            BackendError: every sequence of the batch fails, each on its own too, or steps of one
+                sequence fail again and again.
         """
         planned = self.scheduler.plan()
         works = sorted(filter(self._has_room, planned), key=self.cache.place)
         advanced = [w.sequence for w in works if w.completes]
         self._run(works)
         failed = [w.sequence for w in planned if w.sequence.error]
-        if len(planned) > 1 and len(failed) == len(planned):
+        all_failed = bool(planned) and len(failed) == len(planned)
+        self._num_failed_steps = self._num_failed_steps + 1 if all_failed else 0
+        if all_failed and (len(planned) > 1 or self._num_failed_steps == MOST_FAILED_STEPS):
             raise BackendError(f"no step succeeds any more: {failed[0].error}") from failed[0].error
         self._retire()
         return advanced + [s for s in failed if s not in advanced]
