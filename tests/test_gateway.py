@@ -270,6 +270,7 @@ def test_a_question_asked_elsewhere(service: Running) -> None:
         ("run", "x.jsonl", "--via", "http://a", "--via", "http://a"),
         ("run", "x.jsonl", "--via", "http://a", "--backend", "ray"),
         ("ask", "x", "--via", "http://a", "--upstream-api", "soap"),
+        ("ask", "x", "--via", "http://a:99999"),
     ],
 )
 def test_options_that_make_no_sense(args: tuple[str, ...], tmp_path: Path) -> None:

@@ -266,6 +266,12 @@ class TestTrouble:
                 backend.submit(query()).result(20)
             assert 1 < len(host.bodies) < 8
 
+    def test_a_server_that_is_busy_is_waited_for(self) -> None:
+        """It answers, and says when to come back: that is not one that cannot be reached."""
+        with old_host() as host, remote(host.url, retry_s=0.1) as backend:
+            host.faults += [(503, {"Retry-After": "1"}, {})] * 2
+            assert answers(backend, [query("0")])[0].response == "Indeed 0."
+
     def test_silence_is_not_asked_again(self) -> None:
         with old_host(delay_s=0.5) as host, remote(host.url, timeout_s=0.1) as backend:
             with pytest.raises(BackendError, match="silent for too long"):

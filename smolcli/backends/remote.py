@@ -198,15 +198,20 @@ class RemoteBackend:
     async def _carry(self, jobs: list[Job]) -> None:
         """Ask until every job has its result, or nobody is left to be asked."""
         give_up_at = math.inf
+        tries_until = time.monotonic() + self._settings.timeout_s
         try:
             while left := [job for job in jobs if job.is_open]:
                 upstream = await self._pool.choose(give_up_at)
                 try:
                     await ask(upstream, left, self._turns)
-                except Unavailable:
+                except Unavailable as exc:
                     if not all(job.is_open for job in left):
                         give_up_at = math.inf  # it got on: this is another fault
-                    give_up_at = min(give_up_at, time.monotonic() + self._settings.retry_s)
+                        tries_until = time.monotonic() + self._settings.timeout_s
+                    until = time.monotonic() + self._settings.retry_s
+                    if exc.retry_after_s is not None:  # it is there, and busy
+                        until = tries_until
+                    give_up_at = min(give_up_at, until)
         except BackendError as exc:
             _fail_all(jobs, exc)
         except Exception as exc:
@@ -226,6 +231,8 @@ def _base_url(url: str) -> str:
         raise UsageError(f"{url!r} is no URL: {exc}") from exc
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise UsageError(f"{url!r} is no URL of a server: give one like http://host:8001")
+    if parsed.port is not None and not 0 < parsed.port < 1 << 16:
+        raise UsageError(f"{url!r} has the port {parsed.port}; there are 1 to 65535")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

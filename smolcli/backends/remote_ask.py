@@ -179,7 +179,7 @@ async def _result(upstream: Upstream, job: Job) -> Result:
         if response.status_code in _NO_ENDPOINT:
             raise BackendError(f"{path} answered {response.status_code}; is it a model server?")
         if response.status_code != 200:
-            result = read_error(await _error_body(response), job.query)
+            result = read_error(await _error_body(response), job.query, response.status_code)
         elif is_stream:
             result = await _read_stream(response, job)
         elif is_completion:

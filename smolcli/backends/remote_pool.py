@@ -103,9 +103,9 @@ class Pool:
         try:
             self._admit(upstream, await self._identify(upstream))
         except (Unavailable, BackendError, Nonsense) as exc:
+            if not (was_up or self._is_pinned or str(exc) == upstream.reason):
+                logger.warning("not up: %s", exc)  # the log of a gateway is all that tells
             upstream.fall(str(exc), is_hopeless=not isinstance(exc, Unavailable))
-            if was_up:
-                logger.warning("down: %s", exc)
             return
         upstream.rise()
         if not was_up:

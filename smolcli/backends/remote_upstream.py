@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import random
 import time
 from collections.abc import AsyncIterator
@@ -12,6 +13,8 @@ import httpx2 as httpx
 
 from smolcli.backends.remote_call import Job, Unavailable, translated
 from smolcli.backends.remote_wire import Kind
+
+logger = logging.getLogger(__name__)
 
 MISSING_FOR_S = 60.0
 PROBE_S = 5.0
@@ -72,6 +75,7 @@ class Upstream:
     def fall(self, reason: str, *, is_hopeless: bool = False) -> None:
         """It does not answer, or not as it should."""
         if self.is_up:
+            logger.warning("down: %s", reason)
             self.down_since = time.monotonic()
         self.is_up, self.is_hopeless, self.reason = False, is_hopeless, reason
         self._num_failures += 1

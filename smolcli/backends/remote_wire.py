@@ -212,21 +212,22 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def read_error(body: Mapping[str, Any], query: Query) -> Result:
+def read_error(body: Mapping[str, Any], query: Query, status: int = 500) -> Result:
     """The failure that a server tells of, in smol's words, OpenAI's, vLLM's or FastAPI's."""
     error = body.get("error", body)
     detail = error if isinstance(error, dict) else body
     message = error if isinstance(error, str) else detail.get("message", detail.get("detail"))
-    code = _code(detail.get("error_code", detail.get("code")), str(message))
+    code = _code(detail.get("error_code", detail.get("code")), str(message), status)
     field = detail.get("field", detail.get("param"))
     return failure(query, str(message), code, field if isinstance(field, str) else None)
 
 
-def _code(code: object, message: str) -> ErrorCode:
+def _code(code: object, message: str, status: int) -> ErrorCode:
     if any(sign in f"{code} {message}" for sign in _TOO_LONG):
         return ErrorCode.PROMPT_TOO_LONG
     known = isinstance(code, str) and code in set(ErrorCode)
-    return ErrorCode(str(code)) if known else ErrorCode.INTERNAL
+    unknown = ErrorCode.INVALID_VALUE if 400 <= status < 500 else ErrorCode.INTERNAL
+    return ErrorCode(str(code)) if known else unknown
 
 
 def _usage(usage: object) -> Usage | None:
