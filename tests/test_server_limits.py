@@ -4,10 +4,11 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,22 @@ LONG = {"max_new_tokens": 400, "repetition_penalty": 1.3}
 def running(tiny_folder: Path) -> Iterator[Running]:
     with serving(Tap().open, tiny_engine(tiny_folder)) as server:
         yield server
+
+
+def test_who_knocks_beside_many_idle_connections_is_let_in_at_once(running: Running) -> None:
+    """A pause between any two that come in made 100 of them wait for two seconds."""
+    address = ("127.0.0.1", running.client.base_url.port)
+    with ExitStack() as stack:
+        connect = lambda: stack.enter_context(socket.create_connection(address))  # noqa: E731
+        for _ in range(100):
+            connect()
+        eventually(lambda: running.client.get("/health").status_code == 200)
+        began = time.monotonic()
+        clients = [connect() for _ in range(100)]
+        for client in clients:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert all(b" 200 " in client.recv(1000) for client in clients)
+        assert time.monotonic() - began < 1
 
 
 def test_a_flood_is_refused_by_count(tiny_folder: Path) -> None:

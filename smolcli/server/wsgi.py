@@ -102,8 +102,10 @@ class Server:
             self._turn()
 
     def _turn(self) -> None:
+        num_before = len(self._map)
         wasyncore.loop(timeout=TICK_S, use_poll=True, map=self._map, count=1)
-        time.sleep(min(GAP_S * len(self._map), MOST_GAP_S))
+        if len(self._map) <= num_before:  # else there may be more who knock: one is let in a turn
+            time.sleep(min(GAP_S * len(self._map), MOST_GAP_S))
         now = time.monotonic()
         for channel in self._channels():
             channel.drop_if_slow(now)
