@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from smolcli.backends.answer import AnswerText
 from smolcli.backends.local import LocalBackend
 from smolcli.backends.open import open_local
+from smolcli.engine.eager.model import EagerModel
+from smolcli.engine.engine import Engine
+from smolcli.engine.native.model import NativeModel
 from smolcli.errors import BackendError, UsageError
 from smolcli.records import ErrorCode, FinishReason, Message, Query, Sampling
 from smolcli.settings import EngineSettings
@@ -49,6 +52,23 @@ def test_an_answer_has_its_text_usage_and_reason(backend: LocalBackend) -> None:
     assert result.response == result.response.strip()
     assert result.finish_reason in FinishReason
     assert 0 <= result.timings.queue_s <= result.timings.first_token_s <= result.timings.total_s
+
+
+def test_nobody_waits_for_a_device_that_is_gone(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing can be freed there either."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(EagerModel, "forward", fail)
+    monkeypatch.setattr(NativeModel, "forward", fail)
+    monkeypatch.setattr(Engine, "stop", fail)
+    futures = [backend.submit(query(str(n))) for n in range(12)]
+    done, waiting = wait(futures, WAIT_S)
+    assert not waiting
+    assert all(future.exception() or future.result().is_error for future in done)
 
 
 @pytest.mark.parametrize(("megabytes", "hits"), [(1, True), (0, False)])
