@@ -193,6 +193,16 @@ def test_a_client_that_goes_away_frees_its_slots(
         assert server.ask().status_code == 200
 
 
+def test_a_client_that_goes_away_with_its_next_question_sent_already(tiny_folder: Path) -> None:
+    tap = Tap(delay_s=0.05)
+    with serving(tap.open, tiny_engine(tiny_folder)) as server:
+        connection = server.connect()
+        connection.sendall(chat_request(**LONG) + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        eventually(lambda: tap.num_held > 0)
+        connection.close()
+        eventually(lambda: tap.num_held == 0, 5)
+
+
 def long_request(path: str, model: str) -> bytes:
     headers = ["Content-Type: application/json"]
     if path == "/chat":

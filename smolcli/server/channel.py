@@ -1,6 +1,7 @@
 """One connection, as Waitress has it but for what its own refusals look like and how it waits."""
 
 import json
+import socket
 import time
 from http import HTTPStatus
 from typing import Any
@@ -55,6 +56,23 @@ class Channel(HTTPChannel):
     def service(self) -> None:
         self._free_at = time.monotonic()
         super().service()
+
+    def check_client_disconnected(self) -> bool:  # type: ignore[override]  # the stubs have it wrong
+        """Whether the client is gone, seen also where a next request of it waits already.
+
+        Waitress reads nothing on then, and would not notice.
+        """
+        return not self.connected or (len(self.requests) > 1 and self._has_hung_up())
+
+    def _has_hung_up(self) -> bool:
+        if self.socket is None:
+            return True
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     @property
     def is_busy(self) -> bool:
