@@ -159,6 +159,17 @@ def test_without_an_id_column_the_line_is_the_id(tmp_path: Path) -> None:
     assert [i.chat_id for i in items(path, RowSettings("{t}"))] == ["a", None]
 
 
+def test_metadata_that_is_no_object_is_that_rows_fault(tmp_path: Path) -> None:
+    rows = [
+        {"user_prompt": "x", "n": 1, "metadata": "y"},
+        {"user_prompt": "x", "n": 2, "metadata": {"n": 0, "m": 3}},
+    ]
+    path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)))
+    bad, good = items(path, RowSettings(None, None, ("n",)))
+    assert (str(bad.error_code), bad.field) == ("invalid_value", "metadata")
+    assert good.metadata["n"] == 2, "a column that is asked for comes first"
+
+
 def test_json_lines_of_any_shape_can_be_rows(tmp_path: Path) -> None:
     path = write(
         tmp_path / "x.jsonl",

@@ -70,8 +70,9 @@ class RowMapper:
             query |= self._asked(values)
         except QueryError as exc:
             return Row(row.number, query, exc, carried or None)
-        if carried:
-            query["metadata"] = carried | (query.get("metadata") or {})
+        metadata = query.get("metadata") or {}
+        if carried and isinstance(metadata, dict):  # another is the row's fault, told of it later
+            query["metadata"] = metadata | carried
         return Row(row.number, query, None, carried or None)
 
     def _chat_id(self, values: Mapping[str, Any], number: int) -> object:
