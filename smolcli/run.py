@@ -25,6 +25,8 @@ def default_output(input: Path) -> Path:
     """Where answers go by default: beside the input, and from stdin on to stdout."""
     if is_stream(input):
         return Path("-")
+    if not input.name:
+        raise UsageError(f"{input} is a folder; give a file of queries")
     stem = Path(input.name.removesuffix(".gz")).stem
     return input.with_name(f"{stem}.results.jsonl")
 
@@ -81,6 +83,7 @@ def _run_to_file(settings: RunSettings, open_backend: OpenBackend, display: Disp
                 display.note(f"versions differ from those of the lines before: {changes}")
         answer = work.retry if asks_again else work.do
         report = answer(backend, display, manifest)
+    work.survey.refuse_change(settings.input)
     work.finish(is_new=True)
     save_manifest(replace(manifest, report=asdict(report)), output)
     return report
@@ -102,6 +105,8 @@ def _check_options(settings: RunSettings) -> None:
         ):
             if value:
                 raise UsageError(f"{option} works on files, not on stdin or stdout")
+    if settings.errors is not None and is_stream(settings.errors):
+        raise UsageError(f"--errors {settings.errors} is no file; give one that can be replaced")
     if settings.retry_errors and settings.overwrite:
         raise UsageError("--retry-errors and --overwrite exclude each other")
 

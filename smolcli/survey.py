@@ -5,8 +5,9 @@ import os
 import time
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
-from smolcli.errors import InputError
+from smolcli.errors import InputError, RunError
 from smolcli.jsonl import is_stream
 from smolcli.line_formats import is_batch
 from smolcli.settings import RunSettings
@@ -24,6 +25,23 @@ class Survey:
     sha256: str | None = None
     num_lines: int | None = None
     is_batch: bool | None = None
+    stamp: tuple[int, int] | None = None  # size, and when it was changed in nanoseconds
+
+    def refuse_change(self, input: Path) -> None:
+        """Refuse to call a run finished whose input is not what it was at the beginning.
+
+        Raises:
+            RunError: it was written to meanwhile.
+        """
+        if self.stamp is not None and input.exists() and self.stamp != _stamp(input.stat()):
+            raise RunError(
+                f"{input} was changed while it was read: answers may be missing or of other lines; "
+                "run it again with --overwrite"
+            )
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def survey(settings: RunSettings) -> Survey:
@@ -40,8 +58,14 @@ def survey(settings: RunSettings) -> Survey:
     num_lines = sum(1 for _ in numbers)
     try:
         with settings.input.open("rb") as file:
-            modified = int(os.stat(file.fileno()).st_mtime)
+            status = os.stat(file.fileno())
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as exc:
         raise InputError(f"cannot read {settings.input}: {exc.strerror or exc}") from exc
-    return Survey(modified, sha256, num_lines, first is not None and is_batch(first.value))
+    return Survey(
+        modified=int(status.st_mtime),
+        sha256=sha256,
+        num_lines=num_lines,
+        is_batch=first is not None and is_batch(first.value),
+        stamp=_stamp(status),
+    )

@@ -488,6 +488,16 @@ def test_errors_need_files_of_their_own(job: RunSettings) -> None:
             answer(replace(job, errors=job.output.with_name("e"), **change), no_backend)
 
 
+def test_errors_replace_no_pipe_and_no_device(job: RunSettings) -> None:
+    """They are a file that is replaced in the end, which would remove /dev/null."""
+    pipe = job.output.with_name("pipe")
+    os.mkfifo(pipe)
+    for errors in (pipe, Path("/dev/null"), Path("-")):
+        with pytest.raises(UsageError, match="is no file"):
+            answer(replace(job, errors=errors), no_backend)
+    assert pipe.is_fifo()
+
+
 def test_a_line_of_another_run_is_refused(job: RunSettings) -> None:
     answer(replace(job, limit=1))
     foreign = results(job.output)[0] | {"id": "batch_req_0_2"}

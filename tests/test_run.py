@@ -18,7 +18,7 @@ from run_tools import answer, no_backend, results
 
 from smolcli.backends import Backend
 from smolcli.display import LogDisplay
-from smolcli.errors import BackendError, InputError, ResumeRefused, UsageError
+from smolcli.errors import BackendError, InputError, ResumeRefused, RunError, UsageError
 from smolcli.journal import output_lock
 from smolcli.manifest import Manifest, load_manifest, manifest_path
 from smolcli.records import ErrorCode, Query, Result, Sampling, failure
@@ -72,6 +72,26 @@ def test_one_line_out_for_each_line_in(job: RunSettings) -> None:
         "missing_field": 3,
         "not_an_object": 1,
     }
+
+
+@pytest.mark.parametrize("left", [b"", MIXED[:60], MIXED + b"{}\n"])
+def test_an_input_that_changes_meanwhile_is_no_finished_run(job: RunSettings, left: bytes) -> None:
+    """Its lines may be missing from the output, or not be those that the manifest tells of."""
+
+    def change(settings: EngineSettings) -> Backend:
+        job.input.write_bytes(left)
+        return EchoBackend(settings)
+
+    with pytest.raises(RunError, match=r"in.jsonl was changed while it was read"):
+        answer(job, change)
+    assert load_manifest(job.output).report is None
+    answer(replace(job, overwrite=True))
+
+
+def test_a_folder_is_no_input() -> None:
+    for path in (Path(), Path("/")):
+        with pytest.raises(UsageError, match="is a folder"):
+            default_output(path)
 
 
 def test_a_duplicate_says_so_and_keeps_its_metadata(job: RunSettings) -> None:

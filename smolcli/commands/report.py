@@ -25,6 +25,8 @@ def report(results: Results, output: Page = None, png: Picture = None) -> None:
 
     if output is None and is_stream(results):
         raise UsageError("where to? Give --output for a report on stdin")
+    if not results.name:
+        raise UsageError(f"{results} is a folder; give a file of results")
     page = output or results.with_name(f"{results.stem}.report.html")
     if {page, png} & {results, journal_path(results)}:
         raise UsageError("the page would replace the results; give another name")
