@@ -4,11 +4,11 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +180,14 @@ def test_killed_workers_and_nodes_cost_nothing_but_time(
     )
     await_lines(output, 20, process)
     first, second = sorted(cluster.worker_nodes, key=raylet)
-    await_workers(process)[raylet(first)].send_signal(signal.SIGKILL)
+    found = await_workers(process)
+    victims = [found[raylet(node)] for node in (first, second)]
+    for victim in victims:
+        victim.suspend()  # so that neither is done before it is lost
+    victims[0].kill()
     cluster.remove_node(second, allow_graceful=False)
+    with suppress(psutil.NoSuchProcess):  # it may have ended with its node
+        victims[1].kill()
     printed, talk = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 3, talk.decode()
     assert talk.decode().count("a Ray worker was lost") == 2, talk.decode()
