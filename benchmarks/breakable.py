@@ -5,14 +5,14 @@ from typing import Any
 from torch import Tensor
 
 from smolcli.backends.local import LocalBackend
-from smolcli.chat import Chat
+from smolcli.engine.autoconfig import choose
 from smolcli.engine.engine import Engine
-from smolcli.engine.model import Batch, Model
-from smolcli.engine.setup import choose
-from smolcli.models.load import load_config, load_model
-from smolcli.models.resolve import resolve
-from smolcli.records import Message
+from smolcli.engine.interfaces import Batch, Model
 from smolcli.settings import EngineSettings
+from smolcli.text.tokenizer import Chat
+from smolcli.types import Message
+from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.resolve import resolve
 
 
 class BreakableModel:

@@ -16,10 +16,10 @@ from typing import Any
 
 from serving import Target, post, prompts, target
 
-from smolcli.backends.remote import open_remote
-from smolcli.pipeline import answer_all
-from smolcli.records import Message, Query
+from smolcli.backends.remote.backend import open_remote
+from smolcli.batch.pipeline import answer_all
 from smolcli.settings import DEFAULT_MODEL, RemoteSettings
+from smolcli.types import Message, Query
 
 NUM_ASKED = 100
 NUM_BATCH = 256

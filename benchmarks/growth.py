@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from smolcli.backends.open import open_local
+from smolcli.batch.pipeline import answer_all
 from smolcli.bench.work import WORDS, stories
-from smolcli.pipeline import answer_all
-from smolcli.records import Message, Query, Sampling
 from smolcli.settings import EngineSettings
+from smolcli.types import Message, Query, Sampling
 
 
 def questions(number: int, max_new_tokens: int) -> Iterator[Query]:

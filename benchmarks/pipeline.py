@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 
-from smolcli.backends.shared import shared
-from smolcli.display import LogDisplay
-from smolcli.run import run_file
+from smolcli.backends.dedup import shared
+from smolcli.batch.progress import LogDisplay
+from smolcli.batch.runner import run_file
 from smolcli.settings import RunSettings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

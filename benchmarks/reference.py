@@ -24,12 +24,12 @@ from rich.table import Table
 
 from smolcli.backends.local import LocalBackend
 from smolcli.backends.open import open_local
+from smolcli.batch.pipeline import answer_all
 from smolcli.bench.work import QUESTIONS
-from smolcli.chat import Chat
-from smolcli.models.resolve import resolve
-from smolcli.pipeline import answer_all
-from smolcli.records import Message, Query, Sampling
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
+from smolcli.text.tokenizer import Chat
+from smolcli.types import Message, Query, Sampling
+from smolcli.weights.resolve import resolve
 
 STATIC_BATCH = 32
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import Exchange, Target, percentiles, post, prompts, target
-from smolcli.machine import num_cores
+from smolcli.engine.hardware import num_cores
 
 MAX_NEW_TOKENS = 128
 PROMPTS = prompts(64)

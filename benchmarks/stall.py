@@ -15,7 +15,7 @@ from contextlib import closing
 from rich.console import Console
 from rich.table import Table
 
-from smolcli.backends import Backend
+from smolcli.backends.base import Backend
 from smolcli.backends.open import open_local
 from smolcli.bench.work import long_prompt, stories
 from smolcli.settings import EngineSettings

@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from smolcli.bench.work import long_prompt
-from smolcli.chat import Chat
+from smolcli.engine.autoconfig import choose
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
-from smolcli.engine.setup import choose
-from smolcli.models.load import load_config, load_model
-from smolcli.models.resolve import resolve
-from smolcli.records import Sampling
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
+from smolcli.text.tokenizer import Chat
+from smolcli.types import Sampling
+from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.resolve import resolve
 
 PROMPT_WORDS = 70
 

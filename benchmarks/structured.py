@@ -24,18 +24,18 @@ from rich.table import Table
 
 from smolcli.backends.local import LocalBackend
 from smolcli.backends.open import open_local
-from smolcli.chat import Chat
+from smolcli.batch.pipeline import answer_all
+from smolcli.engine.autoconfig import choose
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
-from smolcli.engine.setup import choose
-from smolcli.formats import schema_format
-from smolcli.models.load import load_config, load_model
-from smolcli.models.resolve import resolve
-from smolcli.pipeline import answer_all
-from smolcli.records import Query, Result, Sampling
-from smolcli.schema import load_json, parse_query
+from smolcli.protocol.formats import schema_format
+from smolcli.protocol.query import load_json, parse_query
 from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults
-from smolcli.vocabulary import Vocabulary
+from smolcli.text.grammar import Vocabulary
+from smolcli.text.tokenizer import Chat
+from smolcli.types import Query, Result, Sampling
+from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.resolve import resolve
 
 QUESTIONS = Path(__file__).with_name("extraction.jsonl")
 PERSON = {

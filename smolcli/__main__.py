@@ -1,5 +1,5 @@
 """`python -m smolcli` is the `smol` command."""
 
-from smolcli.cli import app
+from smolcli.cli.main import app
 
 app(prog_name="smol")

@@ -13,7 +13,7 @@ SmolError
     └── BackendError        whatever computes the answers is gone
 """
 
-from smolcli.records import ErrorCode
+from smolcli.types import ErrorCode
 
 
 class SmolError(Exception):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from smolcli.records import AnswerFormat, Sampling
+from smolcli.types import AnswerFormat, Sampling
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OPENAI_TEMPERATURE = 1.0  # what its API draws at unless asked otherwise

@@ -10,8 +10,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from smolcli.models.pull import pull
 from smolcli.settings import DEFAULT_MODEL
+from smolcli.weights.pull import pull
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2 as in SmolLM2
 

@@ -6,10 +6,10 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from smolcli.backends import Counters, Health, OnText
+from smolcli.backends.base import Counters, Health, OnText
 from smolcli.errors import BackendError
-from smolcli.records import FinishReason, Query, Result, Timings, Usage
 from smolcli.settings import EngineSettings
+from smolcli.types import FinishReason, Query, Result, Timings, Usage
 
 
 def echo(query: Query) -> Result:

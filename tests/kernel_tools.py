@@ -7,12 +7,12 @@ import pytest
 import torch
 from tape import Tape
 
-from smolcli.engine.eager.graphs import GraphedModel
-from smolcli.engine.eager.model import EagerModel
-from smolcli.engine.model import Batch, Head, Model
+from smolcli.engine.interfaces import Batch, Head, Model
+from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.build import NoKernels, load_kernels
-from smolcli.engine.native.kernels import Kernels
-from smolcli.models.load import load_model
+from smolcli.engine.torch_ops.cuda_graphs import GraphedModel
+from smolcli.engine.torch_ops.model import EagerModel
+from smolcli.weights.loader import load_model
 
 KERNELS = ("native", "torch")
 GPU = ("cuda",) if torch.cuda.is_available() else ()

@@ -11,18 +11,18 @@ from typing import Any
 
 from fakes import EchoBackend
 
-from smolcli.backends import Backend
-from smolcli.display import LogDisplay
-from smolcli.report import RunReport
-from smolcli.run import run_file
+from smolcli.backends.base import Backend
+from smolcli.batch.progress import LogDisplay
+from smolcli.batch.runner import run_file
+from smolcli.batch.statistics import RunReport
 from smolcli.settings import EngineSettings, RunSettings
 
 SLOW_RUN = """
 import pickle, sys, time
 sys.path.insert(0, sys.argv[1])
 from fakes import EchoBackend
-from smolcli.display import LogDisplay
-from smolcli.run import run_file
+from smolcli.batch.progress import LogDisplay
+from smolcli.batch.runner import run_file
 
 class Slow(EchoBackend):
     def answer(self, query):
@@ -64,7 +64,7 @@ def smol_without(package: str, *args: object) -> "subprocess.CompletedProcess[by
     """The command in an environment that lacks a package."""
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from smolcli.cli import app\n"
+        "from smolcli.cli.main import app\n"
         f"sys.argv = {['smol', *map(str, args)]!r}\n"
         "app()"
     )

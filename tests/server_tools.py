@@ -19,14 +19,14 @@ from typing import Any
 import httpx2
 import torch
 
-from smolcli.backends import Backend
+from smolcli.backends.base import Backend
 from smolcli.backends.local import LocalBackend
-from smolcli.chat import Chat
 from smolcli.engine.engine import Engine
-from smolcli.engine.model import Batch
-from smolcli.models.load import load_model
+from smolcli.engine.interfaces import Batch
 from smolcli.server.wsgi import Server
 from smolcli.settings import EngineSettings, ServerSettings
+from smolcli.text.tokenizer import Chat
+from smolcli.weights.loader import load_model
 
 PATIENCE_S = 120.0  # a machine of CI may stand still for a while
 

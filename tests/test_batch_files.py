@@ -17,13 +17,13 @@ from run_tools import answer, answer_until_killed, no_backend, results
 from typer.testing import CliRunner
 
 from smolcli.backends.open import open_local
-from smolcli.check import check_input
-from smolcli.cli import app
+from smolcli.batch.manifest import load_manifest, manifest_path, save_manifest
+from smolcli.batch.validation import check_input
+from smolcli.cli.main import app
 from smolcli.errors import BackendError, QueryError, ResumeRefused, UsageError
-from smolcli.manifest import load_manifest, manifest_path, save_manifest
-from smolcli.openai_wire import parse_completion
-from smolcli.records import Query, Result
+from smolcli.protocol.openai import parse_completion
 from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
+from smolcli.types import Query, Result
 
 MESSAGES = [{"role": "user", "content": "one two"}]
 

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from smolcli.bench.measure import Reading, medians, time_backend
 from smolcli.bench.work import long_prompt, reference, stories
-from smolcli.cli import app
+from smolcli.cli.main import app
 from smolcli.errors import RunError
-from smolcli.records import ErrorCode, Query, Result, failure
 from smolcli.settings import BenchPlan
+from smolcli.types import ErrorCode, Query, Result, failure
 
 SMALL = (
     "--dtype",

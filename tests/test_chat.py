@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolcli.chat import Chat, context_length
 from smolcli.errors import ModelError, QueryError
-from smolcli.records import Message
+from smolcli.text.tokenizer import Chat, context_length
+from smolcli.types import Message
 
 TEXTS = [
     "What is the capital of France?",

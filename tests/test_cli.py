@@ -16,10 +16,10 @@ from fakes import DyingBackend, EchoBackend
 from typer.testing import CliRunner, Result
 
 from smolcli import __version__
-from smolcli.cli import app
-from smolcli.manifest import load_manifest
-from smolcli.records import ErrorCode, Query, failure
+from smolcli.batch.manifest import load_manifest
+from smolcli.cli.main import app
 from smolcli.settings import EngineSettings
+from smolcli.types import ErrorCode, Query, failure
 
 REPOSITORY = Path(__file__).parent.parent
 SAMPLES = REPOSITORY / "sample_inputs"
@@ -88,16 +88,16 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         check=True,
     )
     imported = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
-    assert b"smolcli.options" in imported
+    assert b"smolcli.cli.options" in imported
     assert not imported & {b"torch", b"transformers", b"numpy", b"tokenizers"}
-    assert not imported & {b"smolcli.schema", b"smolcli.query_fields"}
+    assert not imported & {b"smolcli.protocol.query", b"smolcli.protocol.query_fields"}
 
 
 def test_a_check_does_not_import_torch(queries: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "smolcli", "run", queries, "--check"]
     done = subprocess.run(command, capture_output=True, cwd=REPOSITORY, check=True)
     imported = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
-    assert b"smolcli.check" in imported
+    assert b"smolcli.batch.validation" in imported
     assert not imported & {b"torch", b"transformers", b"numpy"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_cli import Seen, smol
 
-from smolcli.manifest import load_manifest
+from smolcli.batch.manifest import load_manifest
 
 FILE = """\
 max-new-tokens = 7

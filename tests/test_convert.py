@@ -10,7 +10,7 @@ from gguf_file import write_gguf
 from model_stores import entries
 
 from smolcli.errors import ModelError
-from smolcli.models.resolve import resolve
+from smolcli.weights.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("home")
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from smolcli.backends import Counters
-from smolcli.display import BarDisplay, LogDisplay
-from smolcli.records import ErrorCode, FinishReason, Result, Timings, Usage
-from smolcli.report import LatencyHistogram, Tally
+from smolcli.backends.base import Counters
+from smolcli.batch.progress import BarDisplay, LogDisplay
+from smolcli.batch.statistics import LatencyHistogram, Tally
+from smolcli.types import ErrorCode, FinishReason, Result, Timings, Usage
 
 GOOD = Result("1", "x", FinishReason.STOP, usage=Usage(10, 100), timings=Timings(0, 0, 0.5))
 BAD = Result("2", error="x", error_code=ErrorCode.INVALID_JSON)

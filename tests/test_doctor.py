@@ -7,8 +7,8 @@ import pytest
 from model_stores import MODEL, entries, fill_store
 from test_cli import smol
 
-from smolcli.models.ship import unpack
-from smolcli.models.store import ModelFiles
+from smolcli.backends.ray.model_files import unpack
+from smolcli.weights.store import ModelFiles
 
 pytestmark = pytest.mark.usefixtures("home")
 

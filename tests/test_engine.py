@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from kernel_tools import KERNELS, WAYS, Endless, load
 
 from smolcli.engine.engine import MOST_FAILED_STEPS, Engine
+from smolcli.engine.interfaces import Batch, Head, Model
 from smolcli.engine.masks import Masks
-from smolcli.engine.model import Batch, Head, Model
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, ModelError, PromptTooLong
-from smolcli.models.load import load_config
-from smolcli.records import FinishReason, Sampling
+from smolcli.types import FinishReason, Sampling
+from smolcli.weights.loader import load_config
 
 MEGABYTE = 1 << 20
 SHAPES = {  # heads, kv heads, tied embeddings: SmolLM2's three sizes and an untied one, scaled down

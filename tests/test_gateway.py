@@ -19,8 +19,8 @@ from server_tools import Running, eventually, query, serve_process, serving, tin
 from typer.testing import CliRunner, Result
 
 from smolcli.backends.open import open_local
-from smolcli.backends.remote import open_gateway
-from smolcli.cli import app
+from smolcli.backends.remote.backend import open_gateway
+from smolcli.cli.main import app
 from smolcli.settings import EngineSettings, RemoteSettings
 
 ROOT = Path(__file__).parent.parent

@@ -12,13 +12,13 @@ from kernel_tools import Endless
 from tape import Tape
 from torch import Tensor
 
-from smolcli.engine.eager.graphs import PLAIN_STEPS, GraphedModel
-from smolcli.engine.eager.model import EagerModel
 from smolcli.engine.engine import Engine
-from smolcli.engine.model import Model
+from smolcli.engine.interfaces import Model
 from smolcli.engine.sequence import Sequence
-from smolcli.models.load import load_model
-from smolcli.records import Sampling
+from smolcli.engine.torch_ops.cuda_graphs import PLAIN_STEPS, GraphedModel
+from smolcli.engine.torch_ops.model import EagerModel
+from smolcli.types import Sampling
+from smolcli.weights.loader import load_model
 
 NUM_TOKENS = 40
 

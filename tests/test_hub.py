@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from model_stores import COMMIT, MODEL
 
 from smolcli.errors import HubUnreachable, ModelNotFound
-from smolcli.models.pull import pull
-from smolcli.models.resolve import resolve
+from smolcli.weights.pull import pull
+from smolcli.weights.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("home")
 

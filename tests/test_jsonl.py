@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from smolcli.data.jsonl import MAX_LINE_BYTES, Line, ResultWriter, is_stream, read_lines
 from smolcli.errors import InputError, RunError
-from smolcli.jsonl import MAX_LINE_BYTES, Line, ResultWriter, is_stream, read_lines
-from smolcli.records import ErrorCode, FinishReason, Result, Timings, Usage
+from smolcli.types import ErrorCode, FinishReason, Result, Timings, Usage
 
 HI = Result("1", "Hi", FinishReason.STOP, usage=Usage(3, 2), line=1, timings=Timings(0.1, 0.2, 0.3))
 
@@ -87,7 +87,7 @@ def test_damaged_gzip_says_how_far_it_got(tmp_path: Path) -> None:
 
 def test_stdin_plain_and_packed() -> None:
     script = (
-        "from pathlib import Path; from smolcli.jsonl import read_lines;"
+        "from pathlib import Path; from smolcli.data.jsonl import read_lines;"
         "import sys; sys.stderr.write(str([l.number for l in read_lines(Path('-'))]))"
     )
     for data in (b"a\n\nb", gzip.compress(b"a\n\nb")):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smolcli.errors import ModelError
-from smolcli.models.load import load_config, load_model
+from smolcli.weights.loader import load_config, load_model
 
 CPU = torch.device("cpu")
 

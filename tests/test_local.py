@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolcli.backends.answer import AnswerText
 from smolcli.backends.local import LocalBackend
 from smolcli.backends.open import open_local
-from smolcli.engine.eager.model import EagerModel
 from smolcli.engine.engine import Engine
 from smolcli.engine.native.model import NativeModel
+from smolcli.engine.torch_ops.model import EagerModel
 from smolcli.errors import BackendError, UsageError
-from smolcli.records import ErrorCode, FinishReason, Message, Query, Sampling
 from smolcli.settings import EngineSettings
+from smolcli.text.detokenizer import AnswerText
+from smolcli.types import ErrorCode, FinishReason, Message, Query, Sampling
 
 WAIT_S = 30
 

@@ -12,8 +12,8 @@ import pytest
 from model_stores import COMMIT, MODEL, entries, fill_cache, fill_store
 
 from smolcli.errors import ModelError, ModelNotFound
-from smolcli.models.resolve import resolve
-from smolcli.models.store import exclusively, stored
+from smolcli.weights.resolve import resolve
+from smolcli.weights.store import exclusively, stored
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -84,7 +84,7 @@ def test_finding_a_stored_model_is_fast(tiny_folder: Path, home: Path) -> None:
 def test_resolving_imports_neither_torch_nor_the_hub_client(tiny_folder: Path, home: Path) -> None:
     fill_store(home, tiny_folder)
     code = (
-        "import sys; from smolcli.models.resolve import resolve; import smolcli.chat; "
+        "import sys; from smolcli.weights.resolve import resolve; import smolcli.text.tokenizer; "
         f"resolve({MODEL!r}); "
         "print({'torch', 'transformers', 'httpx2', 'huggingface_hub.hf_api'} & set(sys.modules))"
     )
@@ -94,7 +94,7 @@ def test_resolving_imports_neither_torch_nor_the_hub_client(tiny_folder: Path, h
 
 def test_what_a_killed_pull_left_is_cleared(tiny_folder: Path, home: Path) -> None:
     code = (
-        "import time; from smolcli.models.store import exclusively\n"
+        "import time; from smolcli.weights.store import exclusively\n"
         f"with exclusively({MODEL!r}) as scratch:\n"
         "    (scratch / 'half').mkdir(); print('ready', flush=True); time.sleep(60)"
     )

@@ -11,19 +11,19 @@ from kernel_tools import native_kernels
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from smolcli.cli import app
-from smolcli.engine.eager.head import EagerHead
-from smolcli.engine.eager.model import EagerModel
-from smolcli.engine.model import Model
+from smolcli.cli.main import app
+from smolcli.engine.autoconfig import choose
+from smolcli.engine.interfaces import Model
 from smolcli.engine.native import build
+from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.build import load_kernels
-from smolcli.engine.native.kernels import Kernels
 from smolcli.engine.native.model import NativeModel, interleaved, pack
 from smolcli.engine.sequence import Sequence, Work
-from smolcli.engine.setup import choose
+from smolcli.engine.torch_ops.head import EagerHead
+from smolcli.engine.torch_ops.model import EagerModel
 from smolcli.errors import UsageError
-from smolcli.models.load import load_config, load_model
 from smolcli.settings import EngineSettings
+from smolcli.weights.loader import load_config, load_model
 
 FLOAT = EngineSettings(dtype="float32")
 

@@ -14,7 +14,7 @@ from server_tools import Tap, eventually, tiny_engine
 
 import smolcli
 
-PAGE = Path(smolcli.__file__).parent / "server" / "page"
+PAGE = Path(smolcli.__file__).parent / "server" / "static"
 KEY = "sesame-42"
 needs_chromium = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),

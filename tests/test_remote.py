@@ -14,14 +14,15 @@ from flask import Flask, Response, jsonify, request
 from old_host import listening, old_host
 from server_tools import Running, Tap, eventually, serving, tiny_engine
 
-from smolcli.backends import OnText
+from smolcli.backends.base import OnText
 from smolcli.backends.open import open_local
-from smolcli.backends.remote import RemoteBackend, open_gateway, open_remote
-from smolcli.backends.remote_gather import MAX_CHUNK_CHARS
-from smolcli.backends.remote_wire import Nonsense, load_object
+from smolcli.backends.remote.backend import RemoteBackend, open_gateway, open_remote
+from smolcli.backends.remote.gather import MAX_CHUNK_CHARS
+from smolcli.backends.remote.wire import Nonsense, load_object
 from smolcli.errors import BackendError, UsageError
-from smolcli.formats import JSON_OBJECT, schema_format
-from smolcli.records import (
+from smolcli.protocol.formats import JSON_OBJECT, schema_format
+from smolcli.settings import QueryDefaults, RemoteSettings
+from smolcli.types import (
     AnswerFormat,
     ErrorCode,
     FinishReason,
@@ -31,7 +32,6 @@ from smolcli.records import (
     Sampling,
     Usage,
 )
-from smolcli.settings import QueryDefaults, RemoteSettings
 
 
 def query(chat_id: str = "1", prompt: str = "Hi", **fields: Any) -> Query:

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from run_tools import smol_without
 from typer.testing import CliRunner
 
-from smolcli.cli import app
-from smolcli.display import LogDisplay
+from smolcli.batch.manifest import load_manifest
+from smolcli.batch.progress import LogDisplay
+from smolcli.batch.runner import run_file
+from smolcli.batch.statistics import Pace
+from smolcli.cli.main import app
 from smolcli.errors import BackendError, InputError
-from smolcli.manifest import load_manifest
-from smolcli.records import Query, Result, Timings
-from smolcli.report import Pace
-from smolcli.report_page.charts import charts_of
-from smolcli.report_page.facts import gather
-from smolcli.report_page.page import render
-from smolcli.run import run_file
+from smolcli.html_report.charts import charts_of
+from smolcli.html_report.facts import gather
+from smolcli.html_report.page import render
 from smolcli.settings import RowSettings, RunSettings
+from smolcli.types import Query, Result, Timings
 
 NASTY = "<script>alert('$x^2$')</script>"
 

@@ -10,10 +10,10 @@ import pytest
 from fakes import DyingBackend, EchoBackend
 from run_tools import answer, answer_until_killed, no_backend
 
+from smolcli.batch.manifest import load_manifest, manifest_path
 from smolcli.errors import BackendError, ResumeRefused, UsageError
-from smolcli.manifest import load_manifest, manifest_path
-from smolcli.records import ErrorCode, Query, Result, failure
 from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
+from smolcli.types import ErrorCode, Query, Result, failure
 
 NUM_LINES = 40
 OWN = [{"chat_id": str(n), "user_prompt": f"question {n}"} for n in range(NUM_LINES)]

@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from run_tools import answer, no_backend, results
 
-from smolcli.backends import Backend
-from smolcli.display import LogDisplay
+from smolcli.backends.base import Backend
+from smolcli.batch.journal import output_lock
+from smolcli.batch.manifest import Manifest, load_manifest, manifest_path
+from smolcli.batch.progress import LogDisplay
+from smolcli.batch.runner import default_output, run_file
 from smolcli.errors import BackendError, InputError, ResumeRefused, RunError, UsageError
-from smolcli.journal import output_lock
-from smolcli.manifest import Manifest, load_manifest, manifest_path
-from smolcli.records import ErrorCode, Query, Result, Sampling, failure
-from smolcli.run import default_output, run_file
 from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
+from smolcli.types import ErrorCode, Query, Result, Sampling, failure
 
 MIXED = b"""\xef\xbb\xbf{"chat_id": "a", "user_prompt": "one"}
 
@@ -393,7 +393,7 @@ def test_the_output_must_have_a_folder_and_be_none(job: RunSettings, tmp_path: P
 def test_one_run_at_a_time(job: RunSettings) -> None:
     """The other run is another process; when it is killed, the lock goes with it."""
     script = (
-        "import sys; from pathlib import Path; from smolcli.journal import output_lock\n"
+        "import sys; from pathlib import Path; from smolcli.batch.journal import output_lock\n"
         "with output_lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(job.output)]

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolcli.engine.eager.head import EagerHead
 from smolcli.engine.sampler import NUCLEUS, choose, choose_scored
 from smolcli.engine.sequence import Sequence
-from smolcli.records import Sampling
+from smolcli.engine.torch_ops.head import EagerHead
+from smolcli.types import Sampling
 
 VOCAB = 1000
 NUM_DRAWS = 4000

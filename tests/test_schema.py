@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolcli.errors import QueryError
-from smolcli.query_fields import FIELDS
-from smolcli.records import Message, Sampling
-from smolcli.schema import chat_id_of, load_json, parse_query
+from smolcli.protocol.query import chat_id_of, load_json, parse_query
+from smolcli.protocol.query_fields import FIELDS
 from smolcli.settings import QueryDefaults
+from smolcli.types import Message, Sampling
 
 HI = {"chat_id": "1", "user_prompt": "Hi"}
 

@@ -10,8 +10,8 @@ import pytest
 from server_tools import Running, query, serving, tiny_engine
 
 from smolcli.backends.open import open_local
-from smolcli.display import LogDisplay
-from smolcli.run import run_file
+from smolcli.batch.progress import LogDisplay
+from smolcli.batch.runner import run_file
 from smolcli.settings import RunSettings
 
 NDJSON = "application/x-ndjson"

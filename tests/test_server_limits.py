@@ -24,10 +24,10 @@ from server_tools import (
     tiny_engine,
 )
 
-from smolcli.chat import Chat
-from smolcli.records import Message
+from smolcli.server.admission import Gate
 from smolcli.server.errors import HttpError
-from smolcli.server.limits import Gate
+from smolcli.text.tokenizer import Chat
+from smolcli.types import Message
 
 LONG = {"max_new_tokens": 400, "repetition_penalty": 1.3}
 

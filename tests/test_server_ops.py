@@ -20,9 +20,9 @@ from server_tools import (
     tiny_engine,
 )
 
-from smolcli.backends import Backend, Health
+from smolcli.backends.base import Backend, Health
 from smolcli.backends.open import open_local
-from smolcli.server.log import JsonFormatter, PlainFormatter
+from smolcli.server.logging import JsonFormatter, PlainFormatter
 from smolcli.settings import EngineSettings
 
 SECRET = "the password is swordfish"

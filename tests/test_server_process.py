@@ -15,8 +15,8 @@ import pytest
 from server_tools import PATIENCE_S, eventually, query, serve_process
 from typer.testing import CliRunner
 
-from smolcli.cli import app
-from smolcli.options.server import ServeOptions
+from smolcli.cli.main import app
+from smolcli.cli.options.server import ServeOptions
 from smolcli.settings import EngineSettings, QueryDefaults
 
 LONG = query(max_new_tokens=450, repetition_penalty=1.3)

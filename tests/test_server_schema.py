@@ -10,8 +10,8 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from server_tools import PATIENCE_S, Running, Tap, serving, tiny_engine
 
-from smolcli.records import Sampling
 from smolcli.settings import QueryDefaults
+from smolcli.types import Sampling
 
 KEY = {"Authorization": "Bearer key"}
 ROUTES = [

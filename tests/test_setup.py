@@ -7,10 +7,10 @@ import psutil
 import pytest
 import torch
 
+from smolcli.engine.autoconfig import choose
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.setup import choose
+from smolcli.engine.hardware import memory_bytes, num_cores
 from smolcli.errors import UsageError
-from smolcli.machine import memory_bytes, num_cores
 from smolcli.settings import EngineSettings
 
 GIB = 1 << 30

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from fakes import EchoBackend, HeldBackend, echo
 
-from smolcli.backends import OnText
-from smolcli.backends.shared import MAX_KEPT, SharingBackend
+from smolcli.backends.base import OnText
+from smolcli.backends.dedup import MAX_KEPT, SharingBackend
 from smolcli.errors import BackendError
-from smolcli.records import ErrorCode, Message, Query, Result, Sampling, failure
+from smolcli.types import ErrorCode, Message, Query, Result, Sampling, failure
 
 QUERY = Query("1", (Message("user", "What is gravity?"),), line=1)
 SAME = replace(QUERY, chat_id="2", line=7, metadata={"row": 2}, sampling=Sampling(seed=3))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.eager.cache import Slab
 from smolcli.engine.sequence import Sequence
+from smolcli.engine.torch_ops.slab_cache import Slab
 
 CONFIG = LlamaConfig(
     vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=2, num_kv_heads=1,

@@ -12,8 +12,8 @@ from fakes import DyingBackend, EchoBackend
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner, Result
 
-from smolcli.cli import app
-from smolcli.manifest import load_manifest
+from smolcli.batch.manifest import load_manifest
+from smolcli.cli.main import app
 
 LINES = b"".join(b'{"chat_id": "%d", "user_prompt": "Hi %d"}\n' % (n, n) for n in range(20))
 OUTPUT = "memory://bucket/deep/out.jsonl"
@@ -124,7 +124,7 @@ def test_checking_reads_there_too(bucket: Any) -> None:
 
 def test_paths_load_no_file_systems() -> None:
     code = (
-        "import sys, json; from smolcli.storage import here, is_elsewhere\n"
+        "import sys, json; from smolcli.data.remote_files import here, is_elsewhere\n"
         "here('in.jsonl'), is_elsewhere('in.jsonl')\n"
         "print(json.dumps('fsspec' in sys.modules))"
     )

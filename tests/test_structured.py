@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 
 from smolcli.backends.local import LocalBackend
 from smolcli.backends.open import open_local
-from smolcli.chat import Chat
-from smolcli.formats import JSON_OBJECT, schema_format
-from smolcli.records import AnswerFormat, ErrorCode, FinishReason, Message, Query, Result, Sampling
+from smolcli.protocol.formats import JSON_OBJECT, schema_format
 from smolcli.settings import EngineSettings
-from smolcli.vocabulary import Vocabulary
+from smolcli.text.grammar import Vocabulary
+from smolcli.text.tokenizer import Chat
+from smolcli.types import AnswerFormat, ErrorCode, FinishReason, Message, Query, Result, Sampling
 
 WAIT_S = 60
 SCHEMAS: list[dict[str, Any]] = [

@@ -19,19 +19,19 @@ from hypothesis import strategies as st
 from run_tools import smol_without
 from typer.testing import CliRunner
 
-from smolcli.cli import app
-from smolcli.display import LogDisplay
+from smolcli.batch.progress import LogDisplay
+from smolcli.batch.queries import ChatIds, Questions
+from smolcli.batch.runner import run_file
+from smolcli.cli.main import app
+from smolcli.data.csv import read_csv
+from smolcli.data.jsonl import MAX_LINE_BYTES
+from smolcli.data.prompt_template import Template
+from smolcli.data.reader import read_rows
+from smolcli.data.rows import Row
 from smolcli.errors import BackendError, InputError, ResumeRefused, UsageError
-from smolcli.jsonl import MAX_LINE_BYTES
-from smolcli.line_formats import Formats
-from smolcli.queries import ChatIds, Questions
-from smolcli.records import Query
-from smolcli.run import run_file
+from smolcli.protocol.line_formats import Formats
 from smolcli.settings import QueryDefaults, RowSettings, RunSettings
-from smolcli.tables import Row
-from smolcli.tables.csv_rows import read_csv
-from smolcli.tables.rows import read_rows
-from smolcli.tables.template import Template
+from smolcli.types import Query
 
 REPOSITORY = Path(__file__).parent.parent
 REVIEWS = REPOSITORY / "sample_inputs" / "reviews.csv"

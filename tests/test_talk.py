@@ -17,12 +17,12 @@ from fakes import DyingBackend, EchoBackend
 from server_tools import serving, tiny_engine
 from test_cli import REPOSITORY, Seen, process, smol
 
-from smolcli.backends import OnText
+from smolcli.backends.base import OnText
 from smolcli.backends.open import open_local
-from smolcli.conversation import Conversation
-from smolcli.records import Query, Result, Sampling
+from smolcli.cli.conversation import Conversation
+from smolcli.cli.interactive import Talk
 from smolcli.settings import QueryDefaults
-from smolcli.talk import Talk
+from smolcli.types import Query, Result, Sampling
 
 READS = "\x1b[?2004h"  # a terminal is told to mark what is pasted: the prompt is up
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from smolcli.cli import app
+from smolcli.cli.main import app
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 HEAD = """\

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from smolcli.backends import OnText, settle
-from smolcli.backends.answer import AnswerText, cut_off, logprob_entries
+from smolcli.backends.base import OnText, settle
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
-from smolcli.records import ErrorCode, FinishReason, Query, Result, Timings, Usage, failure
-from smolcli.vocabulary import TokenConstraint
+from smolcli.text.detokenizer import AnswerText, cut_off, logprob_entries
+from smolcli.text.grammar import TokenConstraint
+from smolcli.types import ErrorCode, FinishReason, Query, Result, Timings, Usage, failure
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from smolcli.backends import Counters, Health, OnText
-from smolcli.backends.answer import AnswerText
+from smolcli.backends.base import Counters, Health, OnText
 from smolcli.backends.job import Job, failed, outcome, sentence
 from smolcli.backends.several import gather, split
-from smolcli.chat import Chat
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
-from smolcli.records import Query, Result
-from smolcli.vocabulary import Vocabulary
+from smolcli.text.detokenizer import AnswerText
+from smolcli.text.grammar import Vocabulary
+from smolcli.text.tokenizer import Chat
+from smolcli.types import Query, Result
 
 logger = logging.getLogger(__name__)
 

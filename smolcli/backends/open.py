@@ -7,12 +7,12 @@ import torch
 
 import smolcli
 from smolcli.backends.local import LocalBackend
-from smolcli.chat import Chat
+from smolcli.engine.autoconfig import Setup, choose, chosen_dtype
 from smolcli.engine.engine import Engine
-from smolcli.engine.setup import Setup, choose, chosen_dtype
-from smolcli.models.load import load_config, load_model
-from smolcli.models.resolve import ModelFiles, resolve
 from smolcli.settings import EngineSettings
+from smolcli.text.tokenizer import Chat
+from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.resolve import ModelFiles, resolve
 
 
 def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> LocalBackend:

@@ -5,8 +5,8 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import replace
 
-from smolcli.records import Query, Result, Timings, Usage
-from smolcli.schema import derived_seed
+from smolcli.protocol.query import derived_seed
+from smolcli.types import Query, Result, Timings, Usage
 
 
 def split(query: Query) -> list[Query]:

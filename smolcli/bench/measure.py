@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from smolcli.backends import Backend
+from smolcli.backends.base import Backend
 from smolcli.bench.work import long_prompt, reference, stories
 from smolcli.errors import RunError
-from smolcli.records import Query, Result
 from smolcli.settings import BenchPlan
+from smolcli.types import Query, Result
 
 
 @dataclass(frozen=True, slots=True)

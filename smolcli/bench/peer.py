@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from smolcli.bench.measure import Reading, Show
 from smolcli.bench.work import REFERENCE_TOKENS, STORY_TOKENS, long_prompt, reference, stories
-from smolcli.chat import Chat
-from smolcli.models.resolve import resolve
-from smolcli.records import Query
 from smolcli.settings import BenchPlan
+from smolcli.text.tokenizer import Chat
+from smolcli.types import Query
+from smolcli.weights.resolve import resolve
 
 SYSTEM = "transformers"
 STATIC_BATCH = 32

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from smolcli.backends import Backend
+from smolcli.backends.base import Backend
 from smolcli.bench.measure import Reading, Show, time_backend
 from smolcli.bench.work import stories
 from smolcli.settings import BenchPlan, EngineSettings

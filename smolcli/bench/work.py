@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from smolcli.records import Message, Query, Sampling
+from smolcli.types import Message, Query, Sampling
 
 QUESTIONS = Path(__file__).with_name("reference.jsonl")
 REFERENCE_TOKENS = 128

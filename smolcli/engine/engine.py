@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
-from smolcli.engine.model import Model
+from smolcli.engine.interfaces import Model
 from smolcli.engine.sampler import choose, score
 from smolcli.engine.scheduler import Scheduler
 from smolcli.engine.sequence import Sequence, Work
 from smolcli.errors import BackendError, PromptTooLong
-from smolcli.records import FinishReason
+from smolcli.types import FinishReason
 
 MOST_FAILED_STEPS = 5  # one after the other, then it is not the queries that are at fault
 

@@ -11,10 +11,10 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from smolcli.engine.interfaces import Head
 from smolcli.engine.masks import Masks, forbid
-from smolcli.engine.model import Head
 from smolcli.engine.sequence import Sequence, TokenScore
-from smolcli.records import Sampling
+from smolcli.types import Sampling
 
 FINE = 64  # so many likeliest tokens have their likelihoods from float32
 NUCLEUS = 512  # so many likeliest tokens hold the share of top-p nearly always; sorting all is slow

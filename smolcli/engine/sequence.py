@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
-from smolcli.records import FinishReason, Sampling
+from smolcli.types import FinishReason, Sampling
 
 
 class Constraint(Protocol):

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from smolcli.query_fields import MAX_ANSWERS, QueryFields
-from smolcli.records import ErrorCode, FinishReason
+from smolcli.protocol.query_fields import MAX_ANSWERS, QueryFields
 from smolcli.server.errors import HttpCode
+from smolcli.types import ErrorCode, FinishReason
 
 
 class Exact(BaseModel):

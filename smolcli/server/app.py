@@ -2,14 +2,14 @@
 
 from flask import Flask, Response
 
+from smolcli.server.access_log import trace_requests
 from smolcli.server.auth import allow_origins, require_key
+from smolcli.server.chat_api import chat_views
 from smolcli.server.errors import handle_errors
-from smolcli.server.openai import openai_views
+from smolcli.server.openai_api import openai_views
 from smolcli.server.ops import ops_views
 from smolcli.server.page import page_views
 from smolcli.server.service import Service
-from smolcli.server.trace import trace_requests
-from smolcli.server.views_chat import chat_views
 
 
 def create_app(service: Service) -> Flask:

@@ -11,10 +11,10 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from smolcli.errors import QueryError
-from smolcli.openai_wire import error_object
-from smolcli.records import ErrorCode, Result
+from smolcli.protocol.openai import error_object
+from smolcli.server.access_log import current_trace
 from smolcli.server.metrics import Metrics
-from smolcli.server.trace import current_trace
+from smolcli.types import ErrorCode, Result
 
 logger = logging.getLogger(__name__)
 

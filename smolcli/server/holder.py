@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from smolcli.backends import Backend, Health
+from smolcli.backends.base import Backend, Health
 from smolcli.errors import BackendError
-from smolcli.records import Message, Query, Sampling
-from smolcli.server.limits import unavailable
+from smolcli.server.admission import unavailable
+from smolcli.types import Message, Query, Sampling
 
 logger = logging.getLogger(__name__)
 

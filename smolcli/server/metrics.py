@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from smolcli.backends import Health
-from smolcli.records import Result, Timings, Usage
+from smolcli.backends.base import Health
+from smolcli.types import Result, Timings, Usage
 
 # A short answer takes 50 ms, where vLLM's finest bucket is 300 ms.
 _SECONDS = (

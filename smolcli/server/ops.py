@@ -5,9 +5,9 @@ from http import HTTPStatus
 from flask import Blueprint, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from smolcli.backends import Health
-from smolcli.server.limits import RETRY_AFTER_S
-from smolcli.server.openapi import openapi
+from smolcli.backends.base import Health
+from smolcli.server.admission import RETRY_AFTER_S
+from smolcli.server.schemas import openapi
 from smolcli.server.service import Service, json_response
 
 

@@ -7,7 +7,7 @@ from flask import Blueprint, Response, send_from_directory
 
 from smolcli.server.errors import HttpCode, HttpError
 
-FOLDER = Path(__file__).parent / "page"
+FOLDER = Path(__file__).parent / "static"
 TYPES = {  # not the system's: Windows' registry can make scripts text/plain
     ".html": "text/html",
     ".css": "text/css",

@@ -9,16 +9,16 @@ from typing import Any
 
 from flask import Response, request
 
-from smolcli.openai_wire import model_name
-from smolcli.records import Query, Result
-from smolcli.schema import load_json
+from smolcli.protocol.openai import model_name
+from smolcli.protocol.query import load_json
+from smolcli.server.access_log import current_trace
+from smolcli.server.admission import Gate
 from smolcli.server.errors import HttpCode, HttpError
-from smolcli.server.flight import Flight
 from smolcli.server.holder import Holder
-from smolcli.server.limits import Gate
+from smolcli.server.in_flight import Flight
 from smolcli.server.metrics import Metrics
-from smolcli.server.trace import current_trace
 from smolcli.settings import ServerSettings
+from smolcli.types import Query, Result
 
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx buffers otherwise
 

@@ -11,12 +11,12 @@ from typing import Any
 from waitress import wasyncore
 from waitress.server import BaseWSGIServer, create_server
 
-from smolcli.backends import Backend
+from smolcli.backends.base import Backend
 from smolcli.errors import RunError
+from smolcli.server.admission import Gate, most_requests
 from smolcli.server.app import create_app
 from smolcli.server.channel import Channel
 from smolcli.server.holder import Holder
-from smolcli.server.limits import Gate, most_requests
 from smolcli.server.metrics import Metrics
 from smolcli.server.service import Service
 from smolcli.settings import EngineSettings, ServerSettings

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from smolcli.engine.native.kernels import Kernels
+from smolcli.engine.native.bindings import Kernels
 from smolcli.settings import smol_home
 
 SOURCE = Path(__file__).with_name("kernels.c")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.native.kernels import SPAN, Kernels, address
-from smolcli.engine.prefix import PrefixCache
+from smolcli.engine.native.bindings import SPAN, Kernels, address
+from smolcli.engine.prefix_cache import PrefixCache
 from smolcli.engine.sequence import Sequence, Work
 
 

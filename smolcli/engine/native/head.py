@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smolcli.engine.masks import Masks
-from smolcli.engine.native.kernels import Kernels, ModelStruct, address
+from smolcli.engine.native.bindings import Kernels, ModelStruct, address
 
 
 class NativeHead:

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
+from smolcli.engine.native.bindings import Kernels, LayerStruct, ModelStruct, SpaceStruct, address
 from smolcli.engine.native.cache import BufferCache, NativeBatch
 from smolcli.engine.native.head import NativeHead
-from smolcli.engine.native.kernels import Kernels, LayerStruct, ModelStruct, SpaceStruct, address
 from smolcli.engine.rope import rotary_angles
 
 

@@ -1,0 +1,1 @@
+"""Another service over HTTP."""

@@ -1,0 +1,1 @@
+"""`smol run`: a file of queries to a file of results."""

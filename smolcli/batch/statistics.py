@@ -1,0 +1,189 @@
+"""What a run did: counted while it goes on, reported when it is over."""
+
+import math
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+from smolcli.backends.base import Counters
+from smolcli.types import Result
+
+_NOTHING = Counters()
+
+
+class LatencyHistogram:
+    """Latencies in bins 2 % wide, so that their number does not grow with the results."""
+
+    _LOG_BASE = math.log(1.02)
+
+    def __init__(self) -> None:
+        self._bins: Counter[int] = Counter()
+
+    def add(self, seconds: float) -> None:
+        """Count one latency."""
+        self._bins[round(math.log(max(seconds, 1e-6)) / self._LOG_BASE)] += 1
+
+    def quantile(self, fraction: float) -> float | None:
+        """The latency that `fraction` of all do not exceed, within 1 %; None without any."""
+        rank, num_seen = math.ceil(self._bins.total() * fraction), 0
+        for bin_, count in sorted(self._bins.items()):
+            num_seen += count
+            if num_seen >= rank:
+                return round(math.exp(bin_ * self._LOG_BASE), 6)
+        return None
+
+
+class Pace:
+    """Tokens written in each of a few intervals, whose length doubles when there are too many."""
+
+    MAX_INTERVALS = 120
+
+    def __init__(self) -> None:
+        self._interval_s = 1.0
+        self._tokens: list[float] = []
+
+    def add(self, num_tokens: int, end_s: float, duration_s: float) -> None:
+        """Count the tokens of one answer as evenly spread over the time that it took."""
+        begin_s = max(0.0, end_s - max(duration_s, 1e-3))
+        end_s = max(end_s, begin_s + 1e-3)
+        while end_s >= self.MAX_INTERVALS * self._interval_s:
+            self._halve()
+        last = int(end_s / self._interval_s)
+        self._tokens += [0.0] * (last + 1 - len(self._tokens))
+        for at in range(int(begin_s / self._interval_s), last + 1):
+            from_s = max(begin_s, at * self._interval_s)
+            to_s = min(end_s, (at + 1) * self._interval_s)
+            self._tokens[at] += num_tokens * (to_s - from_s) / (end_s - begin_s)
+
+    def record(self) -> dict[str, Any] | None:
+        """The intervals in JSON types; None without any."""
+        if not self._tokens:
+            return None
+        return {"interval_s": self._interval_s, "tokens": [round(n, 1) for n in self._tokens]}
+
+    def _halve(self) -> None:
+        self._interval_s *= 2
+        pairs = zip_longest(self._tokens[::2], self._tokens[1::2], fillvalue=0.0)
+        self._tokens = [first + second for first, second in pairs]
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """A run in numbers: lines and tokens of the whole output, times of its last session."""
+
+    num_lines: int
+    num_answered: int
+    failed: dict[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    resumed_lines: int
+    seconds: float
+    tokens_per_second: float | None
+    model_calls: int
+    cached_tokens: int
+    shared_queries: int
+    latency_p50_s: float | None
+    latency_p95_s: float | None
+    pace: dict[str, Any] | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of all that there is to say, for a table."""
+        rows = [("answered", f"{self.num_answered:,}")]
+        rows += [(f"failed: {code}", f"{count:,}") for code, count in sorted(self.failed.items())]
+        if self.resumed_lines:
+            rows.append(("of these from before", f"{self.resumed_lines:,}"))
+        if self.shared_queries:
+            rows.append(("of these as another's", f"{self.shared_queries:,}"))
+        cached = f", {self.cached_tokens:,} of them cached" if self.cached_tokens else ""
+        rows.append(("tokens read", f"{self.prompt_tokens:,}{cached}"))
+        rows.append(("tokens written", f"{self.completion_tokens:,}"))
+        if self.tokens_per_second is not None:
+            rows.append(("seconds", f"{self.seconds:,.1f}"))
+            rows.append(("tokens per second", f"{self.tokens_per_second:,.1f}"))
+            rows.append(("model calls", f"{self.model_calls:,}"))
+        if self.latency_p50_s is not None:
+            rows.append(
+                ("latency p50 / p95", f"{self.latency_p50_s:.2f} s / {self.latency_p95_s:.2f} s")
+            )
+        return rows
+
+
+class Tally:
+    """Adds up the results of an output; `begin` marks where this session's own start."""
+
+    def __init__(self) -> None:
+        self.num_answered = 0
+        self.failed: Counter[str] = Counter()
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self._latencies = LatencyHistogram()
+        self._pace = Pace()
+        self._begun_at: float | None = None
+        self._resumed_lines = 0
+        self._resumed_tokens = 0
+
+    @property
+    def num_lines(self) -> int:
+        """How many results there are."""
+        return self.num_answered + self.num_failed
+
+    @property
+    def num_failed(self) -> int:
+        """How many of them are errors."""
+        return self.failed.total()
+
+    @property
+    def seconds(self) -> float:
+        """How long this session has been going on."""
+        return 0.0 if self._begun_at is None else time.monotonic() - self._begun_at
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens written a second, of this session alone; None before there is one."""
+        seconds = self.seconds
+        return (self.completion_tokens - self._resumed_tokens) / seconds if seconds else None
+
+    def begin(self) -> None:
+        """Start the clock; what was counted before stems from an earlier session."""
+        self._begun_at = time.monotonic()
+        self._resumed_lines = self.num_lines
+        self._resumed_tokens = self.completion_tokens
+
+    def add(self, result: Result) -> None:
+        """Count one result."""
+        if result.error_code is None:
+            self.num_answered += 1
+        else:
+            self.failed[str(result.error_code)] += 1
+        if result.usage is not None:
+            self.prompt_tokens += result.usage.prompt_tokens
+            self.completion_tokens += result.usage.completion_tokens
+            if self._begun_at is not None:
+                self._pace.add(result.usage.completion_tokens, self.seconds, _decode_s(result))
+        if result.timings is not None:
+            self._latencies.add(result.timings.total_s)
+
+    def report(self, counters: Counters = _NOTHING) -> RunReport:
+        """The numbers so far, with those that only the backend knows."""
+        rate = self.tokens_per_second
+        return RunReport(
+            num_lines=self.num_lines,
+            num_answered=self.num_answered,
+            failed=dict(sorted(self.failed.items())),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            resumed_lines=self._resumed_lines,
+            seconds=round(self.seconds, 3),
+            tokens_per_second=None if rate is None else round(rate, 3),
+            **asdict(counters),
+            latency_p50_s=self._latencies.quantile(0.50),
+            latency_p95_s=self._latencies.quantile(0.95),
+            pace=self._pace.record(),
+        )
+
+
+def _decode_s(result: Result) -> float:
+    """How long the tokens of an answer took, as far as that is known."""
+    return result.timings.total_s - result.timings.first_token_s if result.timings else 0.0

@@ -1,0 +1,219 @@
+"""`smol doctor`: whether `smol run` would work here, and what to do where it would not."""
+
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from smolcli.engine.hardware import memory_bytes, num_cores
+from smolcli.errors import HubUnreachable, ModelError, SmolError
+from smolcli.settings import DEFAULT_MODEL, EngineSettings
+from smolcli.weights import hub
+from smolcli.weights.inventory import fault
+from smolcli.weights.resolve import local
+from smolcli.weights.store import ModelFiles, models_folder, stored
+
+if TYPE_CHECKING:
+    from smolcli.engine.autoconfig import Setup
+
+PACKAGE = "smolcli"
+LEAST_DISK_BYTES = 1 << 30  # a model, twice while it is converted
+INSTALL = "pip install -c constraints.txt -e '.[dev,ray]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found of one thing; without a remedy it is well, a fatal one stops every run."""
+
+    name: str
+    detail: str
+    remedy: str | None = None
+    is_fatal: bool = False
+
+    @property
+    def status(self) -> str:
+        """ok, note or bad."""
+        if self.remedy is None:
+            return "ok"
+        return "bad" if self.is_fatal else "note"
+
+
+def examine(settings: EngineSettings, config: Path | None) -> Iterator[Finding]:
+    """Look at all that a run with these settings needs, and at what it could use.
+
+    Args:
+        settings: of the run.
+        config: the file that some of them come from.
+    """
+    yield Finding(
+        "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    )
+    yield _packages()
+    yield Finding("config", str(config) if config else "no file; every setting is the default's")
+    yield Finding("machine", f"cores: {num_cores()}, memory: {_gib(memory_bytes())}")
+    yield from _torch()
+    yield _disk()
+    yield from _model(settings)
+    yield from _extras()
+
+
+def _packages() -> Finding:
+    """Whether what pyproject.toml asks for is there, in the versions that it allows."""
+    from packaging.requirements import Requirement
+
+    faults = []
+    for requirement in map(Requirement, _requirements()):
+        if requirement.marker is None:
+            found = _version(requirement.name)
+            if found is None:
+                faults.append(f"{requirement.name} is missing")
+            elif not requirement.specifier.contains(found, prereleases=True):
+                faults.append(f"{requirement.name} is {found}, not {requirement.specifier}")
+    if faults:
+        return Finding("packages", "; ".join(faults), INSTALL, is_fatal=True)
+    return Finding("packages", f"smol {_version(PACKAGE) or 'not installed'}, all that it needs")
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        from smolcli.engine.autoconfig import features, gpus
+    except (ImportError, OSError) as exc:
+        yield Finding("torch", f"cannot be imported: {exc}", INSTALL, is_fatal=True)
+        return
+    yield Finding("torch", f"{_version('torch')}, {', '.join(features())}")
+    yield Finding("gpu", ", ".join(gpus()) or "none that torch can use; the CPU computes")
+
+
+def _disk() -> Finding:
+    folder = models_folder()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    remedy = None if free >= LEAST_DISK_BYTES else "make room, or set SMOL_HOME to another disk"
+    place = str(models_folder()).replace(str(Path.home()), "~", 1)
+    return Finding("disk", f"{_gib(free)} free for {place}", remedy)
+
+
+def _model(settings: EngineSettings) -> Iterator[Finding]:
+    """The model, what is chosen for it, and the Hub, which only a missing model needs."""
+    model = settings.model
+    try:
+        if Path(model).suffix.lower() == ".gguf" and Path(model).expanduser().is_file():
+            yield Finding("model", f"{model}, converted when it is first used")
+            return
+        files = local(model, lambda _: None) or hub.cached(model) or stored(model)
+    except ModelError as exc:
+        yield Finding("model", str(exc), "--model, SMOL_MODEL or the config file names it", True)
+        return
+    unreachable = _hub_fault(model if files is None else DEFAULT_MODEL)
+    if files is None:
+        yield _missing(model, unreachable)
+    else:
+        yield _found(files)
+        yield from _chosen(settings, files)
+    remedy = "only needed to download models; HF_ENDPOINT names a mirror" if unreachable else None
+    yield Finding("hub", unreachable or "reachable", remedy)
+
+
+def _missing(model: str, unreachable: str | None) -> Finding:
+    if unreachable is None:
+        return Finding("model", f"{model} is on the Hub, not here", f"smol pull {model}")
+    remedy = "smol pull" if model == DEFAULT_MODEL else f"smol pull {model}, where there is a Hub"
+    return Finding("model", f"{model} is not here", remedy, is_fatal=True)
+
+
+def _found(files: ModelFiles) -> Finding:
+    if wrong := fault(files.folder):
+        is_ours = files.folder.is_relative_to(models_folder())
+        again = f"smol models rm {files.model}; smol pull {files.model}"
+        remedy = again if is_ours else f"replace {files.folder}"
+        return Finding("model", f"{files.folder}: {wrong}", remedy, is_fatal=True)
+    revision = files.revision[:12]
+    return Finding("model", f"{files.model}, whole, from {files.source}, revision {revision}")
+
+
+def _chosen(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
+    try:
+        from smolcli.engine.autoconfig import choose
+        from smolcli.weights.loader import load_config
+
+        setup = choose(settings, load_config(files.folder))
+    except (ImportError, OSError):
+        return  # said of torch already
+    except SmolError as exc:
+        yield Finding("chosen", str(exc), "choose another --model or --device", is_fatal=True)
+        return
+    dtype = str(setup.dtype).removeprefix("torch.")
+    kernels = "native" if setup.kernels else f"torch ({setup.why_torch})"
+    is_slow = setup.kernels is None and setup.device.type == "cpu" and settings.kernels == "auto"
+    remedy = "native kernels are nearly twice as fast; they need a C compiler, such as gcc"
+    yield Finding(
+        "chosen",
+        f"{dtype} on {setup.device}; kernels: {kernels}, threads: {setup.threads}, "
+        f"slots: {setup.slots}, keys and values: at most {_gib(setup.cache_bytes)}",
+        remedy if is_slow else None,
+    )
+    yield _memory(setup)
+
+
+def _memory(setup: "Setup") -> Finding:
+    needed, has = _gib(setup.needed_bytes), _gib(setup.memory_bytes)
+    if setup.needed_bytes > setup.memory_bytes:
+        remedy = "a smaller --model, or a machine with more memory"
+        return Finding("memory", f"about {needed} needed, {has} there", remedy, is_fatal=True)
+    if setup.device.type != "cpu":
+        return Finding("memory", f"about {needed} needed of {has}")
+    available = psutil.virtual_memory().available
+    remedy = "end other programs, or lower --max-batch-size"
+    detail = f"about {needed} needed, {_gib(available)} free of {_gib(setup.memory_bytes)}"
+    return Finding("memory", detail, None if available > setup.needed_bytes else remedy)
+
+
+def _hub_fault(model: str) -> str | None:
+    """Why a model cannot be downloaded, None if it can."""
+    try:
+        hub.probe(model)
+    except HubUnreachable as exc:
+        return str(exc.__cause__ or exc).partition("\n")[0]
+    except ModelError as exc:
+        return str(exc)
+    return None
+
+
+def _extras() -> Iterator[Finding]:
+    """What can be installed beside smol, and whether it is."""
+    from packaging.requirements import Requirement
+
+    extras = set(metadata.metadata(PACKAGE).get_all("Provides-Extra") or []) if _is_here() else ()
+    for extra in sorted(set(extras) - {"dev"}):
+        wanted = [
+            r for r in map(Requirement, _requirements()) if r.marker and extra in str(r.marker)
+        ]
+        missing = [r.name for r in wanted if _version(r.name) is None]
+        found = ", ".join(f"{r.name} {_version(r.name)}" for r in wanted if r.name not in missing)
+        remedy = f"only if you want it: pip install 'smolcli[{extra}]'" if missing else None
+        yield Finding(extra, found or "not installed", remedy)
+
+
+def _is_here() -> bool:
+    return _version(PACKAGE) is not None
+
+
+def _requirements() -> list[str]:
+    return (metadata.requires(PACKAGE) or []) if _is_here() else []
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.1f} GiB"

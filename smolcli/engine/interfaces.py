@@ -1,0 +1,100 @@
+"""What the engine needs of a model: the two in `eager` and `native` have it."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from smolcli.engine.config import LlamaConfig
+from smolcli.engine.masks import Masks
+from smolcli.engine.prefix_cache import PrefixCache
+from smolcli.engine.sequence import Sequence, Work
+
+Batch = Any  # what a model's own cache makes and its `forward` takes
+
+
+class Head(Protocol):
+    """From hidden states, (N, hidden), to the next tokens."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, hidden) -> (N, vocab_size), float32, for the caller to change."""
+        ...
+
+    def refine(self, x: Tensor, logits: Tensor, width: int) -> None:
+        """See to it that the `width` largest logits of each row are as exact as float32."""
+        ...
+
+    def best(self, x: Tensor, masks: Masks = ()) -> list[int]:
+        """The most likely token for each row that its mask, if any, allows; of equals, the first.
+
+        Raises:
+            FloatingPointError: a row has no largest logit, because it holds NaN.
+        """
+        ...
+
+
+class Cache(Protocol):
+    """Owner of all keys and values."""
+
+    @property
+    def prefixes(self) -> PrefixCache:
+        """Beginnings of prompts, kept for prompts to come."""
+        ...
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences hold something."""
+        ...
+
+    def cost(self, sequence: Sequence) -> int:
+        """The most bytes that the sequence will hold, padding included."""
+        ...
+
+    def longest(self, num_bytes: int) -> int:
+        """The most tokens of one sequence: what the model was made for, and what so much holds."""
+        ...
+
+    def open(self, sequence: Sequence) -> None:
+        """Give a new sequence a place, filled as far as its beginning is known."""
+        ...
+
+    def remember(self, sequence: Sequence) -> None:
+        """Keep a prompt that is computed, for those that begin like it."""
+        ...
+
+    def make_room(self, sequence: Sequence) -> None:
+        """See that all tokens of the sequence, the newest included, have a place."""
+        ...
+
+    def place(self, work: Work) -> tuple[int, int]:
+        """Works sorted by this make the cheapest batch."""
+        ...
+
+    def batch(self, works: list[Work]) -> Batch:
+        """The input of a forward pass over sorted works that have room."""
+        ...
+
+    def release(self, sequence: Sequence) -> None:
+        """Drop what the sequence holds, if anything."""
+        ...
+
+
+class Model(Protocol):
+    """The weights, and how to compute with them."""
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The shapes."""
+        ...
+
+    @property
+    def head(self) -> Head:
+        """What chooses the next tokens."""
+        ...
+
+    def make_cache(self, prefix_bytes: int) -> Cache:
+        """Keys and values for this model's batches; so much memory for beginnings of prompts."""
+        ...
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Hidden states, (N, hidden), of the works that complete, in their order."""
+        ...

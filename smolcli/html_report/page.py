@@ -1,0 +1,80 @@
+"""The report as one HTML page that needs nothing from outside."""
+
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from smolcli.html_report.charts import charts_of, svg
+from smolcli.html_report.facts import Facts
+
+
+def render(facts: Facts) -> str:
+    """The page.
+
+    Raises:
+        UsageError: where matplotlib is not installed.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    charts = [(chart, Markup(svg(chart))) for chart in charts_of(facts)]
+    template = environment.get_template("page.html.jinja")
+    return template.render(
+        facts=facts, tiles=_tiles(facts), charts=charts, settings=_settings(facts)
+    )
+
+
+def _tiles(facts: Facts) -> list[tuple[str, str]]:
+    """The few numbers that come first."""
+    tiles = [
+        ("lines", f"{facts.num_lines:,}"),
+        ("answered", f"{facts.num_answered:,}"),
+        ("failed", f"{facts.errors.total():,}"),
+        ("tokens read", f"{_sum(facts.prompt_tokens):,}"),
+        ("tokens written", f"{_sum(facts.completion_tokens):,}"),
+    ]
+    if facts.run.get("tokens_per_second"):
+        of_session = ", last session" if facts.run.get("resumed_lines") else ""
+        tiles.append((f"tokens/s{of_session}", f"{facts.run['tokens_per_second']:,.1f}"))
+        tiles.append((f"time{of_session}", str(timedelta(seconds=round(facts.run["seconds"])))))
+    return tiles
+
+
+def _sum(counts: Mapping[int, int]) -> int:
+    return sum(length * count for length, count in counts.items())
+
+
+def _settings(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
+    """All that the manifest says of how the results came to be, by theme."""
+    manifest = facts.manifest
+    if manifest is None:
+        return []
+    backend = dict(manifest.backend or {})
+    versions = backend.pop("versions", {})
+    run = {"input": manifest.input, "input_sha256": manifest.input_sha256, "limit": manifest.limit}
+    measured = {name: value for name, value in facts.run.items() if name not in ("pace", "failed")}
+    groups = {
+        "Input": run,
+        "Generation": {"seed": manifest.seed} | manifest.generation,
+        "Model": {"asked for": manifest.model} | backend,
+        "Versions": versions,
+        "Run": measured,
+    }
+    return [(title, _shown(values)) for title, values in groups.items() if _shown(values)]
+
+
+def _shown(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
+        for name, value in values.items()
+        if value is not None
+    ]

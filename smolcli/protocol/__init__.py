@@ -1,0 +1,1 @@
+"""JSON to queries and results to JSON; no I/O."""
