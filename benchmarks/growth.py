@@ -15,7 +15,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from smolcli.backends.open import open_local
+from smolcli.backends.local import open_local
 from smolcli.batch.pipeline import answer_all
 from smolcli.bench.work import WORDS, stories
 from smolcli.settings import EngineSettings

@@ -22,8 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from smolcli.backends.local import LocalBackend
-from smolcli.backends.open import open_local
+from smolcli.backends.local import LocalBackend, open_local
 from smolcli.batch.pipeline import answer_all
 from smolcli.bench.work import QUESTIONS
 from smolcli.settings import DEFAULT_MODEL, EngineSettings

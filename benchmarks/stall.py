@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smolcli.backends.base import Backend
-from smolcli.backends.open import open_local
+from smolcli.backends.local import open_local
 from smolcli.bench.work import long_prompt, stories
 from smolcli.settings import EngineSettings
 

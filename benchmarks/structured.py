@@ -22,14 +22,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from smolcli.backends.local import LocalBackend
-from smolcli.backends.open import open_local
+from smolcli.backends.local import LocalBackend, open_local
 from smolcli.batch.pipeline import answer_all
 from smolcli.engine.autoconfig import choose
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
-from smolcli.protocol.formats import schema_format
-from smolcli.protocol.query import load_json, parse_query
+from smolcli.protocol.query import load_json, parse_query, schema_format
 from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults
 from smolcli.text.grammar import Vocabulary
 from smolcli.text.tokenizer import Chat

@@ -21,7 +21,7 @@ LAYERS = [  # top to bottom: a package imports only from the rows below its own
     ["errors"],
     ["types"],
 ]
-TORCH_ALLOWED = ("engine", "weights", "backends.local", "backends.open", "bench.peer")
+TORCH_ALLOWED = ("engine", "weights", "backends.local", "bench.peer")
 
 
 def modules() -> Iterator[tuple[str, Path]]:

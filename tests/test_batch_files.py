@@ -16,7 +16,7 @@ from openai.types.chat import ChatCompletion
 from run_tools import answer, answer_until_killed, no_backend, results
 from typer.testing import CliRunner
 
-from smolcli.backends.open import open_local
+from smolcli.backends.local import open_local
 from smolcli.batch.manifest import load_manifest, manifest_path, save_manifest
 from smolcli.batch.validation import check_input
 from smolcli.cli.main import app

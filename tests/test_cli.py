@@ -90,7 +90,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     imported = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
     assert b"smolcli.cli.options" in imported
     assert not imported & {b"torch", b"transformers", b"numpy", b"tokenizers"}
-    assert not imported & {b"smolcli.protocol.query", b"smolcli.protocol.query_fields"}
+    assert not imported & {b"smolcli.protocol.query"}
 
 
 def test_a_check_does_not_import_torch(queries: Path) -> None:

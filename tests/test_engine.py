@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from kernel_tools import KERNELS, WAYS, Endless, load
 
 from smolcli.engine.engine import MOST_FAILED_STEPS, Engine
-from smolcli.engine.interfaces import Batch, Head, Model
-from smolcli.engine.masks import Masks
+from smolcli.engine.interfaces import Batch, Head, Masks, Model
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, ModelError, PromptTooLong
 from smolcli.types import FinishReason, Sampling

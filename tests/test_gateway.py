@@ -18,7 +18,7 @@ from old_host import old_host
 from server_tools import Running, eventually, query, serve_process, serving, tiny_engine
 from typer.testing import CliRunner, Result
 
-from smolcli.backends.open import open_local
+from smolcli.backends.local import open_local
 from smolcli.backends.remote.backend import open_gateway
 from smolcli.cli.main import app
 from smolcli.settings import EngineSettings, RemoteSettings

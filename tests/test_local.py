@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolcli.backends.local import LocalBackend
-from smolcli.backends.open import open_local
+from smolcli.backends.local import LocalBackend, open_local
 from smolcli.engine.engine import Engine
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.torch_ops.model import EagerModel

@@ -15,12 +15,12 @@ from old_host import listening, old_host
 from server_tools import Running, Tap, eventually, serving, tiny_engine
 
 from smolcli.backends.base import OnText
-from smolcli.backends.open import open_local
+from smolcli.backends.local import open_local
 from smolcli.backends.remote.backend import RemoteBackend, open_gateway, open_remote
 from smolcli.backends.remote.gather import MAX_CHUNK_CHARS
 from smolcli.backends.remote.wire import Nonsense, load_object
 from smolcli.errors import BackendError, UsageError
-from smolcli.protocol.formats import JSON_OBJECT, schema_format
+from smolcli.protocol.query import JSON_OBJECT, schema_format
 from smolcli.settings import QueryDefaults, RemoteSettings
 from smolcli.types import (
     AnswerFormat,

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolcli.errors import QueryError
-from smolcli.protocol.query import chat_id_of, load_json, parse_query
-from smolcli.protocol.query_fields import FIELDS
+from smolcli.protocol.query import FIELDS, chat_id_of, load_json, parse_query
 from smolcli.settings import QueryDefaults
 from smolcli.types import Message, Sampling
 

@@ -10,7 +10,7 @@ import pytest
 from server_tools import http
 from waitress import create_server
 
-from smolcli.server.channel import IDLE_S, RECEIVE_S, SEND_S, Channel
+from smolcli.server.wsgi import IDLE_S, RECEIVE_S, SEND_S, Channel
 
 HALF = b"POST /chat HTTP/1.1\r\nHost: x\r\nX-Slow:"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from server_tools import Running, query, serving, tiny_engine
 
-from smolcli.backends.open import open_local
+from smolcli.backends.local import open_local
 from smolcli.batch.progress import LogDisplay
 from smolcli.batch.runner import run_file
 from smolcli.settings import RunSettings

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, Field
 from server_tools import Running, Tap, query, serving, tiny_engine
 
-from smolcli.backends.open import open_local
+from smolcli.backends.local import open_local
 
 MESSAGES: Any = [{"role": "user", "content": "What is gravity?"}]
 

@@ -21,8 +21,8 @@ from server_tools import (
 )
 
 from smolcli.backends.base import Backend, Health
-from smolcli.backends.open import open_local
-from smolcli.server.logging import JsonFormatter, PlainFormatter
+from smolcli.backends.local import open_local
+from smolcli.server.access_log import JsonFormatter, PlainFormatter
 from smolcli.settings import EngineSettings
 
 SECRET = "the password is swordfish"

@@ -13,9 +13,8 @@ import jsonschema
 import pytest
 from tokenizers import Tokenizer
 
-from smolcli.backends.local import LocalBackend
-from smolcli.backends.open import open_local
-from smolcli.protocol.formats import JSON_OBJECT, schema_format
+from smolcli.backends.local import LocalBackend, open_local
+from smolcli.protocol.query import JSON_OBJECT, schema_format
 from smolcli.settings import EngineSettings
 from smolcli.text.grammar import Vocabulary
 from smolcli.text.tokenizer import Chat

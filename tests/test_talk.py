@@ -18,7 +18,7 @@ from server_tools import serving, tiny_engine
 from test_cli import REPOSITORY, Seen, process, smol
 
 from smolcli.backends.base import OnText
-from smolcli.backends.open import open_local
+from smolcli.backends.local import open_local
 from smolcli.cli.conversation import Conversation
 from smolcli.cli.interactive import Talk
 from smolcli.settings import QueryDefaults

@@ -1,24 +1,165 @@
-"""The model in this process: one thread owns the engine, a few prepare queries for it."""
+"""The local backend: the engine's thread, its inbox, and the queries in flight."""
 
 import logging
+import platform
 import threading
 import time
+from collections import abc
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
-from smolcli.backends.base import Counters, Health, OnText
-from smolcli.backends.job import Job, failed, outcome, sentence
-from smolcli.backends.several import gather, split
+import torch
+
+import smolcli
+from smolcli.backends.base import Counters, Health, OnText, settle
+from smolcli.engine.autoconfig import Setup, choose, chosen_dtype
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
-from smolcli.text.detokenizer import AnswerText
-from smolcli.text.grammar import Vocabulary
+from smolcli.protocol.query import derived_seed
+from smolcli.settings import EngineSettings
+from smolcli.text.detokenizer import AnswerText, cut_off, logprob_entries
+from smolcli.text.grammar import TokenConstraint, Vocabulary
 from smolcli.text.tokenizer import Chat
-from smolcli.types import Query, Result
+from smolcli.types import ErrorCode, FinishReason, Query, Result, Timings, Usage, failure
+from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.resolve import ModelFiles, resolve
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One query on its way through the backend."""
+
+    query: Query
+    on_text: OnText | None
+    text: AnswerText
+    is_urgent: bool
+    constraint: TokenConstraint | None = None
+    spell: Callable[[int], bytes] | None = None  # where likelihoods are asked for
+    future: Future[Result] = field(default_factory=Future)
+    submitted_at: float = field(default_factory=time.perf_counter)
+    first_token_at: float = 0.0
+
+    def give(self, result: Result) -> None:
+        """Complete the future, unless somebody cancelled it."""
+        settle(self.future, result)
+
+    def fail(self, error: BackendError) -> None:
+        """Tell that the backend is gone."""
+        settle(self.future, error)
+
+
+def outcome(job: Job, sequence: Sequence) -> Result:
+    """What a sequence that has ended comes to."""
+    if sequence.error is not None:
+        return failed(job.query, sequence.error)
+    if job.constraint is not None and not job.constraint.is_complete:
+        fault = job.constraint.fault
+        return failed(job.query, fault) if fault else cut_off(job.query, sequence.num_output)
+    now = time.perf_counter()
+    assert sequence.admitted_at is not None
+    return Result(
+        chat_id=job.query.chat_id,
+        response=job.text.text,
+        finish_reason=FinishReason.STOP if job.text.is_stopped else sequence.finish_reason,
+        logprobs=logprob_entries(sequence.scores, job.spell) if job.spell else None,
+        usage=Usage(len(sequence.prompt_ids), sequence.num_output),
+        metadata=job.query.metadata,
+        line=job.query.line,
+        timings=Timings(
+            queue_s=sequence.admitted_at - job.submitted_at,
+            first_token_s=job.first_token_at - job.submitted_at,
+            total_s=now - job.submitted_at,
+        ),
+    )
+
+
+def failed(query: Query, exc: BaseException) -> Result:
+    """The result of a query that something went wrong with."""
+    if isinstance(exc, QueryError):
+        return failure(query, str(exc), exc.code, exc.field)
+    is_wanted = logger.isEnabledFor(logging.DEBUG)
+    logger.error(
+        "query %.100r: %s", query.chat_id, sentence(exc), exc_info=exc if is_wanted else None
+    )
+    return failure(query, sentence(exc), ErrorCode.INTERNAL)
+
+
+def sentence(exc: BaseException) -> str:
+    """A foreign exception on one line."""
+    first = (str(exc).splitlines() or [""])[0]
+    return f"internal error: {type(exc).__name__}: {first}"
+
+
+def split(query: Query) -> list[Query]:
+    """A query for each answer that is wanted; the first is what the query alone would be."""
+    seed = query.sampling.seed
+    seeds = [seed, *(derived_seed(seed, str(index)) for index in range(1, query.n))]
+    return [replace(query, n=1, sampling=replace(query.sampling, seed=s)) for s in seeds]
+
+
+def gather(futures: abc.Sequence[Future[Result]]) -> Future[Result]:
+    """The future of all answers together; cancelling it cancels those that are unfinished."""
+    whole: Future[Result] = Future()
+
+    def cancel_rest(_: Future[Result]) -> None:
+        for future in futures:
+            future.cancel()
+
+    def finish(_: Future[Result]) -> None:
+        if all(future.done() for future in futures):
+            with suppress(InvalidStateError):  # cancelled, or finished by another thread
+                _complete(whole, futures)
+
+    whole.add_done_callback(cancel_rest)
+    for future in futures:
+        future.add_done_callback(finish)
+    return whole
+
+
+def _complete(whole: Future[Result], futures: abc.Sequence[Future[Result]]) -> None:
+    if any(future.cancelled() for future in futures):
+        whole.cancel()
+    elif fault := next((e for future in futures if (e := future.exception())), None):
+        whole.set_exception(fault)
+    else:
+        whole.set_result(_together([future.result() for future in futures]))
+
+
+def _together(results: list[Result]) -> Result:
+    """One result of several; where one failed there is none."""
+    if failed := next((result for result in results if result.is_error), None):
+        return failed
+    first, *others = results
+    return replace(
+        first, alternatives=tuple(others), usage=_usage(results), timings=_timings(results)
+    )
+
+
+def _usage(results: list[Result]) -> Usage | None:
+    """The prompt counts once."""
+    usages = [result.usage for result in results if result.usage is not None]
+    if len(usages) < len(results):
+        return None
+    return Usage(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages))
+
+
+def _timings(results: list[Result]) -> Timings | None:
+    timings = [result.timings for result in results if result.timings is not None]
+    if not timings:
+        return None
+    return Timings(
+        queue_s=min(t.queue_s for t in timings),
+        first_token_s=min(t.first_token_s for t in timings),
+        total_s=max(t.total_s for t in timings),
+    )
+
 
 logger = logging.getLogger(__name__)
 
@@ -225,3 +366,65 @@ class LocalBackend:
             with suppress(Exception):  # a GPU that is gone cannot even free a row
                 self._engine.stop(sequence)
         self._jobs.clear()
+
+
+def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> LocalBackend:
+    """A backend that answers with the model in this process.
+
+    Args:
+        settings: which model, and how.
+        files: the model, where the caller has found it already.
+
+    Raises:
+        ModelError: the model is not to be had or not usable.
+        UsageError: the device or dtype is not available here.
+    """
+    files = files or resolve(settings.model)
+    setup = choose(settings, load_config(files.folder))
+
+    def build_engine() -> Engine:
+        torch.set_num_threads(setup.threads)
+        return Engine(
+            load_model(files.folder, setup.dtype, setup.device, setup.kernels),
+            setup.slots,
+            cache_bytes=setup.cache_bytes,
+            prefix_bytes=settings.prefix_cache_mb << 20,
+        )
+
+    return LocalBackend(
+        lambda: Chat.load(files.folder),
+        build_engine,
+        _identity(files, setup),
+        settings.max_concurrency,
+    )
+
+
+def dtype_here(settings: EngineSettings) -> Literal["float32", "bfloat16"]:
+    """The dtype that the settings come to on this machine.
+
+    Raises:
+        UsageError: the device is not available here.
+    """
+    return "float32" if chosen_dtype(settings) is torch.float32 else "bfloat16"
+
+
+def _identity(files: ModelFiles, setup: Setup) -> dict[str, Any]:
+    return {
+        "model": files.model,
+        "revision": files.revision,
+        "source": files.source,
+        "dtype": str(setup.dtype).removeprefix("torch."),
+        "device": str(setup.device),
+        "kernels": "native" if setup.kernels else "torch",
+        "threads": setup.threads,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What this process computes with."""
+    return {
+        "smol": smolcli.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -14,9 +14,8 @@ from smolcli.engine.hardware import memory_bytes, num_cores
 from smolcli.errors import HubUnreachable, ModelError, SmolError
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.weights import hub
-from smolcli.weights.inventory import fault
 from smolcli.weights.resolve import local
-from smolcli.weights.store import ModelFiles, models_folder, stored
+from smolcli.weights.store import ModelFiles, fault, models_folder, stored
 
 if TYPE_CHECKING:
     from smolcli.engine.autoconfig import Setup

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from smolcli.data.columns import RowMapper
 from smolcli.data.csv import read_csv
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, read_lines
 from smolcli.data.parquet import read_parquet
+from smolcli.data.prompt_template import RowMapper
 from smolcli.data.rows import Row, format_of
 from smolcli.errors import QueryError, UsageError
 from smolcli.protocol.query import load_json

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
@@ -36,3 +39,10 @@ class LlamaConfig:
     def cache_bytes(self, num_tokens: int, itemsize: int) -> int:
         """Bytes of keys and values for `num_tokens` positions in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize * num_tokens
+
+
+def rotary_angles(config: LlamaConfig) -> Tensor:
+    """By how much each pair of a head is turned at each position; (max_positions, head_dim / 2)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    positions = torch.arange(config.max_positions, dtype=torch.float32)
+    return torch.outer(positions, config.rope_theta**-exponents)

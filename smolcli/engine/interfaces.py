@@ -1,13 +1,27 @@
 """What the engine needs of a model: the two in `eager` and `native` have it."""
 
+from collections import abc
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.masks import Masks
 from smolcli.engine.prefix_cache import PrefixCache
 from smolcli.engine.sequence import Sequence, Work
+
+Masks = abc.Sequence[bytes | None]  # one for each row; None allows all
+
+
+def forbid(logits: Tensor, masks: Masks) -> None:
+    """Set to minus infinity, in place, what the masks do not allow of (N, vocab_size)."""
+    for row, mask in zip(logits, masks, strict=True):
+        if mask is not None:
+            bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(row), bitorder="little")
+            allowed = torch.from_numpy(bits.view(np.bool_)).to(row.device)
+            row.masked_fill_(~allowed, -torch.inf)
+
 
 Batch = Any  # what a model's own cache makes and its `forward` takes
 

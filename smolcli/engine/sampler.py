@@ -11,8 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from smolcli.engine.interfaces import Head
-from smolcli.engine.masks import Masks, forbid
+from smolcli.engine.interfaces import Head, Masks, forbid
 from smolcli.engine.sequence import Sequence, TokenScore
 from smolcli.types import Sampling
 

@@ -8,21 +8,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
-from smolcli.protocol.formats import (
+from smolcli.protocol.query import (
     CHOICES_DESCRIPTION,
     FORMAT_DESCRIPTION,
-    Choices,
-    ResponseFormat,
-)
-from smolcli.protocol.query import parse_query
-from smolcli.protocol.query_fields import (
     MAX_ANSWERS,
     MAX_LOGPROBS,
+    Choices,
     Count,
     Flag,
     NumAnswers,
     Number,
     Penalty,
+    ResponseFormat,
     Seed,
     StopString,
     StopStrings,
@@ -31,6 +28,7 @@ from smolcli.protocol.query_fields import (
     TopK,
     TopP,
     Whole,
+    parse_query,
 )
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, Usage

@@ -1,18 +1,198 @@
-"""The only parser of a query: JSON text in, `Query` out."""
+"""The wire schema of a query, and its parser: JSON text to `Query`."""
 
 import difflib
 import hashlib
 import json
 import math
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
-from smolcli.protocol.formats import answer_format
-from smolcli.protocol.query_fields import FIELDS, MAX_SEED, QueryFields, decimal_id
 from smolcli.settings import QueryDefaults
-from smolcli.types import ErrorCode, Message, Query, Sampling
+from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
+
+JSON_OBJECT = '{"type": "object"}'
+SCHEMA_NAME = "answer"  # OpenAI's shape wants one
+MAX_CHOICES = 1000
+
+
+def _bare(value: object) -> object:
+    """Answers come without outer white space, so a choice cannot have any."""
+    if isinstance(value, str) and value != value.strip():
+        raise ValueError("outer white space")
+    return value
+
+
+Choice = Annotated[
+    str, Field(strict=True, min_length=1, max_length=1000), BeforeValidator(_bare, str)
+]
+
+
+class _Exact(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class JsonSchemaFields(_Exact):
+    """A schema as OpenAI's API has it; only the schema itself changes anything."""
+
+    name: Annotated[str, Field(strict=True)] = SCHEMA_NAME
+    description: Annotated[str, Field(strict=True)] | None = None
+    strict: Annotated[bool, Field(strict=True)] | None = None
+    definition: dict[str, Any] = Field(alias="schema", description="a JSON Schema")
+
+
+class TextFormat(_Exact):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Exact):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(_Exact):
+    """JSON that a schema allows."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchemaFields
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+]
+Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]
+
+FORMAT_DESCRIPTION = (
+    '{"type": "text"}, {"type": "json_object"}, '
+    'or {"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
+)
+CHOICES_DESCRIPTION = (
+    f"a list of 1 to {MAX_CHOICES:,} strings, not empty and without white space around them"
+)
+
+
+def schema_format(schema: dict[str, Any]) -> AnswerFormat:
+    """The format of answers that a schema allows."""
+    return AnswerFormat(schema=json.dumps(schema, ensure_ascii=False))
+
+
+def answer_format(
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
+    choices: list[str] | None,
+    default: AnswerFormat | None,
+) -> AnswerFormat | None:
+    """What a query's answers are to be; None: any text.
+
+    Raises:
+        QueryError: where it says two things.
+    """
+    if choices is not None:
+        if response_format is not None:
+            raise QueryError("choices cannot stand beside response_format", field="choices")
+        return AnswerFormat(choices=tuple(dict.fromkeys(choices)))
+    match response_format:
+        case None:
+            return default
+        case TextFormat():
+            return None
+        case JsonObjectFormat():
+            return AnswerFormat(schema=JSON_OBJECT)
+        case JsonSchemaFormat():
+            return schema_format(response_format.json_schema.definition)
+
+
+def format_fields(answers: AnswerFormat | None) -> dict[str, Any]:
+    """The fields of a query that say what its answers are to be."""
+    if answers is None:
+        return {}
+    if answers.choices:
+        return {"choices": list(answers.choices)}
+    if answers.schema == JSON_OBJECT:
+        return {"response_format": {"type": "json_object"}}
+    schema = {"name": SCHEMA_NAME, "schema": json.loads(answers.schema)}
+    return {"response_format": {"type": "json_schema", "json_schema": schema}}
+
+
+MAX_SEED = 2**63 - 1
+MAX_ANSWERS = 16
+MAX_LOGPROBS = 20
+
+Text = Annotated[str, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+StopString = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
+StopStrings = Annotated[list[StopString], Field(max_length=16)]
+ChatId = Annotated[str, Field(strict=True, min_length=1)]
+Count = Annotated[Whole, Field(ge=1)]
+Temperature = Annotated[Number, Field(ge=0, le=100)]
+TopP = Annotated[Number, Field(gt=0, le=1)]
+TopK = Annotated[Whole, Field(ge=0)]
+Penalty = Annotated[Number, Field(gt=0, le=100)]
+Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
+NumAnswers = Annotated[Whole, Field(ge=1, le=MAX_ANSWERS)]
+
+
+def decimal_id(value: object) -> object:
+    """An integer id is taken as its decimal string."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _listed(value: object) -> object:
+    """One stop string is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class MessageFields(BaseModel):
+    """One turn of `messages`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class QueryFields(BaseModel):
+    """The fields a query may have; a description reads on from "<field> must be"."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    chat_id: Annotated[ChatId, BeforeValidator(decimal_id, json_schema_input_type=ChatId | int)] = (
+        Field(description="a non-empty string or an integer")
+    )
+    user_prompt: Text | None = Field(None, description="a string that is not blank")
+    system_prompt: Text | None = Field(None, description="a string")
+    messages: Annotated[list[MessageFields], Field(min_length=1)] | None = Field(
+        None, description="a non-empty list of {role, content}, the last from the user"
+    )
+    max_new_tokens: Count | None = Field(None, description="a whole number from 1")
+    temperature: Temperature | None = Field(None, description="a number from 0 (greedy) to 100")
+    top_p: TopP | None = Field(None, description="a number above 0 and up to 1")
+    top_k: TopK | None = Field(None, description="a whole number from 0 (off)")
+    repetition_penalty: Penalty | None = Field(None, description="a number above 0 and up to 100")
+    seed: Seed | None = Field(None, description="a whole number from 0 to 2^63 - 1")
+    stop: (
+        Annotated[
+            StopStrings, BeforeValidator(_listed, json_schema_input_type=StopStrings | StopString)
+        ]
+        | None
+    ) = Field(None, description="a non-empty string or a list of up to 16 of them")
+    response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
+    choices: Choices | None = Field(None, description=CHOICES_DESCRIPTION)
+    n: NumAnswers | None = Field(None, description=f"a whole number from 1 to {MAX_ANSWERS}")
+    logprobs: Flag | None = Field(None, description="true or false")
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description=f"a whole number from 0 to {MAX_LOGPROBS}, where logprobs is true"
+    )
+    metadata: dict[str, Any] | None = Field(None, description="an object")
+
+
+FIELDS = QueryFields.model_fields
+
 
 MAX_DEPTH = 64
 SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")

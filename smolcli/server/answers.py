@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from smolcli.protocol.query_fields import MAX_ANSWERS, QueryFields
+from smolcli.protocol.query import MAX_ANSWERS, QueryFields
 from smolcli.server.errors import HttpCode
 from smolcli.types import ErrorCode, FinishReason
 

@@ -7,7 +7,7 @@ from pydantic.json_schema import models_json_schema
 
 from smolcli import __version__
 from smolcli.protocol.openai import CompletionFields
-from smolcli.protocol.query_fields import QueryFields
+from smolcli.protocol.query import QueryFields
 from smolcli.server import answers
 
 Json = dict[str, Any]

@@ -56,7 +56,7 @@ class Worker:
 
     def facts(self, settings: EngineSettings) -> Facts:
         """Versions, and what dtype the settings come to here."""
-        from smolcli.backends.open import dtype_here, versions  # late: loads torch
+        from smolcli.backends.local import dtype_here, versions  # late: loads torch
 
         return Facts(platform.node(), dtype_here(settings), versions())
 
@@ -76,7 +76,7 @@ class Worker:
 
         Returns None where the node does not have the model and no contents were given.
         """
-        from smolcli.backends.open import open_local  # late: loads torch
+        from smolcli.backends.local import open_local  # late: loads torch
 
         found = unpack(files, dict(zip(names, contents, strict=True))) if names else _find(files)
         if found is None:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from smolcli.errors import QueryError
-from smolcli.protocol.formats import format_fields
+from smolcli.protocol.query import format_fields
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage, failure
 
 # These befell the server, not the query: another time, or another server, may do better.

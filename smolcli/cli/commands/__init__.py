@@ -40,7 +40,7 @@ def backend_opener(
 
 def open_local(settings: EngineSettings) -> "Backend":
     """A backend with the model in this process; see `backends.open`."""
-    from smolcli.backends.open import open_local
+    from smolcli.backends.local import open_local
 
     return open_local(settings)
 

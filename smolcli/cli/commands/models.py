@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="List, show and remove the models o
 )
 def list_models(as_json: AsJson = False) -> None:
     """List the models of the store."""
-    from smolcli.weights.inventory import items
+    from smolcli.weights.store import items
 
     held = list(items())
     if as_json:
@@ -37,7 +37,7 @@ def list_models(as_json: AsJson = False) -> None:
 )
 def show(model: StoredModel) -> None:
     """Show where a model came from, what it was made with, and whether it is whole."""
-    from smolcli.weights.inventory import fault, find, record, sizes
+    from smolcli.weights.store import fault, find, record, sizes
 
     item = find(model)
     wrong = fault(item.folder)
@@ -50,7 +50,7 @@ def show(model: StoredModel) -> None:
 @app.command("rm", epilog="[bold]smol models rm HuggingFaceTB/SmolLM2-135M-Instruct[/bold]")
 def remove_models(models: StoredModels) -> None:
     """Remove models from the store."""
-    from smolcli.weights.inventory import find, remove
+    from smolcli.weights.store import find, remove
 
     for item in [find(model) for model in models]:
         remove(item)

@@ -36,7 +36,7 @@ def serve(
 ) -> None:
     """Answer over HTTP: /chat, /chat/batched, OpenAI's API under /v1, and a page."""
     from smolcli.backends.dedup import shared
-    from smolcli.server.logging import log_requests
+    from smolcli.server.access_log import log_requests
     from smolcli.server.wsgi import serve as serve_http
 
     upstream = remote.settings(engine.settings())

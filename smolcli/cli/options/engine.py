@@ -16,7 +16,7 @@ _cluster = functools.partial(option, panel="Cluster")
 
 def stored_models(incomplete: str) -> list[str]:
     """Names that the store holds, for a shell to complete."""
-    from smolcli.weights.inventory import items
+    from smolcli.weights.store import items
 
     return [item.name for item in items() if item.name.startswith(incomplete)]
 

@@ -28,7 +28,7 @@ def read_format(schema: str | None) -> AnswerFormat | None:
     """
     if schema is None:
         return None
-    from smolcli.protocol.formats import schema_format  # late: imports pydantic
+    from smolcli.protocol.query import schema_format  # late: imports pydantic
     from smolcli.text.grammar import check_format
 
     definition = _read_model(schema) if _names_model(schema) else _read_file(Path(schema))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolcli.engine.masks import Masks
+from smolcli.engine.interfaces import Masks
 from smolcli.engine.native.bindings import Kernels, ModelStruct, address
 
 

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolcli.engine.config import LlamaConfig
+from smolcli.engine.config import LlamaConfig, rotary_angles
 from smolcli.engine.native.bindings import Kernels, LayerStruct, ModelStruct, SpaceStruct, address
 from smolcli.engine.native.cache import BufferCache, NativeBatch
 from smolcli.engine.native.head import NativeHead
-from smolcli.engine.rope import rotary_angles
 
 
 def misfit(config: LlamaConfig, kernels: Kernels) -> str | None:

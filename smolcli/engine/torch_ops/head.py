@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolcli.engine.masks import Masks, forbid
+from smolcli.engine.interfaces import Masks, forbid
 from smolcli.engine.torch_ops.linear import make_linear
 
 NEAR_TIE = 0.25  # two steps of a bfloat16 between 16 and 32, where the largest logits lie

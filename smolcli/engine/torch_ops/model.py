@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolcli.engine.config import LlamaConfig
-from smolcli.engine.rope import rotary_angles
+from smolcli.engine.config import LlamaConfig, rotary_angles
 from smolcli.engine.torch_ops.batch import Batch, Span
 from smolcli.engine.torch_ops.head import EagerHead
 from smolcli.engine.torch_ops.linear import Linear, make_linear
