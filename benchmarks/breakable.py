@@ -9,7 +9,7 @@ from smolcli.engine.autoconfig import choose
 from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Batch, Model
 from smolcli.settings import EngineSettings
-from smolcli.text.tokenizer import Chat
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message
 from smolcli.weights.loader import load_config, load_model
 from smolcli.weights.resolve import resolve
@@ -20,7 +20,7 @@ class BreakableModel:
 
     poison = "Play the xylophone"
 
-    def __init__(self, model: Model, chat: Chat) -> None:
+    def __init__(self, model: Model, chat: ChatTokenizer) -> None:
         self._model = model
         harmless = set(chat.encode((Message("user", "Play the"),)))
         self._poison_id = max(set(chat.encode((Message("user", self.poison),))) - harmless)
@@ -42,7 +42,7 @@ def open_breakable(settings: EngineSettings, models: list[BreakableModel]) -> Lo
     """A backend like any, around a model that is put into `models`."""
     folder = resolve(settings.model).folder
     setup = choose(settings, load_config(folder))
-    chat = Chat.load(folder)
+    chat = ChatTokenizer.load(folder)
 
     def build_engine() -> Engine:
         models.append(

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from smolcli.backends.dedup import shared
-from smolcli.batch.progress import LogDisplay
+from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import run_file
 from smolcli.settings import RunSettings
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from fakes import EchoBackend
 
 
-class Measuring(LogDisplay):
+class Measuring(LogProgress):
     """Takes the memory when all is answered and still held."""
 
     num_bytes = 0

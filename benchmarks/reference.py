@@ -26,7 +26,7 @@ from smolcli.backends.local import LocalBackend, open_local
 from smolcli.batch.pipeline import answer_all
 from smolcli.bench.work import QUESTIONS
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
-from smolcli.text.tokenizer import Chat
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message, Query, Sampling
 from smolcli.weights.resolve import resolve
 
@@ -78,7 +78,7 @@ def run_smol(queries: list[Query], backend: LocalBackend, dtype: str) -> Outcome
 
 
 def run_transformers(
-    queries: list[Query], chat: Chat, model: torch.nn.Module, dtype: str, size: int
+    queries: list[Query], chat: ChatTokenizer, model: torch.nn.Module, dtype: str, size: int
 ) -> Outcome:
     """`generate` on batches of a fixed size, padded left, each until its last answer ends."""
     began, tokens, calls = time.perf_counter(), 0, 0
@@ -115,7 +115,7 @@ class Systems:
             args.model, args.dtype, max_batch_size=args.max_batch_size, kernels=args.kernels
         )
         self._folder = resolve(args.model).folder
-        self._chat = Chat.load(self._folder)
+        self._chat = ChatTokenizer.load(self._folder)
         self._model: torch.nn.Module | None = None
 
     def smol(self) -> Outcome:

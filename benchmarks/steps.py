@@ -24,7 +24,7 @@ from smolcli.engine.autoconfig import choose
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
-from smolcli.text.tokenizer import Chat
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Sampling
 from smolcli.weights.loader import load_config, load_model
 from smolcli.weights.resolve import resolve
@@ -59,7 +59,9 @@ class TimedModel:
 
 
 @contextmanager
-def full_batch(model: TimedModel, chat: Chat, size: int, num_steps: int) -> Iterator[Engine]:
+def full_batch(
+    model: TimedModel, chat: ChatTokenizer, size: int, num_steps: int
+) -> Iterator[Engine]:
     """An engine whose prompts are read."""
     engine = Engine(model, size, 8 << 30)
     for turn in range(size):
@@ -70,7 +72,7 @@ def full_batch(model: TimedModel, chat: Chat, size: int, num_steps: int) -> Iter
     yield engine
 
 
-def measure(model: TimedModel, chat: Chat, size: int, num_steps: int) -> list[float]:
+def measure(model: TimedModel, chat: ChatTokenizer, size: int, num_steps: int) -> list[float]:
     """Milliseconds of a step: in all, layers, head, the rest."""
     rows = []
     with full_batch(model, chat, size, num_steps) as engine:
@@ -96,7 +98,7 @@ def main() -> None:
     setup = choose(settings, load_config(folder))
     torch.set_num_threads(setup.threads)
     loaded = load_model(folder, setup.dtype, setup.device, setup.kernels)
-    model, chat = TimedModel(loaded), Chat.load(folder)
+    model, chat = TimedModel(loaded), ChatTokenizer.load(folder)
     table = Table("sequences", "ms a step", "layers", "head", "the rest", "tokens/s", box=None)
     for size in map(int, args.sizes.split(",")):
         total, *parts = measure(model, chat, size, args.steps)

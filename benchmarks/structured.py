@@ -29,8 +29,8 @@ from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.protocol.query import load_json, parse_query, schema_format
 from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults
-from smolcli.text.grammar import Vocabulary
-from smolcli.text.tokenizer import Chat
+from smolcli.text.grammar import GrammarCompiler
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Query, Result, Sampling
 from smolcli.weights.loader import load_config, load_model
 from smolcli.weights.resolve import resolve
@@ -64,8 +64,8 @@ class Cost:
         setup = choose(settings, load_config(folder))
         torch.set_num_threads(setup.threads)
         model = load_model(folder, setup.dtype, setup.device, setup.kernels)
-        chat, config = Chat.load(folder), model.config
-        self._vocabulary = Vocabulary(chat.tokenizer_json, config.vocab_size, config.eos_ids)
+        chat, config = ChatTokenizer.load(folder), model.config
+        self._vocabulary = GrammarCompiler(chat.tokenizer_json, config.vocab_size, config.eos_ids)
         model.config = replace(config, eos_ids=frozenset())
         self._model = model
         self._prompts = [chat.encode(query.messages) for query in queries]

@@ -36,7 +36,7 @@ class EchoBackend:
         self.is_closed = False
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         self.model_calls += 1
         future: Future[Result] = Future()
@@ -82,7 +82,7 @@ class SlowBackend(EchoBackend):
         self._pool = ThreadPoolExecutor(window)
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         with self._lock:
             self._num_unfinished += 1
@@ -108,7 +108,7 @@ class HeldBackend(EchoBackend):
         self.futures: list[Future[Result]] = []
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         self.futures.append(Future())
         return self.futures[-1]
@@ -122,7 +122,7 @@ class DyingBackend(EchoBackend):
         self.num_answers = num_answers
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         if self.model_calls < self.num_answers:
             return super().submit(query, on_text)

@@ -11,7 +11,7 @@ from smolcli.engine.interfaces import Batch, Head, Model
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.build import NoKernels, load_kernels
 from smolcli.engine.torch_ops.cuda_graphs import GraphedModel
-from smolcli.engine.torch_ops.model import EagerModel
+from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.weights.loader import load_model
 
 KERNELS = ("native", "torch")
@@ -34,7 +34,7 @@ def load(folder: Path, dtype: torch.dtype, kernels: str) -> Model:
     ours = native_kernels(dtype) if kernels == "native" else None
     model = load_model(folder, dtype, torch.device("cpu"), ours)
     if kernels == "graphs":
-        assert isinstance(model, EagerModel)
+        assert isinstance(model, TorchModel)
         return GraphedModel(model, lambda compute: Tape().record(compute))
     return model
 

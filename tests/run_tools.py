@@ -12,16 +12,16 @@ from typing import Any
 from fakes import EchoBackend
 
 from smolcli.backends.base import Backend
-from smolcli.batch.progress import LogDisplay
+from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import run_file
-from smolcli.batch.statistics import RunReport
+from smolcli.batch.statistics import RunStatistics
 from smolcli.settings import EngineSettings, RunSettings
 
 SLOW_RUN = """
 import pickle, sys, time
 sys.path.insert(0, sys.argv[1])
 from fakes import EchoBackend
-from smolcli.batch.progress import LogDisplay
+from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import run_file
 
 class Slow(EchoBackend):
@@ -30,14 +30,14 @@ class Slow(EchoBackend):
         return super().answer(query)
 
 job = pickle.loads(bytes.fromhex(sys.argv[2]))
-run_file(job, lambda settings: print("open", flush=True) or Slow(), LogDisplay())
+run_file(job, lambda settings: print("open", flush=True) or Slow(), LogProgress())
 """
 
 
 def answer(
     job: RunSettings, open_backend: Callable[[EngineSettings], Backend] = EchoBackend
-) -> RunReport:
-    return run_file(job, open_backend, LogDisplay())
+) -> RunStatistics:
+    return run_file(job, open_backend, LogProgress())
 
 
 def no_backend(settings: EngineSettings) -> Backend:

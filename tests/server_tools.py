@@ -25,7 +25,7 @@ from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Batch
 from smolcli.server.wsgi import Server
 from smolcli.settings import EngineSettings, ServerSettings
-from smolcli.text.tokenizer import Chat
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.weights.loader import load_model
 
 PATIENCE_S = 120.0  # a machine of CI may stand still for a while
@@ -67,7 +67,9 @@ class Tap:
         folder = Path(settings.model)
         self.models.append(TappedModel(folder, self.delay_s))
         engine = Engine(self.models[0], settings.max_batch_size, 64 << 20)
-        self.backends.append(LocalBackend(lambda: Chat.load(folder), lambda: engine, {}, 2))
+        self.backends.append(
+            LocalBackend(lambda: ChatTokenizer.load(folder), lambda: engine, {}, 2)
+        )
         return self.backends[0]
 
     @property

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolcli.errors import ModelError, QueryError
-from smolcli.text.tokenizer import Chat, context_length
+from smolcli.text.tokenizer import ChatTokenizer, context_length
 from smolcli.types import Message
 
 TEXTS = [
@@ -39,8 +39,8 @@ text_or_rare = st.one_of(st.text(max_size=40), st.sampled_from(TEXTS))
 
 
 @pytest.fixture(scope="module")
-def chat(tiny_folder: Path) -> Chat:
-    return Chat.load(tiny_folder)
+def chat(tiny_folder: Path) -> ChatTokenizer:
+    return ChatTokenizer.load(tiny_folder)
 
 
 def copied(folder: Path, target: Path) -> Path:
@@ -53,7 +53,7 @@ def copied(folder: Path, target: Path) -> Path:
 def assert_equals_transformers(folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    chat, reference = Chat.load(folder), AutoTokenizer.from_pretrained(folder)
+    chat, reference = ChatTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     for messages in CONVERSATIONS:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         expected = reference.apply_chat_template(
@@ -77,14 +77,16 @@ def test_encode_and_decode_equal_transformers_on_the_real_model(model_folder: Pa
 @pytest.mark.model
 def test_digits_stand_alone_on_the_real_model(model_folder: Path) -> None:
     """transformers' reading of a GGUF lost SmolLM2's Digits step, and "a  1" got other tokens."""
-    ids = Chat.load(model_folder).encode([Message("user", "a  1 22")])
-    tokenizer = Chat.load(model_folder)
+    ids = ChatTokenizer.load(model_folder).encode([Message("user", "a  1 22")])
+    tokenizer = ChatTokenizer.load(model_folder)
     pieces = [tokenizer.decode([token_id]) for token_id in ids]
     assert pieces[pieces.index("a") :][:6] == ["a", "  ", "1", " ", "2", "2"]
 
 
 @given(data=st.data())
-def test_pieces_add_up_to_the_whole_for_any_tokens(chat: Chat, data: st.DataObject) -> None:
+def test_pieces_add_up_to_the_whole_for_any_tokens(
+    chat: ChatTokenizer, data: st.DataObject
+) -> None:
     """Among 384 tokens most are single bytes, so most sequences are broken UTF-8."""
     token_ids = data.draw(st.lists(st.integers(0, 383), max_size=60))
     decoder = chat.decoder()
@@ -93,7 +95,7 @@ def test_pieces_add_up_to_the_whole_for_any_tokens(chat: Chat, data: st.DataObje
 
 
 @given(text=text_or_rare)
-def test_pieces_of_real_text_are_never_half_a_character(chat: Chat, text: str) -> None:
+def test_pieces_of_real_text_are_never_half_a_character(chat: ChatTokenizer, text: str) -> None:
     token_ids = chat.encode([Message("user", text)])
     decoder = chat.decoder()
     pieces = [decoder.push(token_id) for token_id in token_ids]
@@ -102,7 +104,7 @@ def test_pieces_of_real_text_are_never_half_a_character(chat: Chat, text: str) -
     assert whole.count("\ufffd") == text.count("\ufffd")
 
 
-def test_a_character_comes_when_it_is_whole(chat: Chat) -> None:
+def test_a_character_comes_when_it_is_whole(chat: ChatTokenizer) -> None:
     *_, end = prompt = chat.encode([Message("user", "𐍈𐍈")])
     start = next(i for i, token_id in enumerate(prompt) if chat.decode([token_id]) == "\ufffd")
     decoder = chat.decoder()
@@ -112,7 +114,7 @@ def test_a_character_comes_when_it_is_whole(chat: Chat) -> None:
     assert decoder.flush() == ""
 
 
-def test_flush_gives_what_was_cut_off(chat: Chat) -> None:
+def test_flush_gives_what_was_cut_off(chat: ChatTokenizer) -> None:
     prompt = chat.encode([Message("user", "é日")])
     cut = next(i for i, token_id in enumerate(prompt) if chat.decode([token_id]) == "\ufffd")
     decoder = chat.decoder()
@@ -121,7 +123,7 @@ def test_flush_gives_what_was_cut_off(chat: Chat) -> None:
     assert decoder.flush() == ""
 
 
-def test_encode_is_the_same_from_many_threads(chat: Chat) -> None:
+def test_encode_is_the_same_from_many_threads(chat: ChatTokenizer) -> None:
     expected = [chat.encode(messages) for messages in CONVERSATIONS]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(4):
@@ -141,7 +143,7 @@ def test_what_a_template_refuses_is_the_querys_fault(
 ) -> None:
     (copied(tiny_folder, tmp_path) / "chat_template.jinja").write_text(template)
     with pytest.raises(QueryError, match=reason) as caught:
-        Chat.load(tmp_path).encode([Message("user", "Hi")])
+        ChatTokenizer.load(tmp_path).encode([Message("user", "Hi")])
     assert caught.value.field == "messages"
     assert caught.value.code == "invalid_value"
 
@@ -156,7 +158,7 @@ def test_template_and_tokens_in_tokenizer_config(tiny_folder: Path, tmp_path: Pa
     )
     config = {"chat_template": template, "bos_token": {"content": "<|im_start|>", "lstrip": False}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    chat = Chat.load(folder)
+    chat = ChatTokenizer.load(folder)
     ids = chat.encode([Message("user", "Hi")])
     assert ids[0] == 1
     assert chat.decode(ids) == 'Hi"é"'
@@ -166,16 +168,16 @@ def test_a_folder_that_is_no_chat_model_says_why(tiny_folder: Path, tmp_path: Pa
     folder = copied(tiny_folder, tmp_path)
     (folder / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(ModelError, match=r"chat template in .* is not valid"):
-        Chat.load(folder)
+        ChatTokenizer.load(folder)
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="has no chat template"):
-        Chat.load(folder)
+        ChatTokenizer.load(folder)
     (folder / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ModelError, match="does not hold a JSON object"):
-        Chat.load(folder)
+        ChatTokenizer.load(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=r"tokenizer\.json is no tokenizer"):
-        Chat.load(folder)
+        ChatTokenizer.load(folder)
 
 
 def test_context_length(tiny_folder: Path, tmp_path: Path) -> None:

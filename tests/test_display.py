@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from smolcli.backends.base import Counters
-from smolcli.batch.progress import BarDisplay, LogDisplay
-from smolcli.batch.statistics import LatencyHistogram, Tally
+from smolcli.batch.progress import BarProgress, LogProgress
+from smolcli.batch.statistics import LatencyHistogram, StatisticsCollector
 from smolcli.types import ErrorCode, FinishReason, Result, Timings, Usage
 
 GOOD = Result("1", "x", FinishReason.STOP, usage=Usage(10, 100), timings=Timings(0, 0, 0.5))
@@ -23,7 +23,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_the_rate_after_a_resume_is_this_sessions(clock: list[float]) -> None:
     """A bar that counted what was there before would show an absurd speed at first."""
-    tally = Tally()
+    tally = StatisticsCollector()
     for _ in range(1000):
         tally.add(GOOD)
     tally.begin()
@@ -39,7 +39,7 @@ def test_a_line_in_the_log_every_ten_seconds(
     clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    shown, tally = LogDisplay(), Tally()
+    shown, tally = LogProgress(), StatisticsCollector()
     tally.begin()
     shown.start(2500, tally)
     for result in (GOOD, BAD, GOOD, GOOD):
@@ -55,11 +55,11 @@ def test_a_line_in_the_log_every_ten_seconds(
 
 def test_the_summary_has_all_there_is_to_say(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    tally = Tally()
+    tally = StatisticsCollector()
     tally.begin()
     tally.add(GOOD)
     tally.add(BAD)
-    LogDisplay().summary(tally.report(Counters(model_calls=3)), Path("out.jsonl"))
+    LogProgress().summary(tally.report(Counters(model_calls=3)), Path("out.jsonl"))
     names = [message.split("  ")[0] for message in caplog.messages]
     assert names == [
         "answered",
@@ -79,10 +79,10 @@ def test_the_bar_shows_what_is_done(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    tally = Tally()
+    tally = StatisticsCollector()
     tally.add(GOOD)
     tally.begin()
-    bar = BarDisplay()
+    bar = BarProgress()
     bar.start(4, tally)
     for result in (BAD, GOOD):
         tally.add(result)

@@ -128,7 +128,7 @@ def test_urgent_ones_between_others_change_no_token(pair: Any) -> None:
     engine = Engine(pair.ours, 16, 64 * MEGABYTE)
     sequences = [greedy(q, n) for q, n in zip(pair.questions, pair.lengths, strict=True)]
     for i, sequence in enumerate(sequences):
-        sequence.is_urgent = i % 3 == 1
+        sequence.is_interactive = i % 3 == 1
         engine.add(sequence)
         for _ in range(3):
             engine.step()

@@ -45,7 +45,7 @@ def service(tiny_folder: Path) -> Iterator[Running]:
 
 
 def write_queries(path: Path, num: int, **fields: Any) -> Path:
-    """Questions of many kinds, and some lines that are bad."""
+    """QueryReader of many kinds, and some lines that are bad."""
     lines = []
     for n in range(num):
         value: dict[str, Any] = {"chat_id": f"q{n}", "user_prompt": f"Question {n}?"} | fields

@@ -16,7 +16,7 @@ from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Model
 from smolcli.engine.sequence import Sequence
 from smolcli.engine.torch_ops.cuda_graphs import PLAIN_STEPS, GraphedModel
-from smolcli.engine.torch_ops.model import EagerModel
+from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.types import Sampling
 from smolcli.weights.loader import load_model
 
@@ -24,9 +24,9 @@ NUM_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
-def plain(tiny_folder: Path) -> EagerModel:
+def plain(tiny_folder: Path) -> TorchModel:
     model = load_model(tiny_folder, torch.float32, torch.device("cpu"))
-    assert isinstance(model, EagerModel)
+    assert isinstance(model, TorchModel)
     return model
 
 
@@ -44,13 +44,13 @@ def answers(model: Model, num_questions: int) -> list[list[int]]:
     return [s.output_ids for s in sequences]
 
 
-def test_a_step_is_recorded_when_it_has_come_a_few_times(plain: EagerModel) -> None:
+def test_a_step_is_recorded_when_it_has_come_a_few_times(plain: TorchModel) -> None:
     tape = Tape()
     assert answers(GraphedModel(plain, tape.record), 1) == answers(plain, 1)
     assert tape.num_replays == NUM_TOKENS - 1 - PLAIN_STEPS, "the first is from the prompt"
 
 
-def test_a_slab_that_grows_or_shrinks_is_recorded_anew(plain: EagerModel) -> None:
+def test_a_slab_that_grows_or_shrinks_is_recorded_anew(plain: TorchModel) -> None:
     tapes: list[Tape] = []
 
     def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -63,7 +63,7 @@ def test_a_slab_that_grows_or_shrinks_is_recorded_anew(plain: EagerModel) -> Non
 
 
 def test_where_nothing_can_be_recorded_all_is_answered(
-    plain: EagerModel, caplog: pytest.LogCaptureFixture
+    plain: TorchModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried: list[Any] = []
 
@@ -77,7 +77,7 @@ def test_where_nothing_can_be_recorded_all_is_answered(
     assert "slower: out of memory" in caplog.text
 
 
-def test_what_a_graph_reads_lives_as_long_as_it_is_replayed(plain: EagerModel) -> None:
+def test_what_a_graph_reads_lives_as_long_as_it_is_replayed(plain: TorchModel) -> None:
     """A graph knows addresses, and keeps nothing alive itself."""
     recorded: list[weakref.ref[Callable[[], Tensor]]] = []
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from smolcli.backends.local import LocalBackend, open_local
 from smolcli.engine.engine import Engine
 from smolcli.engine.native.model import NativeModel
-from smolcli.engine.torch_ops.model import EagerModel
+from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.errors import BackendError, UsageError
 from smolcli.settings import EngineSettings
-from smolcli.text.detokenizer import AnswerText
+from smolcli.text.detokenizer import Detokenizer
 from smolcli.types import ErrorCode, FinishReason, Message, Query, Sampling
 
 WAIT_S = 30
@@ -61,7 +61,7 @@ def test_nobody_waits_for_a_device_that_is_gone(
     def fail(*_: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(EagerModel, "forward", fail)
+    monkeypatch.setattr(TorchModel, "forward", fail)
     monkeypatch.setattr(NativeModel, "forward", fail)
     monkeypatch.setattr(Engine, "stop", fail)
     futures = [backend.submit(query(str(n))) for n in range(12)]
@@ -188,7 +188,7 @@ def test_text_in_pieces_is_the_text_cut_at_the_first_stop(
         size = data.draw(st.integers(1, len(rest)))
         pieces.append(rest[:size])
         rest = rest[size:]
-    watched = AnswerText(Script(pieces), tuple(stops))  # type: ignore[arg-type]
+    watched = Detokenizer(Script(pieces), tuple(stops))  # type: ignore[arg-type]
     shown, so_far = "", ""
     for index, piece in enumerate(pieces):
         so_far += piece

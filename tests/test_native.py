@@ -18,9 +18,9 @@ from smolcli.engine.native import build
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.build import load_kernels
 from smolcli.engine.native.model import NativeModel, interleaved, pack
-from smolcli.engine.sequence import Sequence, Work
-from smolcli.engine.torch_ops.head import EagerHead
-from smolcli.engine.torch_ops.model import EagerModel
+from smolcli.engine.sequence import ScheduledSequence, Sequence
+from smolcli.engine.torch_ops.head import TorchHead
+from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.errors import UsageError
 from smolcli.settings import EngineSettings
 from smolcli.weights.loader import load_config, load_model
@@ -140,7 +140,7 @@ def test_activations_of_any_size_are_computed(kernels: Kernels, tiny_folder: Pat
     weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
     large = {n: w * 1000 if "gate_proj" in n else w for n, w in weights.items()}
     ours = NativeModel(config, large, kernels)
-    theirs = EagerModel(config, large, torch.float32, torch.device("cpu"))
+    theirs = TorchModel(config, large, torch.float32, torch.device("cpu"))
     seen = [hidden_states(model, list(range(5, 45))) for model in (ours, theirs)]
     assert torch.allclose(*seen, rtol=1e-3, atol=1e-3 * seen[1].abs().max().item())
 
@@ -151,7 +151,7 @@ def hidden_states(model: Model, token_ids: list[int]) -> torch.Tensor:
     cache, sequence = model.make_cache(0), Sequence(token_ids)
     cache.open(sequence)
     cache.make_room(sequence)
-    return model.forward(cache.batch([Work(sequence, 0, len(token_ids))]))
+    return model.forward(cache.batch([ScheduledSequence(sequence, 0, len(token_ids))]))
 
 
 def test_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:
@@ -160,7 +160,7 @@ def test_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:
     ours = load_model(tiny_folder, torch.float32, cpu, kernels)
     assert isinstance(ours, NativeModel)
     theirs = load_model(tiny_folder, torch.float32, cpu).head
-    assert isinstance(theirs, EagerHead)
+    assert isinstance(theirs, TorchHead)
     hidden = torch.randn(37, ours.config.hidden_size, generator=torch.Generator().manual_seed(1))
     logits = ours.head.logits(hidden)
     assert torch.allclose(logits, theirs.logits(hidden), atol=1e-4)

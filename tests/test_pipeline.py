@@ -58,7 +58,7 @@ class SlowFirst(EchoBackend):
         self.first: Future[Result] = Future()
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         return super().submit(query) if query.line else self.first
 

@@ -13,8 +13,8 @@ from kernel_tools import KERNELS, WAYS, load
 
 from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Model
-from smolcli.engine.sequence import Sequence, Work
-from smolcli.text.tokenizer import Chat
+from smolcli.engine.sequence import ScheduledSequence, Sequence
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message, Sampling
 
 pytestmark = pytest.mark.model
@@ -26,7 +26,7 @@ NUM_TOKENS = 32
 
 @pytest.fixture(scope="module")
 def prompts(model_folder: Path) -> list[list[int]]:
-    chat = Chat.load(model_folder)
+    chat = ChatTokenizer.load(model_folder)
     lines = QUESTIONS.read_text("utf-8").splitlines()[:NUM_QUESTIONS]
     return [chat.encode([Message("user", json.loads(line)["user_prompt"])]) for line in lines]
 
@@ -112,7 +112,7 @@ def next_tokens(
         said.append([])
         for token in answer:
             cache.make_room(sequence)
-            work = Work(sequence, sequence.num_cached, len(sequence.token_ids))
+            work = ScheduledSequence(sequence, sequence.num_cached, len(sequence.token_ids))
             said[-1] += model.head.best(model.forward(cache.batch([work])))
             sequence.num_cached = work.stop
             sequence.token_ids.append(token)

@@ -88,7 +88,7 @@ class TestSmol:
             shown: list[list[str]] = [[] for _ in self.QUERIES]
             futures = [
                 backend.submit(
-                    q, shown[i].append if how == "stream" else None, is_urgent=how != "batch"
+                    q, shown[i].append if how == "stream" else None, is_interactive=how != "batch"
                 )
                 for i, q in enumerate(self.QUERIES)
             ]
@@ -135,9 +135,15 @@ class TestSmol:
         with serving(tap.open, tiny_engine(tiny_folder)) as server:
             settings = RemoteSettings((server.url,), api="smol")
             with closing(open_remote(settings)) as backend:
-                for on_text, is_urgent in ((None, False), (None, True), (lambda _: None, False)):
+                for on_text, is_interactive in (
+                    (None, False),
+                    (None, True),
+                    (lambda _: None, False),
+                ):
                     futures = [
-                        backend.submit(query(str(n), sampling=long), on_text, is_urgent=is_urgent)
+                        backend.submit(
+                            query(str(n), sampling=long), on_text, is_interactive=is_interactive
+                        )
                         for n in range(3)
                     ]
                     eventually(lambda: tap.num_held == 3)
@@ -187,7 +193,7 @@ class TestOldHost:
         with old_host() as host, remote(host.url) as backend:
             pieces: list[str] = []
             backend.submit(query(), pieces.append).result(20)
-            backend.submit(query(), is_urgent=True).result(20)
+            backend.submit(query(), is_interactive=True).result(20)
             assert (pieces, host.paths) == (["Indeed 1."], ["/chat", "/chat"])
 
     def test_without_a_batch_endpoint_it_is_asked_one_by_one_and_the_lack_remembered(self) -> None:
@@ -324,7 +330,7 @@ class TestTrouble:
                 answers(backend, [query(str(n)) for n in range(10)])
                 sizes = [len(host.bodies[0][1]["queries"]) for host in (one, other)]
                 assert sizes == [5, 5]
-                first = [backend.submit(query("a"), is_urgent=True) for _ in range(4)]
+                first = [backend.submit(query("a"), is_interactive=True) for _ in range(4)]
                 [f.result(20) for f in first]
                 assert [host.paths[1:] for host in (one, other)] == [["/chat"] * 2] * 2
 
@@ -466,7 +472,7 @@ def test_all_at_once_from_many_threads(smol: Running) -> None:
 
         def work(number: int) -> None:
             for n in range(10):
-                futures.append(backend.submit(query(f"{number}{n}"), is_urgent=n % 2 == 0))
+                futures.append(backend.submit(query(f"{number}{n}"), is_interactive=n % 2 == 0))
 
         threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
         for thread in threads:

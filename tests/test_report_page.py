@@ -15,7 +15,7 @@ from run_tools import smol_without
 from typer.testing import CliRunner
 
 from smolcli.batch.manifest import load_manifest
-from smolcli.batch.progress import LogDisplay
+from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import run_file
 from smolcli.batch.statistics import Pace
 from smolcli.cli.main import app
@@ -51,7 +51,7 @@ def job(tmp_path: Path) -> RunSettings:
 
 
 def run(job: RunSettings) -> Path:
-    run_file(job, lambda settings: Timed(settings), LogDisplay())
+    run_file(job, lambda settings: Timed(settings), LogProgress())
     return job.output
 
 
@@ -74,7 +74,7 @@ def test_every_line_is_counted(job: RunSettings) -> None:
 
 def test_a_run_that_is_cut_short_has_a_report(job: RunSettings) -> None:
     with pytest.raises(BackendError):
-        run_file(job, lambda settings: DyingBackend(num_answers=3), LogDisplay())
+        run_file(job, lambda settings: DyingBackend(num_answers=3), LogProgress())
     job.output.write_bytes(job.output.read_bytes() + b'{"chat_id": "tor')
     facts = gather(job.output)
     assert facts.num_lines == 3

@@ -19,7 +19,7 @@ from run_tools import answer, no_backend, results
 from smolcli.backends.base import Backend
 from smolcli.batch.journal import output_lock
 from smolcli.batch.manifest import Manifest, load_manifest, manifest_path
-from smolcli.batch.progress import LogDisplay
+from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import default_output, run_file
 from smolcli.errors import BackendError, InputError, ResumeRefused, RunError, UsageError
 from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
@@ -488,7 +488,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     process = psutil.Process()
     num_bytes = [process.memory_info().rss]
 
-    class Measuring(LogDisplay):
+    class Measuring(LogProgress):
         def stop(self) -> None:  # all that the run holds is still there
             num_bytes.append(process.memory_info().rss)
 

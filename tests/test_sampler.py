@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from smolcli.engine.sampler import NUCLEUS, choose, choose_scored
 from smolcli.engine.sequence import Sequence
-from smolcli.engine.torch_ops.head import EagerHead
+from smolcli.engine.torch_ops.head import TorchHead
 from smolcli.types import Sampling
 
 VOCAB = 1000
@@ -103,7 +103,7 @@ class Only:
 @pytest.mark.parametrize("options", [{}, *SETTINGS, {"repetition_penalty": 3.0}], ids=str)
 def test_only_what_a_constraint_allows_is_chosen(options: dict[str, Any]) -> None:
     """As from a vocabulary of nothing else; rows without a constraint choose as ever."""
-    head = EagerHead(torch.randn(VOCAB, 8), torch.ones(8), 1e-6)
+    head = TorchHead(torch.randn(VOCAB, 8), torch.ones(8), 1e-6)
     hidden, allowed = torch.randn(40, 8), [3, 8, 500, VOCAB - 1]
     held = [
         Sequence([1], Sampling(**options, seed=i), constraint=Only(*allowed)) for i in range(20)
@@ -122,7 +122,7 @@ def test_only_what_a_constraint_allows_is_chosen(options: dict[str, Any]) -> Non
 def test_the_likeliest_are_refined_to_float32() -> None:
     """The others, and what is forbidden, stay as they are."""
     weight, norm = torch.randn(VOCAB, 64).bfloat16(), torch.rand(64)
-    head, exact = EagerHead(weight, norm, 1e-6), EagerHead(weight.float(), norm, 1e-6)
+    head, exact = TorchHead(weight, norm, 1e-6), TorchHead(weight.float(), norm, 1e-6)
     hidden = torch.randn(5, 64).bfloat16()
     logits = head.logits(hidden)
     logits[:, :900] = -torch.inf

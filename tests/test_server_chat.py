@@ -10,7 +10,7 @@ import pytest
 from server_tools import Running, query, serving, tiny_engine
 
 from smolcli.backends.local import open_local
-from smolcli.batch.progress import LogDisplay
+from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import run_file
 from smolcli.settings import RunSettings
 
@@ -36,7 +36,7 @@ def test_two_doors_one_room(server: Running, tiny_folder: Path, tmp_path: Path) 
     path = tmp_path / "queries.jsonl"
     path.write_text("".join(json.dumps(q) + "\n" for q in queries), "utf-8")
     output = tmp_path / "results.jsonl"
-    run_file(RunSettings(path, output, engine=tiny_engine(tiny_folder)), open_local, LogDisplay())
+    run_file(RunSettings(path, output, engine=tiny_engine(tiny_folder)), open_local, LogProgress())
     lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     for line in lines:
         del line["line"]

@@ -24,9 +24,9 @@ from server_tools import (
     tiny_engine,
 )
 
-from smolcli.server.admission import Gate
+from smolcli.server.admission import AdmissionLimit
 from smolcli.server.errors import HttpError
-from smolcli.text.tokenizer import Chat
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message
 
 LONG = {"max_new_tokens": 400, "repetition_penalty": 1.3}
@@ -96,7 +96,7 @@ def test_a_batch_is_let_in_as_a_whole_or_not_at_all(tiny_folder: Path) -> None:
 
 def test_the_gate_counts_in_one_step() -> None:
     """However many threads ask at once, no more get in than there is room for."""
-    gate = Gate(max_queries=100, max_requests=30)
+    gate = AdmissionLimit(max_queries=100, max_requests=30)
     barrier = threading.Barrier(16)
 
     def enter(_: int) -> int:
@@ -224,7 +224,7 @@ def long_request(path: str, model: str) -> bytes:
 
 def test_a_query_that_breaks_the_engine_fails_alone(tiny_folder: Path) -> None:
     """Those that share its batch are answered as if it were not there."""
-    tap, chat = Tap(), Chat.load(tiny_folder)
+    tap, chat = Tap(), ChatTokenizer.load(tiny_folder)
     harmless, harmful = (set(chat.encode((Message("user", text),))) for text in ("", "~"))
     good, bad = query("What is gravity?"), query("~", chat_id="2")
     with serving(tap.open, tiny_engine(tiny_folder)) as server:

@@ -8,7 +8,7 @@ import pytest
 from fakes import EchoBackend, HeldBackend, echo
 
 from smolcli.backends.base import OnText
-from smolcli.backends.dedup import MAX_KEPT, SharingBackend
+from smolcli.backends.dedup import MAX_KEPT, DedupBackend
 from smolcli.errors import BackendError
 from smolcli.types import ErrorCode, Message, Query, Result, Sampling, failure
 
@@ -30,7 +30,7 @@ class TalkingBackend(HeldBackend):
 
 def test_equal_questions_in_flight_are_generated_once() -> None:
     held = HeldBackend()
-    backend = SharingBackend(held)
+    backend = DedupBackend(held)
     first, second = backend.submit(QUERY), backend.submit(SAME)
     assert len(held.futures) == 1
     held.futures[0].set_result(answer := echo(QUERY))
@@ -42,17 +42,17 @@ def test_equal_questions_in_flight_are_generated_once() -> None:
 
 
 def test_a_kept_answer_is_given_at_once() -> None:
-    backend = SharingBackend(inner := EchoBackend())
+    backend = DedupBackend(inner := EchoBackend())
     pieces: list[str] = []
     backend.submit(QUERY)
-    later = backend.submit(SAME, pieces.append, is_urgent=True).result()
+    later = backend.submit(SAME, pieces.append, is_interactive=True).result()
     assert inner.model_calls == 1
     assert "".join(pieces) == later.response == echo(QUERY).response
 
 
 def test_answers_of_another_model_are_not_kept() -> None:
     """A gateway's service may come back as another one."""
-    backend = SharingBackend(inner := EchoBackend())
+    backend = DedupBackend(inner := EchoBackend())
     backend.submit(QUERY).result()
     inner.settings = replace(inner.settings, model="another")
     backend.submit(SAME).result()
@@ -71,14 +71,14 @@ def test_answers_of_another_model_are_not_kept() -> None:
     ],
 )
 def test_other_questions_are_not_the_same(other: Query) -> None:
-    backend = SharingBackend(inner := EchoBackend())
+    backend = DedupBackend(inner := EchoBackend())
     backend.submit(QUERY)
     backend.submit(other)
     assert inner.model_calls == 2
 
 
 def test_a_drawn_answer_is_shared_by_equal_seeds_alone() -> None:
-    backend = SharingBackend(inner := EchoBackend())
+    backend = DedupBackend(inner := EchoBackend())
     drawn = replace(QUERY, sampling=Sampling(temperature=1.0, seed=4))
     for query in (drawn, replace(drawn, chat_id="2"), replace(drawn, sampling=Sampling(seed=5))):
         backend.submit(query)
@@ -87,7 +87,7 @@ def test_a_drawn_answer_is_shared_by_equal_seeds_alone() -> None:
 
 def test_the_answer_goes_on_until_the_last_who_waits_has_left() -> None:
     held = HeldBackend()
-    backend = SharingBackend(held)
+    backend = DedupBackend(held)
     first, second = backend.submit(QUERY), backend.submit(SAME)
     first.cancel()
     assert not held.futures[0].cancelled()
@@ -99,7 +99,7 @@ def test_the_answer_goes_on_until_the_last_who_waits_has_left() -> None:
 
 def test_who_joins_a_stream_gets_its_beginning_too() -> None:
     held = TalkingBackend()
-    backend = SharingBackend(held)
+    backend = DedupBackend(held)
     first: list[str] = []
     second: list[str] = []
     backend.submit(QUERY, first.append)
@@ -114,15 +114,15 @@ def test_who_joins_a_stream_gets_its_beginning_too() -> None:
 
 def test_an_urgent_question_does_not_wait_for_one_that_is_not() -> None:
     held = HeldBackend()
-    backend = SharingBackend(held)
+    backend = DedupBackend(held)
     backend.submit(QUERY)
-    backend.submit(SAME, is_urgent=True)
+    backend.submit(SAME, is_interactive=True)
     assert len(held.futures) == 2
 
 
 def test_failures_are_not_kept() -> None:
     held = HeldBackend()
-    backend = SharingBackend(held)
+    backend = DedupBackend(held)
     first, second = backend.submit(QUERY), backend.submit(SAME)
     held.futures[0].set_result(failure(QUERY, "no luck", ErrorCode.INTERNAL))
     assert (first.result().error, second.result().chat_id) == ("no luck", "2")
@@ -137,7 +137,7 @@ def test_failures_are_not_kept() -> None:
 
 
 def test_only_the_latest_answers_are_kept() -> None:
-    backend = SharingBackend(inner := EchoBackend())
+    backend = DedupBackend(inner := EchoBackend())
     for number in range(MAX_KEPT + 1):
         backend.submit(replace(QUERY, messages=(Message("user", f"What is {number}?"),)))
     backend.submit(replace(QUERY, messages=(Message("user", f"What is {MAX_KEPT}?"),)))

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from smolcli.backends.local import LocalBackend, open_local
 from smolcli.protocol.query import JSON_OBJECT, schema_format
 from smolcli.settings import EngineSettings
-from smolcli.text.grammar import Vocabulary
-from smolcli.text.tokenizer import Chat
+from smolcli.text.grammar import GrammarCompiler
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import AnswerFormat, ErrorCode, FinishReason, Message, Query, Result, Sampling
 
 WAIT_S = 60
@@ -141,7 +141,7 @@ def test_a_schema_that_cannot_be_held_is_that_querys_error(
 def test_a_schema_that_gets_too_hard_on_the_way_ends_the_answer_in_words(tiny_folder: Path) -> None:
     """More and more states of an automaton; it costs the batch no more than it may."""
     tokenizer = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
-    vocabulary = Vocabulary(tokenizer.to_str, tokenizer.get_vocab_size(), frozenset([2]))
+    vocabulary = GrammarCompiler(tokenizer.to_str, tokenizer.get_vocab_size(), frozenset([2]))
     schema = {"type": "string", "pattern": "^.*(a.{9}|b.{99}|[ab].*a.{30})+.{200}$"}
     constraint = vocabulary.constraint(schema_format(schema))
     text = random.Random(0)
@@ -206,8 +206,8 @@ def test_likelihoods_are_transformers(backend: LocalBackend, tiny_folder: Path) 
     from transformers import LlamaForCausalLM
 
     (result,) = answers(backend, [query(top_logprobs=5, sampling=Sampling(12, 1.0, seed=3))])
-    chat = Chat.load(tiny_folder)
-    spell = Vocabulary(chat.tokenizer_json, 384, frozenset([2])).speller()
+    chat = ChatTokenizer.load(tiny_folder)
+    spell = GrammarCompiler(chat.tokenizer_json, 384, frozenset([2])).speller()
     ids = {spell(token): token for token in range(3, 384)}
     prompt = chat.encode(query().messages)
     assert result.logprobs is not None

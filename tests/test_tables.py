@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from run_tools import smol_without
 from typer.testing import CliRunner
 
-from smolcli.batch.progress import LogDisplay
-from smolcli.batch.queries import ChatIds, Questions
+from smolcli.batch.progress import LogProgress
+from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.batch.runner import run_file
 from smolcli.cli.main import app
 from smolcli.data.csv import read_csv
@@ -48,7 +48,7 @@ def cells(path: Path) -> list[Row]:
 
 
 def items(path: Path, settings: RowSettings) -> list[Any]:
-    return list(Questions(read_rows(path, settings), QueryDefaults(), ChatIds(), Formats()))
+    return list(QueryReader(read_rows(path, settings), QueryDefaults(), ChatIds(), Formats()))
 
 
 def prompt(query: Query) -> str:
@@ -56,7 +56,7 @@ def prompt(query: Query) -> str:
 
 
 def run(job: RunSettings) -> Any:
-    return run_file(job, EchoBackend, LogDisplay())
+    return run_file(job, EchoBackend, LogProgress())
 
 
 def table_job(folder: Path, suffix: str, rows: RowSettings = ASK, input: Path = REVIEWS) -> Any:
@@ -310,7 +310,7 @@ def test_an_empty_table_has_a_header(tmp_path: Path, suffix: str) -> None:
 def test_a_run_cut_short_leaves_no_table_and_goes_on(tmp_path: Path) -> None:
     job, other = table_job(tmp_path, ".csv"), table_job(tmp_path, ".tsv")
     with pytest.raises(BackendError):
-        run_file(job, lambda settings: DyingBackend(num_answers=4), LogDisplay())
+        run_file(job, lambda settings: DyingBackend(num_answers=4), LogProgress())
     assert not job.table.exists()
     assert len(job.output.read_bytes().splitlines()) == 4
     run(job)

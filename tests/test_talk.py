@@ -20,7 +20,7 @@ from test_cli import REPOSITORY, Seen, process, smol
 from smolcli.backends.base import OnText
 from smolcli.backends.local import open_local
 from smolcli.cli.conversation import Conversation
-from smolcli.cli.interactive import Talk
+from smolcli.cli.interactive import InteractiveChat
 from smolcli.settings import QueryDefaults
 from smolcli.types import Query, Result, Sampling
 
@@ -37,7 +37,9 @@ def talk(backend: EchoBackend, *lines: str, max_new_tokens: int = 256) -> tuple[
     shown: list[str] = []
     said: list[str] = []
     conversation = Conversation(QueryDefaults(Sampling(max_new_tokens=max_new_tokens)))
-    Talk(backend, conversation, shown.append, said.append, is_interactive=True).run(lines)
+    InteractiveChat(backend, conversation, shown.append, said.append, is_interactive=True).run(
+        lines
+    )
     return "".join(shown), said
 
 
@@ -134,7 +136,7 @@ class Interrupted(EchoBackend):
         self.queries: list[Query] = []
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         self.queries.append(query)
         if self.futures:

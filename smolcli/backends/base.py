@@ -12,7 +12,7 @@ from smolcli.types import Query, Result
 OnText = Callable[[str], None]
 
 
-def settle(future: Future[Result], end: Result | BackendError) -> None:
+def complete_future(future: Future[Result], end: Result | BackendError) -> None:
     """Complete a future with a result or an error, unless it is complete or cancelled already."""
     with suppress(InvalidStateError):
         if isinstance(end, BackendError):
@@ -65,7 +65,7 @@ class Backend(Protocol):
         ...
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         """Start one query; never raises for the query's own fault, which is a `Result` too.
 

@@ -77,7 +77,7 @@ class Generation:
                 follower.on_text(piece)
 
 
-class SharingBackend:
+class DedupBackend:
     """Answers equal questions of another backend once; see `backends.Backend`.
 
     Equal are those that nothing but their id, line and metadata tells apart; a drawn answer's
@@ -115,11 +115,11 @@ class SharingBackend:
         self._backend.close()
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         """See `backends.Backend`."""
         follower = Follower(query, on_text)
-        key = (_question(query), is_urgent, on_text is not None)
+        key = (_question(query), is_interactive, on_text is not None)
         with self._lock:
             self._forget_others()
             if kept := self._kept.get(key[0]):
@@ -144,7 +144,7 @@ class SharingBackend:
                 generation.extend(piece)
 
         inner = self._backend.submit(
-            first.query, extend if first.on_text else None, is_urgent=key[1]
+            first.query, extend if first.on_text else None, is_interactive=key[1]
         )
         generation.inner = inner
         inner.add_done_callback(lambda future: self._finish(key, generation, future))
@@ -198,7 +198,7 @@ class SharingBackend:
 
 def shared(open_backend: OpenBackend) -> OpenBackend:
     """Opens what `open_backend` does, so that it answers equal questions once."""
-    return lambda settings: SharingBackend(open_backend(settings))
+    return lambda settings: DedupBackend(open_backend(settings))
 
 
 def _question(query: Query) -> Query:

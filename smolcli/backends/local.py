@@ -15,16 +15,16 @@ from typing import Any, Literal
 import torch
 
 import smolcli
-from smolcli.backends.base import Counters, Health, OnText, settle
-from smolcli.engine.autoconfig import Setup, choose, chosen_dtype
+from smolcli.backends.base import Counters, Health, OnText, complete_future
+from smolcli.engine.autoconfig import ResolvedConfig, choose, chosen_dtype
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
 from smolcli.protocol.query import derived_seed
 from smolcli.settings import EngineSettings
-from smolcli.text.detokenizer import AnswerText, cut_off, logprob_entries
-from smolcli.text.grammar import TokenConstraint, Vocabulary
-from smolcli.text.tokenizer import Chat
+from smolcli.text.detokenizer import Detokenizer, cut_off, logprob_entries
+from smolcli.text.grammar import GrammarCompiler, GrammarMatcher
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Timings, Usage, failure
 from smolcli.weights.loader import load_config, load_model
 from smolcli.weights.resolve import ModelFiles, resolve
@@ -38,9 +38,9 @@ class Job:
 
     query: Query
     on_text: OnText | None
-    text: AnswerText
-    is_urgent: bool
-    constraint: TokenConstraint | None = None
+    text: Detokenizer
+    is_interactive: bool
+    constraint: GrammarMatcher | None = None
     spell: Callable[[int], bytes] | None = None  # where likelihoods are asked for
     future: Future[Result] = field(default_factory=Future)
     submitted_at: float = field(default_factory=time.perf_counter)
@@ -48,11 +48,11 @@ class Job:
 
     def give(self, result: Result) -> None:
         """Complete the future, unless somebody cancelled it."""
-        settle(self.future, result)
+        complete_future(self.future, result)
 
     def fail(self, error: BackendError) -> None:
         """Tell that the backend is gone."""
-        settle(self.future, error)
+        complete_future(self.future, error)
 
 
 def outcome(job: Job, sequence: Sequence) -> Result:
@@ -183,7 +183,7 @@ class LocalBackend:
 
     def __init__(
         self,
-        load_chat: Callable[[], Chat],
+        load_chat: Callable[[], ChatTokenizer],
         build_engine: Callable[[], Engine],
         identity: Mapping[str, Any],
         max_concurrency: int,
@@ -203,7 +203,7 @@ class LocalBackend:
         try:
             self._chat = load_chat()
             config = built.result().model.config
-            self._vocabulary = Vocabulary(
+            self._vocabulary = GrammarCompiler(
                 self._chat.tokenizer_json, config.vocab_size, config.eos_ids
             )
         except BaseException:
@@ -225,14 +225,14 @@ class LocalBackend:
         return dict(self._identity)
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         """See `backends.Backend`; of several answers, `on_text` gets the first."""
         if query.n > 1:
             first, *others = split(query)
-            futures = [self.submit(other, is_urgent=is_urgent) for other in others]
-            return gather([self.submit(first, on_text, is_urgent=is_urgent), *futures])
-        job = Job(query, on_text, AnswerText(self._chat.decoder(), query.stop), is_urgent)
+            futures = [self.submit(other, is_interactive=is_interactive) for other in others]
+            return gather([self.submit(first, on_text, is_interactive=is_interactive), *futures])
+        job = Job(query, on_text, Detokenizer(self._chat.decoder(), query.stop), is_interactive)
         try:
             self._preparing.submit(self._prepare, job)
         except RuntimeError:
@@ -278,7 +278,7 @@ class LocalBackend:
             job.spell = self._vocabulary.speller()
         prompt_ids = self._chat.encode(query.messages)
         return Sequence(
-            prompt_ids, query.sampling, job.is_urgent, job.constraint, query.top_logprobs
+            prompt_ids, query.sampling, job.is_interactive, job.constraint, query.top_logprobs
         )
 
     def _work(self, build_engine: Callable[[], Engine], built: Future[Engine]) -> None:
@@ -392,7 +392,7 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> Loc
         )
 
     return LocalBackend(
-        lambda: Chat.load(files.folder),
+        lambda: ChatTokenizer.load(files.folder),
         build_engine,
         _identity(files, setup),
         settings.max_concurrency,
@@ -408,7 +408,7 @@ def dtype_here(settings: EngineSettings) -> Literal["float32", "bfloat16"]:
     return "float32" if chosen_dtype(settings) is torch.float32 else "bfloat16"
 
 
-def _identity(files: ModelFiles, setup: Setup) -> dict[str, Any]:
+def _identity(files: ModelFiles, setup: ResolvedConfig) -> dict[str, Any]:
     return {
         "model": files.model,
         "revision": files.revision,

@@ -15,7 +15,7 @@ from smolcli.settings import RunSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class InputScan:
     """What is known of an input beforehand, how many rows it has included; little of a stream.
 
     `modified` is when it was last changed, in seconds since 1970, for a stream the present.
@@ -44,7 +44,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def survey(settings: RunSettings) -> Survey:
+def scan_input(settings: RunSettings) -> InputScan:
     """Go through an input once, if that does not use it up.
 
     Raises:
@@ -52,7 +52,7 @@ def survey(settings: RunSettings) -> Survey:
         InputError: where it cannot be read.
     """
     if is_stream(settings.input):
-        return Survey(int(time.time()))
+        return InputScan(int(time.time()))
     first = next(read_rows(settings.input, settings.rows), None)
     numbers = islice(row_numbers(settings.input, settings.rows), settings.limit)
     num_lines = sum(1 for _ in numbers)
@@ -62,7 +62,7 @@ def survey(settings: RunSettings) -> Survey:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as exc:
         raise InputError(f"cannot read {settings.input}: {exc.strerror or exc}") from exc
-    return Survey(
+    return InputScan(
         modified=int(status.st_mtime),
         sha256=sha256,
         num_lines=num_lines,

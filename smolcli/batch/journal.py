@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from smolcli.batch.queries import ChatIds
-from smolcli.batch.statistics import Tally
+from smolcli.batch.statistics import StatisticsCollector
 from smolcli.data.jsonl import replacing
 from smolcli.errors import ResumeRefused, RunError, UsageError
 from smolcli.protocol.line_formats import LineFormat
@@ -40,7 +40,7 @@ class Journal:
 
     def __init__(self) -> None:
         self.ids = ChatIds()
-        self.tally = Tally()
+        self.tally = StatisticsCollector()
         self.last_line = 0  # of the input
         self.num_bytes = 0
         self.num_failed_bytes = 0

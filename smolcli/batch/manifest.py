@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from smolcli.batch.input_scan import Survey
+from smolcli.batch.input_scan import InputScan
 from smolcli.data.jsonl import replacing
 from smolcli.errors import ResumeRefused
 from smolcli.settings import EngineSettings, RunSettings
@@ -36,7 +36,7 @@ class Manifest:
     report: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, settings: RunSettings, known: Survey, seed: int, created: int) -> Self:
+    def of(cls, settings: RunSettings, known: InputScan, seed: int, created: int) -> Self:
         """The manifest of a run whose backend is not known yet."""
         defaults = settings.defaults
         several = None if known.is_batch is False else defaults.several_temperature

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from smolcli.batch.statistics import RunReport, Tally
+from smolcli.batch.statistics import RunStatistics, StatisticsCollector
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,10 +18,10 @@ BAR_INTERVAL_S = 0.1
 logger = logging.getLogger(__name__)
 
 
-class Display(Protocol):
+class RunProgress(Protocol):
     """What a run tells of itself."""
 
-    def start(self, total: int | None, tally: Tally) -> None:
+    def start(self, total: int | None, tally: StatisticsCollector) -> None:
         """Begin to show progress towards `total` lines, where their number is known."""
         ...
 
@@ -37,25 +37,25 @@ class Display(Protocol):
         """Say one sentence."""
         ...
 
-    def summary(self, report: RunReport, output: Path) -> None:
+    def summary(self, report: RunStatistics, output: Path) -> None:
         """Tell how a run ended."""
         ...
 
 
-def open_display(is_quiet: bool) -> Display:
+def open_progress(is_quiet: bool) -> RunProgress:
     """A bar where stderr is a terminal, else a log, which `is_quiet` keeps to errors."""
-    return BarDisplay() if sys.stderr.isatty() and not is_quiet else LogDisplay()
+    return BarProgress() if sys.stderr.isatty() and not is_quiet else LogProgress()
 
 
-class LogDisplay:
+class LogProgress:
     """Writes to the log, every ten seconds while there is progress."""
 
     def __init__(self) -> None:
-        self._tally = Tally()
+        self._tally = StatisticsCollector()
         self._total = ""
         self._next_s = 0.0
 
-    def start(self, total: int | None, tally: Tally) -> None:
+    def start(self, total: int | None, tally: StatisticsCollector) -> None:
         self._tally = tally
         self._total = "" if total is None else f" of {total:,}"
         self._next_s = time.monotonic() + LOG_INTERVAL_S
@@ -71,7 +71,7 @@ class LogDisplay:
     def note(self, message: str) -> None:
         logger.info("%s", message)
 
-    def summary(self, report: RunReport, output: Path) -> None:
+    def summary(self, report: RunStatistics, output: Path) -> None:
         rows = [*report.rows(), ("output", str(output))]
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
@@ -84,7 +84,7 @@ class LogDisplay:
         return f"{done}, {tally.num_failed:,} failed, {rate:,.1f} tokens/s"
 
 
-class BarDisplay:
+class BarProgress:
     """Draws a progress bar, and at the end a table, with rich."""
 
     def __init__(self) -> None:
@@ -92,10 +92,10 @@ class BarDisplay:
 
         self._console = Console(stderr=True)
         self._bar = _new_bar(self._console)
-        self._tally = Tally()
+        self._tally = StatisticsCollector()
         self._next_s = 0.0
 
-    def start(self, total: int | None, tally: Tally) -> None:
+    def start(self, total: int | None, tally: StatisticsCollector) -> None:
         self._tally = tally
         self._bar.add_task("", total=total, completed=tally.num_lines, failed=0, rate=0.0)
         self._bar.start()
@@ -112,7 +112,7 @@ class BarDisplay:
     def note(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False)
 
-    def summary(self, report: RunReport, output: Path) -> None:
+    def summary(self, report: RunStatistics, output: Path) -> None:
         from rich.table import Table
         from rich.text import Text
 

@@ -23,7 +23,7 @@ class ChatIds:
         return len(self._digests) > num_before
 
 
-class Questions:
+class QueryReader:
     """One item for each row, in order; the first row with an id owns it, valid or not.
 
     Args:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from smolcli.backends.base import Backend
-from smolcli.batch.input_scan import Survey, survey
+from smolcli.batch.input_scan import InputScan, scan_input
 from smolcli.batch.journal import (
     Journal,
     Written,
@@ -22,9 +22,9 @@ from smolcli.batch.journal import (
 )
 from smolcli.batch.manifest import Manifest, load_manifest, manifest_path, save_manifest
 from smolcli.batch.pipeline import answer_all, read_ahead
-from smolcli.batch.progress import Display
-from smolcli.batch.queries import ChatIds, Questions
-from smolcli.batch.statistics import RunReport, Tally
+from smolcli.batch.progress import RunProgress
+from smolcli.batch.queries import ChatIds, QueryReader
+from smolcli.batch.statistics import RunStatistics, StatisticsCollector
 from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing
 from smolcli.data.reader import read_rows, row_numbers
 from smolcli.data.rows import Row
@@ -46,7 +46,7 @@ class Work:
     """The lines of an input that a journal does not have; all that decides their results."""
 
     settings: RunSettings
-    survey: Survey
+    scan: InputScan
     seed: int
     created: int
     journal: Journal
@@ -54,7 +54,7 @@ class Work:
     @property
     def is_done(self) -> bool:
         """Whether no line is left."""
-        num_lines = self.survey.num_lines
+        num_lines = self.scan.num_lines
         return num_lines is not None and self.journal.tally.num_lines >= num_lines
 
     @property
@@ -80,7 +80,9 @@ class Work:
         """What the output holds, the lines that were split off included."""
         return read_output(self.settings.output, self.settings.errors, self._format)
 
-    def do(self, backend: Backend, display: Display, manifest: Manifest | None = None) -> RunReport:
+    def do(
+        self, backend: Backend, display: RunProgress, manifest: Manifest | None = None
+    ) -> RunStatistics:
         """Answer and write what is left; the manifest, where there is one, comes first."""
         with closing(self._open_writer()) as writer:
             if manifest is not None:
@@ -92,7 +94,7 @@ class Work:
                 raise
         return self.journal.tally.report(backend.counters())
 
-    def retry(self, backend: Backend, display: Display, manifest: Manifest) -> RunReport:
+    def retry(self, backend: Backend, display: RunProgress, manifest: Manifest) -> RunStatistics:
         """Answer the failed lines again, and replace the output in one step when all are done."""
         try:
             tally = self._replace_failed(backend, display, manifest)
@@ -135,7 +137,7 @@ class Work:
                 errors.unlink()
         return ResultWriter(output, self.journal.num_bytes)
 
-    def _write_all(self, backend: Backend, writer: ResultWriter, display: Display) -> None:
+    def _write_all(self, backend: Backend, writer: ResultWriter, display: RunProgress) -> None:
         questions = self._questions(self._rows_left(), self.journal.ids, backend)
         items = read_ahead(questions) if is_stream(self.settings.input) else questions
         tally = self.journal.tally
@@ -145,7 +147,9 @@ class Work:
                 tally.add(result)
                 display.update()
 
-    def _replace_failed(self, backend: Backend, display: Display, manifest: Manifest) -> Tally:
+    def _replace_failed(
+        self, backend: Backend, display: RunProgress, manifest: Manifest
+    ) -> StatisticsCollector:
         failed, tally = self.journal.failed_lines, self.journal.tally
         tally.failed.clear()  # each is counted anew
         questions = self._questions(self._rows(), ChatIds(), backend)
@@ -174,9 +178,9 @@ class Work:
         )
 
     @contextmanager
-    def _shown(self, display: Display, tally: Tally) -> Iterator[None]:
+    def _shown(self, display: RunProgress, tally: StatisticsCollector) -> Iterator[None]:
         tally.begin()
-        display.start(self.survey.num_lines, tally)
+        display.start(self.scan.num_lines, tally)
         try:
             yield
         finally:
@@ -194,17 +198,17 @@ class Work:
 
     def _questions(
         self, rows: Iterable[Row], ids: ChatIds, backend: Backend | None = None
-    ) -> Questions:
+    ) -> QueryReader:
         sampling = replace(self.settings.defaults.sampling, seed=self.seed)
         defaults = replace(self.settings.defaults, sampling=sampling)
-        return Questions(rows, defaults, ids, self._formats(backend), self.survey.is_batch)
+        return QueryReader(rows, defaults, ids, self._formats(backend), self.scan.is_batch)
 
     def _formats(self, backend: Backend | None = None) -> Formats:
         """Both formats; without a backend for reading only."""
         model = self.settings.engine.model
         if backend is not None:
             model = backend.identity().get("model", model)
-        run = f"{self.survey.sha256 or self.created}/{self.seed}"
+        run = f"{self.scan.sha256 or self.created}/{self.seed}"
         run_id = hashlib.blake2b(run.encode(), digest_size=8).hexdigest()
         timings = self.settings.with_timings
         batch = BatchFormat(run_id, self.created, model_name(model), timings)
@@ -213,7 +217,7 @@ class Work:
     @property
     def _format(self) -> LineFormat:
         """The format of an input that is no stream."""
-        return self._formats().of(bool(self.survey.is_batch))
+        return self._formats().of(bool(self.scan.is_batch))
 
     def _how_to_resume(self) -> str:
         written = f"{self.journal.tally.num_lines:,} results are in {self.settings.output}"
@@ -243,7 +247,9 @@ def default_output(input: Path) -> Path:
     return input.with_name(f"{stem}.results.jsonl")
 
 
-def run_file(settings: RunSettings, open_backend: OpenBackend, display: Display) -> RunReport:
+def run_file(
+    settings: RunSettings, open_backend: OpenBackend, display: RunProgress
+) -> RunStatistics:
     """Answer every line of an input, going on where an earlier run of the same kind ended.
 
     Args:
@@ -272,10 +278,12 @@ def run_file(settings: RunSettings, open_backend: OpenBackend, display: Display)
     return report
 
 
-def _run_to_file(settings: RunSettings, open_backend: OpenBackend, display: Display) -> RunReport:
+def _run_to_file(
+    settings: RunSettings, open_backend: OpenBackend, display: RunProgress
+) -> RunStatistics:
     output, previous = settings.output, _previous_manifest(settings)
     work = _work(settings, previous)
-    manifest = Manifest.of(settings, work.survey, work.seed, work.created)
+    manifest = Manifest.of(settings, work.scan, work.seed, work.created)
     if previous is not None:
         previous.refuse_change(replace(manifest, backend=previous.backend), output)
         _check_errors(settings, previous, manifest)
@@ -295,7 +303,7 @@ def _run_to_file(settings: RunSettings, open_backend: OpenBackend, display: Disp
                 display.note(f"versions differ from those of the lines before: {changes}")
         answer = work.retry if asks_again else work.do
         report = answer(backend, display, manifest)
-    work.survey.refuse_change(settings.input)
+    work.scan.refuse_change(settings.input)
     work.finish(is_new=True)
     save_manifest(replace(manifest, report=asdict(report)), output)
     return report
@@ -303,7 +311,7 @@ def _run_to_file(settings: RunSettings, open_backend: OpenBackend, display: Disp
 
 def _work(settings: RunSettings, previous: Manifest | None = None) -> Work:
     """What is to do if nothing is done yet."""
-    known = survey(settings)
+    known = scan_input(settings)
     created = known.modified if previous is None else previous.created
     return Work(settings, known, _seed(settings, previous), created, Journal())
 
@@ -393,7 +401,7 @@ def _seed(settings: RunSettings, previous: Manifest | None) -> int:
     return secrets.randbelow(2**31) if previous is None else previous.seed
 
 
-def _leave_alone(work: Work, previous: Manifest | None, manifest: Manifest) -> RunReport:
+def _leave_alone(work: Work, previous: Manifest | None, manifest: Manifest) -> RunStatistics:
     """Leave an output that has every line as it is, or complete what a kill left undone."""
     report = work.journal.tally.report()
     if manifest != previous:

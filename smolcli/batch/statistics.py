@@ -70,7 +70,7 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
-class RunReport:
+class RunStatistics:
     """A run in numbers: lines and tokens of the whole output, times of its last session."""
 
     num_lines: int
@@ -110,7 +110,7 @@ class RunReport:
         return rows
 
 
-class Tally:
+class StatisticsCollector:
     """Adds up the results of an output; `begin` marks where this session's own start."""
 
     def __init__(self) -> None:
@@ -165,10 +165,10 @@ class Tally:
         if result.timings is not None:
             self._latencies.add(result.timings.total_s)
 
-    def report(self, counters: Counters = _NOTHING) -> RunReport:
+    def report(self, counters: Counters = _NOTHING) -> RunStatistics:
         """The numbers so far, with those that only the backend knows."""
         rate = self.tokens_per_second
-        return RunReport(
+        return RunStatistics(
             num_lines=self.num_lines,
             num_answered=self.num_answered,
             failed=dict(sorted(self.failed.items())),

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from smolcli.batch.queries import ChatIds, Questions
+from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.data.reader import read_rows
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.line_formats import Formats
 from smolcli.settings import RunSettings
 from smolcli.text.grammar import check_format
-from smolcli.text.tokenizer import Chat, context_length
+from smolcli.text.tokenizer import ChatTokenizer, context_length
 from smolcli.types import Query, Result, failure
 from smolcli.weights import hub
 from smolcli.weights.resolve import local
@@ -35,7 +35,7 @@ def check_input(settings: RunSettings, examine: Examine | None) -> Iterator[Quer
         InputError: where the input cannot be read.
     """
     rows = islice(read_rows(settings.input, settings.rows), settings.limit)
-    for item in Questions(rows, settings.defaults, ChatIds(), Formats()):
+    for item in QueryReader(rows, settings.defaults, ChatIds(), Formats()):
         yield item if isinstance(item, Result) else _examined(item, examine)
 
 
@@ -52,7 +52,7 @@ def _examined(query: Query, examine: Examine | None) -> Query | Result:
 
 def prompt_fits(folder: Path) -> Examine:
     """Examines whether prompts leave the model in `folder` room for an answer."""
-    chat, limit = Chat.load(folder), context_length(folder) - 1
+    chat, limit = ChatTokenizer.load(folder), context_length(folder) - 1
 
     def examine(query: Query) -> None:
         if (num_tokens := len(chat.encode(query.messages))) > limit:

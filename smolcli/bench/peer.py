@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from smolcli.bench.measure import Reading, Show
 from smolcli.bench.work import REFERENCE_TOKENS, STORY_TOKENS, long_prompt, reference, stories
 from smolcli.settings import BenchPlan
-from smolcli.text.tokenizer import Chat
+from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Query
 from smolcli.weights.resolve import resolve
 
@@ -29,7 +29,7 @@ class Peer:
         folder = resolve(identity["model"]).folder
         dtype = getattr(torch, identity["dtype"])
         self._num_threads = identity["threads"]
-        self._chat = Chat.load(folder)
+        self._chat = ChatTokenizer.load(folder)
         self._device = identity["device"]
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self._model = model.to(self._device)

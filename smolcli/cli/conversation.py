@@ -14,7 +14,7 @@ from smolcli.types import Message, Query
 
 
 class Conversation:
-    """Questions and answers so far, and the system prompt before them.
+    """QueryReader and answers so far, and the system prompt before them.
 
     Args:
         defaults: how answers are generated, and the system prompt to begin with.

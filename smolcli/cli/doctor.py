@@ -18,7 +18,7 @@ from smolcli.weights.resolve import local
 from smolcli.weights.store import ModelFiles, fault, models_folder, stored
 
 if TYPE_CHECKING:
-    from smolcli.engine.autoconfig import Setup
+    from smolcli.engine.autoconfig import ResolvedConfig
 
 PACKAGE = "smolcli"
 LEAST_DISK_BYTES = 1 << 30  # a model, twice while it is converted
@@ -160,7 +160,7 @@ def _chosen(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
     yield _memory(setup)
 
 
-def _memory(setup: "Setup") -> Finding:
+def _memory(setup: "ResolvedConfig") -> Finding:
     needed, has = _gib(setup.needed_bytes), _gib(setup.memory_bytes)
     if setup.needed_bytes > setup.memory_bytes:
         remedy = "a smaller --model, or a machine with more memory"

@@ -26,7 +26,7 @@ DEFAULT_FILE = "chat.jsonl"
 POLL_S = 0.2  # a wait without an end cannot be interrupted on Windows
 
 
-class Talk:
+class InteractiveChat:
     """One person's conversation with a backend.
 
     Args:
@@ -108,7 +108,7 @@ class Talk:
     def _stream(self, query: Query) -> tuple[str, Result | None]:
         """The text of an answer, shown as it came, and its result; None if it was stopped."""
         pieces: SimpleQueue[str | None] = SimpleQueue()
-        future = self._backend.submit(query, pieces.put, is_urgent=True)
+        future = self._backend.submit(query, pieces.put, is_interactive=True)
         future.add_done_callback(lambda _: pieces.put(None))
         text = ""
         try:

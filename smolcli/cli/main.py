@@ -104,7 +104,7 @@ def main(
         ctx.meta["config"] = path
 
 
-_answering = functools.partial(app.command, rich_help_panel="Questions")
+_answering = functools.partial(app.command, rich_help_panel="QueryReader")
 _answering(epilog=run.EXAMPLES)(run.run)
 _answering(epilog=ask.EXAMPLES)(ask.ask)
 _answering(epilog=chat.EXAMPLES)(chat.chat)

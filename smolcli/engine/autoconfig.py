@@ -9,7 +9,7 @@ from smolcli.engine.config import LlamaConfig
 from smolcli.engine.hardware import memory_bytes, num_cores
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.build import NoKernels, load_kernels
-from smolcli.engine.native.model import misfit
+from smolcli.engine.native.model import unsupported_reason
 from smolcli.errors import UsageError
 from smolcli.settings import MOST_SLOTS, EngineSettings
 
@@ -19,7 +19,7 @@ TYPICAL_TOKENS = 256  # of a query and its answer: a slot that has no room for t
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class ResolvedConfig:
     """Where and how an engine computes; nothing is left to be chosen."""
 
     device: torch.device
@@ -33,7 +33,9 @@ class Setup:
     needed_bytes: int  # with every slot in use, roughly
 
 
-def choose(settings: EngineSettings, config: LlamaConfig, memory: int | None = None) -> Setup:
+def choose(
+    settings: EngineSettings, config: LlamaConfig, memory: int | None = None
+) -> ResolvedConfig:
     """Complete the settings with what suits this machine and the model.
 
     Slots are as many as pay off, or as fit: a slot counts as used by a query of typical length.
@@ -55,7 +57,7 @@ def choose(settings: EngineSettings, config: LlamaConfig, memory: int | None = N
     room = max(min(memory // CACHE_SHARE, memory - taken), slot_bytes)
     cache_bytes = settings.kv_cache_mb << 20 or room
     slots = settings.max_batch_size or max(1, min(MOST_SLOTS, cache_bytes // slot_bytes))
-    return Setup(
+    return ResolvedConfig(
         device=device,
         dtype=dtype,
         kernels=kernels,
@@ -135,7 +137,7 @@ def _kernels(
     if device.type == "cpu":
         try:
             kernels = load_kernels(dtype)
-            reason = misfit(config, kernels) or ""
+            reason = unsupported_reason(config, kernels) or ""
         except NoKernels as exc:
             reason = str(exc)
     if reason and name == "native":

@@ -8,7 +8,7 @@ import torch
 from smolcli.engine.interfaces import Model
 from smolcli.engine.sampler import choose, score
 from smolcli.engine.scheduler import Scheduler
-from smolcli.engine.sequence import Sequence, Work
+from smolcli.engine.sequence import ScheduledSequence, Sequence
 from smolcli.errors import BackendError, PromptTooLong
 from smolcli.types import FinishReason
 
@@ -96,13 +96,13 @@ class Engine:
         with _blamed_on(sequence):
             self.cache.open(sequence)
 
-    def _has_room(self, work: Work) -> bool:
+    def _has_room(self, work: ScheduledSequence) -> bool:
         if work.sequence.error is None:
             with _blamed_on(work.sequence):
                 self.cache.make_room(work.sequence)
         return work.sequence.error is None
 
-    def _run(self, works: list[Work]) -> None:
+    def _run(self, works: list[ScheduledSequence]) -> None:
         """Compute the works together; halve a batch that fails until the culprit stands alone.
 
         Computing a token again writes the same keys and values to the same place.
@@ -119,7 +119,7 @@ class Engine:
             self._run(works[:middle])
             self._run(works[middle:])
 
-    def _forward(self, works: list[Work]) -> None:
+    def _forward(self, works: list[ScheduledSequence]) -> None:
         self.num_steps += 1
         hidden = self.model.forward(self.cache.batch(works))
         ready = [w.sequence for w in works if w.completes]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.prefix_cache import PrefixCache
-from smolcli.engine.sequence import Sequence, Work
+from smolcli.engine.sequence import ScheduledSequence, Sequence
 
 Masks = abc.Sequence[bytes | None]  # one for each row; None allows all
 
@@ -79,11 +79,11 @@ class Cache(Protocol):
         """See that all tokens of the sequence, the newest included, have a place."""
         ...
 
-    def place(self, work: Work) -> tuple[int, int]:
+    def place(self, work: ScheduledSequence) -> tuple[int, int]:
         """Works sorted by this make the cheapest batch."""
         ...
 
-    def batch(self, works: list[Work]) -> Batch:
+    def batch(self, works: list[ScheduledSequence]) -> Batch:
         """The input of a forward pass over sorted works that have room."""
         ...
 

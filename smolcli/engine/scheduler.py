@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from smolcli.engine.sequence import Sequence, Work
+from smolcli.engine.sequence import ScheduledSequence, Sequence
 
 URGENT_SHARE = 8  # urgent sequences have a slot of their own for every so many others
 BULK_TURN = 3  # while urgent sequences run, the others take part in every third step
@@ -51,21 +51,23 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        (self._urgent if sequence.is_urgent else self._bulk).append(sequence)
+        (self._urgent if sequence.is_interactive else self._bulk).append(sequence)
 
-    def plan(self) -> list[Work]:
+    def plan(self) -> list[ScheduledSequence]:
         """Admit what fits, then share the step's tokens: running answers first, then prompts."""
         self._admit(self._urgent, self.max_batch_size + 1 + self.max_batch_size // URGENT_SHARE)
         if not self._urgent:
             self._admit(self._bulk, self.max_batch_size)
         chosen = list(self._in_turn())
-        works = [Work(s, s.num_cached, len(s.token_ids)) for s in chosen if s.is_decoding]
+        works = [
+            ScheduledSequence(s, s.num_cached, len(s.token_ids)) for s in chosen if s.is_decoding
+        ]
         room = max(self.max_step_tokens - len(works), 1)
         for sequence in chosen:
             if room > 0 and not sequence.is_decoding:
                 self._begin(sequence)
                 stop = min(sequence.num_cached + room, len(sequence.token_ids))
-                works.append(Work(sequence, sequence.num_cached, stop))
+                works.append(ScheduledSequence(sequence, sequence.num_cached, stop))
                 room -= stop - sequence.num_cached
         return works
 
@@ -95,8 +97,8 @@ class Scheduler:
 
     def _in_turn(self) -> Iterator[Sequence]:
         """The sequences that take part in this step, urgent ones first."""
-        urgent = [s for s in self.running if s.is_urgent]
-        bulk = [s for s in self.running if not s.is_urgent]
+        urgent = [s for s in self.running if s.is_interactive]
+        bulk = [s for s in self.running if not s.is_interactive]
         yield from urgent
         self._num_urgent_steps = self._num_urgent_steps + 1 if urgent and bulk else 0
         if self._num_urgent_steps % BULK_TURN == 0:

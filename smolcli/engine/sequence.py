@@ -48,7 +48,7 @@ class Sequence:
 
     prompt_ids: list[int]
     sampling: Sampling = field(default_factory=Sampling)
-    is_urgent: bool = False
+    is_interactive: bool = False
     constraint: Constraint | None = None
     top_logprobs: int | None = None
     token_ids: list[int] = field(init=False)
@@ -110,7 +110,7 @@ class Sequence:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ScheduledSequence:
     """Tokens `start` to `stop` of one sequence, to be computed in one step."""
 
     sequence: Sequence

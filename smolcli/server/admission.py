@@ -22,7 +22,7 @@ def unavailable(message: str) -> HttpError:
     return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, message, ErrorCode.OVERLOADED, headers=headers)
 
 
-class Gate:
+class AdmissionLimit:
     """Counts the requests and queries that are let in and not finished.
 
     Args:

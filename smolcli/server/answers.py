@@ -22,7 +22,7 @@ class Usage(Exact):
     completion_tokens: int
 
 
-class LikelyToken(Exact):
+class TopLogprob(Exact):
     """A token and the natural logarithm of its likelihood."""
 
     token: str
@@ -30,10 +30,10 @@ class LikelyToken(Exact):
     bytes: list[int] | None
 
 
-class TokenLogprob(LikelyToken):
+class TokenLogprob(TopLogprob):
     """The same of a token that was chosen, with the likeliest ones."""
 
-    top_logprobs: list[LikelyToken]
+    top_logprobs: list[TopLogprob]
 
 
 class Alternative(Exact):

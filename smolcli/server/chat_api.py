@@ -11,7 +11,7 @@ from flask import Blueprint, Response, request
 from smolcli.errors import QueryError
 from smolcli.protocol.query import chat_id_of, parse_query
 from smolcli.server.errors import HttpCode, HttpError, error_response, result_error
-from smolcli.server.in_flight import Flight
+from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json, to_json
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result
@@ -30,7 +30,7 @@ def chat_views(service: Service) -> Blueprint:
     @views.post("/chat")
     def chat() -> Response:
         query = parse_query(read_json(), service.settings.defaults)
-        with closing(service.start({0: query}, is_urgent=True)) as flight:
+        with closing(service.start({0: query}, is_interactive=True)) as flight:
             _, result = next(flight.results())
         if result.is_error:
             return error_response(result_error(result))
@@ -43,7 +43,7 @@ def chat_views(service: Service) -> Blueprint:
         items = [_parse(value, service.settings.defaults) for value in values]
         bad = {index: item for index, item in enumerate(items) if isinstance(item, Result)}
         queries = {index: item for index, item in enumerate(items) if isinstance(item, Query)}
-        flight = service.start(queries, is_urgent=False)
+        flight = service.start(queries, is_interactive=False)
         for result in bad.values():
             service.count(result)
         if request.accept_mimetypes.best_match(["application/json", NDJSON]) == NDJSON:
@@ -84,14 +84,14 @@ def _gathered(results: list[Result]) -> dict[str, Any]:
     return body | SOME_FAILED if any(result.is_error for result in results) else body
 
 
-def _stream(bad: dict[int, Result], flight: Flight) -> Response:
+def _stream(bad: dict[int, Result], flight: InFlightRequest) -> Response:
     """Results as they finish, a line each."""
     response = Response(_lines(bad, flight), headers=STREAM_HEADERS, mimetype=NDJSON)
     response.call_on_close(flight.close)
     return response
 
 
-def _lines(bad: dict[int, Result], flight: Flight) -> Iterator[str]:
+def _lines(bad: dict[int, Result], flight: InFlightRequest) -> Iterator[str]:
     try:
         for index, result in chain(bad.items(), flight.results()):
             yield to_json({"index": index} | result.record()) + "\n"

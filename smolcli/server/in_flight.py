@@ -7,14 +7,14 @@ from queue import Empty, SimpleQueue
 
 from smolcli.backends.base import Backend
 from smolcli.errors import BackendError
-from smolcli.server.admission import Gate
+from smolcli.server.admission import AdmissionLimit
 from smolcli.server.errors import CLIENT_GONE, HttpError
 from smolcli.types import ErrorCode, Query, Result, failure
 
 POLL_S = 0.25  # how soon it is noticed that a client went away
 
 
-class Flight:
+class InFlightRequest:
     """Submits queries, and hands on what comes of them.
 
     `close` must be called, however the request ends: it cancels what is unfinished.
@@ -35,7 +35,7 @@ class Flight:
         self,
         queries: Mapping[int, Query],
         backend: Backend,
-        gate: Gate,
+        gate: AdmissionLimit,
         timeout_s: float,
         is_client_gone: Callable[[], bool],
         observe: Callable[[Result], None],
@@ -52,11 +52,11 @@ class Flight:
         self._observe = observe
         self._is_closed = False
 
-    def submit(self, *, is_urgent: bool, with_text: bool) -> None:
+    def submit(self, *, is_interactive: bool, with_text: bool) -> None:
         """Hand the queries to the backend."""
         for index, query in self._queries.items():
             on_text = self._putter(index) if with_text else None
-            future = self._backend.submit(query, on_text, is_urgent=is_urgent)
+            future = self._backend.submit(query, on_text, is_interactive=is_interactive)
             self._futures[index] = future
             future.add_done_callback(lambda _, index=index: self._events.put((index, None)))  # type: ignore[misc]
 

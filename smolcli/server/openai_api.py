@@ -18,7 +18,7 @@ from smolcli.server.errors import (
     error_response,
     result_error,
 )
-from smolcli.server.in_flight import Flight
+from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json, to_json
 from smolcli.types import Result
 
@@ -41,7 +41,7 @@ def openai_views(service: Service) -> Blueprint:
         name = f"chatcmpl-{uuid.uuid4().hex}"
         asked = parse_completion(read_json(), service.settings.defaults, name)
         _check_model(asked.model, service.model_name)
-        flight = service.start({0: asked.query}, is_urgent=True, with_text=asked.is_stream)
+        flight = service.start({0: asked.query}, is_interactive=True, with_text=asked.is_stream)
         if asked.is_stream:
             return _stream(asked, flight)
         with closing(flight):
@@ -76,7 +76,7 @@ def _whole(asked: Completion, result: Result) -> Response:
     return json_response(asked.answer(result))
 
 
-def _stream(asked: Completion, flight: Flight) -> Response:
+def _stream(asked: Completion, flight: InFlightRequest) -> Response:
     """The answer as server-sent events; a fault before its first word has a status of its own."""
     events = (event for _, event in flight.events())
     try:

@@ -17,9 +17,9 @@ from smolcli.errors import BackendError
 from smolcli.protocol.openai import model_name
 from smolcli.protocol.query import load_json
 from smolcli.server.access_log import current_trace
-from smolcli.server.admission import Gate, unavailable
+from smolcli.server.admission import AdmissionLimit, unavailable
 from smolcli.server.errors import HttpCode, HttpError
-from smolcli.server.in_flight import Flight
+from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.metrics import Metrics
 from smolcli.settings import ServerSettings
 from smolcli.types import Message, Query, Result, Sampling
@@ -31,7 +31,7 @@ WARM_UP_S = 120.0
 CLOSE_S = 10.0
 
 
-class Holder:
+class BackendHolder:
     """Opens the backend on a thread of its own, while the server answers already.
 
     Args:
@@ -112,8 +112,8 @@ class Service:
     """One server's settings and state, each part with its one owner."""
 
     settings: ServerSettings
-    holder: Holder
-    gate: Gate
+    holder: BackendHolder
+    gate: AdmissionLimit
     metrics: Metrics
 
     @property
@@ -122,14 +122,14 @@ class Service:
         return model_name(self.holder.identity().get("model", self.settings.engine.model))
 
     def start(
-        self, queries: Mapping[int, Query], *, is_urgent: bool, with_text: bool = False
-    ) -> Flight:
+        self, queries: Mapping[int, Query], *, is_interactive: bool, with_text: bool = False
+    ) -> InFlightRequest:
         """Begin to answer the present request's queries; the caller closes the flight.
 
         Raises:
             HttpError: 503 where that is not possible now.
         """
-        flight = Flight(
+        flight = InFlightRequest(
             queries,
             self.holder.backend,
             self.gate,
@@ -139,7 +139,7 @@ class Service:
         )
         try:
             current_trace().ask(queries.values())
-            flight.submit(is_urgent=is_urgent, with_text=with_text)
+            flight.submit(is_interactive=is_interactive, with_text=with_text)
         except BaseException:
             flight.close()
             raise

@@ -19,11 +19,11 @@ from waitress.task import ErrorTask
 
 from smolcli.backends.base import Backend
 from smolcli.errors import RunError
-from smolcli.server.admission import Gate, most_requests
+from smolcli.server.admission import AdmissionLimit, most_requests
 from smolcli.server.app import create_app
 from smolcli.server.errors import HttpError, code_of, error_body
 from smolcli.server.metrics import Metrics
-from smolcli.server.service import Holder, Service
+from smolcli.server.service import BackendHolder, Service
 from smolcli.settings import EngineSettings, ServerSettings
 
 IDLE_S = 120.0  # between two requests
@@ -133,8 +133,8 @@ class Server:
         self, settings: ServerSettings, open_backend: Callable[[EngineSettings], Backend]
     ) -> None:
         max_requests = most_requests(settings.engine.most_slots, settings.max_queue)
-        self._holder = Holder(lambda: open_backend(settings.engine), not settings.is_gateway)
-        self._gate = Gate(settings.max_queue, max_requests)
+        self._holder = BackendHolder(lambda: open_backend(settings.engine), not settings.is_gateway)
+        self._gate = AdmissionLimit(settings.max_queue, max_requests)
         metrics = Metrics(self._holder.health)
         app = create_app(Service(settings, self._holder, self._gate, metrics))
         self._drain_timeout_s = settings.drain_timeout_s

@@ -10,7 +10,7 @@ from smolcli.types import ErrorCode, Query, Result, failure
 NUM_DIGITS = 4  # behind the point: further ones depend on what else is in the batch
 
 
-class AnswerText:
+class Detokenizer:
     """Tokens in, text out: cut before the first stop string, without outer white space.
 
     Args:

@@ -32,7 +32,7 @@ _IN_OTHER_WORDS = {
 }
 
 
-class Vocabulary:
+class GrammarCompiler:
     """The tokens of one model, by llguidance; safe to use from any thread.
 
     Args:
@@ -56,13 +56,13 @@ class Vocabulary:
         tokenizer = self._tokenizer()
         return lambda token_id: tokenizer.decode_bytes([token_id])
 
-    def constraint(self, answers: AnswerFormat) -> "TokenConstraint":
+    def constraint(self, answers: AnswerFormat) -> "GrammarMatcher":
         """What holds one answer to its format; equal formats are compiled once.
 
         Raises:
             QueryError: saying what cannot be done.
         """
-        return TokenConstraint(self._compiled(answers).deep_copy(), answers)
+        return GrammarMatcher(self._compiled(answers).deep_copy(), answers)
 
     def _tokenizer(self) -> "LLTokenizer":
         """Read when it is needed first, which takes a moment."""
@@ -87,7 +87,7 @@ class Vocabulary:
         return matcher
 
 
-class TokenConstraint:
+class GrammarMatcher:
     """Holds one answer to its format; see `engine.sequence.Constraint`."""
 
     def __init__(self, matcher: "LLMatcher", answers: AnswerFormat) -> None:

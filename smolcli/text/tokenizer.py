@@ -18,7 +18,7 @@ from smolcli.types import Message
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
-class Chat:
+class ChatTokenizer:
     """The words of one model; safe to use from any thread."""
 
     def __init__(
@@ -29,7 +29,7 @@ class Chat:
         self._special_tokens = special_tokens
 
     @classmethod
-    def load(cls, folder: Path) -> "Chat":
+    def load(cls, folder: Path) -> "ChatTokenizer":
         """Read tokenizer.json, and the template in chat_template.jinja or tokenizer_config.json.
 
         Raises:
@@ -78,7 +78,7 @@ class Chat:
 
 
 class TextDecoder:
-    """Turns one answer's tokens into text as they come; all pieces together equal `Chat.decode`."""
+    """Decodes one answer incrementally; the pieces concatenated equal `ChatTokenizer.decode`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

@@ -14,7 +14,7 @@ from smolcli.engine.interfaces import Model
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.torch_ops.cuda_graphs import GraphedModel, record_cuda_graph
-from smolcli.engine.torch_ops.model import EagerModel
+from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.errors import ModelError
 
 
@@ -37,7 +37,7 @@ def load_model(
     try:
         if kernels is not None:
             return NativeModel(config, weights, kernels)
-        model = EagerModel(config, weights, dtype, device)
+        model = TorchModel(config, weights, dtype, device)
         if device.type == "cuda":
             return GraphedModel(model, partial(record_cuda_graph, device))
         return model

@@ -97,10 +97,10 @@ class RayBackend:
         return dict(self._identity)
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         """See `backends.Backend`."""
-        job = Job(query, on_text, is_urgent)
+        job = Job(query, on_text, is_interactive)
         self._queue.put(job)
         return job.future
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from math import ceil
 
-from smolcli.backends.base import OnText, settle
+from smolcli.backends.base import OnText, complete_future
 from smolcli.errors import BackendError, SmolError
 from smolcli.types import Query, Result
 
@@ -22,7 +22,7 @@ class Job:
 
     query: Query
     on_text: OnText | None
-    is_urgent: bool
+    is_interactive: bool
     future: Future[Result] = field(default_factory=Future)
     num_losses: int = 0
 
@@ -30,11 +30,11 @@ class Job:
         """Complete the future, unless somebody cancelled it."""
         if self.on_text and result.response and not self.future.cancelled():
             self.on_text(result.response)
-        settle(self.future, result)
+        complete_future(self.future, result)
 
     def fail(self, error: BackendError) -> None:
         """Tell that there will be no result."""
-        settle(self.future, error)
+        complete_future(self.future, error)
 
 
 class Share:
@@ -89,7 +89,7 @@ class JobQueue:
         with self._changed:
             gone = self._gone
             if gone is None:
-                (self._pending.appendleft if job.is_urgent else self._pending.append)(job)
+                (self._pending.appendleft if job.is_interactive else self._pending.append)(job)
                 self._changed.notify()
         if gone is not None:
             job.fail(BackendError(str(gone)))

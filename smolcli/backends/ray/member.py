@@ -79,7 +79,7 @@ class Member:
     def exchange(self, jobs: Iterable[Job]) -> list[tuple[Job, Result]]:
         """Give it more to do; returns what it has finished, after a moment at most."""
         mine = self.share.jobs
-        tasks = [Task(self.share.add(job), job.query, job.is_urgent) for job in jobs]
+        tasks = [Task(self.share.add(job), job.query, job.is_interactive) for job in jobs]
         cancelled = [number for number, job in mine.items() if job.future.cancelled()]
         reply = self._call("exchange", tasks, cancelled)
         assert isinstance(reply, Reply)

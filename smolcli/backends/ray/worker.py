@@ -35,7 +35,7 @@ class Task:
 
     number: int
     query: Query
-    is_urgent: bool
+    is_interactive: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Worker:
         return Reply(self._collect(), self._backend.counters())
 
     def _start(self, backend: Backend, task: Task) -> None:
-        future = backend.submit(task.query, is_urgent=task.is_urgent)
+        future = backend.submit(task.query, is_interactive=task.is_interactive)
         self._unfinished[task.number] = future
         future.add_done_callback(lambda _: self._finished.put(task.number))
 

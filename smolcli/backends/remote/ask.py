@@ -63,7 +63,7 @@ async def ask(upstream: Upstream, jobs: list[Job], turns: asyncio.Semaphore) -> 
 
 
 def _is_alone(jobs: list[Job]) -> bool:
-    return not jobs or (len(jobs) == 1 and (jobs[0].is_urgent or jobs[0].on_text is not None))
+    return not jobs or (len(jobs) == 1 and (jobs[0].is_interactive or jobs[0].on_text is not None))
 
 
 def _has_words_for(upstream: Upstream, job: Job) -> bool:

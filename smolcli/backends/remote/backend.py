@@ -101,10 +101,10 @@ class RemoteBackend:
             time.sleep(POLL_S)
 
     def submit(
-        self, query: Query, on_text: OnText | None = None, *, is_urgent: bool = False
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
         """See `backends.Backend`."""
-        job = Job(query, on_text, is_urgent)
+        job = Job(query, on_text, is_interactive)
         with self._lock:
             if self._is_closed or not self._thread.is_alive():
                 job.fail(BackendError("the connection to the model is closed"))
@@ -159,7 +159,7 @@ class RemoteBackend:
         job.future.add_done_callback(lambda _: self._finish(job))
         if job.on_text is not None:
             self._start([job])
-        elif job.is_urgent and self._num_alone < self._settings.max_concurrency:
+        elif job.is_interactive and self._num_alone < self._settings.max_concurrency:
             self._num_alone += 1
             self._start([job]).add_done_callback(lambda _: self._count_out())
         else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import httpx2 as httpx
 
-from smolcli.backends.base import OnText, settle
+from smolcli.backends.base import OnText, complete_future
 from smolcli.errors import BackendError
 from smolcli.types import Query, Result, Timings
 
@@ -40,7 +40,7 @@ class Job:
 
     query: Query
     on_text: OnText | None
-    is_urgent: bool
+    is_interactive: bool
     future: Future[Result] = field(default_factory=Future)
     task: asyncio.Task[None] | None = None  # that works for this job alone
     submitted_at: float = field(default_factory=time.perf_counter)
@@ -68,11 +68,11 @@ class Job:
             first_token_s=(self.first_text_at or now) - self.submitted_at,
             total_s=now - self.submitted_at,
         )
-        settle(self.future, replace(result, timings=timings))
+        complete_future(self.future, replace(result, timings=timings))
 
     def fail(self, error: BackendError) -> None:
         """Tell that nobody can answer."""
-        settle(self.future, error)
+        complete_future(self.future, error)
 
 
 @contextmanager

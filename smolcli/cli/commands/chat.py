@@ -25,9 +25,9 @@ def chat(
     engine: EngineOptions,
     remote: ViaOptions,
 ) -> None:
-    """Talk with the model; /help tells what else can be typed."""
+    """InteractiveChat with the model; /help tells what else can be typed."""
     from smolcli.cli.conversation import Conversation
-    from smolcli.cli.interactive import COMMANDS, Talk
+    from smolcli.cli.interactive import COMMANDS, InteractiveChat
     from smolcli.cli.terminal import is_interactive, piped_lines, typed_lines
 
     conversation = Conversation(generation.query_defaults())
@@ -40,7 +40,7 @@ def chat(
     with closing((ctx.obj or open_backend)(engine.settings())) as backend:
         if is_typed:
             _say(f"{backend.identity().get('model', 'ready')}; /help helps, Ctrl-D ends")
-        talk = Talk(backend, conversation, _show, _say, is_typed)
+        talk = InteractiveChat(backend, conversation, _show, _say, is_typed)
         talk.run(lines)
     raise typer.Exit(SOME_FAILED if talk.num_failed else 0)
 

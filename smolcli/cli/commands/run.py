@@ -41,7 +41,7 @@ def run(
 ) -> None:
     """Answer a file of questions, or each row of a table: one result for each, in order."""
     from smolcli.backends.dedup import shared
-    from smolcli.batch.progress import open_display
+    from smolcli.batch.progress import open_progress
     from smolcli.batch.runner import default_output, run_file
 
     target = options.output or str(default_output(here(input)))
@@ -53,7 +53,7 @@ def run(
     log_to_stderr(options.quiet)
     if options.check:
         return _check(settings, options.quiet)
-    display = open_display(options.quiet)
+    display = open_progress(options.quiet)
     open_backend = ctx.obj or backend_opener(remote.settings(settings.engine), cluster)
     report = run_file(settings, shared(open_backend) if options.dedupe else open_backend, display)
     display.summary(report, output)

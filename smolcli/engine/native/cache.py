@@ -10,7 +10,7 @@ from torch import Tensor
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.native.bindings import SPAN, Kernels, address
 from smolcli.engine.prefix_cache import PrefixCache
-from smolcli.engine.sequence import Sequence, Work
+from smolcli.engine.sequence import ScheduledSequence, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +71,11 @@ class BufferCache:
         """See `model.Cache`; there is room from the beginning."""
         assert len(sequence.token_ids) <= self._buffers[sequence].shape[3]
 
-    def place(self, work: Work) -> tuple[int, int]:
+    def place(self, work: ScheduledSequence) -> tuple[int, int]:
         """See `model.Cache`; long pieces first, so that what is short fills the gaps."""
         return work.start - work.stop, -work.stop
 
-    def batch(self, works: list[Work]) -> NativeBatch:
+    def batch(self, works: list[ScheduledSequence]) -> NativeBatch:
         """See `model.Cache`."""
         ids = [t for w in works for t in w.sequence.token_ids[w.start : w.stop]]
         ends = np.cumsum([w.stop - w.start for w in works])

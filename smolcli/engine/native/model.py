@@ -19,7 +19,7 @@ from smolcli.engine.native.cache import BufferCache, NativeBatch
 from smolcli.engine.native.head import NativeHead
 
 
-def misfit(config: LlamaConfig, kernels: Kernels) -> str | None:
+def unsupported_reason(config: LlamaConfig, kernels: Kernels) -> str | None:
     """Why the kernels cannot run a model of this shape, None if they can."""
     multiples = {
         "hidden_size": (config.hidden_size, kernels.panel),

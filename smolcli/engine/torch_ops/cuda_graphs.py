@@ -14,10 +14,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from smolcli.engine.sequence import Work
+from smolcli.engine.sequence import ScheduledSequence
 from smolcli.engine.torch_ops.attention import SlabSpan
 from smolcli.engine.torch_ops.batch import Batch
-from smolcli.engine.torch_ops.model import EagerModel
+from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.engine.torch_ops.slab_cache import Slab, SlabCache
 
 SHORTEST = 256  # positions in a row of the first slab; the next have twice as many
@@ -71,7 +71,7 @@ class SlabStep:
         record: records what is computed, when it has been computed a few times.
     """
 
-    def __init__(self, model: EagerModel, slab: Slab, record: Record) -> None:
+    def __init__(self, model: TorchModel, slab: Slab, record: Record) -> None:
         self._rows = slab.rows
         self._spare_row = slab.capacity
         self._inputs = torch.zeros(3, slab.capacity, dtype=torch.long, device=model.device)
@@ -80,7 +80,7 @@ class SlabStep:
         self._record = record
         self._num_steps = 0
 
-    def __call__(self, works: list[Work]) -> Tensor:
+    def __call__(self, works: list[ScheduledSequence]) -> Tensor:
         """Hidden states, (N, hidden), of works on N rows."""
         rows = [self._rows[work.sequence] for work in works]
         tokens = [work.sequence.token_ids[work.start] for work in works]
@@ -94,7 +94,7 @@ class SlabStep:
         return self._compute()[rows]
 
 
-def _over_all_rows(model: EagerModel, slab: Slab, inputs: Tensor) -> Compute:
+def _over_all_rows(model: TorchModel, slab: Slab, inputs: Tensor) -> Compute:
     """Hidden states of all rows from their token ids, positions, and rows to store in."""
     token_ids, positions, stored_in = inputs
     keys, values, length = slab.keys, slab.values, slab.length
@@ -111,20 +111,20 @@ def _over_all_rows(model: EagerModel, slab: Slab, inputs: Tensor) -> Compute:
 class GraphedBatch:
     """The works of one step: those on rows, slab by slab, then pieces of prompts."""
 
-    decoding: list[tuple[Slab, list[Work]]]
+    decoding: list[tuple[Slab, list[ScheduledSequence]]]
     prompts: Batch | None
 
 
 class GraphedCache(SlabCache):
     """Slabs of few lengths, each with a row that is nobody's."""
 
-    def __init__(self, model: EagerModel, prefix_bytes: int) -> None:
+    def __init__(self, model: TorchModel, prefix_bytes: int) -> None:
         shape = (model.config, model.dtype, model.device, prefix_bytes)
         super().__init__(*shape, padded_length=fixed_length, spare_rows=1)
 
-    def batch(self, works: list[Work]) -> GraphedBatch:
+    def batch(self, works: list[ScheduledSequence]) -> GraphedBatch:
         """See `model.Cache`."""
-        decoding: list[tuple[Slab, list[Work]]] = []
+        decoding: list[tuple[Slab, list[ScheduledSequence]]] = []
         num_decoding = 0
         for slab, group in groupby(works, key=lambda work: self.slab_of(work.sequence)):
             if slab is not None:
@@ -142,7 +142,7 @@ class GraphedModel:
         record: how.
     """
 
-    def __init__(self, model: EagerModel, record: Record) -> None:
+    def __init__(self, model: TorchModel, record: Record) -> None:
         self.config = model.config
         self.head = model.head
         self._model = model
@@ -159,7 +159,7 @@ class GraphedModel:
             hidden.append(self._model.forward(batch.prompts))
         return torch.cat(hidden)
 
-    def _step(self, slab: Slab) -> Callable[[list[Work]], Tensor]:
+    def _step(self, slab: Slab) -> Callable[[list[ScheduledSequence]], Tensor]:
         if slab.step is None:
             slab.step = SlabStep(self._model, slab, self._record)
         return slab.step

@@ -13,7 +13,7 @@ NEAR_TIE = 0.25  # two steps of a bfloat16 between 16 and 32, where the largest 
 BLOCK = 128
 
 
-class EagerHead:
+class TorchHead:
     """The last norm and the projection to the vocabulary.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig, rotary_angles
 from smolcli.engine.torch_ops.batch import Batch, Span
-from smolcli.engine.torch_ops.head import EagerHead
+from smolcli.engine.torch_ops.head import TorchHead
 from smolcli.engine.torch_ops.linear import Linear, make_linear
 from smolcli.engine.torch_ops.slab_cache import FlatCache
 
@@ -30,7 +30,7 @@ class Layer:
     down: Linear
 
 
-class EagerModel:
+class TorchModel:
     """The weights, laid out for this machine, and the forward pass.
 
     Args:
@@ -52,7 +52,7 @@ class EagerModel:
         self.device = device
         self._embed = _copy(weights["embed_tokens.weight"], dtype, device)
         head = self._embed if config.is_tied else _copy(weights["lm_head.weight"], dtype, device)
-        self.head = EagerHead(head, weights["norm.weight"], config.rms_norm_eps)
+        self.head = TorchHead(head, weights["norm.weight"], config.rms_norm_eps)
         self._layers = [self._layer(weights, f"layers.{i}.") for i in range(config.num_layers)]
         self._cos, self._sin = self._rotary_tables()
         self._eps = torch.tensor(config.rms_norm_eps, device=device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.prefix_cache import PrefixCache
-from smolcli.engine.sequence import Sequence, Work
+from smolcli.engine.sequence import ScheduledSequence, Sequence
 from smolcli.engine.torch_ops.attention import PromptSpan, SlabSpan
 from smolcli.engine.torch_ops.batch import Batch, Span
 
@@ -59,7 +59,7 @@ class Slab:
     def __init__(self, config: LlamaConfig, length: int, like: Tensor, spare_rows: int) -> None:
         self.length = length
         self.rows: dict[Sequence, int] = {}
-        self.step: Callable[[list[Work]], Tensor] | None = None
+        self.step: Callable[[list[ScheduledSequence]], Tensor] | None = None
         self._row_step = max(1, min(ROW_STEP, STEP_TOKENS // length))
         self._spare_rows = spare_rows
         empty = like.new_empty(0, config.num_kv_heads, length, config.head_dim)
@@ -191,12 +191,12 @@ class SlabCache:
         home = self._homes[sequence]
         return home if isinstance(home, Slab) else None
 
-    def place(self, work: Work) -> tuple[int, int]:
+    def place(self, work: ScheduledSequence) -> tuple[int, int]:
         """Where the sequence's row lies; works in this order make the fewest spans."""
         home = self._homes[work.sequence]
         return (home.length, home.rows[work.sequence]) if isinstance(home, Slab) else (1 << 62, 0)
 
-    def flat_batch(self, works: list[Work]) -> Batch:
+    def flat_batch(self, works: list[ScheduledSequence]) -> Batch:
         """The input of a forward pass over works with room, in the order of their places."""
         token_ids = [t for w in works for t in w.sequence.token_ids[w.start : w.stop]]
         positions = [p for w in works for p in range(w.start, w.stop)]
@@ -222,17 +222,17 @@ class SlabCache:
             self._slabs[length] = Slab(self._config, length, self._like, self._spare_rows)
         return self._slabs[length]
 
-    def _spans(self, works: list[Work]) -> list[Span]:
+    def _spans(self, works: list[ScheduledSequence]) -> list[Span]:
         """The works in runs that lie side by side; each prompt is a run of its own."""
 
-        def gap(item: tuple[int, Work]) -> tuple[int, int]:
+        def gap(item: tuple[int, ScheduledSequence]) -> tuple[int, int]:
             length, row = self.place(item[1])
             return length, row - item[0]
 
         runs = groupby(enumerate(works), key=gap)
         return [self._span([work for _, work in run]) for _, run in runs]
 
-    def _span(self, works: list[Work]) -> Span:
+    def _span(self, works: list[ScheduledSequence]) -> Span:
         """Works on one prompt, or on rows of one slab that lie side by side."""
         home = self._homes[works[0].sequence]
         if isinstance(home, PromptBuffer):
@@ -247,6 +247,6 @@ class SlabCache:
 class FlatCache(SlabCache):
     """The cache of a model that computes all works of a step in one pass."""
 
-    def batch(self, works: list[Work]) -> Batch:
+    def batch(self, works: list[ScheduledSequence]) -> Batch:
         """See `model.Cache`."""
         return self.flat_batch(works)
