@@ -1,0 +1,73 @@
+"""Counts modules, packages and the imports between packages: python -m tools.import_graph [FOLDER].
+
+A package is a direct child of FOLDER (default: smolcli), a module at its top level included.
+Imports for type checkers only are left out.
+"""
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+
+def imported(path: Path, root: str) -> Iterator[str]:
+    """Names, relative to the root package, of its modules that a file imports at run time."""
+    tree = ast.parse(path.read_text("utf-8"))
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only or not isinstance(node, ast.ImportFrom):
+            continue
+        if node.module and node.module.startswith(f"{root}."):
+            yield node.module.removeprefix(f"{root}.")
+
+
+def package_graph(folder: Path) -> dict[str, set[str]]:
+    """Which packages each package imports."""
+    graph: dict[str, set[str]] = defaultdict(set)
+    for path in folder.rglob("*.py"):
+        package = path.relative_to(folder).with_suffix("").parts[0]
+        graph[package] |= {name.partition(".")[0] for name in imported(path, folder.name)}
+    graph.pop("__init__", None)
+    return {package: targets - {package} for package, targets in graph.items()}
+
+
+def num_layers(graph: dict[str, set[str]]) -> int:
+    """Length of the longest chain of imports.
+
+    Raises:
+        ValueError: packages import each other in a cycle.
+    """
+    visiting: set[str] = set()
+
+    @cache
+    def height(package: str) -> int:
+        if package in visiting:
+            raise ValueError(f"{package} is part of an import cycle")
+        visiting.add(package)
+        result = 1 + max((height(target) for target in graph.get(package, ())), default=0)
+        visiting.discard(package)
+        return result
+
+    return max(height(package) for package in graph)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "smolcli")
+    graph = package_graph(folder)
+    modules = sum(path.name != "__init__.py" for path in folder.rglob("*.py"))
+    imports = sum(len(targets) for targets in graph.values())
+    sys.stdout.write(
+        f"modules   {modules}\npackages  {len(graph)}\nlayers    {num_layers(graph)}\n"
+        f"imports   {imports} between packages\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
