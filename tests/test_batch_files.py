@@ -132,9 +132,9 @@ def only_error(job: RunSettings, line: object) -> tuple[str | None, str, str | N
 @pytest.mark.parametrize(
     ("change", "said", "field"),
     [
-        ({"custom_id": None}, "custom_id must be a non-empty string", "custom_id"),
-        ({"custom_id": ""}, "custom_id must be a non-empty string", "custom_id"),
-        ({"custom_id": 7}, "custom_id must be a non-empty string", "custom_id"),
+        ({"custom_id": None}, "custom_id must be a non-empty string or an integer", "custom_id"),
+        ({"custom_id": ""}, "custom_id must be a non-empty string or an integer", "custom_id"),
+        ({"custom_id": 7.5}, "custom_id must be a non-empty string or an integer", "custom_id"),
         ({"method": "GET"}, "method must be POST", "method"),
         ({"url": "/v1/completions"}, "url must be /v1/chat/completions", "url"),
         ({"body": "x"}, "body must be an object: a request for a chat completion", "body"),
@@ -181,24 +181,45 @@ def test_whatever_model_is_named_or_none_answers_come(job: RunSettings) -> None:
 def test_formats_do_not_mix(job: RunSettings) -> None:
     own = {"chat_id": "x", "user_prompt": "Hi"}
     _, said, _ = only_error(job, own)
-    assert "the file begins in OpenAI's batch format" in said
+    assert "the file is in OpenAI's batch format" in said
     write(job, [own, request("b"), own | {"chat_id": "y"}])
     _, error, _ = check_input(job, None)
     assert isinstance(error, Result)
-    assert "the file begins in smol's own" in str(error.error)
+    assert "the file is in smol's own" in str(error.error)
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        '{"custom_id": "a", "method": "POST"',
-        {"method": "POST", "url": "/v1/chat/completions", "body": {}},
-        {"custom_id": "a", "body": None},
-    ],
-)
-def test_a_bad_first_line_is_recognised_too(job: RunSettings, first: object) -> None:
+UNSOUND = [
+    "oops, a log line",
+    "{}",
+    "[]",
+    "null",
+    '{"custom_id": "a", "method": "POST"',
+    '{"chat_id": "a", "user_prompt"',
+    {"method": "POST", "url": "/v1/chat/completions", "body": {}},
+    {"custom_id": "a", "body": None},
+    {"chat_id": "", "user_prompt": "Hi"},
+]
+
+
+@pytest.mark.parametrize("first", UNSOUND)
+def test_an_invalid_first_line_does_not_decide_the_format(job: RunSettings, first: object) -> None:
+    """One bad line used to make every line after it an error of the other format."""
     answer(write(job, [first, request("b"), request("c")]))
     assert [r["response"]["status_code"] for r in results(job.output)] == [400, 200, 200]
+    own = [{"chat_id": name, "user_prompt": "Hi"} for name in "bc"]
+    answer(replace(write(job, [first, *own]), overwrite=True))
+    assert ["error" in record for record in results(job.output)] == [True, False, False]
+
+
+def test_without_a_valid_line_the_majority_decides_the_format(job: RunSettings) -> None:
+    wish = {"temperature": -1}
+    answer(write(job, ["{}", request("a", **wish), request("b", **wish), {"chat_id": "c"}]))
+    assert [record["custom_id"] for record in results(job.output)] == [None, "a", "b", None]
+
+
+def test_an_integer_custom_id_is_returned_as_its_text(job: RunSettings) -> None:
+    answer(write(job, [request(7), request(8, temperature=-1)]))
+    assert [record["custom_id"] for record in results(job.output)] == ["7", "8"]
 
 
 def test_columns_of_the_same_names_do_not_make_a_batch(job: RunSettings) -> None:

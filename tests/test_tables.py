@@ -29,7 +29,6 @@ from smolcli.data.prompt_template import Template
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
 from smolcli.errors import BackendError, InputError, ResumeRefused, UsageError
-from smolcli.protocol.line_formats import Formats
 from smolcli.settings import QueryDefaults, RowSettings, RunSettings
 from smolcli.types import Query
 
@@ -48,7 +47,7 @@ def cells(path: Path) -> list[Row]:
 
 
 def items(path: Path, settings: RowSettings) -> list[Any]:
-    return list(QueryReader(read_rows(path, settings), QueryDefaults(), ChatIds(), Formats()))
+    return list(QueryReader(read_rows(path, settings), QueryDefaults(), ChatIds()))
 
 
 def prompt(query: Query) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from smolcli.data.jsonl import is_stream
 from smolcli.data.reader import read_rows, row_numbers
 from smolcli.errors import InputError, RunError
-from smolcli.protocol.line_formats import is_batch
+from smolcli.protocol.line_formats import LineFormat, detect_format
 from smolcli.settings import RunSettings
 
 
@@ -24,7 +24,7 @@ class InputScan:
     modified: int
     sha256: str | None = None
     num_lines: int | None = None
-    is_batch: bool | None = None
+    format: LineFormat | None = None
     stamp: tuple[int, int] | None = None  # size, and when it was changed in nanoseconds
 
     def refuse_change(self, input: Path) -> None:
@@ -53,7 +53,8 @@ def scan_input(settings: RunSettings) -> InputScan:
     """
     if is_stream(settings.input):
         return InputScan(int(time.time()))
-    first = next(read_rows(settings.input, settings.rows), None)
+    values = (row.value for row in read_rows(settings.input, settings.rows))
+    format = detect_format(values, settings.defaults)
     numbers = islice(row_numbers(settings.input, settings.rows), settings.limit)
     num_lines = sum(1 for _ in numbers)
     try:
@@ -66,6 +67,6 @@ def scan_input(settings: RunSettings) -> InputScan:
         modified=int(status.st_mtime),
         sha256=sha256,
         num_lines=num_lines,
-        is_batch=first is not None and is_batch(first.value),
+        format=format,
         stamp=_stamp(status),
     )

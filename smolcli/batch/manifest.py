@@ -8,6 +8,7 @@ from typing import Any, Self
 from smolcli.batch.input_scan import InputScan
 from smolcli.data.jsonl import replacing
 from smolcli.errors import ResumeRefused
+from smolcli.protocol.line_formats import SMOL
 from smolcli.settings import EngineSettings, RunSettings
 
 _RECORDED_ONLY = ("versions", "threads", "device")  # of the backend: may differ after a resume
@@ -39,7 +40,7 @@ class Manifest:
     def of(cls, settings: RunSettings, known: InputScan, seed: int, created: int) -> Self:
         """The manifest of a run whose backend is not known yet."""
         defaults = settings.defaults
-        several = None if known.is_batch is False else defaults.several_temperature
+        several = None if known.format is SMOL else defaults.several_temperature
         generation = asdict(defaults.sampling) | {
             "system_prompt": defaults.system_prompt,
             "extra_fields": defaults.extra_fields,

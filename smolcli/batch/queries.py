@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from itertools import chain
 
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError
-from smolcli.protocol.line_formats import Formats, LineFormat, is_batch
+from smolcli.protocol.line_formats import LineFormat, detect_format
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, failure
 
@@ -28,10 +29,9 @@ class QueryReader:
 
     Args:
         rows: to go through, once.
-        defaults: what the queries are completed with.
+        defaults: values for the fields that a row leaves out.
         ids: those that earlier rows have taken.
-        formats: that the rows may have.
-        is_batch: which of them they have; None where the first row has to tell.
+        format: the format of the rows; detected from the first rows if None.
     """
 
     def __init__(
@@ -39,29 +39,36 @@ class QueryReader:
         rows: Iterable[Row],
         defaults: QueryDefaults,
         ids: ChatIds,
-        formats: Formats,
-        is_batch: bool | None = None,
+        format: LineFormat | None = None,
     ) -> None:
         self._rows = rows
         self._defaults = defaults
         self._ids = ids
-        self._formats = formats
-        self._format = None if is_batch is None else formats.of(is_batch)
+        self._format = format
 
     @property
     def format(self) -> LineFormat:
-        """The format of the rows; known as soon as there is an item."""
+        """The format of the rows; known once the first item has been yielded."""
         assert self._format is not None
         return self._format
 
     def __iter__(self) -> Iterator[Query | Result]:
-        for row in self._rows:
-            if self._format is None:
-                self._format = self._formats.of(is_batch(row.value))
+        rows = iter(self._rows)
+        sample: list[Row] = []
+        if self._format is None:
+            self._format = detect_format(_values(rows, sample), self._defaults)
+        for row in chain(sample, rows):
             item = _parse(row, self._format, self._defaults)
             if item.chat_id and not self._ids.claim(item.chat_id) and isinstance(item, Query):
                 item = _duplicate(item, self._format.id_field)
             yield item
+
+
+def _values(rows: Iterator[Row], sample: list[Row]) -> Iterator[object]:
+    """The value of each row; the rows that were consumed are kept in `sample`."""
+    for row in rows:
+        sample.append(row)
+        yield row.value
 
 
 def _parse(row: Row, format: LineFormat, defaults: QueryDefaults) -> Query | Result:

@@ -30,7 +30,7 @@ from smolcli.data.reader import read_rows, row_numbers
 from smolcli.data.rows import Row
 from smolcli.data.table_writer import check_table, write_table
 from smolcli.errors import BackendError, ResumeRefused, RunError, UsageError
-from smolcli.protocol.line_formats import BatchFormat, Formats, LineFormat, OwnFormat
+from smolcli.protocol.line_formats import LineFormat, RunInfo
 from smolcli.protocol.openai import model_name
 from smolcli.settings import EngineSettings, RunSettings
 from smolcli.types import ErrorCode, Query, Result
@@ -138,12 +138,13 @@ class Work:
         return ResultWriter(output, self.journal.num_bytes)
 
     def _write_all(self, backend: Backend, writer: ResultWriter, display: RunProgress) -> None:
-        questions = self._questions(self._rows_left(), self.journal.ids, backend)
+        questions = self._questions(self._rows_left(), self.journal.ids)
+        run = self._run_info(backend)
         items = read_ahead(questions) if is_stream(self.settings.input) else questions
         tally = self.journal.tally
         with self._shown(display, tally), closing(_answers(items, backend)) as answers:
             for result in answers:
-                writer.write(questions.format.record(result))
+                writer.write(questions.format.for_run(run).record(result))
                 tally.add(result)
                 display.update()
 
@@ -152,7 +153,8 @@ class Work:
     ) -> StatisticsCollector:
         failed, tally = self.journal.failed_lines, self.journal.tally
         tally.failed.clear()  # each is counted anew
-        questions = self._questions(self._rows(), ChatIds(), backend)
+        questions = self._questions(self._rows(), ChatIds())
+        format = questions.format.for_run(self._run_info(backend))
         items = (item for item in questions if item.line in failed)
         with (
             self._shown(display, tally),
@@ -165,7 +167,7 @@ class Work:
                     result = next(answers, None)
                     if result is None:
                         raise self._changed_by_hand()
-                    data = encode(questions.format.record(result))
+                    data = encode(format.record(result))
                     tally.add(result)
                     display.update()
                 file.write(data)
@@ -196,28 +198,25 @@ class Work:
         num_left = None if limit is None else max(limit - num_done, 0)
         return islice(read_rows(settings.input, settings.rows, journal.last_line), num_left)
 
-    def _questions(
-        self, rows: Iterable[Row], ids: ChatIds, backend: Backend | None = None
-    ) -> QueryReader:
+    def _questions(self, rows: Iterable[Row], ids: ChatIds) -> QueryReader:
         sampling = replace(self.settings.defaults.sampling, seed=self.seed)
         defaults = replace(self.settings.defaults, sampling=sampling)
-        return QueryReader(rows, defaults, ids, self._formats(backend), self.scan.is_batch)
+        return QueryReader(rows, defaults, ids, self.scan.format)
 
-    def _formats(self, backend: Backend | None = None) -> Formats:
-        """Both formats; without a backend for reading only."""
+    def _run_info(self, backend: Backend | None = None) -> RunInfo:
+        """What result lines say about this run; without a backend, enough to read them back."""
         model = self.settings.engine.model
         if backend is not None:
             model = backend.identity().get("model", model)
         run = f"{self.scan.sha256 or self.created}/{self.seed}"
         run_id = hashlib.blake2b(run.encode(), digest_size=8).hexdigest()
-        timings = self.settings.with_timings
-        batch = BatchFormat(run_id, self.created, model_name(model), timings)
-        return Formats(OwnFormat(timings), batch)
+        return RunInfo(run_id, self.created, model_name(model), self.settings.with_timings)
 
     @property
     def _format(self) -> LineFormat:
-        """The format of an input that is no stream."""
-        return self._formats().of(bool(self.scan.is_batch))
+        """The format of an input that is not a stream."""
+        assert self.scan.format is not None
+        return self.scan.format.for_run(self._run_info())
 
     def _how_to_resume(self) -> str:
         written = f"{self.journal.tally.num_lines:,} results are in {self.settings.output}"

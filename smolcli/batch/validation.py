@@ -8,7 +8,6 @@ from pathlib import Path
 from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.data.reader import read_rows
 from smolcli.errors import PromptTooLong, QueryError
-from smolcli.protocol.line_formats import Formats
 from smolcli.settings import RunSettings
 from smolcli.text.grammar import check_format
 from smolcli.text.tokenizer import ChatTokenizer, context_length
@@ -35,7 +34,7 @@ def check_input(settings: RunSettings, examine: Examine | None) -> Iterator[Quer
         InputError: where the input cannot be read.
     """
     rows = islice(read_rows(settings.input, settings.rows), settings.limit)
-    for item in QueryReader(rows, settings.defaults, ChatIds(), Formats()):
+    for item in QueryReader(rows, settings.defaults, ChatIds()):
         yield item if isinstance(item, Result) else _examined(item, examine)
 
 

@@ -1,10 +1,13 @@
-"""The formats a line can have: smol's own, and OpenAI's batch format."""
+"""The formats of an input line: smol's own, and OpenAI's batch format."""
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, Protocol
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
 from smolcli.protocol.openai import (
@@ -13,40 +16,24 @@ from smolcli.protocol.openai import (
     parameter_error,
     parse_completion,
 )
-from smolcli.protocol.query import Text, chat_id_of, parse_query
+from smolcli.protocol.query import ChatId, chat_id_of, decimal_id, parse_query
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, Usage
+
+SAMPLE_LINES = 64  # how many lines the format is decided from, at most
 
 _REQUEST_KEYS = {"custom_id", "method", "url", "body"}
 
 
-class RequestFields(BaseModel):
-    """One line; a description reads on from "<field> must be"."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    custom_id: Annotated[Text, Field(min_length=1)] = Field(description="a non-empty string")
-    method: Literal["POST"] = Field(description="POST")
-    url: Literal["/v1/chat/completions"] = Field(description="/v1/chat/completions")
-    body: dict[str, Any] = Field(description="an object: a request for a chat completion")
-
-
-def is_request(value: object) -> bool:
-    """Whether a line was meant for this format, sound or not."""
-    return (
-        isinstance(value, dict) and "chat_id" not in value and len(value.keys() & _REQUEST_KEYS) > 1
-    )
-
-
 @dataclass(frozen=True, slots=True)
-class BatchFormat:
-    """Requests in, responses out; `chat_id` is what the format calls `custom_id`.
+class RunInfo:
+    """What the result lines say about the run that wrote them.
 
     Args:
-        run_id: of the run; with the number of the line it makes the ids of a response.
-        created: when the answers say they were made, in seconds since 1970.
-        model: who they say made them.
-        with_timings: whether each line says where its time went.
+        run_id: prefix of the ids of OpenAI responses; the line number completes it.
+        created: `created` of every OpenAI response, in seconds since 1970.
+        model: `model` of every OpenAI response.
+        with_timings: whether each line carries its timings.
     """
 
     run_id: str = ""
@@ -54,152 +41,87 @@ class BatchFormat:
     model: str = ""
     with_timings: bool = False
 
-    @property
-    def id_field(self) -> str:
-        """What the format calls the id of a line."""
-        return "custom_id"
 
+@dataclass(frozen=True, slots=True)
+class LineFormat(ABC):
+    """How an input line is parsed, and how its result line is written and read back."""
+
+    run: RunInfo = RunInfo()
+
+    name: ClassVar[str]
+    id_field: ClassVar[str]
+
+    def for_run(self, run: RunInfo) -> Self:
+        """The same format, writing the lines of `run`."""
+        return replace(self, run=run)
+
+    @abstractmethod
     def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
-        """The query that a line asks.
+        """Parse the JSON value of one line.
+
+        Args:
+            value: the parsed JSON value.
+            defaults: values for the fields that the line leaves out.
+            line: the line number that the query carries.
 
         Raises:
-            QueryError: naming the first field at fault, or the first parameter in the body.
+            QueryError: naming the first invalid field.
         """
-        if not isinstance(value, dict):
-            raise QueryError("a request must be a JSON object", ErrorCode.NOT_AN_OBJECT)
-        if "chat_id" in value:
-            raise QueryError(
-                "the line is in smol's own format, but the file begins in OpenAI's batch format; "
-                "a file may not mix them"
-            )
+
+    @abstractmethod
+    def id_of(self, value: object) -> str | None:
+        """The id of a line that may be invalid; None if it has none."""
+
+    @abstractmethod
+    def resembles(self, value: object) -> bool:
+        """Whether an invalid line was probably meant for this format; bytes are broken JSON."""
+
+    @abstractmethod
+    def record(self, result: Result) -> dict[str, Any]:
+        """The output line of a result, as a JSON object."""
+
+    @abstractmethod
+    def read_back(self, record: dict[str, Any]) -> Result:
+        """Parse an output line, without the text of its answer.
+
+        Raises:
+            ValueError, LookupError, TypeError: the line was not written by this run.
+        """
+
+    def accepts(self, value: object, defaults: QueryDefaults) -> bool:
+        """Whether a line is valid in this format."""
         try:
-            request = RequestFields.model_validate(value)
-        except ValidationError as exc:
-            raise parameter_error(exc, RequestFields) from None
-        body = {"model": ""} | request.body  # whatever it names is answered by the model there is
-        completion = parse_completion(body, defaults, request.custom_id, line)
-        if completion.is_stream:
-            raise QueryError("stream cannot be true in a batch", field="stream")
-        return completion.query
-
-    def id_of(self, value: object) -> str | None:
-        """The id that a line carries, as far as one can be read from it."""
-        custom_id = value.get("custom_id") if isinstance(value, dict) else None
-        return custom_id if isinstance(custom_id, str) else None
-
-    def record(self, result: Result) -> dict[str, Any]:
-        """The line that tells of a result: a response, of whatever status, for every request."""
-        assert result.line is not None
-        status, body = self._failed(result) if result.is_error else self._answered(result)
-        response = {
-            "status_code": int(status),
-            "request_id": self._id("req", result.line),
-            "body": body,
-        }
-        record: dict[str, Any] = {
-            "id": self._id("batch_req", result.line),
-            "custom_id": result.chat_id,
-            "response": response,
-            "error": None,
-        }
-        if self.with_timings and result.timings is not None:
-            record["timings"] = result.timings.record()
-        return record
-
-    def read_back(self, record: dict[str, Any]) -> Result:
-        """The result that a line told of, without its text.
-
-        Raises:
-            ValueError, LookupError, TypeError: where it is not a line of this run.
-        """
-        custom_id, body = record["custom_id"], record["response"]["body"]
-        line = int(str(record["id"]).rpartition("_")[2])
-        if record["id"] != self._id("batch_req", line):
-            raise ValueError("an id of another run")
-        if not isinstance(custom_id, str | None):
-            raise TypeError
-        if "error" in body:
-            code = ErrorCode(body["error"]["code"])
-            return Result(custom_id, error_code=code, line=line)
-        usage = body["usage"]
-        tokens = Usage(usage["prompt_tokens"], usage["completion_tokens"])
-        return Result(custom_id, usage=tokens, line=line)
-
-    def _id(self, kind: str, line: int) -> str:
-        return f"{kind}_{self.run_id}_{line}"
-
-    def _answered(self, result: Result) -> tuple[HTTPStatus, dict[str, Any]]:
-        head = {
-            "id": f"chatcmpl-{self.run_id}_{result.line}",
-            "object": "chat.completion",
-            "created": self.created,
-            "model": self.model,
-        }
-        return HTTPStatus.OK, head | answer_fields(result)
-
-    def _failed(self, result: Result) -> tuple[HTTPStatus, dict[str, Any]]:
-        code = result.error_code
-        assert code is not None
-        error = error_object(code.status, str(result.error), code, result.field)
-        return code.status, {"error": error | {"line": result.line}}
-
-
-class LineFormat(Protocol):
-    """How a line asks, and how a line answers."""
-
-    @property
-    def id_field(self) -> str:
-        """What the format calls the id of a line."""
-        ...
-
-    def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
-        """The query that a line asks; raises QueryError."""
-        ...
-
-    def id_of(self, value: object) -> str | None:
-        """The id that a line carries, as far as one can be read from it."""
-        ...
-
-    def record(self, result: Result) -> dict[str, Any]:
-        """What the line that tells of a result holds, in JSON's types."""
-        ...
-
-    def read_back(self, record: dict[str, Any]) -> Result:
-        """The result that a line told of, without its text.
-
-        Raises:
-            ValueError, LookupError, TypeError: where it is not a line of this run.
-        """
-        ...
+            self.parse(value, defaults, 0)
+        except QueryError:
+            return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)
-class OwnFormat:
-    """smol's own: a query in, a result out.
+class SmolFormat(LineFormat):
+    """smol's own format: one query per line in, one result per line out."""
 
-    Args:
-        with_timings: whether each result says where its time went.
-    """
-
-    with_timings: bool = False
-
-    @property
-    def id_field(self) -> str:
-        return "chat_id"
+    name = "smol"
+    id_field = "chat_id"
 
     def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
-        if is_request(value):
+        if _is_request(value):
             raise QueryError(
-                "the line is in OpenAI's batch format, but the file begins in smol's own; "
-                "a file may not mix them"
+                "this line is in OpenAI's batch format, but the file is in smol's own format; "
+                "a file cannot mix the two"
             )
         return parse_query(value, defaults, line)
 
     def id_of(self, value: object) -> str | None:
         return chat_id_of(value)
 
+    def resembles(self, value: object) -> bool:
+        if isinstance(value, bytes):
+            return b'"chat_id"' in value
+        return isinstance(value, dict) and "chat_id" in value
+
     def record(self, result: Result) -> dict[str, Any]:
-        return result.record(self.with_timings)
+        return result.record(self.run.with_timings)
 
     def read_back(self, record: dict[str, Any]) -> Result:
         chat_id, line = record["chat_id"], record["line"]
@@ -214,20 +136,131 @@ class OwnFormat:
         )
 
 
+class RequestFields(BaseModel):
+    """One line of an OpenAI batch file; descriptions complete "<field> must be ..."."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    custom_id: Annotated[
+        ChatId, BeforeValidator(decimal_id, json_schema_input_type=ChatId | int)
+    ] = Field(description="a non-empty string or an integer")
+    method: Literal["POST"] = Field(description="POST")
+    url: Literal["/v1/chat/completions"] = Field(description="/v1/chat/completions")
+    body: dict[str, Any] = Field(description="an object: a request for a chat completion")
+
+
 @dataclass(frozen=True, slots=True)
-class Formats:
-    """Both formats as a run has them; the first line of its input decides between them."""
+class OpenAIBatchFormat(LineFormat):
+    """OpenAI's batch format: requests in, responses out; a query's `chat_id` is its `custom_id`."""
 
-    own: OwnFormat = field(default_factory=OwnFormat)
-    batch: BatchFormat = field(default_factory=BatchFormat)
+    name = "openai"
+    id_field = "custom_id"
 
-    def of(self, is_batch: bool) -> LineFormat:
-        """The one or the other."""
-        return self.batch if is_batch else self.own
+    def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
+        if not isinstance(value, dict):
+            raise QueryError("a request must be a JSON object", ErrorCode.NOT_AN_OBJECT)
+        if "chat_id" in value:
+            raise QueryError(
+                "this line is in smol's own format, but the file is in OpenAI's batch format; "
+                "a file cannot mix the two"
+            )
+        try:
+            request = RequestFields.model_validate(value)
+        except ValidationError as exc:
+            raise parameter_error(exc, RequestFields) from None
+        body = {"model": ""} | request.body  # any model name is accepted: there is only one
+        completion = parse_completion(body, defaults, request.custom_id, line)
+        if completion.is_stream:
+            raise QueryError("stream cannot be true in a batch", field="stream")
+        return completion.query
+
+    def id_of(self, value: object) -> str | None:
+        custom_id = decimal_id(value.get("custom_id")) if isinstance(value, dict) else None
+        return custom_id if isinstance(custom_id, str) else None
+
+    def resembles(self, value: object) -> bool:
+        if isinstance(value, bytes):
+            return b'"custom_id"' in value and b'"chat_id"' not in value
+        return _is_request(value)
+
+    def record(self, result: Result) -> dict[str, Any]:
+        assert result.line is not None
+        status, body = self._failed(result) if result.is_error else self._answered(result)
+        response = {
+            "status_code": int(status),
+            "request_id": self._id("req", result.line),
+            "body": body,
+        }
+        record: dict[str, Any] = {
+            "id": self._id("batch_req", result.line),
+            "custom_id": result.chat_id,
+            "response": response,
+            "error": None,
+        }
+        if self.run.with_timings and result.timings is not None:
+            record["timings"] = result.timings.record()
+        return record
+
+    def read_back(self, record: dict[str, Any]) -> Result:
+        custom_id, body = record["custom_id"], record["response"]["body"]
+        line = int(str(record["id"]).rpartition("_")[2])
+        if record["id"] != self._id("batch_req", line):
+            raise ValueError("the id belongs to another run")
+        if not isinstance(custom_id, str | None):
+            raise TypeError
+        if "error" in body:
+            code = ErrorCode(body["error"]["code"])
+            return Result(custom_id, error_code=code, line=line)
+        usage = body["usage"]
+        tokens = Usage(usage["prompt_tokens"], usage["completion_tokens"])
+        return Result(custom_id, usage=tokens, line=line)
+
+    def _id(self, kind: str, line: int) -> str:
+        return f"{kind}_{self.run.run_id}_{line}"
+
+    def _answered(self, result: Result) -> tuple[HTTPStatus, dict[str, Any]]:
+        head = {
+            "id": f"chatcmpl-{self.run.run_id}_{result.line}",
+            "object": "chat.completion",
+            "created": self.run.created,
+            "model": self.run.model,
+        }
+        return HTTPStatus.OK, head | answer_fields(result)
+
+    def _failed(self, result: Result) -> tuple[HTTPStatus, dict[str, Any]]:
+        code = result.error_code
+        assert code is not None
+        error = error_object(code.status, str(result.error), code, result.field)
+        return code.status, {"error": error | {"line": result.line}}
 
 
-def is_batch(first: object) -> bool:
-    """Whether a file whose first line holds this is in OpenAI's format; bytes are broken JSON."""
-    if isinstance(first, bytes):
-        return b'"custom_id"' in first and b'"chat_id"' not in first
-    return is_request(first)
+SMOL = SmolFormat()
+OPENAI = OpenAIBatchFormat()
+
+
+def detect_format(values: Iterable[object], defaults: QueryDefaults) -> LineFormat:
+    """Decide the format of an input from its first lines.
+
+    The first line that is valid in one of the formats decides. If none of the first
+    SAMPLE_LINES is, the format that most of them resemble is taken, and smol's own in a tie.
+
+    Args:
+        values: the JSON value of each line, or the bytes of one that is not valid JSON. No more
+            of them are consumed than the decision needs.
+        defaults: as passed to `LineFormat.parse`.
+    """
+    num_smol = num_openai = 0
+    for value in islice(values, SAMPLE_LINES):
+        for format in (SMOL, OPENAI):
+            if format.accepts(value, defaults):
+                return format
+        num_smol += SMOL.resembles(value)
+        num_openai += OPENAI.resembles(value)
+    return OPENAI if num_openai > num_smol else SMOL
+
+
+def _is_request(value: object) -> bool:
+    """Whether a line has the shape of an OpenAI request, valid or not."""
+    return (
+        isinstance(value, dict) and "chat_id" not in value and len(value.keys() & _REQUEST_KEYS) > 1
+    )
