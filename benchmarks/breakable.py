@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from smolcli.backends.local import LocalBackend
-from smolcli.engine.autoconfig import choose
+from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Batch, Model
 from smolcli.settings import EngineSettings
@@ -41,13 +41,13 @@ class BreakableModel:
 def open_breakable(settings: EngineSettings, models: list[BreakableModel]) -> LocalBackend:
     """A backend like any, around a model that is put into `models`."""
     folder = resolve(settings.model).folder
-    setup = choose(settings, load_config(folder))
+    config = resolve_config(settings, load_config(folder))
     chat = ChatTokenizer.load(folder)
 
     def build_engine() -> Engine:
         models.append(
-            BreakableModel(load_model(folder, setup.dtype, setup.device, setup.kernels), chat)
+            BreakableModel(load_model(folder, config.dtype, config.device, config.kernels), chat)
         )
-        return Engine(models[0], setup.slots, setup.cache_bytes)
+        return Engine(models[0], config.max_batch_size, config.kv_cache_bytes)
 
     return LocalBackend(lambda: chat, build_engine, {}, settings.max_concurrency)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smolcli.bench.work import long_prompt
-from smolcli.engine.autoconfig import choose
+from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
@@ -37,7 +37,7 @@ class TimedModel:
 
     def __init__(self, model: Any) -> None:
         self.config = replace(model.config, eos_ids=frozenset())
-        self.make_cache = model.make_cache
+        self.make_kv_cache = model.make_kv_cache
         self.layers_s = self.head_s = 0.0
         self._model = model
 
@@ -95,9 +95,9 @@ def main() -> None:
     args = parser.parse_args()
     folder = resolve(DEFAULT_MODEL).folder
     settings = EngineSettings(dtype=args.dtype, kernels=args.kernels)
-    setup = choose(settings, load_config(folder))
-    torch.set_num_threads(setup.threads)
-    loaded = load_model(folder, setup.dtype, setup.device, setup.kernels)
+    config = resolve_config(settings, load_config(folder))
+    torch.set_num_threads(config.threads)
+    loaded = load_model(folder, config.dtype, config.device, config.kernels)
     model, chat = TimedModel(loaded), ChatTokenizer.load(folder)
     table = Table("sequences", "ms a step", "layers", "head", "the rest", "tokens/s", box=None)
     for size in map(int, args.sizes.split(",")):

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from smolcli.backends.local import LocalBackend, open_local
 from smolcli.batch.pipeline import answer_all
-from smolcli.engine.autoconfig import choose
+from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.protocol.query import load_json, parse_query, schema_format
@@ -61,9 +61,9 @@ class Cost:
 
     def __init__(self, queries: list[Query], settings: EngineSettings, num_tokens: int) -> None:
         folder = resolve(DEFAULT_MODEL).folder
-        setup = choose(settings, load_config(folder))
-        torch.set_num_threads(setup.threads)
-        model = load_model(folder, setup.dtype, setup.device, setup.kernels)
+        config = resolve_config(settings, load_config(folder))
+        torch.set_num_threads(config.threads)
+        model = load_model(folder, config.dtype, config.device, config.kernels)
         chat, config = ChatTokenizer.load(folder), model.config
         self._vocabulary = GrammarCompiler(chat.tokenizer_json, config.vocab_size, config.eos_ids)
         model.config = replace(config, eos_ids=frozenset())

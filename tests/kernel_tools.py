@@ -45,7 +45,7 @@ class Endless:
     def __init__(self, model: Model) -> None:
         self.config = replace(model.config, eos_ids=frozenset())
         self.head: Head = model.head
-        self.make_cache = model.make_cache
+        self.make_kv_cache = model.make_kv_cache
         self._model = model
 
     def forward(self, batch: Batch) -> torch.Tensor:

@@ -63,7 +63,7 @@ class Tap:
     models: list[TappedModel] = field(default_factory=list)
     backends: list[LocalBackend] = field(default_factory=list)
 
-    def open(self, settings: EngineSettings) -> LocalBackend:
+    def allocate(self, settings: EngineSettings) -> LocalBackend:
         folder = Path(settings.model)
         self.models.append(TappedModel(folder, self.delay_s))
         engine = Engine(self.models[0], settings.max_batch_size, 64 << 20)

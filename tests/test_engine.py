@@ -105,7 +105,7 @@ def generate(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
         engine.add(sequence)
     while engine.has_work:
         engine.step()
-    assert engine.cache.num_sequences == 0, "every row and buffer is free again"
+    assert engine.kv_cache.num_sequences == 0, "every row and buffer is free again"
     assert engine.scheduler.reserved == 0
     return [s.output_ids for s in sequences]
 
@@ -143,23 +143,27 @@ def test_a_known_beginning_changes_no_token(pair: Any, max_step_tokens: int) -> 
     questions = [system + q[:20] for q in pair.questions[:6]]
     expected = [reference(pair.theirs, q, max_new_tokens=12) for q in questions]
     engine = Engine(
-        pair.ours, 4, 64 * MEGABYTE, prefix_bytes=4 * MEGABYTE, max_step_tokens=max_step_tokens
+        pair.ours,
+        4,
+        64 * MEGABYTE,
+        prefix_cache_bytes=4 * MEGABYTE,
+        max_step_tokens=max_step_tokens,
     )
     for _ in range(2):
         assert generate(engine, [greedy(q, 12) for q in questions]) == expected
-    prefixes = engine.cache.prefixes
+    prefixes = engine.kv_cache.prefix_cache
     assert prefixes.num_hit_tokens > prefixes.num_asked_tokens // 2
 
 
 def test_the_prefix_cache_is_bounded_and_drops_the_oldest(model: Model) -> None:
-    block = model.config.cache_bytes(4, 4)
-    engine = Engine(model, 2, 64 * MEGABYTE, prefix_bytes=6 * block)
+    block = model.config.kv_cache_bytes(4, 4)
+    engine = Engine(model, 2, 64 * MEGABYTE, prefix_cache_bytes=6 * block)
     hits = []
     for prompt in ([9] * 17, list(range(20, 37)), [9] * 17, list(range(60, 100)), [9] * 17):
-        before = engine.cache.prefixes.num_hit_tokens
+        before = engine.kv_cache.prefix_cache.num_hit_tokens
         generate(engine, [greedy(prompt, 1)])
-        hits.append(engine.cache.prefixes.num_hit_tokens - before)
-        assert engine.cache.prefixes.num_bytes <= 6 * block
+        hits.append(engine.kv_cache.prefix_cache.num_hit_tokens - before)
+        assert engine.kv_cache.prefix_cache.num_bytes <= 6 * block
     assert hits[0] == hits[1] == hits[3] == hits[4] == 0
 
 
@@ -261,7 +265,7 @@ def test_a_smaller_room_ends_as_length(model: Model) -> None:
 
 def test_the_cache_is_bounded(model: Model) -> None:
     """Sequences wait for memory, however many slots there are; all are answered."""
-    per_sequence = model.config.cache_bytes(128, 4)
+    per_sequence = model.config.kv_cache_bytes(128, 4)
     engine = Engine(model, 16, 3 * per_sequence)
     for prompt in prompts(10, 60):
         engine.add(greedy(prompt + [9] * 40, 28))
@@ -340,7 +344,7 @@ def test_stopping_frees_everything_at_once(model: Model) -> None:
     for sequence in sequences:
         engine.stop(sequence)
     assert not engine.has_work
-    assert engine.cache.num_sequences == 0
+    assert engine.kv_cache.num_sequences == 0
 
 
 def test_another_architecture_is_a_clear_error(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from smolcli.cli.main import app
-from smolcli.engine.autoconfig import choose
+from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.interfaces import Model
 from smolcli.engine.native import build
 from smolcli.engine.native.bindings import Kernels
@@ -46,10 +46,10 @@ def test_without_a_compiler_torch_computes(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    setup = choose(FLOAT, load_config(tiny_folder))
-    assert (setup.kernels, setup.why_torch) == (None, "there is no C compiler")
+    config = resolve_config(FLOAT, load_config(tiny_folder))
+    assert (config.kernels, config.unsupported_reason) == (None, "there is no C compiler")
     with pytest.raises(UsageError, match="--kernels native cannot be had: there is no C compiler"):
-        choose(EngineSettings(dtype="float32", kernels="native"), load_config(tiny_folder))
+        resolve_config(EngineSettings(dtype="float32", kernels="native"), load_config(tiny_folder))
 
 
 @pytest.mark.usefixtures("fresh", "home")
@@ -69,9 +69,9 @@ def test_a_compiler_that_fails_is_quoted(
     compiler.write_text("#!/bin/sh\necho 'kernels.c:1: error: no such thing' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    setup = choose(FLOAT, load_config(tiny_folder))
-    assert setup.kernels is None
-    assert setup.why_torch == f"{compiler}: kernels.c:1: error: no such thing"
+    config = resolve_config(FLOAT, load_config(tiny_folder))
+    assert config.kernels is None
+    assert config.unsupported_reason == f"{compiler}: kernels.c:1: error: no such thing"
 
 
 @pytest.mark.usefixtures("fresh")
@@ -103,9 +103,9 @@ def test_where_no_library_may_be_run_torch_computes(
         raise OSError(f"{path}: failed to map segment from shared object")
 
     monkeypatch.setattr(build, "CDLL", refuse)
-    setup = choose(FLOAT, load_config(tiny_folder))
-    assert setup.kernels is None
-    assert "failed to map segment" in setup.why_torch
+    config = resolve_config(FLOAT, load_config(tiny_folder))
+    assert config.kernels is None
+    assert "failed to map segment" in config.unsupported_reason
 
 
 def test_a_shape_that_does_not_fit_is_left_to_torch(
@@ -113,9 +113,9 @@ def test_a_shape_that_does_not_fit_is_left_to_torch(
 ) -> None:
     text = (tiny_folder / "config.json").read_text("utf-8")
     (tmp_path / "config.json").write_text(text.replace('"head_dim": 32', '"head_dim": 36'))
-    setup = choose(FLOAT, load_config(tmp_path))
-    assert setup.kernels is None
-    assert setup.why_torch == f"head_dim 36 is no multiple of {2 * kernels.width}"
+    config = resolve_config(FLOAT, load_config(tmp_path))
+    assert config.kernels is None
+    assert config.unsupported_reason == f"head_dim 36 is no multiple of {2 * kernels.width}"
 
 
 def test_packing_keeps_every_weight(kernels: Kernels) -> None:
@@ -148,10 +148,10 @@ def test_activations_of_any_size_are_computed(kernels: Kernels, tiny_folder: Pat
 @torch.inference_mode()
 def hidden_states(model: Model, token_ids: list[int]) -> torch.Tensor:
     """After the last token."""
-    cache, sequence = model.make_cache(0), Sequence(token_ids)
-    cache.open(sequence)
-    cache.make_room(sequence)
-    return model.forward(cache.batch([ScheduledSequence(sequence, 0, len(token_ids))]))
+    cache, sequence = model.make_kv_cache(0), Sequence(token_ids)
+    cache.allocate(sequence)
+    cache.ensure_capacity(sequence)
+    return model.forward(cache.make_batch([ScheduledSequence(sequence, 0, len(token_ids))]))
 
 
 def test_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:

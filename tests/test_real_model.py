@@ -107,13 +107,13 @@ def next_tokens(
     """What the model would say at each token of the answers, which it is made to give."""
     said: list[list[int]] = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        cache, sequence = model.make_cache(0), Sequence(prompt)
-        cache.open(sequence)
+        cache, sequence = model.make_kv_cache(0), Sequence(prompt)
+        cache.allocate(sequence)
         said.append([])
         for token in answer:
-            cache.make_room(sequence)
+            cache.ensure_capacity(sequence)
             work = ScheduledSequence(sequence, sequence.num_cached, len(sequence.token_ids))
-            said[-1] += model.head.best(model.forward(cache.batch([work])))
+            said[-1] += model.head.best(model.forward(cache.make_batch([work])))
             sequence.num_cached = work.stop
             sequence.token_ids.append(token)
     return said

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from smolcli.engine.autoconfig import choose
+from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.hardware import memory_bytes, num_cores
 from smolcli.errors import UsageError
@@ -36,24 +36,24 @@ def machine(root: Path, files: dict[str, str]) -> Path:
 
 
 def slots(config: LlamaConfig, memory: int, dtype: str = "bfloat16") -> int:
-    return choose(EngineSettings(dtype=dtype), config, memory).slots  # type: ignore[arg-type]
+    return resolve_config(EngineSettings(dtype=dtype), config, memory).max_batch_size  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["tpu", "", "cuda:", "cuda:x", "meta"])
 def test_another_device_is_refused_with_those_that_there_are(name: str) -> None:
     with pytest.raises(UsageError, match="none of auto, cpu, cuda"):
-        choose(EngineSettings(device=name), SMOLLM2_135M)
+        resolve_config(EngineSettings(device=name), SMOLLM2_135M)
 
 
 def test_auto_is_a_gpu_where_there_is_one() -> None:
     expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert choose(EngineSettings(device="auto"), SMOLLM2_135M).device.type == expected
+    assert resolve_config(EngineSettings(device="auto"), SMOLLM2_135M).device.type == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_cuda_is_refused_with_the_way_out() -> None:
     with pytest.raises(UsageError, match=r"'cuda' cannot be used here: .*; auto takes"):
-        choose(EngineSettings(device="cuda"), SMOLLM2_135M)
+        resolve_config(EngineSettings(device="cuda"), SMOLLM2_135M)
 
 
 def test_without_control_groups_the_whole_machine_counts(tmp_path: Path) -> None:
@@ -128,15 +128,15 @@ def test_slots_are_64_unless_memory_or_model_say_fewer() -> None:
 
 @pytest.mark.parametrize("gib", [1, 2, 4, 8])
 def test_what_is_chosen_fits(gib: int) -> None:
-    chosen = choose(EngineSettings(dtype="bfloat16"), SMOLLM2_135M, gib * GIB)
+    chosen = resolve_config(EngineSettings(dtype="bfloat16"), SMOLLM2_135M, gib * GIB)
     assert chosen.needed_bytes <= gib * GIB
 
 
 def test_what_is_given_is_taken() -> None:
     given = EngineSettings(dtype="float32", threads=3, max_batch_size=100, kv_cache_mb=7)
-    chosen = choose(given, SMOLLM2_135M, GIB)
-    assert (chosen.threads, chosen.slots, chosen.cache_bytes) == (3, 100, 7 << 20)
+    chosen = resolve_config(given, SMOLLM2_135M, GIB)
+    assert (chosen.threads, chosen.max_batch_size, chosen.kv_cache_bytes) == (3, 100, 7 << 20)
     assert chosen.dtype is torch.float32
-    auto = choose(EngineSettings(), SMOLLM2_135M)
+    auto = resolve_config(EngineSettings(), SMOLLM2_135M)
     assert 1 <= auto.threads <= num_cores()
     assert auto.dtype in (torch.float32, torch.bfloat16)

@@ -16,7 +16,7 @@ import torch
 
 import smolcli
 from smolcli.backends.base import Counters, Health, OnText, complete_future
-from smolcli.engine.autoconfig import ResolvedConfig, choose, chosen_dtype
+from smolcli.engine.autoconfig import ResolvedConfig, resolve_config, resolve_dtype
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
@@ -68,7 +68,7 @@ def outcome(job: Job, sequence: Sequence) -> Result:
         chat_id=job.query.chat_id,
         response=job.text.text,
         finish_reason=FinishReason.STOP if job.text.is_stopped else sequence.finish_reason,
-        logprobs=logprob_entries(sequence.scores, job.spell) if job.spell else None,
+        logprobs=logprob_entries(sequence.logprobs, job.spell) if job.spell else None,
         usage=Usage(len(sequence.prompt_ids), sequence.num_output),
         metadata=job.query.metadata,
         line=job.query.line,
@@ -218,7 +218,7 @@ class LocalBackend:
     def counters(self) -> Counters:
         """See `backends.Backend`."""
         engine = self._engine
-        return Counters(engine.num_steps, engine.cache.prefixes.num_hit_tokens)
+        return Counters(engine.num_steps, engine.kv_cache.prefix_cache.num_hit_tokens)
 
     def identity(self) -> dict[str, Any]:
         """Model, revision, source, dtype and versions."""
@@ -380,21 +380,21 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> Loc
         UsageError: the device or dtype is not available here.
     """
     files = files or resolve(settings.model)
-    setup = choose(settings, load_config(files.folder))
+    config = resolve_config(settings, load_config(files.folder))
 
     def build_engine() -> Engine:
-        torch.set_num_threads(setup.threads)
+        torch.set_num_threads(config.threads)
         return Engine(
-            load_model(files.folder, setup.dtype, setup.device, setup.kernels),
-            setup.slots,
-            cache_bytes=setup.cache_bytes,
-            prefix_bytes=settings.prefix_cache_mb << 20,
+            load_model(files.folder, config.dtype, config.device, config.kernels),
+            config.max_batch_size,
+            kv_cache_bytes=config.kv_cache_bytes,
+            prefix_cache_bytes=settings.prefix_cache_mb << 20,
         )
 
     return LocalBackend(
         lambda: ChatTokenizer.load(files.folder),
         build_engine,
-        _identity(files, setup),
+        _identity(files, config),
         settings.max_concurrency,
     )
 
@@ -405,18 +405,18 @@ def dtype_here(settings: EngineSettings) -> Literal["float32", "bfloat16"]:
     Raises:
         UsageError: the device is not available here.
     """
-    return "float32" if chosen_dtype(settings) is torch.float32 else "bfloat16"
+    return "float32" if resolve_dtype(settings) is torch.float32 else "bfloat16"
 
 
-def _identity(files: ModelFiles, setup: ResolvedConfig) -> dict[str, Any]:
+def _identity(files: ModelFiles, config: ResolvedConfig) -> dict[str, Any]:
     return {
         "model": files.model,
         "revision": files.revision,
         "source": files.source,
-        "dtype": str(setup.dtype).removeprefix("torch."),
-        "device": str(setup.device),
-        "kernels": "native" if setup.kernels else "torch",
-        "threads": setup.threads,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "device": str(config.device),
+        "kernels": "native" if config.kernels else "torch",
+        "threads": config.threads,
         "versions": versions(),
     }
 

@@ -138,39 +138,39 @@ def _found(files: ModelFiles) -> Finding:
 
 def _chosen(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
     try:
-        from smolcli.engine.autoconfig import choose
+        from smolcli.engine.autoconfig import resolve_config
         from smolcli.weights.loader import load_config
 
-        setup = choose(settings, load_config(files.folder))
+        config = resolve_config(settings, load_config(files.folder))
     except (ImportError, OSError):
         return  # said of torch already
     except SmolError as exc:
         yield Finding("chosen", str(exc), "choose another --model or --device", is_fatal=True)
         return
-    dtype = str(setup.dtype).removeprefix("torch.")
-    kernels = "native" if setup.kernels else f"torch ({setup.why_torch})"
-    is_slow = setup.kernels is None and setup.device.type == "cpu" and settings.kernels == "auto"
+    dtype = str(config.dtype).removeprefix("torch.")
+    kernels = "native" if config.kernels else f"torch ({config.unsupported_reason})"
+    is_slow = config.kernels is None and config.device.type == "cpu" and settings.kernels == "auto"
     remedy = "native kernels are nearly twice as fast; they need a C compiler, such as gcc"
     yield Finding(
         "chosen",
-        f"{dtype} on {setup.device}; kernels: {kernels}, threads: {setup.threads}, "
-        f"slots: {setup.slots}, keys and values: at most {_gib(setup.cache_bytes)}",
+        f"{dtype} on {config.device}; kernels: {kernels}, threads: {config.threads}, "
+        f"slots: {config.max_batch_size}, keys and values: at most {_gib(config.kv_cache_bytes)}",
         remedy if is_slow else None,
     )
-    yield _memory(setup)
+    yield _memory(config)
 
 
-def _memory(setup: "ResolvedConfig") -> Finding:
-    needed, has = _gib(setup.needed_bytes), _gib(setup.memory_bytes)
-    if setup.needed_bytes > setup.memory_bytes:
+def _memory(config: "ResolvedConfig") -> Finding:
+    needed, has = _gib(config.needed_bytes), _gib(config.memory_bytes)
+    if config.needed_bytes > config.memory_bytes:
         remedy = "a smaller --model, or a machine with more memory"
         return Finding("memory", f"about {needed} needed, {has} there", remedy, is_fatal=True)
-    if setup.device.type != "cpu":
+    if config.device.type != "cpu":
         return Finding("memory", f"about {needed} needed of {has}")
     available = psutil.virtual_memory().available
     remedy = "end other programs, or lower --max-batch-size"
-    detail = f"about {needed} needed, {_gib(available)} free of {_gib(setup.memory_bytes)}"
-    return Finding("memory", detail, None if available > setup.needed_bytes else remedy)
+    detail = f"about {needed} needed, {_gib(available)} free of {_gib(config.memory_bytes)}"
+    return Finding("memory", detail, None if available > config.needed_bytes else remedy)
 
 
 def _hub_fault(model: str) -> str | None:

@@ -25,15 +25,15 @@ class ResolvedConfig:
     device: torch.device
     dtype: torch.dtype
     kernels: Kernels | None  # None: torch's
-    why_torch: str  # why they are torch's
+    unsupported_reason: str  # why they are torch's
     threads: int
-    slots: int
-    cache_bytes: int
+    max_batch_size: int
+    kv_cache_bytes: int
     memory_bytes: int  # of the device
     needed_bytes: int  # with every slot in use, roughly
 
 
-def choose(
+def resolve_config(
     settings: EngineSettings, config: LlamaConfig, memory: int | None = None
 ) -> ResolvedConfig:
     """Complete the settings with what suits this machine and the model.
@@ -50,27 +50,27 @@ def choose(
     """
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
-    kernels, why_torch = _kernels(settings.kernels, config, dtype, device)
+    kernels, unsupported_reason = _kernels(settings.kernels, config, dtype, device)
     memory = memory or _memory_bytes(device)
     taken = OVERHEAD_BYTES + config.num_weights * dtype.itemsize
-    slot_bytes = config.cache_bytes(TYPICAL_TOKENS, dtype.itemsize)
+    slot_bytes = config.kv_cache_bytes(TYPICAL_TOKENS, dtype.itemsize)
     room = max(min(memory // CACHE_SHARE, memory - taken), slot_bytes)
-    cache_bytes = settings.kv_cache_mb << 20 or room
-    slots = settings.max_batch_size or max(1, min(MOST_SLOTS, cache_bytes // slot_bytes))
+    kv_cache_bytes = settings.kv_cache_mb << 20 or room
+    slots = settings.max_batch_size or max(1, min(MOST_SLOTS, kv_cache_bytes // slot_bytes))
     return ResolvedConfig(
         device=device,
         dtype=dtype,
         kernels=kernels,
-        why_torch=why_torch,
+        unsupported_reason=unsupported_reason,
         threads=settings.threads or min(num_cores(), torch.get_num_threads()),
-        slots=slots,
-        cache_bytes=cache_bytes,
+        max_batch_size=slots,
+        kv_cache_bytes=kv_cache_bytes,
         memory_bytes=memory,
-        needed_bytes=taken + min(slots * slot_bytes, cache_bytes),
+        needed_bytes=taken + min(slots * slot_bytes, kv_cache_bytes),
     )
 
 
-def chosen_dtype(settings: EngineSettings) -> torch.dtype:
+def resolve_dtype(settings: EngineSettings) -> torch.dtype:
     """The dtype that the settings come to on this machine.
 
     Raises:

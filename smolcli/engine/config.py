@@ -36,7 +36,7 @@ class LlamaConfig:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.is_tied else 2)
         return self.num_layers * layer + embeddings
 
-    def cache_bytes(self, num_tokens: int, itemsize: int) -> int:
+    def kv_cache_bytes(self, num_tokens: int, itemsize: int) -> int:
         """Bytes of keys and values for `num_tokens` positions in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize * num_tokens
 

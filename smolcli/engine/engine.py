@@ -23,8 +23,8 @@ class Engine:
     Args:
         model: computes logits.
         max_batch_size: the most sequences that run at once.
-        cache_bytes: the most memory for keys and values.
-        prefix_bytes: the most memory for the beginnings of prompts.
+        kv_cache_bytes: the most memory for keys and values.
+        prefix_cache_bytes: the most memory for the beginnings of prompts.
         max_step_tokens: the most tokens of one step.
     """
 
@@ -32,16 +32,16 @@ class Engine:
         self,
         model: Model,
         max_batch_size: int,
-        cache_bytes: int,
-        prefix_bytes: int = 0,
+        kv_cache_bytes: int,
+        prefix_cache_bytes: int = 0,
         max_step_tokens: int = 256,
     ) -> None:
         self.model = model
-        self.cache = model.make_cache(prefix_bytes)
+        self.kv_cache = model.make_kv_cache(prefix_cache_bytes)
         self.scheduler = Scheduler(
-            max_batch_size, max_step_tokens, cache_bytes, self.cache.cost, self._begin
+            max_batch_size, max_step_tokens, kv_cache_bytes, self.kv_cache.bytes_needed, self._begin
         )
-        self.max_length = self.cache.longest(cache_bytes)
+        self.max_length = self.kv_cache.max_length(kv_cache_bytes)
         self.num_steps = 0
         self._num_failed_steps = 0  # one after the other
 
@@ -81,7 +81,7 @@ class Engine:
                 sequence fail again and again.
         """
         planned = self.scheduler.plan()
-        works = sorted(filter(self._has_room, planned), key=self.cache.place)
+        works = sorted(filter(self._has_room, planned), key=self.kv_cache.batch_key)
         advanced = [w.sequence for w in works if w.completes]
         self._run(works)
         failed = [w.sequence for w in planned if w.sequence.error]
@@ -94,12 +94,12 @@ class Engine:
 
     def _begin(self, sequence: Sequence) -> None:
         with _blamed_on(sequence):
-            self.cache.open(sequence)
+            self.kv_cache.allocate(sequence)
 
     def _has_room(self, work: ScheduledSequence) -> bool:
         if work.sequence.error is None:
             with _blamed_on(work.sequence):
-                self.cache.make_room(work.sequence)
+                self.kv_cache.ensure_capacity(work.sequence)
         return work.sequence.error is None
 
     def _run(self, works: list[ScheduledSequence]) -> None:
@@ -121,20 +121,20 @@ class Engine:
 
     def _forward(self, works: list[ScheduledSequence]) -> None:
         self.num_steps += 1
-        hidden = self.model.forward(self.cache.batch(works))
+        hidden = self.model.forward(self.kv_cache.make_batch(works))
         ready = [w.sequence for w in works if w.completes]
         tokens = choose(self.model.head, hidden, ready) if ready else []
         scores = score(self.model.head, hidden, ready, tokens)
         for work in works:
             work.sequence.num_cached = work.stop
             if work.completes and not work.sequence.is_decoding:
-                self.cache.remember(work.sequence)
+                self.kv_cache.store_prefix(work.sequence)
         for sequence, token, its_score in zip(ready, tokens, scores, strict=True):
             sequence.append(token, self.model.config.eos_ids, its_score)
 
     def _retire(self) -> None:
         for sequence in self.scheduler.retire():
-            self.cache.release(sequence)
+            self.kv_cache.free(sequence)
 
 
 @contextmanager

@@ -46,11 +46,11 @@ class Head(Protocol):
         ...
 
 
-class Cache(Protocol):
+class KVCache(Protocol):
     """Owner of all keys and values."""
 
     @property
-    def prefixes(self) -> PrefixCache:
+    def prefix_cache(self) -> PrefixCache:
         """Beginnings of prompts, kept for prompts to come."""
         ...
 
@@ -59,35 +59,35 @@ class Cache(Protocol):
         """How many sequences hold something."""
         ...
 
-    def cost(self, sequence: Sequence) -> int:
+    def bytes_needed(self, sequence: Sequence) -> int:
         """The most bytes that the sequence will hold, padding included."""
         ...
 
-    def longest(self, num_bytes: int) -> int:
+    def max_length(self, num_bytes: int) -> int:
         """The most tokens of one sequence: what the model was made for, and what so much holds."""
         ...
 
-    def open(self, sequence: Sequence) -> None:
+    def allocate(self, sequence: Sequence) -> None:
         """Give a new sequence a place, filled as far as its beginning is known."""
         ...
 
-    def remember(self, sequence: Sequence) -> None:
+    def store_prefix(self, sequence: Sequence) -> None:
         """Keep a prompt that is computed, for those that begin like it."""
         ...
 
-    def make_room(self, sequence: Sequence) -> None:
+    def ensure_capacity(self, sequence: Sequence) -> None:
         """See that all tokens of the sequence, the newest included, have a place."""
         ...
 
-    def place(self, work: ScheduledSequence) -> tuple[int, int]:
+    def batch_key(self, work: ScheduledSequence) -> tuple[int, int]:
         """Works sorted by this make the cheapest batch."""
         ...
 
-    def batch(self, works: list[ScheduledSequence]) -> Batch:
+    def make_batch(self, works: list[ScheduledSequence]) -> Batch:
         """The input of a forward pass over sorted works that have room."""
         ...
 
-    def release(self, sequence: Sequence) -> None:
+    def free(self, sequence: Sequence) -> None:
         """Drop what the sequence holds, if anything."""
         ...
 
@@ -105,7 +105,7 @@ class Model(Protocol):
         """What chooses the next tokens."""
         ...
 
-    def make_cache(self, prefix_bytes: int) -> Cache:
+    def make_kv_cache(self, prefix_cache_bytes: int) -> KVCache:
         """Keys and values for this model's batches; so much memory for beginnings of prompts."""
         ...
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smolcli.engine.interfaces import Head, Masks, forbid
-from smolcli.engine.sequence import Sequence, TokenScore
+from smolcli.engine.sequence import Sequence, TokenLogprob
 from smolcli.types import Sampling
 
 FINE = 64  # so many likeliest tokens have their likelihoods from float32
@@ -59,12 +59,12 @@ def choose_scored(logits: Tensor, sequences: list[Sequence]) -> list[int]:
 
 def score(
     head: Head, hidden: Tensor, sequences: list[Sequence], tokens: list[int]
-) -> list[TokenScore | None]:
+) -> list[TokenLogprob | None]:
     """How likely the tokens are that were chosen, for the sequences that ask.
 
     As the model has it, among what a constraint allows: before penalty, temperature and cuts.
     """
-    scores: list[TokenScore | None] = [None] * len(sequences)
+    scores: list[TokenLogprob | None] = [None] * len(sequences)
     asking = [i for i, s in enumerate(sequences) if s.top_logprobs is not None]
     if not asking:
         return scores
@@ -75,7 +75,7 @@ def score(
         top = row.topk(sequences[i].top_logprobs or 0)
         likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         possible = tuple((token, logprob) for token, logprob in likeliest if logprob > -math.inf)
-        scores[i] = TokenScore(tokens[i], row[tokens[i]].item(), possible)
+        scores[i] = TokenLogprob(tokens[i], row[tokens[i]].item(), possible)
     return scores
 
 
@@ -105,7 +105,7 @@ def _draw(logits: Tensor, sequences: list[Sequence], top_k: int, is_cut: bool) -
     temperature = _column(logits, [s.sampling.temperature for s in sequences])
     scores = logits.double()
     scores = (scores - scores.amax(-1, keepdim=True)) / temperature.clamp(min=1e-6)
-    uniform = _column(logits, [s.draw() for s in sequences])
+    uniform = _column(logits, [s.draw_uniform() for s in sequences])
     if not is_cut:
         return _pick(scores.softmax(-1), uniform).tolist()
     top_p = _column(logits, [s.sampling.top_p for s in sequences])

@@ -1,4 +1,4 @@
-"""One generation: its tokens and how far it has come. Imports no torch."""
+"""One generation: its token ids, its settings and how far it has come."""
 
 from dataclasses import dataclass, field
 from random import Random
@@ -8,7 +8,7 @@ from smolcli.types import FinishReason, Sampling
 
 
 class Constraint(Protocol):
-    """Decides which tokens may come next in one answer."""
+    """Decides which tokens may come next in one answer (constrained decoding)."""
 
     @property
     def is_complete(self) -> bool:
@@ -17,33 +17,34 @@ class Constraint(Protocol):
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more can come."""
+        """Whether no further token is possible."""
         ...
 
     def mask(self) -> bytes:
-        """One bit for each token, from the lowest of the first byte on: 1 where it is allowed."""
+        """The allowed tokens as a bit mask: bit i % 8 of byte i // 8 is 1 if token i is allowed."""
         ...
 
     def accept(self, token_id: int) -> None:
-        """Take the next token, which the mask allows."""
+        """Advance by one token, which the mask must allow."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScore:
-    """How likely a token was, and the likeliest ones instead of it, as natural logarithms."""
+class TokenLogprob:
+    """The log probability (natural logarithm) of a sampled token and of the likeliest tokens."""
 
     token_id: int
     logprob: float
-    likeliest: tuple[tuple[int, float], ...]
+    alternatives: tuple[tuple[int, float], ...]
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """The prompt, the tokens generated so far, and why it ended if it has.
+    """A prompt, the tokens generated so far, and the reason the generation ended, if it has.
 
-    `token_ids[:num_cached]` have their keys and values in the cache. Somebody sits and waits for
-    an urgent sequence. `scores` has one for each token but the end's, where `top_logprobs` is set.
+    `token_ids[:num_cached]` have their keys and values in the KV cache. An interactive sequence
+    takes priority over batch work. If `top_logprobs` is set, `logprobs` holds one entry per
+    generated token except the end token.
     """
 
     prompt_ids: list[int]
@@ -57,52 +58,62 @@ class Sequence:
     finish_reason: FinishReason | None = field(init=False, default=None)
     error: Exception | None = field(init=False, default=None)
     random: Random = field(init=False)
-    scores: list[TokenScore] = field(init=False, default_factory=list)
+    logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
     admitted_at: float | None = field(init=False, default=None)
     _uniform: float | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        assert self.prompt_ids, "a sequence starts from at least one token"
+        assert self.prompt_ids, "a sequence starts with at least one token"
         self.token_ids = list(self.prompt_ids)
         self.max_tokens = len(self.prompt_ids) + self.sampling.max_new_tokens
         self.random = Random(self.sampling.seed)
 
     @property
     def output_ids(self) -> list[int]:
-        """The tokens generated so far, the end token included."""
+        """The generated tokens, including the end token."""
         return self.token_ids[len(self.prompt_ids) :]
 
     @property
     def num_output(self) -> int:
-        """How many tokens are generated so far."""
+        """The number of tokens generated so far."""
         return len(self.token_ids) - len(self.prompt_ids)
 
     @property
     def is_decoding(self) -> bool:
-        """Whether the prompt is behind it."""
+        """Whether the prompt has been prefilled."""
         return self.num_output > 0
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether generation has ended or failed."""
         return self.finish_reason is not None or self.error is not None
 
-    def draw(self) -> float:
-        """A random number for the next token: the same one until there is that token."""
+    def draw_uniform(self) -> float:
+        """The random number for the next token, in [0, 1).
+
+        Repeated calls return the same number until `append`, so a step that is retried samples
+        the same token.
+        """
         if self._uniform is None:
             self._uniform = self.random.random()
         return self._uniform
 
     def append(
-        self, token_id: int, eos_ids: frozenset[int], score: TokenScore | None = None
+        self, token_id: int, eos_ids: frozenset[int], logprob: TokenLogprob | None = None
     ) -> None:
-        """Take the next token, and end where it says so, or nothing can or may follow."""
+        """Add the next token and set `finish_reason` if it is the last one.
+
+        Args:
+            token_id: the token.
+            eos_ids: tokens that end an answer.
+            logprob: the token's log probability, if it was requested.
+        """
         self.token_ids.append(token_id)
         self._uniform = None
         if self.constraint is not None:
             self.constraint.accept(token_id)
-        if score is not None and token_id not in eos_ids:
-            self.scores.append(score)
+        if logprob is not None and token_id not in eos_ids:
+            self.logprobs.append(logprob)
         if token_id in eos_ids or (self.constraint is not None and self.constraint.is_over):
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) >= self.max_tokens:
@@ -111,7 +122,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Tokens `start` to `stop` of one sequence, to be computed in one step."""
+    """Tokens `start` to `stop` of a sequence, to be computed in one step."""
 
     sequence: Sequence
     start: int
@@ -119,5 +130,5 @@ class ScheduledSequence:
 
     @property
     def completes(self) -> bool:
-        """Whether the step yields the sequence's next token."""
+        """Whether the step produces the sequence's next token."""
         return self.stop == len(self.sequence.token_ids)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from smolcli.engine.sequence import TokenScore
+from smolcli.engine.sequence import TokenLogprob
 from smolcli.text.tokenizer import TextDecoder
 from smolcli.types import ErrorCode, Query, Result, failure
 
@@ -67,7 +67,7 @@ class Detokenizer:
 
 
 def logprob_entries(
-    scores: Iterable[TokenScore], spell: Callable[[int], bytes]
+    scores: Iterable[TokenLogprob], spell: Callable[[int], bytes]
 ) -> list[dict[str, Any]]:
     """The likelihoods of an answer's tokens, an entry in OpenAI's shape for each.
 
@@ -83,7 +83,7 @@ def logprob_entries(
 
     return [
         entry(score.token_id, score.logprob)
-        | {"top_logprobs": [entry(*likely) for likely in score.likeliest]}
+        | {"top_logprobs": [entry(*likely) for likely in score.alternatives]}
         for score in scores
     ]
 

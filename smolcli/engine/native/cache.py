@@ -28,11 +28,11 @@ class BufferCache:
     Args:
         config: the model's shapes.
         kernels: for which values are laid out.
-        prefix_bytes: memory for the beginnings of prompts, kept for prompts to come.
+        prefix_cache_bytes: memory for the beginnings of prompts, kept for prompts to come.
     """
 
-    def __init__(self, config: LlamaConfig, kernels: Kernels, prefix_bytes: int) -> None:
-        self.prefixes = PrefixCache(prefix_bytes)
+    def __init__(self, config: LlamaConfig, kernels: Kernels, prefix_cache_bytes: int) -> None:
+        self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self._config = config
         self._kernels = kernels
         self._buffers: dict[Sequence, Tensor] = {}  # (2, layers, kv_heads, length, head_dim)
@@ -42,40 +42,40 @@ class BufferCache:
         """See `model.Cache`."""
         return len(self._buffers)
 
-    def cost(self, sequence: Sequence) -> int:
+    def bytes_needed(self, sequence: Sequence) -> int:
         """See `model.Cache`."""
         length = self._padded(sequence.max_tokens)
-        return self._config.cache_bytes(length, self._kernels.dtype.itemsize)
+        return self._config.kv_cache_bytes(length, self._kernels.dtype.itemsize)
 
-    def longest(self, num_bytes: int) -> int:
+    def max_length(self, num_bytes: int) -> int:
         """See `model.Cache`."""
         width = self._kernels.width
-        most = num_bytes // self._config.cache_bytes(width, self._kernels.dtype.itemsize) * width
+        most = num_bytes // self._config.kv_cache_bytes(width, self._kernels.dtype.itemsize) * width
         return min(most, self._config.max_positions)
 
-    def open(self, sequence: Sequence) -> None:
+    def allocate(self, sequence: Sequence) -> None:
         """See `model.Cache`; what is not computed yet is never looked at."""
         if sequence in self._buffers:
             return
         config, length = self._config, self._padded(sequence.max_tokens)
         shape = (2, config.num_layers, config.num_kv_heads, length, config.head_dim)
         buffer = torch.empty(shape, dtype=self._kernels.dtype)
-        sequence.num_cached = self.prefixes.fill(sequence.prompt_ids, buffer)
+        sequence.num_cached = self.prefix_cache.fill(sequence.prompt_ids, buffer)
         self._buffers[sequence] = buffer
 
-    def remember(self, sequence: Sequence) -> None:
+    def store_prefix(self, sequence: Sequence) -> None:
         """See `model.Cache`."""
-        self.prefixes.keep(sequence.prompt_ids, self._buffers[sequence])
+        self.prefix_cache.keep(sequence.prompt_ids, self._buffers[sequence])
 
-    def make_room(self, sequence: Sequence) -> None:
+    def ensure_capacity(self, sequence: Sequence) -> None:
         """See `model.Cache`; there is room from the beginning."""
         assert len(sequence.token_ids) <= self._buffers[sequence].shape[3]
 
-    def place(self, work: ScheduledSequence) -> tuple[int, int]:
+    def batch_key(self, work: ScheduledSequence) -> tuple[int, int]:
         """See `model.Cache`; long pieces first, so that what is short fills the gaps."""
         return work.start - work.stop, -work.stop
 
-    def batch(self, works: list[ScheduledSequence]) -> NativeBatch:
+    def make_batch(self, works: list[ScheduledSequence]) -> NativeBatch:
         """See `model.Cache`."""
         ids = [t for w in works for t in w.sequence.token_ids[w.start : w.stop]]
         ends = np.cumsum([w.stop - w.start for w in works])
@@ -87,7 +87,7 @@ class BufferCache:
         completed = np.array([w.completes for w in works])
         return NativeBatch(np.array(ids, np.int32), spans, torch.from_numpy(ends[completed] - 1))
 
-    def release(self, sequence: Sequence) -> None:
+    def free(self, sequence: Sequence) -> None:
         """See `model.Cache`."""
         self._buffers.pop(sequence, None)
 

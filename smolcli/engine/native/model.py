@@ -55,9 +55,9 @@ class NativeModel:
         self._space = Space(config, kernels, self._struct.num_threads, 0, 0)
         self.head = NativeHead(kernels, self._struct)
 
-    def make_cache(self, prefix_bytes: int) -> BufferCache:
+    def make_kv_cache(self, prefix_cache_bytes: int) -> BufferCache:
         """See `model.Model`."""
-        return BufferCache(self.config, self._kernels, prefix_bytes)
+        return BufferCache(self.config, self._kernels, prefix_cache_bytes)
 
     def forward(self, batch: NativeBatch) -> Tensor:
         """See `model.Model`; float32."""

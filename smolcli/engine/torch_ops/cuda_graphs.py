@@ -118,11 +118,11 @@ class GraphedBatch:
 class GraphedCache(SlabCache):
     """Slabs of few lengths, each with a row that is nobody's."""
 
-    def __init__(self, model: TorchModel, prefix_bytes: int) -> None:
-        shape = (model.config, model.dtype, model.device, prefix_bytes)
+    def __init__(self, model: TorchModel, prefix_cache_bytes: int) -> None:
+        shape = (model.config, model.dtype, model.device, prefix_cache_bytes)
         super().__init__(*shape, padded_length=fixed_length, spare_rows=1)
 
-    def batch(self, works: list[ScheduledSequence]) -> GraphedBatch:
+    def make_batch(self, works: list[ScheduledSequence]) -> GraphedBatch:
         """See `model.Cache`."""
         decoding: list[tuple[Slab, list[ScheduledSequence]]] = []
         num_decoding = 0
@@ -148,9 +148,9 @@ class GraphedModel:
         self._model = model
         self._record_with: Record | None = record
 
-    def make_cache(self, prefix_bytes: int) -> GraphedCache:
+    def make_kv_cache(self, prefix_cache_bytes: int) -> GraphedCache:
         """See `model.Model`."""
-        return GraphedCache(self._model, prefix_bytes)
+        return GraphedCache(self._model, prefix_cache_bytes)
 
     def forward(self, batch: GraphedBatch) -> Tensor:
         """See `model.Model`."""

@@ -57,9 +57,9 @@ class TorchModel:
         self._cos, self._sin = self._rotary_tables()
         self._eps = torch.tensor(config.rms_norm_eps, device=device)
 
-    def make_cache(self, prefix_bytes: int) -> FlatCache:
+    def make_kv_cache(self, prefix_cache_bytes: int) -> FlatCache:
         """Keys and values for this model's batches."""
-        return FlatCache(self.config, self.dtype, self.device, prefix_bytes)
+        return FlatCache(self.config, self.dtype, self.device, prefix_cache_bytes)
 
     def forward(self, batch: Batch) -> Tensor:
         """One pass; returns the last hidden states, (N, hidden), of the batch's last rows."""

@@ -121,7 +121,7 @@ class SlabCache:
         config: the model's shapes.
         dtype: the dtype of keys and values.
         device: where they live.
-        prefix_bytes: memory for the beginnings of prompts, kept for prompts to come.
+        prefix_cache_bytes: memory for the beginnings of prompts, kept for prompts to come.
         padded_length: the length of the slab that holds so many tokens of a sequence.
         spare_rows: of each slab.
     """
@@ -131,11 +131,11 @@ class SlabCache:
         config: LlamaConfig,
         dtype: torch.dtype,
         device: torch.device,
-        prefix_bytes: int,
+        prefix_cache_bytes: int,
         padded_length: Callable[[int], int] = padded_length,
         spare_rows: int = 0,
     ) -> None:
-        self.prefixes = PrefixCache(prefix_bytes)
+        self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self._config = config
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._homes: dict[Sequence, PromptBuffer | Slab] = {}
@@ -148,42 +148,42 @@ class SlabCache:
         """How many sequences hold something."""
         return len(self._homes)
 
-    def cost(self, sequence: Sequence) -> int:
+    def bytes_needed(self, sequence: Sequence) -> int:
         """The most bytes that the sequence will hold, padding included."""
         length = self._padded_length(sequence.max_tokens)
-        return self._config.cache_bytes(length, self._like.itemsize)
+        return self._config.kv_cache_bytes(length, self._like.itemsize)
 
-    def longest(self, num_bytes: int) -> int:
+    def max_length(self, num_bytes: int) -> int:
         """See `model.Cache`."""
         length = 0
         while length < self._config.max_positions:
             longer = self._padded_length(length + 1)
-            if self._config.cache_bytes(longer, self._like.itemsize) > num_bytes:
+            if self._config.kv_cache_bytes(longer, self._like.itemsize) > num_bytes:
                 break
             length = longer
         return min(length, self._config.max_positions)
 
-    def open(self, sequence: Sequence) -> None:
+    def allocate(self, sequence: Sequence) -> None:
         """Give a new sequence the buffer of its prompt, filled as far as its beginning is known."""
         if sequence in self._homes:
             return
         buffer = PromptBuffer(self._config, len(sequence.prompt_ids), self._like)
-        sequence.num_cached = self.prefixes.fill(sequence.prompt_ids, buffer.data)
+        sequence.num_cached = self.prefix_cache.fill(sequence.prompt_ids, buffer.data)
         self._homes[sequence] = buffer
 
-    def remember(self, sequence: Sequence) -> None:
+    def store_prefix(self, sequence: Sequence) -> None:
         """Keep a prompt that is computed, for those that begin like it."""
         home = self._homes[sequence]
         assert isinstance(home, PromptBuffer), "only a prompt's own buffer holds it whole"
-        self.prefixes.keep(sequence.prompt_ids, home.data)
+        self.prefix_cache.keep(sequence.prompt_ids, home.data)
 
-    def make_room(self, sequence: Sequence) -> None:
+    def ensure_capacity(self, sequence: Sequence) -> None:
         """See that all tokens of the sequence, the newest included, have a place."""
         home = self._homes[sequence]
         if home.length < len(sequence.token_ids):
             slab = self._slab(self._padded_length(len(sequence.token_ids)))
             slab.insert(sequence, home.read(sequence))
-            self.release(sequence)
+            self.free(sequence)
             self._homes[sequence] = slab
 
     def slab_of(self, sequence: Sequence) -> Slab | None:
@@ -191,7 +191,7 @@ class SlabCache:
         home = self._homes[sequence]
         return home if isinstance(home, Slab) else None
 
-    def place(self, work: ScheduledSequence) -> tuple[int, int]:
+    def batch_key(self, work: ScheduledSequence) -> tuple[int, int]:
         """Where the sequence's row lies; works in this order make the fewest spans."""
         home = self._homes[work.sequence]
         return (home.length, home.rows[work.sequence]) if isinstance(home, Slab) else (1 << 62, 0)
@@ -209,7 +209,7 @@ class SlabCache:
             last_rows=ends[completed].to(self._like.device),
         )
 
-    def release(self, sequence: Sequence) -> None:
+    def free(self, sequence: Sequence) -> None:
         """Drop what the sequence holds, if anything."""
         home = self._homes.pop(sequence, None)
         if isinstance(home, Slab):
@@ -226,7 +226,7 @@ class SlabCache:
         """The works in runs that lie side by side; each prompt is a run of its own."""
 
         def gap(item: tuple[int, ScheduledSequence]) -> tuple[int, int]:
-            length, row = self.place(item[1])
+            length, row = self.batch_key(item[1])
             return length, row - item[0]
 
         runs = groupby(enumerate(works), key=gap)
@@ -247,6 +247,6 @@ class SlabCache:
 class FlatCache(SlabCache):
     """The cache of a model that computes all works of a step in one pass."""
 
-    def batch(self, works: list[ScheduledSequence]) -> Batch:
+    def make_batch(self, works: list[ScheduledSequence]) -> Batch:
         """See `model.Cache`."""
         return self.flat_batch(works)
