@@ -1,4 +1,4 @@
-"""A server process, and the page it serves, in a Chromium that a test drives."""
+"""Drives the chat page of a server process in Chromium."""
 
 import json
 import socket
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 CHROMIUM_FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -23,7 +23,7 @@ CHROMIUM_FLAGS = (
     "--disable-sync",
     "--disable-dev-shm-usage",
 )
-# The page's own fetch, kept for the tests to read, and to answer in the server's place.
+# Wraps the page's fetch: records what it sends, and answers from `canned` instead of the server.
 SPY = """
 window.sent = [];
 window.canned = [];
@@ -36,7 +36,7 @@ window.fetch = (path, options = {}) => {
   return Promise.resolve(new Response(body, { status, headers }));
 };
 """
-# Stops the answer by the button or by the key as soon as there is some of it.
+# Stops the answer with the button or a key as soon as some of its text has arrived.
 STOP_SOON = """
 const [how] = arguments;
 const stop = document.getElementById("stop");
@@ -52,7 +52,7 @@ new MutationObserver((_, observer) => {
 
 @contextmanager
 def serving(model: Path, *options: str) -> Iterator[str]:
-    """A server process that is ready; gives its URL."""
+    """Start a server process, wait until it is ready, and yield its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -76,15 +76,15 @@ def is_ready(url: str) -> bool:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait for `condition`, and fail where it does not come about."""
-    deadline = time.monotonic() + PATIENCE_S
+    """Wait until `condition` holds."""
+    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.02)
 
 
 class Page:
-    """The page in one tab, found by the ids of its elements."""
+    """The page in one browser tab; elements are found by their id."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -117,7 +117,7 @@ class Page:
         self.find(name).send_keys(*keys)
 
     def ask(self, question: str) -> str:
-        """Send a question and wait for the end of its answer."""
+        """Send a question and wait until its answer is complete."""
         self.type("question", question, "\ue007")
         until(lambda: self.is_shown("send") and not self.is_shown("stop"))
         return str(
@@ -125,11 +125,11 @@ class Page:
         )
 
     def sent(self, path: str) -> list[Any]:
-        """The bodies that the page posted to `path`."""
+        """The JSON bodies that the page has posted to `path`."""
         return [json.loads(body) for at, body in self.script("return sent") if at == path]
 
     def answer_with(self, path: str, status: int, body: object, **headers: str) -> None:
-        """Have the next request to `path` answered so, in the server's place."""
+        """Answer the next request to `path` in place of the server."""
         text = body if isinstance(body, str) else json.dumps(body)
         self.script("canned.push([...arguments])", path, status, headers, text)
 

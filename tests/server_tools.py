@@ -1,4 +1,4 @@
-"""Running servers for tests: real sockets, and a tiny real model that can be slow or fail."""
+"""Servers for tests: real sockets, and a tiny model that can be slowed down or broken."""
 
 import json
 import logging
@@ -28,22 +28,22 @@ from smolcli.settings import EngineSettings, ServerSettings
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.weights.loader import load_model
 
-PATIENCE_S = 120.0  # a machine of CI may stand still for a while
+TIMEOUT_S = 120.0  # a busy CI machine may stall for a while
 
 
 def tiny_engine(folder: Path) -> EngineSettings:
-    """Settings of the tiny model in float32."""
+    """Engine settings for the tiny model in float32."""
     return EngineSettings(model=str(folder), dtype="float32", max_batch_size=8)
 
 
-class TappedModel:
-    """The tiny model, every step of which waits, and fails when told to."""
+class FaultyModel:
+    """The tiny model with a delay in every step, which can be made to fail."""
 
     def __init__(self, folder: Path, delay_s: float) -> None:
         self._model = load_model(folder, torch.float32, torch.device("cpu"))
         self._delay_s = delay_s
         self.is_broken = False
-        self.poison_id: int | None = None  # fails each step that reads this token
+        self.poison_id: int | None = None  # every step with this token in its input fails
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -56,16 +56,16 @@ class TappedModel:
 
 
 @dataclass
-class Tap:
-    """Opens a backend around a `TappedModel`, and keeps both for the test to see."""
+class FaultyBackend:
+    """Opens a backend around a `FaultyModel` and exposes both to the test."""
 
     delay_s: float = 0.0
-    models: list[TappedModel] = field(default_factory=list)
+    models: list[FaultyModel] = field(default_factory=list)
     backends: list[LocalBackend] = field(default_factory=list)
 
     def allocate(self, settings: EngineSettings) -> LocalBackend:
         folder = Path(settings.model)
-        self.models.append(TappedModel(folder, self.delay_s))
+        self.models.append(FaultyModel(folder, self.delay_s))
         engine = Engine(self.models[0], settings.max_batch_size, 64 << 20)
         self.backends.append(
             LocalBackend(lambda: ChatTokenizer.load(folder), lambda: engine, {}, 2)
@@ -73,15 +73,15 @@ class Tap:
         return self.backends[0]
 
     @property
-    def num_held(self) -> int:
-        """How many queries the engine has."""
+    def num_queries(self) -> int:
+        """Number of queries in the engine, running or waiting."""
         health = self.backends[0].health()
         return health.num_running + health.num_waiting
 
 
 @dataclass
-class Running:
-    """A server that runs, and a client of it."""
+class RunningServer:
+    """A server running in this process, and a client connected to it."""
 
     server: Server
     client: httpx2.Client
@@ -103,16 +103,16 @@ class Running:
         return self.post("/chat", query(prompt, **fields))
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(self.address, timeout=PATIENCE_S)
+        return socket.create_connection(self.address, timeout=TIMEOUT_S)
 
 
 def query(prompt: str = "Hi", **fields: Any) -> dict[str, Any]:
-    """A query of a few tokens."""
+    """A query whose answer has at most 6 tokens."""
     return {"chat_id": "1", "user_prompt": prompt, "max_new_tokens": 6} | fields
 
 
 def http(path: str, body: bytes, *headers: str, method: str = "POST") -> bytes:
-    """A request as it goes over the wire."""
+    """The bytes of an HTTP/1.1 request."""
     lines = [f"{method} {path} HTTP/1.1", "Host: test", f"Content-Length: {len(body)}", *headers]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
@@ -127,56 +127,56 @@ def serving(
     engine: EngineSettings,
     waits: bool = True,
     **settings: Any,
-) -> Iterator[Running]:
-    """A server on a free port, in a thread of this process, ready unless `waits` is false."""
+) -> Iterator[RunningServer]:
+    """Run a server on a free port in a thread; wait until it is ready unless `waits` is false."""
     server = Server(ServerSettings(port=0, engine=engine, **settings), open_backend)
     thread = threading.Thread(target=server.run)
     thread.start()
-    with httpx2.Client(base_url=server.url, timeout=PATIENCE_S) as client:
+    with httpx2.Client(base_url=server.url, timeout=TIMEOUT_S) as client:
         try:
             if waits:
                 eventually(lambda: client.get("/ready").status_code == 200)
-            yield Running(server, client, thread)
+            yield RunningServer(server, client, thread)
         finally:
             server.stop()
-            thread.join(PATIENCE_S)
+            thread.join(TIMEOUT_S)
             assert not thread.is_alive()
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
-    """Wait until something is so."""
+def eventually(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
+    """Wait until `condition` holds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "it never was"
+        assert time.monotonic() < deadline, "the condition never held"
         time.sleep(0.01)
 
 
 @dataclass
 class Process:
-    """`smol serve` in a process of its own."""
+    """A `smol serve` process."""
 
     popen: subprocess.Popen[str]
     url: str
-    said: str
+    stderr: str  # up to the line that says it is ready
 
     def signal(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
 
     def get(self, path: str) -> httpx2.Response:
-        return httpx2.get(f"{self.url}{path}", timeout=PATIENCE_S)
+        return httpx2.get(f"{self.url}{path}", timeout=TIMEOUT_S)
 
     def ask(self, value: dict[str, Any]) -> httpx2.Response:
-        return httpx2.post(f"{self.url}/chat", json=value, timeout=PATIENCE_S)
+        return httpx2.post(f"{self.url}/chat", json=value, timeout=TIMEOUT_S)
 
-    def end(self) -> tuple[int, str]:
-        """Its exit code, and the rest of what it said."""
-        _, said = self.popen.communicate(timeout=PATIENCE_S)
-        return self.popen.returncode, said
+    def wait(self) -> tuple[int, str]:
+        """Wait for the process; returns its exit code and the rest of its stderr."""
+        _, stderr = self.popen.communicate(timeout=TIMEOUT_S)
+        return self.popen.returncode, stderr
 
 
 @contextmanager
 def serve_process(*args: str) -> Iterator[Process]:
-    """Start `smol serve` on a free port, and wait until it is ready."""
+    """Start `smol serve` on a free port and wait until it is ready."""
     command = [sys.executable, "-m", "smolcli", "serve", "--port", "0", "--threads", "1", *args]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     with subprocess.Popen(
@@ -184,18 +184,18 @@ def serve_process(*args: str) -> Iterator[Process]:
     ) as popen:
         assert popen.stderr is not None
         try:
-            said = ""
-            while not (found := re.search(r"ready at (http://[\w.:]+)", said)):
+            stderr = ""
+            while not (match := re.search(r"ready at (http://[\w.:]+)", stderr)):
                 line = popen.stderr.readline()
-                assert line, f"it ended: {said}"
-                said += line
-            yield Process(popen, found[1], said)
+                assert line, f"the server exited: {stderr}"
+                stderr += line
+            yield Process(popen, match[1], stderr)
         finally:
             popen.kill()
 
 
-class Log(logging.Handler):
-    """Keeps the records of requests to one path."""
+class CapturedLog(logging.Handler):
+    """Collects the access log records of requests to one path."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -207,16 +207,16 @@ class Log(logging.Handler):
             self.records.append(record)
 
     def wait(self, number: int) -> Any:
-        """The record of so many, which may come a little after the response."""
+        """Wait for the `number`th record, which may follow its response, and return it."""
         eventually(lambda: len(self.records) >= number)
         assert len(self.records) == number
         return self.records[-1]
 
 
 @contextmanager
-def logged(path: str) -> Iterator[Log]:
-    """What the server logs of the requests to a path."""
-    logger, log = logging.getLogger("smolcli.server"), Log(path)
+def captured_log(path: str) -> Iterator[CapturedLog]:
+    """Capture the access log of requests to a path."""
+    logger, log = logging.getLogger("smolcli.server"), CapturedLog(path)
     logger.addHandler(log)
     logger.setLevel(logging.INFO)
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 from old_host import old_host
-from server_tools import Running, eventually, query, serve_process, serving, tiny_engine
+from server_tools import RunningServer, eventually, query, serve_process, serving, tiny_engine
 from typer.testing import CliRunner, Result
 
 from smolcli.backends.local import open_local
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 @contextmanager
 def gateway(
     *urls: str, retry_s: float = 0.5, waits: bool = True, **settings: Any
-) -> Iterator[Running]:
+) -> Iterator[RunningServer]:
     remote = RemoteSettings(urls, retry_s=retry_s)
     open_backend = lambda _: open_gateway(remote)  # noqa: E731
     with serving(
@@ -39,7 +39,7 @@ def gateway(
 
 
 @pytest.fixture
-def service(tiny_folder: Path) -> Iterator[Running]:
+def service(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(tiny_folder)) as running:
         yield running
 
@@ -70,7 +70,7 @@ def local_args(folder: Path) -> tuple[str, ...]:
 
 
 def test_the_same_bytes_from_here_from_there_and_through_a_gateway(
-    service: Running, tiny_folder: Path, tmp_path: Path
+    service: RunningServer, tiny_folder: Path, tmp_path: Path
 ) -> None:
     input = write_queries(tmp_path / "in.jsonl", 60)
     here, there, through = (tmp_path / name for name in ("here", "there", "through"))
@@ -89,7 +89,7 @@ def test_the_same_bytes_from_here_from_there_and_through_a_gateway(
 
 
 def test_another_model_is_not_gone_on_with(
-    service: Running, tiny_folder: Path, tmp_path: Path
+    service: RunningServer, tiny_folder: Path, tmp_path: Path
 ) -> None:
     input, output = write_queries(tmp_path / "in.jsonl", 10), tmp_path / "out"
     assert smol_run(input, output, "--via", service.url, "--limit", "5").exit_code == 3
@@ -143,7 +143,7 @@ def kill_when(process: subprocess.Popen[str], output: Path, num_lines: int) -> N
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 def test_one_of_two_services_is_killed_and_the_run_does_not_notice(
-    service: Running, tiny_folder: Path, tmp_path: Path
+    service: RunningServer, tiny_folder: Path, tmp_path: Path
 ) -> None:
     input = write_queries(tmp_path / "in.jsonl", 300)
     here, out = tmp_path / "here", tmp_path / "out"
@@ -159,7 +159,7 @@ def test_one_of_two_services_is_killed_and_the_run_does_not_notice(
 class TestSurface:
     """All that a server has, its gateway has."""
 
-    def test_routes(self, service: Running) -> None:
+    def test_routes(self, service: RunningServer) -> None:
         with gateway(service.url, api_keys=("front",)) as front:
             front.client.headers["Authorization"] = "Bearer front"
             assert front.ask().json() == service.ask().json()
@@ -180,7 +180,7 @@ class TestSurface:
             assert "smol_generation_tokens_total" in front.client.get("/metrics").text
             assert httpx2.post(f"{front.url}/chat", json=query()).status_code == 401
 
-    def test_streams(self, service: Running) -> None:
+    def test_streams(self, service: RunningServer) -> None:
         model = service.client.get("/v1/models").json()["data"][0]["id"]
         body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
         with gateway(service.url) as front:
@@ -254,7 +254,7 @@ def test_a_client_that_goes_away_frees_the_slot_behind_the_gateway(tiny_folder: 
         eventually(lambda: "running 0.0" in front.client.get("/metrics").text, 5)
 
 
-def test_a_question_asked_elsewhere(service: Running) -> None:
+def test_a_question_asked_elsewhere(service: RunningServer) -> None:
     asked = ["ask", "What?", "--max-new-tokens", "6", "--seed", "1", "--json"]
     result = CliRunner().invoke(app, [*asked, "--via", service.url])
     assert json.loads(result.stdout)["usage"]["completion_tokens"] <= 6

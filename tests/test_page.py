@@ -1,4 +1,4 @@
-"""The page at /: its files, and its behaviour in a real Chromium against a real server."""
+"""The chat page: its files, and its behavior in Chromium against a real server."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import server_tools
 from page_driver import CHROMIUM_FLAGS, SPY, STOP_SOON, Page, serving, until
-from server_tools import Tap, eventually, tiny_engine
+from server_tools import FaultyBackend, eventually, tiny_engine
 
 import smolcli
 
@@ -28,7 +28,7 @@ def browser_test(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("path", sorted(PAGE.iterdir()), ids=lambda path: path.name)
-def test_files_need_nothing_from_outside_and_trust_no_text(path: Path) -> None:
+def test_files_load_nothing_external_and_never_render_untrusted_html(path: Path) -> None:
     text = path.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?:|//\w+\.\w+/|@import", text)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b", text)
@@ -61,8 +61,8 @@ def page(browser: Any, url: str) -> Iterator[Page]:
     page = Page(browser)
     page.open(url)
     yield page
-    complaints = [entry["message"] for entry in browser.get_log("browser")]
-    assert [line for line in complaints if "status of 40" not in line] == []
+    messages = [entry["message"] for entry in browser.get_log("browser")]
+    assert [line for line in messages if "status of 40" not in line] == []
 
 
 def query(chat_id: object, prompt: str, **fields: object) -> str:
@@ -89,7 +89,7 @@ def test_chat_streams_and_keeps_the_conversation(page: Page) -> None:
 
 
 @browser_test
-def test_settings_are_sent_where_they_are_given(page: Page) -> None:
+def test_only_filled_in_settings_are_sent(page: Page) -> None:
     page.find("settings").find_element("tag name", "summary").click()
     given = {"max_tokens": "3", "temperature": "0.5", "top_p": "0.9", "seed": "7"}
     for name, value in given.items():
@@ -102,11 +102,11 @@ def test_settings_are_sent_where_they_are_given(page: Page) -> None:
     assert {name: str(body[name]) for name in given} == given
     assert not {"top_k", "repetition_penalty"} & body.keys()
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert "cut off at the limit" in page.texts("article .note")[0]
+    assert "stopped at the token limit" in page.texts("article .note")[0]
 
 
 @browser_test
-def test_a_setting_out_of_range_is_not_sent(page: Page) -> None:
+def test_a_setting_out_of_range_blocks_sending(page: Page) -> None:
     page.find("settings").find_element("tag name", "summary").click()
     page.driver.find_element("name", "top_p").send_keys("7")
     page.type("question", "Hi", "\ue007")
@@ -115,7 +115,7 @@ def test_a_setting_out_of_range_is_not_sent(page: Page) -> None:
 
 
 @browser_test
-def test_shift_enter_is_a_new_line_and_untrusted_text_stays_text(page: Page) -> None:
+def test_shift_enter_adds_a_line_and_markup_stays_text(page: Page) -> None:
     page.type("question", "<img src=x onerror=alert(1)>", "\ue008\ue007\ue000", "<b>two</b>")
     assert page.sent("v1/chat/completions") == []
     stream = 'data: {"choices":[{"delta":{"content":"<script>alert(1)</script>"}}]}\n\ndata: [DONE]'
@@ -129,19 +129,19 @@ def test_shift_enter_is_a_new_line_and_untrusted_text_stays_text(page: Page) -> 
 @browser_test
 @pytest.mark.parametrize("how", ["click", "Escape"])
 def test_stop_ends_the_answer_and_frees_the_slot(browser: Any, tiny_folder: Path, how: str) -> None:
-    tap = Tap(delay_s=0.1)  # so that the whole answer would take 25 s
-    with server_tools.serving(tap.open, tiny_engine(tiny_folder)) as running:
+    faulty = FaultyBackend(delay_s=0.1)  # the complete answer would take 25 s
+    with server_tools.serving(faulty.open, tiny_engine(tiny_folder)) as running:
         page = Page(browser)
         page.open(running.url, max_tokens="")
         page.script(STOP_SOON, how)
         assert page.ask("Tell me a very long story")
         assert page.texts("article .note") == ["stopped"]
-        eventually(lambda: tap.num_held == 0, timeout_s=5)
+        eventually(lambda: faulty.num_queries == 0, timeout_s=5)
         page.driver.get("about:blank")
 
 
 @browser_test
-def test_a_failed_question_can_be_asked_again(page: Page) -> None:
+def test_a_failed_question_can_be_retried(page: Page) -> None:
     error = {"error": {"message": "the queue is full", "code": "overloaded"}}
     page.answer_with("v1/chat/completions", 503, error)
     page.ask("Hi")
@@ -156,18 +156,18 @@ def test_a_failed_question_can_be_asked_again(page: Page) -> None:
 @pytest.mark.parametrize(
     ("stream", "said"),
     [
-        ('data: {"choices":[{"delta":{"content":"Half an"}}]}\n\n', "The answer broke off."),
+        ('data: {"choices":[{"delta":{"content":"Half an"}}]}\n\n', "The answer was cut off."),
         ('data: {"error":{"message":"it took too long","code":"timeout"}}\n\n', "it took too long"),
     ],
 )
-def test_a_stream_that_fails_says_so(page: Page, stream: str, said: str) -> None:
+def test_a_failed_stream_shows_its_error(page: Page, stream: str, said: str) -> None:
     page.answer_with("v1/chat/completions", 200, stream)
     page.ask("Hi")
     assert page.texts("article .error") == [said]
 
 
 @browser_test
-def test_batch_fills_its_rows_and_downloads_them_in_order(page: Page, tmp_path: Path) -> None:
+def test_batch_shows_results_and_downloads_them_in_order(page: Page, tmp_path: Path) -> None:
     lines = [
         query(1, "Hi"),
         '{"chat_id": "torn", "user_prompt": "<b>',
@@ -203,7 +203,7 @@ def downloaded(page: Page, folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @browser_test
-def test_a_dropped_file_is_read_if_it_is_utf_8(page: Page) -> None:
+def test_a_dropped_file_must_be_utf_8(page: Page) -> None:
     page.find("batch-tab").click()
     drop = """
         const data = new DataTransfer();
@@ -212,7 +212,7 @@ def test_a_dropped_file_is_read_if_it_is_utf_8(page: Page) -> None:
           new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
     """
     page.script(drop, "latin1.jsonl", list('{"chat_id":"é"}'.encode("latin-1")))
-    until(lambda: page.text("source") == "latin1.jsonl is not text in UTF-8.")
+    until(lambda: page.text("source") == "latin1.jsonl is not UTF-8 text.")
     assert not page.find("run").is_enabled()
     page.script(drop, "good.jsonl", list('{"chat_id":"é","user_prompt":"Hi"}'.encode()))
     until(lambda: page.text("source") == "good.jsonl")
@@ -221,14 +221,14 @@ def test_a_dropped_file_is_read_if_it_is_utf_8(page: Page) -> None:
 
 
 @browser_test
-def test_batch_waits_for_a_busy_server_and_isolates_what_it_refuses(page: Page) -> None:
+def test_batch_retries_a_busy_server_and_isolates_rejected_queries(page: Page) -> None:
     page.answer_with("chat/batched", 503, {"error": "full"}, **{"Retry-After": "1"})
     page.answer_with("chat/batched", 413, {"error": "too many", "error_code": "too_large"})
     page.paste(
         query(1, "Hi"), '{"chat_id":"twice","chat_id":"2","user_prompt":"x"}', query(3, "Hi")
     )
     page.find("run").click()
-    until(lambda: page.text("trouble") == "full Trying again in 1 s.")
+    until(lambda: page.text("trouble") == "full Retrying in 1 s.")
     until(lambda: page.is_shown("run"))
     assert page.texts("#rows code") == ["invalid_json"]
     assert page.texts("#rows tr:nth-child(2) .answer")[0].startswith("invalid_json")
@@ -237,13 +237,13 @@ def test_batch_waits_for_a_busy_server_and_isolates_what_it_refuses(page: Page) 
 
 
 @browser_test
-def test_a_batch_that_breaks_off_goes_on_where_it_was(page: Page) -> None:
+def test_an_interrupted_batch_resumes_where_it_stopped(page: Page) -> None:
     line = json.dumps({"index": 1, "chat_id": "2", "response": "kept"})
     page.answer_with("chat/batched", 200, line)
     page.paste(query(1, "Hi"), query(2, "Hi"))
     page.run()
     assert page.text("trouble") == "The connection was lost."
-    assert page.text("run") == "Run the rest (1)"
+    assert page.text("run") == "Run remaining (1)"
     page.run()
     assert page.texts("#rows tr:nth-child(2) .answer") == ["kept"]
     assert page.text("counts") == "2 of 2 done · 0 errors"
@@ -251,7 +251,7 @@ def test_a_batch_that_breaks_off_goes_on_where_it_was(page: Page) -> None:
 
 
 @browser_test
-def test_many_rows_come_in_pages(page: Page) -> None:
+def test_many_rows_are_paginated(page: Page) -> None:
     page.find("batch-tab").click()
     text = "\n".join(query(n, "Hi", max_new_tokens=1) for n in range(320))
     page.script(
@@ -268,13 +268,13 @@ def test_many_rows_come_in_pages(page: Page) -> None:
 
 
 @browser_test
-def test_a_server_with_a_key_asks_for_it(browser: Any, tiny_folder: Path) -> None:
+def test_the_page_asks_for_the_api_key(browser: Any, tiny_folder: Path) -> None:
     with serving(tiny_folder, "--api-key", KEY) as url:
         page = Page(browser)
         page.open(url)
-        until(lambda: page.text("key-why") == "The server asks for a key.")
+        until(lambda: page.text("key-why") == "The server requires an API key.")
         page.type("key", "wrong", "\ue007")
-        until(lambda: page.text("key-why") == "The server does not know this key.")
+        until(lambda: page.text("key-why") == "The server rejected this key.")
         page.type("key", KEY, "\ue007")
         until(lambda: page.text("model"))
         assert page.ask("Hi")
@@ -290,7 +290,7 @@ def test_a_server_with_a_key_asks_for_it(browser: Any, tiny_folder: Path) -> Non
 
 
 @browser_test
-def test_tabs_obey_the_arrow_keys_and_the_address(page: Page, url: str) -> None:
+def test_tabs_follow_the_arrow_keys_and_the_url(page: Page, url: str) -> None:
     page.type("chat-tab", "\ue014")
     assert page.script("return document.activeElement.id") == "batch-tab"
     assert page.find("batch-tab").get_attribute("aria-selected") == "true"
@@ -305,7 +305,7 @@ def test_tabs_obey_the_arrow_keys_and_the_address(page: Page, url: str) -> None:
 @browser_test
 @pytest.mark.parametrize("tab", ["chat", "batch"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone_and_can_be_read(page: Page, tab: str, scheme: str) -> None:
+def test_the_page_fits_a_phone_and_has_enough_contrast(page: Page, tab: str, scheme: str) -> None:
     size = {"width": 375, "height": 667, "deviceScaleFactor": 2, "mobile": True}
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -327,12 +327,12 @@ def test_it_fits_a_phone_and_can_be_read(page: Page, tab: str, scheme: str) -> N
 
 
 def contrast(one: str, other: str) -> float:
-    """The contrast ratio of two colours (WCAG 2.1)."""
+    """The contrast ratio of two colors (WCAG 2.1)."""
     bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
     return (bright + 0.05) / (dark + 0.05)
 
 
-def luminance(colour: str) -> float:
-    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+def luminance(color: str) -> float:
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return sum(weight * p for weight, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

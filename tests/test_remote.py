@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from flask import Flask, Response, jsonify, request
 from old_host import listening, old_host
-from server_tools import Running, Tap, eventually, serving, tiny_engine
+from server_tools import FaultyBackend, RunningServer, eventually, serving, tiny_engine
 
 from smolcli.backends.base import OnText
 from smolcli.backends.local import open_local
@@ -56,7 +56,7 @@ def answers(backend: RemoteBackend, queries: list[Query]) -> list[Result]:
 
 
 @pytest.fixture
-def smol(tiny_folder: Path) -> Iterator[Running]:
+def smol(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(tiny_folder)) as running:
         yield running
 
@@ -81,7 +81,7 @@ class TestSmol:
 
     @pytest.mark.parametrize("how", ["batch", "alone", "stream"])
     def test_its_results_are_those_of_the_model_here(
-        self, smol: Running, tiny_folder: Path, how: str
+        self, smol: RunningServer, tiny_folder: Path, how: str
     ) -> None:
         with closing(open_local(tiny_engine(tiny_folder))) as local, remote(smol.url) as backend:
             expected = [local.submit(q).result(20) for q in self.QUERIES]
@@ -111,28 +111,28 @@ class TestSmol:
                 expected = local.submit(query()).result(20)
             assert backend.submit(query(), on_text).result(20).record() == expected.record()
 
-    def test_queries_that_come_together_go_together(self, smol: Running) -> None:
+    def test_queries_that_come_together_go_together(self, smol: RunningServer) -> None:
         with remote(smol.url) as backend:
             results = answers(backend, [query(str(n)) for n in range(24)])
             assert [r.chat_id for r in results] == [str(n) for n in range(24)]
             assert backend.counters().model_calls <= 4
             assert backend.window == 3 * 8
 
-    def test_it_is_what_its_server_is(self, smol: Running, tiny_folder: Path) -> None:
+    def test_it_is_what_its_server_is(self, smol: RunningServer, tiny_folder: Path) -> None:
         with closing(open_local(tiny_engine(tiny_folder))) as local, remote(smol.url) as backend:
             assert backend.identity() == local.identity() | {"model": tiny_folder.name}
 
     @pytest.mark.parametrize("wanted", [{"model": "other"}, {"dtype": "bfloat16"}])
     def test_a_server_with_another_model_is_refused(
-        self, smol: Running, wanted: dict[str, Any]
+        self, smol: RunningServer, wanted: dict[str, Any]
     ) -> None:
         with pytest.raises(BackendError, match=r"has the (model|dtype) '.*', not '"):
             open_remote(RemoteSettings((smol.url,), **wanted))
 
     def test_cancelling_frees_the_slot(self, tiny_folder: Path) -> None:
-        tap = Tap(delay_s=0.02)
+        faulty = FaultyBackend(delay_s=0.02)
         long = Sampling(max_new_tokens=400, repetition_penalty=1.3)
-        with serving(tap.open, tiny_engine(tiny_folder)) as server:
+        with serving(faulty.open, tiny_engine(tiny_folder)) as server:
             settings = RemoteSettings((server.url,), api="smol")
             with closing(open_remote(settings)) as backend:
                 for on_text, is_interactive in (
@@ -146,9 +146,9 @@ class TestSmol:
                         )
                         for n in range(3)
                     ]
-                    eventually(lambda: tap.num_held == 3)
+                    eventually(lambda: faulty.num_queries == 3)
                     assert all(future.cancel() for future in futures)
-                    eventually(lambda: tap.num_held == 0)
+                    eventually(lambda: faulty.num_queries == 0)
                     eventually(lambda: backend.health().num_running == 0)
 
     def test_a_key(self, tiny_folder: Path) -> None:
@@ -162,12 +162,12 @@ class TestSmol:
             assert time.monotonic() - started < 5
 
     def test_a_model_that_dies_ends_it(self, tiny_folder: Path) -> None:
-        tap = Tap()
+        faulty = FaultyBackend()
         with (
-            serving(tap.open, tiny_engine(tiny_folder)) as server,
+            serving(faulty.open, tiny_engine(tiny_folder)) as server,
             remote(server.url, retry_s=0.2, api="smol") as backend,
         ):
-            tap.backends[0].close()
+            faulty.backends[0].close()
             with pytest.raises(BackendError):
                 backend.submit(query()).result(20)
 
@@ -466,7 +466,7 @@ def test_an_answer_nested_too_deep_is_nonsense() -> None:
         load_object('{"a":' * 100_000)
 
 
-def test_all_at_once_from_many_threads(smol: Running) -> None:
+def test_all_at_once_from_many_threads(smol: RunningServer) -> None:
     with remote(smol.url) as backend:
         futures: list[Future[Result]] = []
 

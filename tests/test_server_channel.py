@@ -1,4 +1,4 @@
-"""How long a client may hold a connection, and with what."""
+"""Connection timeouts: how long an idle or slow client may hold a connection."""
 
 import socket
 import time
@@ -10,29 +10,29 @@ import pytest
 from server_tools import http
 from waitress import create_server
 
-from smolcli.server.wsgi import IDLE_S, RECEIVE_S, SEND_S, Channel
+from smolcli.server.wsgi import IDLE_TIMEOUT_S, RECEIVE_TIMEOUT_S, SEND_TIMEOUT_S, Channel
 
 HALF = b"POST /chat HTTP/1.1\r\nHost: x\r\nX-Slow:"
 
 
 @dataclass
-class Line:
-    """A connection of a server that nobody turns, and the client's end of it."""
+class Connection:
+    """A channel of a server that is never polled, and the client's end of its socket."""
 
     channel: Channel
     client: socket.socket
 
-    def is_dropped_at(self, when: float) -> bool:
-        self.channel.drop_if_slow(when)
+    def is_closed_at(self, when: float) -> bool:
+        self.channel.close_if_overdue(when)
         return self.channel.will_close
 
-    def say(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         self.client.sendall(data)
         self.channel.handle_read()
 
 
 @pytest.fixture
-def line() -> Iterator[Line]:
+def connection() -> Iterator[Connection]:
     with (
         closing(create_server(answer, listen="127.0.0.1:0", threads=0, map={})) as server,
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -40,7 +40,7 @@ def line() -> Iterator[Line]:
     ):
         accepted, address = listener.accept()
         channel = Channel(server, accepted, address, server.adj, map={})
-        yield Line(channel, client)
+        yield Connection(channel, client)
         channel.handle_close()
 
 
@@ -51,48 +51,50 @@ def answer(environ: dict[str, str], start_response: Callable[..., object]) -> li
 
 
 def later() -> float:
-    """The time, certainly after whatever was before."""
+    """A time that is certainly later than whatever happened before."""
     time.sleep(0.05)
     return time.monotonic()
 
 
-def test_who_says_nothing(line: Line) -> None:
+def test_an_idle_connection_is_closed(connection: Connection) -> None:
     opened = time.monotonic()
-    assert not line.is_dropped_at(opened + IDLE_S - 1)
-    assert line.is_dropped_at(opened + IDLE_S)
+    assert not connection.is_closed_at(opened + IDLE_TIMEOUT_S - 1)
+    assert connection.is_closed_at(opened + IDLE_TIMEOUT_S)
 
 
-def test_who_sends_a_byte_now_and_then(line: Line) -> None:
-    line.say(HALF[:1])
-    begun = later()
+def test_a_request_sent_byte_by_byte_must_arrive_in_time(connection: Connection) -> None:
+    connection.send(HALF[:1])
+    began = later()
     for byte in HALF[1:]:
-        line.say(bytes([byte]))
-    assert not line.is_dropped_at(begun + RECEIVE_S - 1)
-    assert line.is_dropped_at(begun + RECEIVE_S)
+        connection.send(bytes([byte]))
+    assert not connection.is_closed_at(began + RECEIVE_TIMEOUT_S - 1)
+    assert connection.is_closed_at(began + RECEIVE_TIMEOUT_S)
 
 
-def test_who_sends_empty_lines(line: Line) -> None:
-    """To Waitress each is a request that is whole, and a sign of life."""
+def test_empty_lines_do_not_count_as_activity(connection: Connection) -> None:
+    """Waitress treats each of them as a complete request and resets its own timeout."""
     opened = time.monotonic()
     later()
-    line.say(b"\r\n\r\n")
-    assert line.is_dropped_at(opened + IDLE_S + 0.01)
+    connection.send(b"\r\n\r\n")
+    assert connection.is_closed_at(opened + IDLE_TIMEOUT_S + 0.01)
 
 
-def test_who_does_not_take_the_answer(line: Line) -> None:
-    line.say(http("/50000000", b"", method="GET"))  # more than a socket takes
-    assert not line.is_dropped_at(time.monotonic() + 10 * SEND_S), "it is being served"
-    line.channel.service()
+def test_a_client_must_read_its_response_in_time(connection: Connection) -> None:
+    connection.send(http("/50000000", b"", method="GET"))  # more than the socket buffers hold
+    assert not connection.is_closed_at(time.monotonic() + 10 * SEND_TIMEOUT_S), (
+        "the request is still being served"
+    )
+    connection.channel.service()
     served = time.monotonic()
-    line.client.recv(65536)
-    assert not line.is_dropped_at(served + SEND_S - 60)
-    assert line.is_dropped_at(served + SEND_S)
+    connection.client.recv(65536)
+    assert not connection.is_closed_at(served + SEND_TIMEOUT_S - 60)
+    assert connection.is_closed_at(served + SEND_TIMEOUT_S)
 
 
-def test_the_next_request_has_its_whole_time(line: Line) -> None:
-    """Its first bytes came while the one before it was being served."""
-    line.say(http("/5", b"", method="GET") + HALF)
+def test_a_pipelined_request_gets_its_full_time(connection: Connection) -> None:
+    """Its first bytes arrive while the previous request is being served."""
+    connection.send(http("/5", b"", method="GET") + HALF)
     served = later()
-    line.channel.service()
-    assert not line.is_dropped_at(served + RECEIVE_S - 0.01)
-    assert line.is_dropped_at(time.monotonic() + RECEIVE_S)
+    connection.channel.service()
+    assert not connection.is_closed_at(served + RECEIVE_TIMEOUT_S - 0.01)
+    assert connection.is_closed_at(time.monotonic() + RECEIVE_TIMEOUT_S)

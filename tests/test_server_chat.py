@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_tools import Running, query, serving, tiny_engine
+from server_tools import RunningServer, query, serving, tiny_engine
 
 from smolcli.backends.local import open_local
 from smolcli.batch.progress import LogProgress
@@ -18,13 +18,15 @@ NDJSON = "application/x-ndjson"
 
 
 @pytest.fixture
-def server(tiny_folder: Path) -> Iterator[Running]:
+def server(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(tiny_folder)) as running:
         yield running
 
 
-def test_two_doors_one_room(server: Running, tiny_folder: Path, tmp_path: Path) -> None:
-    """A query gives the same over /chat, in a batch, in a stream, and as a line of a file."""
+def test_http_and_files_give_the_same_results(
+    server: RunningServer, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A query has the same result in /chat, in a batch, in a stream and in a file."""
     queries = [
         query("What is gravity?", chat_id="1", metadata={"tag": "ü"}),
         query("Why is the sky blue?", chat_id="2", system_prompt="Be brief."),
@@ -56,7 +58,7 @@ def test_two_doors_one_room(server: Running, tiny_folder: Path, tmp_path: Path) 
             assert (alone.status_code, alone.json()) == (200, line)
 
 
-def test_a_batch_says_when_some_failed(server: Running) -> None:
+def test_a_batch_reports_failed_queries(server: RunningServer) -> None:
     good, bad = query(), {"chat_id": "2"}
     whole = server.post("/chat/batched", {"queries": [good, good]})
     assert (whole.status_code, list(whole.json())) == (200, ["responses"])
@@ -103,23 +105,23 @@ def test_a_batch_says_when_some_failed(server: Running) -> None:
         ("/chat/batched", {"querys": []}, "unknown_field", "unknown field 'querys'"),
     ],
 )
-def test_a_bad_request_gets_a_sentence(
-    server: Running, path: str, value: Any, code: str, sentence: str
+def test_an_invalid_request_is_explained(
+    server: RunningServer, path: str, value: Any, code: str, sentence: str
 ) -> None:
     response = server.post(path, value)
     assert response.status_code == 400
     assert (response.json()["error_code"], response.json()["error"]) == (code, sentence)
 
 
-def test_a_mark_of_the_byte_order_is_no_fault(server: Running) -> None:
+def test_a_byte_order_mark_is_accepted(server: RunningServer) -> None:
     body = codecs.BOM_UTF8 + json.dumps(query()).encode()
     assert server.client.post("/chat", content=body, headers=JSON).status_code == 200
 
 
-def test_every_refusal_is_json(server: Running) -> None:
-    """Never an HTML page, never a traceback."""
+def test_every_error_is_json(server: RunningServer) -> None:
+    """Never HTML, never a traceback."""
     client = server.client
-    refusals = [
+    errors = [
         (client.post("/chat", content=b"{", headers=JSON), 400, "invalid_json"),
         (client.post("/chat", content=b'{"a":1,"a":2}', headers=JSON), 400, "invalid_json"),
         (client.post("/chat", content=b"\xff", headers=JSON), 400, "invalid_json"),
@@ -137,23 +139,23 @@ def test_every_refusal_is_json(server: Running) -> None:
             "unsupported_media_type",
         ),
     ]
-    for response, status, code in refusals:
+    for response, status, code in errors:
         assert response.status_code == status, response.text
         assert response.headers["content-type"] == "application/json"
         error = response.json()
         assert code in (error.get("error_code"), error["error"] and _code(error)), error
-    assert refusals[5][0].headers["allow"] == "POST"
+    assert errors[5][0].headers["allow"] == "POST"
 
 
 JSON = {"Content-Type": "application/json"}
 
 
 def _code(error: dict[str, Any]) -> Any:
-    """The code of an error in OpenAI's shape."""
+    """The code of an error in OpenAI's shape, None for other shapes."""
     return error["error"]["code"] if isinstance(error["error"], dict) else None
 
 
-def test_ids_may_repeat_and_be_integers(server: Running) -> None:
+def test_chat_ids_may_repeat_and_be_integers(server: RunningServer) -> None:
     response = server.post("/chat/batched", {"queries": [query(chat_id=7), query(chat_id="7")]})
     first, second = response.json()["responses"]
     assert first == second

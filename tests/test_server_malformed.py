@@ -1,4 +1,4 @@
-"""Whatever comes in, JSON or nothing goes out, and the server goes on."""
+"""Malformed requests: the server answers with JSON or not at all, and keeps running."""
 
 import json
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_tools import Running, Tap, http, serving, tiny_engine
+from server_tools import FaultyBackend, RunningServer, http, serving, tiny_engine
 
-# The fixture's server is shared by all examples on purpose.
+# All examples of a test share the fixture's server on purpose.
 bounded = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -34,13 +34,13 @@ VALUES = st.recursive(
 
 
 @pytest.fixture
-def server(tiny_folder: Path) -> Iterator[Running]:
-    with serving(Tap().open, tiny_engine(tiny_folder), max_body_bytes=100_000) as running:
+def server(tiny_folder: Path) -> Iterator[RunningServer]:
+    with serving(FaultyBackend().open, tiny_engine(tiny_folder), max_body_bytes=100_000) as running:
         yield running
 
 
-def exchange(server: Running, data: bytes) -> bytes:
-    """Send bytes, and take what comes back until the server ends or says no more."""
+def exchange(server: RunningServer, data: bytes) -> bytes:
+    """Send bytes and return what the server sends until it closes or falls silent."""
     with server.connect() as connection:
         connection.sendall(data)
         connection.settimeout(0.2)
@@ -53,7 +53,7 @@ def exchange(server: Running, data: bytes) -> bytes:
 
 
 def check_answer(answer: bytes) -> None:
-    """It is no answer at all, or one in JSON that tells of no fault of the server's."""
+    """Check that a response, if any, is JSON and does not report a server error."""
     if not answer:
         return
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -66,7 +66,7 @@ def check_answer(answer: bytes) -> None:
 
 @bounded
 @given(path=PATHS, value=VALUES)
-def test_any_json(server: Running, path: str, value: Any) -> None:
+def test_any_json(server: RunningServer, path: str, value: Any) -> None:
     response = server.client.post(
         path, content=json.dumps(value).encode(), headers={"Content-Type": "application/json"}
     )
@@ -76,7 +76,7 @@ def test_any_json(server: Running, path: str, value: Any) -> None:
 
 @bounded
 @given(path=PATHS, body=st.binary(max_size=200))
-def test_any_body(server: Running, path: str, body: bytes) -> None:
+def test_any_body(server: RunningServer, path: str, body: bytes) -> None:
     response = server.client.post(path, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert response.headers["content-type"] == "application/json"
@@ -84,7 +84,7 @@ def test_any_body(server: Running, path: str, body: bytes) -> None:
 
 @bounded
 @given(data=st.binary(min_size=1, max_size=300))
-def test_any_bytes(server: Running, data: bytes) -> None:
+def test_any_bytes(server: RunningServer, data: bytes) -> None:
     check_answer(exchange(server, data + b"\r\n\r\n"))
 
 
@@ -122,14 +122,16 @@ HEADERS = st.sampled_from(
     headers=st.lists(HEADERS, max_size=4),
     body=st.sampled_from([b"", b"{}", b"0\r\n\r\n", b"zz\r\n", b"5\r\n{}"]),
 )
-def test_any_head(server: Running, method: str, path: str, headers: list[str], body: bytes) -> None:
+def test_any_head(
+    server: RunningServer, method: str, path: str, headers: list[str], body: bytes
+) -> None:
     head = "\r\n".join([f"{method} {path} HTTP/1.1", "Host: test", *headers, "", ""])
     answer = exchange(server, head.encode("latin-1") + body)
     if method != "HEAD" and not answer.startswith(b"HTTP/1.1 100"):
         check_answer(answer)
 
 
-def test_it_still_answers_after_all_that(server: Running) -> None:
+def test_the_server_survives(server: RunningServer) -> None:
     for data in (b"\x16\x03\x01\x02\x00", b"GET", http("/chat", b"[" * 50_000, JSON)):
         check_answer(exchange(server, data))
     assert server.ask().status_code == 200

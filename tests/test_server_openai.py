@@ -1,4 +1,4 @@
-"""/v1 as the official client uses it."""
+"""/v1, driven by the official OpenAI client."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Literal
 import openai
 import pytest
 from pydantic import BaseModel, Field
-from server_tools import Running, Tap, query, serving, tiny_engine
+from server_tools import FaultyBackend, RunningServer, query, serving, tiny_engine
 
 from smolcli.backends.local import open_local
 
@@ -15,27 +15,27 @@ MESSAGES: Any = [{"role": "user", "content": "What is gravity?"}]
 
 
 @pytest.fixture
-def server(tiny_folder: Path) -> Iterator[Running]:
+def server(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(tiny_folder)) as running:
         yield running
 
 
 @pytest.fixture
-def client(server: Running) -> Iterator[openai.OpenAI]:
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
         yield client
 
 
-def test_the_model_is_listed(client: openai.OpenAI, tiny_folder: Path) -> None:
+def test_models_lists_the_model(client: openai.OpenAI, tiny_folder: Path) -> None:
     (model,) = client.models.list().data
     assert model.id == tiny_folder.name
     assert client.models.retrieve(model.id) == model
-    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'"):
+    with pytest.raises(openai.NotFoundError, match="model 'gpt-4' not found"):
         client.models.retrieve("gpt-4")
 
 
-def test_an_answer_is_that_of_chat(
-    client: openai.OpenAI, server: Running, tiny_folder: Path
+def test_a_completion_equals_the_answer_of_chat(
+    client: openai.OpenAI, server: RunningServer, tiny_folder: Path
 ) -> None:
     answer = client.chat.completions.create(
         model=tiny_folder.name, messages=MESSAGES, max_tokens=6, temperature=0
@@ -49,8 +49,8 @@ def test_an_answer_is_that_of_chat(
     assert answer.usage.total_tokens == sum(expected["usage"].values())
 
 
-def test_the_client_may_send_an_answer_back(client: openai.OpenAI, tiny_folder: Path) -> None:
-    """Its messages hold each field that the server sent; one it does not take would be refused."""
+def test_a_returned_message_may_be_sent_back(client: openai.OpenAI, tiny_folder: Path) -> None:
+    """The client echoes every field of the message that the server sent."""
     first = client.chat.completions.create(model=tiny_folder.name, messages=MESSAGES, max_tokens=6)
     messages = [*MESSAGES, first.choices[0].message, {"role": "user", "content": "Go on."}]
     assert client.chat.completions.create(
@@ -59,7 +59,7 @@ def test_the_client_may_send_an_answer_back(client: openai.OpenAI, tiny_folder: 
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_stream_adds_up_to_the_answer(
+def test_a_stream_adds_up_to_the_whole_answer(
     client: openai.OpenAI, tiny_folder: Path, temperature: float
 ) -> None:
     asked: Any = {
@@ -85,8 +85,8 @@ def test_a_stream_adds_up_to_the_answer(
     assert len({chunk.id for chunk in (*chunks, last)}) == 1
 
 
-def test_text_parts_and_developers_are_understood(
-    client: openai.OpenAI, server: Running, tiny_folder: Path
+def test_text_parts_and_the_developer_role_are_supported(
+    client: openai.OpenAI, server: RunningServer, tiny_folder: Path
 ) -> None:
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "gravity?"}]
     messages: Any = [
@@ -124,7 +124,7 @@ def test_text_parts_and_developers_are_understood(
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(
+def test_an_unsupported_parameter_is_rejected_by_name(
     client: openai.OpenAI, tiny_folder: Path, extra: dict[str, Any], param: str
 ) -> None:
     body = {"model": tiny_folder.name, "messages": MESSAGES} | extra
@@ -136,15 +136,13 @@ def test_what_is_not_supported_is_refused_by_name(
 
 
 class Sky(BaseModel):
-    """What the client's parser makes a schema of."""
+    """The client derives a JSON schema from this model."""
 
     colour: Literal["blue", "grey"]
     clouds: int = Field(ge=0, le=9)
 
 
-def test_an_answer_parses_as_the_model_that_was_asked_for(
-    client: openai.OpenAI, tiny_folder: Path
-) -> None:
+def test_an_answer_parses_as_the_requested_model(client: openai.OpenAI, tiny_folder: Path) -> None:
     answer = client.chat.completions.parse(
         model=tiny_folder.name, messages=MESSAGES, response_format=Sky
     )
@@ -152,7 +150,7 @@ def test_an_answer_parses_as_the_model_that_was_asked_for(
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_an_answer_that_is_cut_off_is_an_error(
+def test_truncated_json_is_an_error(
     client: openai.OpenAI, tiny_folder: Path, is_stream: bool
 ) -> None:
     schema = {"type": "object", "properties": {"sky": {"type": "string"}}, "required": ["sky"]}
@@ -163,7 +161,7 @@ def test_an_answer_that_is_cut_off_is_an_error(
     assert caught.value.code == "incomplete_json"
 
 
-def test_likelihoods_come_with_the_answer_and_at_a_streams_end(
+def test_logprobs_are_returned_whole_and_in_the_last_chunk(
     client: openai.OpenAI, tiny_folder: Path
 ) -> None:
     asked: Any = {"logprobs": True, "top_logprobs": 3, "max_tokens": 5}
@@ -179,12 +177,12 @@ def test_likelihoods_come_with_the_answer_and_at_a_streams_end(
         model=tiny_folder.name, messages=MESSAGES, stream=True, **asked
     ) as stream:
         *_, last = list(stream)
-    told = last.choices[0].logprobs
-    assert told is not None
-    assert told.model_dump() == logprobs.model_dump()
+    streamed = last.choices[0].logprobs
+    assert streamed is not None
+    assert streamed.model_dump() == logprobs.model_dump()
 
 
-def test_there_may_be_several_answers(client: openai.OpenAI, tiny_folder: Path) -> None:
+def test_n_returns_several_choices(client: openai.OpenAI, tiny_folder: Path) -> None:
     asked: Any = {"model": tiny_folder.name, "messages": MESSAGES, "temperature": 1, "seed": 4}
     one = client.chat.completions.create(**asked, max_tokens=6)
     three = client.chat.completions.create(**asked, max_tokens=6, n=3)
@@ -197,26 +195,26 @@ def test_there_may_be_several_answers(client: openai.OpenAI, tiny_folder: Path) 
     assert three.usage.completion_tokens > one.usage.completion_tokens
 
 
-def test_several_answers_are_drawn_as_openai_draws(
-    client: openai.OpenAI, server: Running, tiny_folder: Path
+def test_several_choices_are_sampled_at_openais_default_temperature(
+    client: openai.OpenAI, server: RunningServer, tiny_folder: Path
 ) -> None:
-    """A program written for OpenAI gives no temperature, for there it is 1; /chat wants one."""
+    """Programs written for OpenAI rely on its default of 1; /chat requires a temperature."""
     asked: Any = {"model": tiny_folder.name, "messages": MESSAGES, "seed": 4, "max_tokens": 6}
     created = client.chat.completions.create
-    left_open, told = [created(**asked, n=3, **extra) for extra in ({}, {"temperature": 1})]
-    assert left_open.choices == told.choices
+    default, explicit = [created(**asked, n=3, **extra) for extra in ({}, {"temperature": 1})]
+    assert default.choices == explicit.choices
     one, greedy = [created(**asked, **extra) for extra in ({}, {"temperature": 0})]
     assert one.choices == greedy.choices
     assert server.ask(n=3).json()["field"] == "n"
 
 
-def test_another_model_is_not_found(client: openai.OpenAI) -> None:
+def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-4", messages=MESSAGES)
     assert caught.value.param == "model"
 
 
-def test_a_prompt_that_is_too_long_has_a_status_even_in_a_stream(
+def test_a_prompt_that_is_too_long_fails_a_stream_with_a_status(
     client: openai.OpenAI, tiny_folder: Path
 ) -> None:
     messages: Any = [{"role": "user", "content": "word " * 600}]
@@ -225,10 +223,10 @@ def test_a_prompt_that_is_too_long_has_a_status_even_in_a_stream(
     assert caught.value.code == "prompt_too_long"
 
 
-def test_an_engine_that_dies_in_a_stream_says_so(tiny_folder: Path) -> None:
-    """The stream has begun with 200, so the error is an event; the client raises it."""
-    tap = Tap(delay_s=0.01)
-    with serving(tap.open, tiny_engine(tiny_folder)) as server:
+def test_an_engine_that_dies_ends_a_stream_with_an_error_event(tiny_folder: Path) -> None:
+    """The status 200 has been sent, so the error is an event, which the client raises."""
+    faulty = FaultyBackend(delay_s=0.01)
+    with serving(faulty.open, tiny_engine(tiny_folder)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0)
         with (
             client,
@@ -237,7 +235,7 @@ def test_an_engine_that_dies_in_a_stream_says_so(tiny_folder: Path) -> None:
             ) as stream,
         ):
             next(iter(stream))
-            tap.models[0].is_broken = True
+            faulty.models[0].is_broken = True
             with pytest.raises(openai.APIError, match="the test broke the model"):
                 list(stream)
         assert server.ask(**query()).status_code in (200, 500, 503)

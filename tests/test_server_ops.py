@@ -1,4 +1,4 @@
-"""Keys, origins, probes, metrics, logs and headers."""
+"""API keys, CORS, probes, metrics, logs and security headers."""
 
 import json
 import logging
@@ -11,10 +11,10 @@ import pytest
 from fakes import EchoBackend
 from prometheus_client.parser import text_string_to_metric_families
 from server_tools import (
-    Running,
-    Tap,
+    FaultyBackend,
+    RunningServer,
+    captured_log,
     eventually,
-    logged,
     query,
     serving,
     tiny_engine,
@@ -29,14 +29,14 @@ SECRET = "the password is swordfish"
 
 
 @pytest.fixture
-def server(tiny_folder: Path) -> Iterator[Running]:
+def server(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(tiny_folder)) as running:
         yield running
 
 
-def test_a_key_guards_all_but_the_probes_and_the_page(tiny_folder: Path) -> None:
+def test_every_route_but_probes_and_page_requires_the_key(tiny_folder: Path) -> None:
     keys = ("first-key", "zweiter-schlüssel")
-    with serving(Tap().open, tiny_engine(tiny_folder), api_keys=keys) as server:
+    with serving(FaultyBackend().open, tiny_engine(tiny_folder), api_keys=keys) as server:
         for path in ("/health", "/ready", "/", "/page/page.js"):
             assert server.client.get(path).status_code in (200, 304)
         for path in ("/metrics", "/openapi.json", "/v1/models", "/nope", "/chat"):
@@ -51,14 +51,14 @@ def test_a_key_guards_all_but_the_probes_and_the_page(tiny_folder: Path) -> None
         assert server.client.get("/v1/models").json()["error"]["code"] == "unauthorized"
 
 
-def test_other_origins_are_refused_unless_they_are_named(tiny_folder: Path) -> None:
+def test_only_listed_origins_are_allowed(tiny_folder: Path) -> None:
     ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     ask["Access-Control-Request-Headers"] = "authorization,content-type"
     engine = tiny_engine(tiny_folder)
-    with serving(Tap().open, engine, api_keys=("k",)) as server:
+    with serving(FaultyBackend().open, engine, api_keys=("k",)) as server:
         assert server.client.options("/chat", headers=ask).status_code == 401
     origins = ("https://a.example",)
-    with serving(Tap().open, engine, api_keys=("k",), cors_origins=origins) as server:
+    with serving(FaultyBackend().open, engine, api_keys=("k",), cors_origins=origins) as server:
         allowed = server.client.options("/chat", headers=ask)
         assert allowed.status_code == 204
         assert allowed.headers["access-control-allow-origin"] == "https://a.example"
@@ -68,20 +68,20 @@ def test_other_origins_are_refused_unless_they_are_named(tiny_folder: Path) -> N
         answer = server.post("/chat", {}, Authorization="Bearer k", Origin="https://a.example")
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
         assert "Origin" in answer.headers["vary"]
-    with serving(Tap().open, engine, cors_origins=("*",)) as server:
+    with serving(FaultyBackend().open, engine, cors_origins=("*",)) as server:
         answer = server.post("/chat", query(), Origin="https://c.example")
         assert answer.headers["access-control-allow-origin"] == "*"
 
 
-def test_the_request_id_is_echoed_or_made(server: Running) -> None:
+def test_a_valid_request_id_is_kept_and_others_are_replaced(server: RunningServer) -> None:
     assert server.post("/chat", {}, **{"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
-    for unfit in ("", "a b", "x" * 129, "ü"):
-        headers = {"X-Request-Id": unfit.encode()}
+    for invalid in ("", "a b", "x" * 129, "ü"):
+        headers = {"X-Request-Id": invalid.encode()}
         made = server.client.get("/health", headers=headers).headers["x-request-id"]
         assert len(made) == 32
 
 
-def test_metrics_count_what_happened(server: Running) -> None:
+def test_metrics_count_outcomes_tokens_and_latencies(server: RunningServer) -> None:
     answers = server.post("/chat/batched", {"queries": [query(), {"chat_id": "2"}, query()]})
     server.post("/chat", {})
     server.client.get("/nope")
@@ -105,55 +105,57 @@ def test_metrics_count_what_happened(server: Running) -> None:
     assert samples["smol_requests_running",] == samples["smol_requests_waiting",] == 0
 
 
-def test_metrics_of_what_runs(tiny_folder: Path) -> None:
-    tap = Tap(delay_s=0.02)
-    with serving(tap.open, tiny_engine(tiny_folder)) as server, ThreadPoolExecutor(1) as pool:
+def test_metrics_report_running_and_waiting_queries(tiny_folder: Path) -> None:
+    faulty = FaultyBackend(delay_s=0.02)
+    with serving(faulty.open, tiny_engine(tiny_folder)) as server, ThreadPoolExecutor(1) as pool:
         batch = {"queries": [query(max_new_tokens=40)] * 10}
-        flood = pool.submit(server.post, "/chat/batched", batch)
+        batch_response = pool.submit(server.post, "/chat/batched", batch)
         eventually(lambda: "smol_requests_running 8.0" in server.client.get("/metrics").text)
         assert "smol_requests_waiting 2.0" in server.client.get("/metrics").text
-        flood.result()
+        batch_response.result()
 
 
-def test_one_line_is_logged_for_each_request(server: Running) -> None:
-    with logged("/chat") as log:
+def test_each_request_logs_one_line_without_prompts(server: RunningServer) -> None:
+    with captured_log("/chat") as log:
         server.post("/chat", query(SECRET), **{"X-Request-Id": "id-1"})
         answered = log.wait(1)
         server.post("/chat", {SECRET: 1})
-        refused = log.wait(2)
+        rejected = log.wait(2)
     plain = PlainFormatter("%(message)s").format(answered)
     assert plain.startswith("POST /chat status=200 request_id=id-1 queries=1 failed=0 prompt_tok")
-    told = json.loads(JsonFormatter().format(answered))
+    logged_fields = json.loads(JsonFormatter().format(answered))
     expected = {"time", "level", "message", "status", "request_id", "queries", "failed"}
     expected |= {"prompt_tokens", "completion_tokens", "queue_s", "first_token_s", "total_s"}
-    assert set(told) == expected
-    assert told["completion_tokens"] >= 1
-    assert 0 <= told["queue_s"] <= told["first_token_s"] <= told["total_s"]
-    assert "error_code=unknown_field" in PlainFormatter("%(message)s").format(refused)
+    assert set(logged_fields) == expected
+    assert logged_fields["completion_tokens"] >= 1
+    assert (
+        0 <= logged_fields["queue_s"] <= logged_fields["first_token_s"] <= logged_fields["total_s"]
+    )
+    assert "error_code=unknown_field" in PlainFormatter("%(message)s").format(rejected)
     assert SECRET not in str([vars(record) for record in log.records])
 
 
-def test_prompts_are_logged_where_that_is_wanted(tiny_folder: Path) -> None:
+def test_log_prompts_logs_prompts(tiny_folder: Path) -> None:
     with serving(open_local, tiny_engine(tiny_folder), log_prompts=True) as server:
-        with logged("/chat") as log:
+        with captured_log("/chat") as log:
             server.ask(SECRET)
             record = log.wait(1)
         assert f'prompts=["{SECRET}"]' in PlainFormatter("%(message)s").format(record)
 
 
-def test_a_log_line_stays_one_line(server: Running) -> None:
-    with logged("/a%0Astatus%3D200") as log:
+def test_a_log_line_stays_one_line(server: RunningServer) -> None:
+    with captured_log("/a%0Astatus%3D200") as log:
         server.client.get("/a%0Astatus=200")
         assert "\n" not in PlainFormatter("%(message)s").format(log.wait(1))
     failure = logging.makeLogRecord({"msg": "x", "exc_info": (ValueError, ValueError("y"), None)})
     assert json.loads(JsonFormatter().format(failure))["traceback"] == "ValueError: y"
 
 
-def test_before_the_model_is_loaded(tiny_folder: Path) -> None:
-    """The server answers at once, and says 503 until it is ready."""
+def test_requests_are_rejected_while_the_model_loads(tiny_folder: Path) -> None:
+    """The server accepts connections at once and answers 503 until it is ready."""
     engine = tiny_engine(tiny_folder)
-    held = HeldOpening()
-    with serving(held.open, engine, waits=False) as server:
+    loading = BlockedLoading()
+    with serving(loading.open, engine, waits=False) as server:
         assert server.client.get("/health").json() == {"status": "ok"}
         ready = server.client.get("/ready")
         assert (ready.status_code, ready.json()) == (503, {"status": "loading"})
@@ -161,25 +163,25 @@ def test_before_the_model_is_loaded(tiny_folder: Path) -> None:
         assert (refused.status_code, refused.json()["error_code"]) == (503, "overloaded")
         assert refused.headers["retry-after"] == "2"
         assert server.client.get("/v1/models").status_code == 200
-        held.may_go_on.set()
+        loading.may_continue.set()
         eventually(lambda: server.client.get("/ready").status_code == 200)
         assert server.client.get("/ready").json() == {"status": "ready"}
         assert server.ask().status_code == 200
 
 
-class HeldOpening:
-    """Opens the model when it is told to."""
+class BlockedLoading:
+    """Loads the model once `may_continue` is set."""
 
     def __init__(self) -> None:
-        self.may_go_on = threading.Event()
+        self.may_continue = threading.Event()
 
     def open(self, settings: EngineSettings) -> Backend:
-        assert self.may_go_on.wait(30)
+        assert self.may_continue.wait(30)
         return open_local(settings)
 
 
 class StuckBackend(EchoBackend):
-    """Has work, and does not get on with it."""
+    """Has running queries and makes no progress while `is_stuck` is set."""
 
     is_stuck = False
 
@@ -187,8 +189,7 @@ class StuckBackend(EchoBackend):
         return Health(True, self.is_stuck, num_running=1, num_waiting=3)
 
 
-def test_an_engine_that_is_stuck() -> None:
-    """/health says that only a restart helps, and that is over when the engine gets on again."""
+def test_a_stuck_engine_fails_the_probes_until_it_recovers() -> None:
     backend = StuckBackend()
     with serving(lambda _: backend, EngineSettings()) as server:
         assert server.client.get("/health").status_code == 200
@@ -200,7 +201,7 @@ def test_an_engine_that_is_stuck() -> None:
         assert server.client.get("/health").json() == {"status": "ok"}
 
 
-def test_the_page_keeps_to_itself(server: Running) -> None:
+def test_the_page_has_security_headers(server: RunningServer) -> None:
     page = server.client.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert page.headers["content-security-policy"].startswith("default-src 'none'; script-src 'se")

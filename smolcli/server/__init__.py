@@ -1,1 +1,1 @@
-"""The same pipeline over HTTP: Flask on Waitress."""
+"""`smol serve`: a Flask application on the Waitress WSGI server."""

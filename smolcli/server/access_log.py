@@ -1,4 +1,4 @@
-"""What is told of each request when it is over: one line in the log."""
+"""The access log: one line per request, in plain text or JSON."""
 
 import json
 import logging
@@ -15,26 +15,37 @@ from flask import Flask, Response, g, request
 
 from smolcli.types import Query, Result
 
+logger = logging.getLogger(__name__)
 
-def log_requests(kind: Literal["plain", "json"]) -> None:
-    """Let through what the server says, in the shape that `--log-format` names."""
-    shape = JsonFormatter() if kind == "json" else PlainFormatter("%(asctime)s %(message)s")
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+
+
+def configure_logging(log_format: Literal["plain", "json"]) -> None:
+    """Enable the server's loggers and set the format of every root handler.
+
+    Args:
+        log_format: the value of `--log-format`.
+    """
+    formatter = (
+        JsonFormatter() if log_format == "json" else PlainFormatter("%(asctime)s %(message)s")
+    )
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(shape)
+        handler.setFormatter(formatter)
     logging.getLogger("smolcli.server").setLevel(logging.INFO)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it waits where smol refuses
+    # Waitress warns about queued tasks, but the admission limit already bounds them.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
 
 
 class PlainFormatter(logging.Formatter):
-    """The message, and a record's `fields` after it as name=value."""
+    """Formats a record as its message followed by its `fields` as name=value pairs."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={_shown(value)}" for name, value in _fields(record).items())
+        fields = "".join(f" {name}={_one_line(value)}" for name, value in _fields(record).items())
         return super().formatMessage(record) + fields
 
 
 class JsonFormatter(logging.Formatter):
-    """One object: time, level, message, a record's `fields`, and the traceback if there is one."""
+    """Formats a record as a JSON object: time, level, message, `fields` and any traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         values: dict[str, object] = {
@@ -53,19 +64,14 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
     return fields
 
 
-def _shown(value: object) -> str:
-    """On one line, whatever a client put into it."""
+def _one_line(value: object) -> str:
+    """Escape line breaks in lists, which hold text from clients."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
 
 
-logger = logging.getLogger(__name__)
-
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
-
-
 @dataclass(slots=True)
-class Trace:
-    """One request, from its arrival until its last byte is handed to the socket."""
+class AccessRecord:
+    """What the access log reports about one request."""
 
     request_id: str
     log_prompts: bool
@@ -76,17 +82,17 @@ class Trace:
     num_failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    queue_s: float | None = None  # of the query that waited longest
-    first_token_s: float | None = None  # of the query that was first
+    queue_s: float | None = None  # longest of all queries
+    first_token_s: float | None = None  # shortest of all queries
     prompts: list[str] = field(default_factory=list)
 
-    def ask(self, queries: Iterable[Query]) -> None:
-        """Note what is asked, where that is wanted."""
+    def add_prompts(self, queries: Iterable[Query]) -> None:
+        """Record the last message of each query if `--log-prompts` is set."""
         if self.log_prompts:
             self.prompts += [query.messages[-1].content for query in queries]
 
-    def add(self, result: Result) -> None:
-        """Count one result."""
+    def add_result(self, result: Result) -> None:
+        """Add one result to the request's counts, tokens and timings."""
         self.num_queries += 1
         if result.is_error:
             self.num_failed += 1
@@ -102,7 +108,7 @@ class Trace:
             )
 
     def fields(self) -> dict[str, object]:
-        """What there is to tell, in a fixed order."""
+        """The fields of the log line, without those that do not apply."""
         tokens = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
         values: dict[str, object] = {"status": self.status, "request_id": self.request_id}
         if self.num_queries:
@@ -121,29 +127,31 @@ class Trace:
         }
 
 
-def current_trace() -> Trace:
-    """The trace of the request that this thread serves."""
-    trace: Trace = g.trace
-    return trace
+def current_record() -> AccessRecord:
+    """The access record of the request being handled by this thread."""
+    record: AccessRecord = g.access_record
+    return record
 
 
-def trace_requests(app: Flask, log_prompts: bool) -> None:
-    """Give each request an id, the client's own where it sent one, and log it when it is over."""
+def log_requests(app: Flask, log_prompts: bool) -> None:
+    """Log every request once its last byte has been handed to Waitress.
+
+    A valid `X-Request-Id` from the client is kept; otherwise one is generated. Either is sent
+    back in the response.
+    """
 
     @app.before_request
     def begin() -> None:
         sent = request.headers.get("X-Request-Id", "")
         request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
-        g.trace = Trace(request_id, log_prompts)
+        g.access_record = AccessRecord(request_id, log_prompts)
 
     @app.after_request
     def end(response: Response) -> Response:
-        trace, method, path = current_trace(), request.method, quote(request.path)
-        trace.status = response.status_code
-        response.headers["X-Request-Id"] = trace.request_id
-        response.call_on_close(lambda: _log(trace, method, path))
+        record, method, path = current_record(), request.method, quote(request.path)
+        record.status = response.status_code
+        response.headers["X-Request-Id"] = record.request_id
+        response.call_on_close(
+            lambda: logger.info("%s %s", method, path, extra={"fields": record.fields()})
+        )
         return response
-
-
-def _log(trace: Trace, method: str, path: str) -> None:
-    logger.info("%s %s", method, path, extra={"fields": trace.fields()})

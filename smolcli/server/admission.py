@@ -1,4 +1,4 @@
-"""How much is let in: one counter, asked once, before any work is done for a request."""
+"""The admission limit: how many requests and queries the server accepts at once."""
 
 import threading
 from http import HTTPStatus
@@ -7,27 +7,27 @@ from smolcli.server.errors import HttpError
 from smolcli.types import ErrorCode
 
 RETRY_AFTER_S = 2
-REQUESTS_PER_SLOT = 4  # single queries that wait for each slot of the batch
+REQUESTS_PER_SLOT = 4  # in-flight requests for each slot of the batch
 MIN_REQUESTS = 64
 
 
-def most_requests(most_slots: int, max_queue: int) -> int:
-    """How many requests may be at work, each on a thread of its own: enough to fill the batch."""
-    return min(max(REQUESTS_PER_SLOT * most_slots, MIN_REQUESTS), max_queue)
+def request_limit(max_slots: int, max_queue: int) -> int:
+    """The number of requests in flight, each with its own thread, that keeps the batch full."""
+    return min(max(REQUESTS_PER_SLOT * max_slots, MIN_REQUESTS), max_queue)
 
 
 def unavailable(message: str) -> HttpError:
-    """The refusal of a request that may be welcome later."""
+    """A 503 response that asks the client to retry."""
     headers = {"Retry-After": str(RETRY_AFTER_S)}
     return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, message, ErrorCode.OVERLOADED, headers=headers)
 
 
 class AdmissionLimit:
-    """Counts the requests and queries that are let in and not finished.
+    """Counts unfinished requests and queries, and rejects what exceeds the limits.
 
     Args:
-        max_queries: the most queries at once.
-        max_requests: the most requests at once.
+        max_queries: the largest number of unfinished queries.
+        max_requests: the largest number of unfinished requests.
     """
 
     def __init__(self, max_queries: int, max_requests: int) -> None:
@@ -40,39 +40,39 @@ class AdmissionLimit:
 
     @property
     def is_full(self) -> bool:
-        """Whether not one query more would be let in."""
+        """Whether a request with a single query would be rejected."""
         return self._num_queries >= self._max_queries or self._num_requests >= self._max_requests
 
     @property
     def num_requests(self) -> int:
-        """Requests that are let in and not finished."""
+        """Number of unfinished requests."""
         return self._num_requests
 
     def enter(self, num_queries: int) -> None:
-        """Let a request in with its queries, all or none.
+        """Admit a request with all of its queries, or none of them.
 
         Raises:
-            HttpError: 503 where there is no room, or the server is about to stop.
+            HttpError: 503 if a limit is reached or the server is shutting down.
         """
         with self._lock:
             if self.is_closed:
-                raise unavailable("the server is about to stop; ask again in a moment")
+                raise unavailable("the server is shutting down; retry later")
             has_room = self._num_queries + num_queries <= self._max_queries
             if not has_room or self._num_requests >= self._max_requests:
-                raise unavailable("the queue is full; ask again in a moment")
+                raise unavailable("the queue is full; retry later")
             self._num_queries += num_queries
             self._num_requests += 1
 
-    def finish_queries(self, num_queries: int) -> None:
-        """Make room for queries that are finished, while their request goes on."""
+    def finish_query(self) -> None:
+        """Release one query of a request that is still in flight."""
         with self._lock:
-            self._num_queries -= num_queries
+            self._num_queries -= 1
 
     def leave(self) -> None:
-        """Make room for another request."""
+        """Release a request, all of whose queries are finished."""
         with self._lock:
             self._num_requests -= 1
 
     def close(self) -> None:
-        """Let nothing in any more."""
+        """Reject every request from now on."""
         self.is_closed = True

@@ -1,4 +1,4 @@
-"""Who may ask: API keys, and web pages of other origins."""
+"""Access control: API keys and cross-origin requests."""
 
 import hashlib
 import hmac
@@ -8,14 +8,14 @@ from flask import Flask, Response, request
 
 from smolcli.server.errors import HttpCode, HttpError
 
-# Probes carry no key, and a browser sends none for the page, which holds nothing secret.
+# Probes and browsers opening the page send no key, and these paths reveal nothing secret.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/"})
 _OPEN_FOLDER = "/page/"
 _PREFLIGHT_AGE_S = 600
 
 
 def require_key(app: Flask, keys: tuple[str, ...]) -> None:
-    """Refuse requests without one of the keys; where there are none, let all pass."""
+    """Reject requests without a valid API key; accept all requests if there are no keys."""
     digests = [_digest(key.encode()) for key in keys]
 
     @app.before_request
@@ -23,49 +23,50 @@ def require_key(app: Flask, keys: tuple[str, ...]) -> None:
         if not digests or request.path in _OPEN_PATHS or request.path.startswith(_OPEN_FOLDER):
             return
         scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-        digest = _digest(sent.strip().encode("latin-1"))  # as WSGI decoded it
+        digest = _digest(sent.strip().encode("latin-1"))  # WSGI decodes headers as Latin-1
         matches = [hmac.compare_digest(digest, known) for known in digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise HttpError(
                 HTTPStatus.UNAUTHORIZED,
-                "an API key is required: Authorization: Bearer KEY",
+                "missing or wrong API key; send the header Authorization: Bearer KEY",
                 HttpCode.UNAUTHORIZED,
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
 
 def _digest(key: bytes) -> bytes:
-    """Of one length for all keys, so that comparing tells nothing of theirs."""
+    """Hash a key to a fixed length, so that comparing keys does not leak their length."""
     return hashlib.sha256(key).digest()
 
 
 def allow_origins(app: Flask, origins: tuple[str, ...]) -> None:
-    """Let pages of these origins, "*" for any, use the server from a browser."""
+    """Allow cross-origin requests (CORS) from these origins; "*" allows any origin."""
     if not origins:
         return
 
     @app.before_request
     def preflight() -> Response | None:
         is_preflight = "Access-Control-Request-Method" in request.headers
-        if request.method != "OPTIONS" or not is_preflight or not _allowed(origins):
+        if request.method != "OPTIONS" or not is_preflight or not _allowed_origin(origins):
             return None
         response = Response(status=HTTPStatus.NO_CONTENT)
         response.headers["Access-Control-Allow-Methods"] = "GET, POST"
-        wanted = request.headers.get("Access-Control-Request-Headers", "")
-        response.headers["Access-Control-Allow-Headers"] = wanted
+        requested = request.headers.get("Access-Control-Request-Headers", "")
+        response.headers["Access-Control-Allow-Headers"] = requested
         response.headers["Access-Control-Max-Age"] = str(_PREFLIGHT_AGE_S)
         return response
 
     @app.after_request
     def allow(response: Response) -> Response:
         response.vary.add("Origin")
-        if origin := _allowed(origins):
+        if origin := _allowed_origin(origins):
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
         return response
 
 
-def _allowed(origins: tuple[str, ...]) -> str | None:
+def _allowed_origin(origins: tuple[str, ...]) -> str | None:
+    """The value of Access-Control-Allow-Origin for the current request, if it is allowed."""
     origin = request.headers.get("Origin")
     if "*" in origins:
         return "*"

@@ -1,4 +1,4 @@
-"""/chat, /chat/batched and /generate_batch: the wire format of the system smol replaces."""
+"""smol's own API: /chat, /chat/batched and its alias /generate_batch."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,45 +17,47 @@ from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result
 
 NDJSON = "application/x-ndjson"
-SOME_FAILED = {
+# The wire format of the service that smol replaces.
+PARTIAL_SUCCESS = {
     "partial_success": True,
     "message": "Some queries failed but others succeeded",
 }
 
 
-def chat_views(service: Service) -> Blueprint:
-    """The routes of this module."""
-    views = Blueprint("chat", __name__)
+def chat_routes(service: Service) -> Blueprint:
+    """The routes of smol's own API."""
+    routes = Blueprint("chat", __name__)
 
-    @views.post("/chat")
+    @routes.post("/chat")
     def chat() -> Response:
         query = parse_query(read_json(), service.settings.defaults)
-        with closing(service.start({0: query}, is_interactive=True)) as flight:
-            _, result = next(flight.results())
+        with closing(service.start({0: query}, is_interactive=True)) as in_flight:
+            _, result = next(in_flight.results())
         if result.is_error:
             return error_response(result_error(result))
         return json_response(result.record())
 
-    @views.post("/chat/batched")
-    @views.post("/generate_batch")
+    @routes.post("/chat/batched")
+    @routes.post("/generate_batch")
     def batch() -> Response:
         values = _read_batch(service.settings.max_batch_queries)
         items = [_parse(value, service.settings.defaults) for value in values]
-        bad = {index: item for index, item in enumerate(items) if isinstance(item, Result)}
+        invalid = {index: item for index, item in enumerate(items) if isinstance(item, Result)}
         queries = {index: item for index, item in enumerate(items) if isinstance(item, Query)}
-        flight = service.start(queries, is_interactive=False)
-        for result in bad.values():
+        in_flight = service.start(queries, is_interactive=False)
+        for result in invalid.values():
             service.count(result)
         if request.accept_mimetypes.best_match(["application/json", NDJSON]) == NDJSON:
-            return _stream(bad, flight)
-        with closing(flight):
-            results = bad | dict(flight.results())
-        return json_response(_gathered([results[index] for index in range(len(items))]))
+            return _stream(invalid, in_flight)
+        with closing(in_flight):
+            results = invalid | dict(in_flight.results())
+        return json_response(_batch_body([results[index] for index in range(len(items))]))
 
-    return views
+    return routes
 
 
 def _read_batch(max_queries: int) -> list[Any]:
+    """Read the `queries` of the current request, not yet validated one by one."""
     body = read_json()
     if not isinstance(body, dict):
         raise QueryError("a batch must be a JSON object", ErrorCode.NOT_AN_OBJECT)
@@ -66,7 +68,7 @@ def _read_batch(max_queries: int) -> list[Any]:
         code = ErrorCode.INVALID_VALUE if values else ErrorCode.MISSING_FIELD
         raise QueryError("queries array required and must be non-empty", code, "queries")
     if len(values) > max_queries:
-        message = f"a batch may hold {max_queries:,} queries; this one has {len(values):,}"
+        message = f"the batch has {len(values):,} queries, more than the limit of {max_queries:,}"
         raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, HttpCode.TOO_LARGE, "queries")
     return values
 
@@ -79,21 +81,21 @@ def _parse(value: object, defaults: QueryDefaults) -> Query | Result:
         return Result(chat_id, error=str(exc), error_code=exc.code, field=exc.field)
 
 
-def _gathered(results: list[Result]) -> dict[str, Any]:
+def _batch_body(results: list[Result]) -> dict[str, Any]:
     body: dict[str, Any] = {"responses": [result.record() for result in results]}
-    return body | SOME_FAILED if any(result.is_error for result in results) else body
+    return body | PARTIAL_SUCCESS if any(result.is_error for result in results) else body
 
 
-def _stream(bad: dict[int, Result], flight: InFlightRequest) -> Response:
-    """Results as they finish, a line each."""
-    response = Response(_lines(bad, flight), headers=STREAM_HEADERS, mimetype=NDJSON)
-    response.call_on_close(flight.close)
+def _stream(invalid: dict[int, Result], in_flight: InFlightRequest) -> Response:
+    """Send each result as a line of NDJSON as soon as it is finished."""
+    response = Response(_lines(invalid, in_flight), headers=STREAM_HEADERS, mimetype=NDJSON)
+    response.call_on_close(in_flight.close)
     return response
 
 
-def _lines(bad: dict[int, Result], flight: InFlightRequest) -> Iterator[str]:
+def _lines(invalid: dict[int, Result], in_flight: InFlightRequest) -> Iterator[str]:
     try:
-        for index, result in chain(bad.items(), flight.results()):
+        for index, result in chain(invalid.items(), in_flight.results()):
             yield to_json({"index": index} | result.record()) + "\n"
     except HttpError:
-        return  # the client is gone
+        return  # the client disconnected

@@ -1,4 +1,4 @@
-"""Every error over HTTP: one vocabulary, always JSON, in OpenAI's shape under /v1."""
+"""HTTP errors: one vocabulary, always JSON, in OpenAI's shape under /v1."""
 
 import json
 import logging
@@ -12,17 +12,17 @@ from werkzeug.exceptions import HTTPException
 
 from smolcli.errors import QueryError
 from smolcli.protocol.openai import error_object
-from smolcli.server.access_log import current_trace
+from smolcli.server.access_log import current_record
 from smolcli.server.metrics import Metrics
 from smolcli.types import ErrorCode, Result
 
 logger = logging.getLogger(__name__)
 
-CLIENT_GONE = 499  # nginx's number; nobody is there to read it, but the log
+CLIENT_DISCONNECTED = 499  # nginx's status for it; only the access log ever shows it
 
 
 class HttpCode(StrEnum):
-    """Faults of a request that has not come as far as its queries."""
+    """Error codes of requests that are rejected before their queries are looked at."""
 
     BAD_REQUEST = "bad_request"
     UNAUTHORIZED = "unauthorized"
@@ -44,14 +44,14 @@ _CODES = {
 
 
 class HttpError(Exception):
-    """A request is refused or cannot be answered.
+    """A request is rejected or cannot be answered.
 
     Args:
-        status: of the response.
+        status: HTTP status of the response.
         message: a sentence for people.
-        code: what kind of fault it is.
-        field: the field at fault, where there is one.
-        headers: of the response.
+        code: the error code for programs.
+        field: the field that is wrong, if any.
+        headers: additional response headers.
     """
 
     def __init__(
@@ -70,12 +70,17 @@ class HttpError(Exception):
 
 
 def code_of(status: int) -> HttpCode:
-    """The code that goes with the status of a foreign error."""
+    """The error code for an HTTP status that Werkzeug or Waitress chose."""
     return _CODES.get(HTTPStatus(status), HttpCode.BAD_REQUEST)
 
 
 def error_body(error: HttpError, is_openai: bool) -> dict[str, Any]:
-    """An error as users see it."""
+    """The JSON body of an error response.
+
+    Args:
+        error: the error to report.
+        is_openai: whether to use OpenAI's shape rather than smol's own.
+    """
     if is_openai:
         return {"error": error_object(error.status, str(error), error.code, error.field)}
     body = {"error": str(error), "error_code": error.code}
@@ -83,7 +88,7 @@ def error_body(error: HttpError, is_openai: bool) -> dict[str, Any]:
 
 
 def result_error(result: Result) -> HttpError:
-    """The error that a failed query's request ends with."""
+    """The HTTP error that reports a failed query."""
     assert result.error is not None
     assert result.error_code is not None
     code = result.error_code
@@ -91,20 +96,20 @@ def result_error(result: Result) -> HttpError:
 
 
 def error_response(error: HttpError) -> Response:
-    """The response to the present request that tells of an error."""
-    current_trace().error_code = error.code
+    """The response of the current request that reports `error`."""
+    current_record().error_code = error.code
     body = error_body(error, request.path.startswith("/v1/"))
     text = json.dumps(body, ensure_ascii=False) + "\n"
     return Response(text, error.status, error.headers, mimetype="application/json")
 
 
 def handle_errors(app: Flask, metrics: Metrics) -> None:
-    """Turn whatever is raised while a request is served into its response."""
+    """Turn every exception raised by a view into an error response, and count it."""
 
     @app.errorhandler(Exception)
     def respond(exc: Exception) -> Response:
         error = _translate(exc)
-        if error.status != CLIENT_GONE:  # where the queries are counted, each as cancelled
+        if error.status != CLIENT_DISCONNECTED:  # its queries are counted as cancelled instead
             metrics.count_error(error.code)
         return error_response(error)
 
@@ -115,21 +120,23 @@ def _translate(exc: Exception) -> HttpError:
     if isinstance(exc, QueryError):
         return HttpError(HTTPStatus.BAD_REQUEST, str(exc), exc.code, exc.field)
     if isinstance(exc, HTTPException) and exc.code is not None:
-        return _of_werkzeug(exc, exc.code)
-    logger.error("request %s failed", current_trace().request_id, exc_info=exc)
+        return _translate_werkzeug(exc, exc.code)
+    logger.error("request %s failed", current_record().request_id, exc_info=exc)
     return HttpError(
-        HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the log has it", ErrorCode.INTERNAL
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "internal error; see the server log for details",
+        ErrorCode.INTERNAL,
     )
 
 
-def _of_werkzeug(exc: HTTPException, status: int) -> HttpError:
-    sentences = {
-        HTTPStatus.NOT_FOUND: f"there is nothing at {request.path}",
-        HTTPStatus.METHOD_NOT_ALLOWED: f"{request.method} is not allowed at {request.path}",
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the body is larger than "
-        f"{request.max_content_length or 0:,} bytes, the most this server takes",
+def _translate_werkzeug(exc: HTTPException, status: int) -> HttpError:
+    messages = {
+        HTTPStatus.NOT_FOUND: f"no route for {request.path}",
+        HTTPStatus.METHOD_NOT_ALLOWED: f"{request.method} is not allowed for {request.path}",
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the request body is larger than the limit of "
+        f"{request.max_content_length or 0:,} bytes",
     }
     allowed: list[str] = getattr(exc, "valid_methods", None) or []
     headers = {"Allow": ", ".join(sorted(allowed))} if allowed else {}
-    message = sentences.get(HTTPStatus(status), exc.description or exc.name)
+    message = messages.get(HTTPStatus(status), exc.description or exc.name)
     return HttpError(status, message, code_of(status), headers=headers)

@@ -1,4 +1,4 @@
-"""The queries of one request, from when they are let in until each has its result."""
+"""The queries of one request, from admission until each of them has a result."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,99 +8,110 @@ from queue import Empty, SimpleQueue
 from smolcli.backends.base import Backend
 from smolcli.errors import BackendError
 from smolcli.server.admission import AdmissionLimit
-from smolcli.server.errors import CLIENT_GONE, HttpError
+from smolcli.server.errors import CLIENT_DISCONNECTED, HttpError
 from smolcli.types import ErrorCode, Query, Result, failure
 
-POLL_S = 0.25  # how soon it is noticed that a client went away
+POLL_S = 0.25  # how often to check whether the client has disconnected
 
 
 class InFlightRequest:
-    """Submits queries, and hands on what comes of them.
+    """Submits the queries of a request and yields their results.
 
-    `close` must be called, however the request ends: it cancels what is unfinished.
+    The caller must call `close`, which cancels whatever is unfinished.
 
     Args:
-        queries: by their place in the request.
-        backend: answers them.
-        gate: lets them in.
-        timeout_s: what has no answer by then gets a `timeout`.
-        is_client_gone: whether nobody waits any more.
-        observe: is told of each result.
+        queries: the queries by their index in the request.
+        backend: answers the queries.
+        admission: counts them until they are finished.
+        timeout_s: time after which unfinished queries fail with `timeout`.
+        is_disconnected: returns whether the client has disconnected.
+        observe: called with every result.
 
     Raises:
-        HttpError: 503 where there is no room.
+        HttpError: 503 if the queries exceed the admission limit.
     """
 
     def __init__(
         self,
         queries: Mapping[int, Query],
         backend: Backend,
-        gate: AdmissionLimit,
+        admission: AdmissionLimit,
         timeout_s: float,
-        is_client_gone: Callable[[], bool],
+        is_disconnected: Callable[[], bool],
         observe: Callable[[Result], None],
     ) -> None:
-        gate.enter(len(queries))
-        self._gate = gate
+        admission.enter(len(queries))
+        self._admission = admission
         self._backend = backend
-        self._queries = dict(queries)  # those that are unfinished
+        self._queries = dict(queries)  # the unfinished ones
         self._futures: dict[int, Future[Result]] = {}
+        # Pieces of text, and None when a query's future is done.
         self._events: SimpleQueue[tuple[int, str | None]] = SimpleQueue()
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
-        self._is_client_gone = is_client_gone
+        self._is_disconnected = is_disconnected
         self._observe = observe
         self._is_closed = False
 
     def submit(self, *, is_interactive: bool, with_text: bool) -> None:
-        """Hand the queries to the backend."""
+        """Submit all queries to the backend.
+
+        Args:
+            is_interactive: whether they have interactive rather than batch priority.
+            with_text: whether `events` also yields the text as it is generated.
+        """
         for index, query in self._queries.items():
-            on_text = self._putter(index) if with_text else None
+            on_text = self._text_callback(index) if with_text else None
             future = self._backend.submit(query, on_text, is_interactive=is_interactive)
             self._futures[index] = future
             future.add_done_callback(lambda _, index=index: self._events.put((index, None)))  # type: ignore[misc]
 
-    def _putter(self, index: int) -> Callable[[str], None]:
+    def _text_callback(self, index: int) -> Callable[[str], None]:
         return lambda text: self._events.put((index, text))
 
     def events(self) -> Iterator[tuple[int, str | Result]]:
-        """Yield pieces of answers, where they are wanted, and results, all with their place.
+        """Yield pieces of text, if requested, and results, each with its query's index.
 
         Raises:
-            HttpError: the client is gone.
+            HttpError: the client has disconnected.
         """
         while self._queries:
-            if self._is_client_gone():
-                raise HttpError(CLIENT_GONE, "the client is gone", ErrorCode.CANCELLED)
+            if self._is_disconnected():
+                raise HttpError(CLIENT_DISCONNECTED, "the client disconnected", ErrorCode.CANCELLED)
             if time.monotonic() >= self._deadline:
-                message = f"there was no answer within {self._timeout_s:g} s"
-                yield from self._give_up(message, ErrorCode.TIMEOUT)
+                message = f"no answer within {self._timeout_s:g} s"
+                yield from self._abandon(message, ErrorCode.TIMEOUT)
             elif event := self._next_event():
                 index, text = event
                 yield index, self._settle(index) if text is None else text
 
     def results(self) -> Iterator[tuple[int, Result]]:
-        """Yield results only."""
+        """Yield results in the order in which they finish, each with its query's index.
+
+        Raises:
+            HttpError: the client has disconnected.
+        """
         for index, event in self.events():
             if isinstance(event, Result):
                 yield index, event
 
     def close(self) -> None:
-        """Cancel what is unfinished, and make room for others."""
+        """Cancel what is unfinished and release the request's place in the admission limit."""
         if not self._is_closed:
             self._is_closed = True
-            for _ in self._give_up("the request was given up", ErrorCode.CANCELLED):
+            for _ in self._abandon("the request was cancelled", ErrorCode.CANCELLED):
                 pass
-            self._gate.leave()
+            self._admission.leave()
 
     def _next_event(self) -> tuple[int, str | None] | None:
-        patience_s = max(min(self._deadline - time.monotonic(), POLL_S), 0.0)
+        timeout_s = max(min(self._deadline - time.monotonic(), POLL_S), 0.0)
         try:
-            return self._events.get(timeout=patience_s)
+            return self._events.get(timeout=timeout_s)
         except Empty:
             return None
 
-    def _give_up(self, message: str, code: ErrorCode) -> Iterator[tuple[int, Result]]:
+    def _abandon(self, message: str, code: ErrorCode) -> Iterator[tuple[int, Result]]:
+        """Cancel every unfinished query; one that has just finished keeps its result."""
         for index, query in list(self._queries.items()):
             future = self._futures.get(index)
             if future is not None and not future.cancel() and future.done():
@@ -113,14 +124,15 @@ class InFlightRequest:
 
     def _finish(self, index: int, result: Result) -> Result:
         del self._queries[index]
-        self._gate.finish_queries(1)
+        self._admission.finish_query()
         self._observe(result)
         return result
 
 
 def _outcome(future: Future[Result], query: Query) -> Result:
+    """The result of a finished future; a backend that is gone becomes the query's error."""
     try:
         return future.result()
     except (BackendError, CancelledError) as exc:
-        reason = str(exc) or "the model was stopped"
-        return failure(query, reason, ErrorCode.BACKEND_ERROR)
+        message = str(exc) or "the model was shut down"
+        return failure(query, message, ErrorCode.BACKEND_ERROR)

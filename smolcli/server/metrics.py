@@ -1,4 +1,4 @@
-"""What Prometheus may know; names after vLLM's, with a prefix of our own."""
+"""Prometheus metrics, named after vLLM's with a `smol_` prefix."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from smolcli.backends.base import Health
 from smolcli.types import Result, Timings, Usage
 
-# A short answer takes 50 ms, where vLLM's finest bucket is 300 ms.
+# Finer than vLLM's, whose first bucket of 300 ms is longer than a short answer takes.
 _SECONDS = (
     *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3),
     *(5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600),
@@ -19,36 +19,36 @@ _TOKEN_SECONDS = (
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own.
+    """The metrics of one server, in a registry of their own.
 
     Args:
-        health: how the backend is; None while there is none.
+        health: returns the health of the backend, None while it is loading.
     """
 
     def __init__(self, health: Callable[[], Health | None]) -> None:
+        self._health = health
         self._registry = CollectorRegistry()
-        self._prompt_tokens = self._counter("smol_prompt_tokens", "Tokens of prompts answered")
+        self._prompt_tokens = self._counter("smol_prompt_tokens", "Prompt tokens processed")
         self._new_tokens = self._counter("smol_generation_tokens", "Tokens generated")
         self._successes = self._counter(
             "smol_request_success", "Queries answered", "finished_reason"
         )
-        self._errors = self._counter("smol_request_errors", "Queries and requests failed", "code")
-        self._first_token = self._histogram("smol_time_to_first_token", "Until the first token")
-        self._queue = self._histogram("smol_request_queue_time", "Until a slot was free")
-        self._total = self._histogram("smol_e2e_request_latency", "Until the answer was whole")
+        self._errors = self._counter("smol_request_errors", "Failed queries and requests", "code")
+        self._first_token = self._histogram("smol_time_to_first_token", "Time to the first token")
+        self._queue = self._histogram("smol_request_queue_time", "Time spent waiting for a slot")
+        self._total = self._histogram("smol_e2e_request_latency", "Time to the complete answer")
         self._token = self._histogram(
-            "smol_inter_token_latency", "Between two tokens, mean of an answer", _TOKEN_SECONDS
+            "smol_inter_token_latency", "Mean time between the tokens of an answer", _TOKEN_SECONDS
         )
-        self._gauge("smol_requests_running", "Queries being answered", lambda h: h.num_running)
+        self._gauge("smol_requests_running", "Queries being generated", lambda h: h.num_running)
         self._gauge("smol_requests_waiting", "Queries waiting for a slot", lambda h: h.num_waiting)
-        self._health = health
 
     def count_error(self, code: str) -> None:
-        """Count a request refused."""
+        """Count a rejected request or a failed query."""
         self._errors.labels(code).inc()
 
     def count_result(self, result: Result) -> None:
-        """Count a query's outcome."""
+        """Count the outcome of a query, its tokens and its latencies."""
         if result.error_code is not None:
             self.count_error(result.error_code)
         if result.finish_reason is not None:
@@ -60,7 +60,7 @@ class Metrics:
                 self._observe(result.usage, result.timings)
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _observe(self, usage: Usage, timings: Timings) -> None:
@@ -76,7 +76,7 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
         return Histogram(
-            f"{name}_seconds", f"Seconds: {text}.", buckets=buckets, registry=self._registry
+            f"{name}_seconds", f"{text}, in seconds.", buckets=buckets, registry=self._registry
         )
 
     def _gauge(self, name: str, text: str, value: Callable[[Health], int]) -> None:

@@ -1,4 +1,4 @@
-"""/v1: OpenAI's API, as far as it asks for what smol can do."""
+"""OpenAI's API under /v1: chat completions and the list of models."""
 
 import time
 import uuid
@@ -23,96 +23,97 @@ from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_
 from smolcli.types import Result
 
 
-def openai_views(service: Service) -> Blueprint:
-    """The routes of this module."""
-    views = Blueprint("openai", __name__, url_prefix="/v1")
+def openai_routes(service: Service) -> Blueprint:
+    """The routes under /v1."""
+    routes = Blueprint("openai", __name__, url_prefix="/v1")
     created = int(time.time())
 
-    def listed() -> dict[str, Any]:
-        named: dict[str, Any] = {"id": service.model_name, "object": "model"}
-        named |= {"created": created, "owned_by": "smol"}
-        identity = {k: v for k, v in service.holder.identity().items() if k != "model"}
+    def model_object() -> dict[str, Any]:
+        model: dict[str, Any] = {"id": service.model_name, "object": "model"}
+        model |= {"created": created, "owned_by": "smol"}
+        identity = {k: v for k, v in service.loader.identity().items() if k != "model"}
         if identity and (system_prompt := service.settings.defaults.system_prompt):
             identity["system_prompt"] = system_prompt
-        return named | {"smol": identity} if identity else named
+        return model | {"smol": identity} if identity else model
 
-    @views.post("/chat/completions")
+    @routes.post("/chat/completions")
     def completions() -> Response:
-        name = f"chatcmpl-{uuid.uuid4().hex}"
-        asked = parse_completion(read_json(), service.settings.defaults, name)
-        _check_model(asked.model, service.model_name)
-        flight = service.start({0: asked.query}, is_interactive=True, with_text=asked.is_stream)
-        if asked.is_stream:
-            return _stream(asked, flight)
-        with closing(flight):
-            _, result = next(flight.results())
-        return _whole(asked, result)
+        completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+        completion = parse_completion(read_json(), service.settings.defaults, completion_id)
+        _check_model(completion.model, service.model_name)
+        in_flight = service.start(
+            {0: completion.query}, is_interactive=True, with_text=completion.is_stream
+        )
+        if completion.is_stream:
+            return _stream(completion, in_flight)
+        with closing(in_flight):
+            _, result = next(in_flight.results())
+        if result.is_error:
+            return error_response(result_error(result))
+        return json_response(completion.answer(result))
 
-    @views.get("/models")
+    @routes.get("/models")
     def models() -> Response:
-        return json_response({"object": "list", "data": [listed()]})
+        return json_response({"object": "list", "data": [model_object()]})
 
-    @views.get("/models/<path:name>")
-    def one_model(name: str) -> Response:
+    @routes.get("/models/<path:name>")
+    def model(name: str) -> Response:
         _check_model(name, service.model_name)
-        return json_response(listed())
+        return json_response(model_object())
 
-    return views
+    return routes
 
 
-def _check_model(name: str, model: str) -> None:
-    if name != model:
+def _check_model(requested: str, served: str) -> None:
+    if requested != served:
         raise HttpError(
             HTTPStatus.NOT_FOUND,
-            f"there is no model {name[:100]!r} here; the one there is is {model!r}",
+            f"model {requested[:100]!r} not found; this server serves {served!r}",
             HttpCode.NOT_FOUND,
             "model",
         )
 
 
-def _whole(asked: Completion, result: Result) -> Response:
-    if result.is_error:
-        return error_response(result_error(result))
-    return json_response(asked.answer(result))
+def _stream(completion: Completion, in_flight: InFlightRequest) -> Response:
+    """Stream the answer as server-sent events.
 
-
-def _stream(asked: Completion, flight: InFlightRequest) -> Response:
-    """The answer as server-sent events; a fault before its first word has a status of its own."""
-    events = (event for _, event in flight.events())
+    An error before the first event still gets an HTTP status of its own.
+    """
+    events = (event for _, event in in_flight.events())
     try:
         first = next(events)
     except HttpError:
-        flight.close()
+        in_flight.close()
         raise
     if isinstance(first, Result) and first.is_error:
-        flight.close()
+        in_flight.close()
         return error_response(result_error(first))
-    lines = _lines(asked, chain([first], events))
+    lines = _sse_lines(completion, chain([first], events))
     response = Response(lines, headers=STREAM_HEADERS, mimetype="text/event-stream")
-    response.call_on_close(flight.close)
+    response.call_on_close(in_flight.close)
     return response
 
 
-def _lines(asked: Completion, events: Iterator[str | Result]) -> Iterator[str]:
-    yield _line(asked.chunk({"role": "assistant", "content": ""}))
+def _sse_lines(completion: Completion, events: Iterator[str | Result]) -> Iterator[str]:
+    yield _sse_line(completion.chunk({"role": "assistant", "content": ""}))
     try:
         for event in events:
             if isinstance(event, str):
-                yield _line(asked.chunk({"content": event}))
+                yield _sse_line(completion.chunk({"content": event}))
             else:
-                yield _last_lines(asked, event)
+                yield _final_lines(completion, event)
     except HttpError:
-        return  # the client is gone
+        return  # the client disconnected
 
 
-def _last_lines(asked: Completion, result: Result) -> str:
+def _final_lines(completion: Completion, result: Result) -> str:
     if result.is_error:
-        return _line(error_body(result_error(result), is_openai=True))
-    lines = _line(asked.chunk({}, result))
-    if asked.includes_usage:
-        lines += _line(asked.usage_chunk(result.usage or UNTOLD))
+        return _sse_line(error_body(result_error(result), is_openai=True))
+    lines = _sse_line(completion.chunk({}, result))
+    if completion.includes_usage:
+        lines += _sse_line(completion.usage_chunk(result.usage or UNTOLD))
     return lines + "data: [DONE]\n\n"
 
 
-def _line(value: dict[str, Any]) -> str:
+def _sse_line(value: dict[str, Any]) -> str:
     return f"data: {to_json(value)}\n\n"

@@ -1,4 +1,4 @@
-"""/health, /ready, /metrics and /openapi.json: for those who run the server."""
+"""Routes for operators: /health, /ready, /metrics and /openapi.json."""
 
 from http import HTTPStatus
 
@@ -7,42 +7,42 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from smolcli.backends.base import Health
 from smolcli.server.admission import RETRY_AFTER_S
-from smolcli.server.schemas import openapi
+from smolcli.server.schemas import openapi_document
 from smolcli.server.service import Service, json_response
 
 
-def ops_views(service: Service) -> Blueprint:
-    """The routes of this module."""
-    views = Blueprint("ops", __name__)
+def ops_routes(service: Service) -> Blueprint:
+    """The routes for operators."""
+    routes = Blueprint("ops", __name__)
 
-    @views.get("/health")
+    @routes.get("/health")
     def health() -> Response:
-        problem = _problem(service.holder.health())
-        status = HTTPStatus.SERVICE_UNAVAILABLE if problem else HTTPStatus.OK
-        return json_response({"status": problem or "ok"}, status)
+        failure = _liveness_failure(service.loader.health())
+        status = HTTPStatus.SERVICE_UNAVAILABLE if failure else HTTPStatus.OK
+        return json_response({"status": failure or "ok"}, status)
 
-    @views.get("/ready")
+    @routes.get("/ready")
     def ready() -> Response:
-        obstacle = _obstacle(service)
-        if obstacle is None:
+        reason = _unready_reason(service)
+        if reason is None:
             return json_response({"status": "ready"})
-        response = json_response({"status": obstacle}, HTTPStatus.SERVICE_UNAVAILABLE)
+        response = json_response({"status": reason}, HTTPStatus.SERVICE_UNAVAILABLE)
         response.headers["Retry-After"] = str(RETRY_AFTER_S)
         return response
 
-    @views.get("/metrics")
+    @routes.get("/metrics")
     def metrics() -> Response:
         return Response(service.metrics.text(), content_type=CONTENT_TYPE_LATEST)
 
-    @views.get("/openapi.json")
-    def schema() -> Response:
-        return json_response(openapi(bool(service.settings.api_keys), service.model_name))
+    @routes.get("/openapi.json")
+    def openapi() -> Response:
+        return json_response(openapi_document(bool(service.settings.api_keys), service.model_name))
 
-    return views
+    return routes
 
 
-def _problem(health: Health | None) -> str | None:
-    """What only a restart can help; None where there is no backend yet."""
+def _liveness_failure(health: Health | None) -> str | None:
+    """Why the process must be restarted, None if it need not be or is still loading."""
     if health is None:
         return None
     if not health.is_alive:
@@ -50,15 +50,15 @@ def _problem(health: Health | None) -> str | None:
     return "stuck" if health.is_stuck else None
 
 
-def _obstacle(service: Service) -> str | None:
-    """Why no work should be sent here now."""
-    if service.gate.is_closed:
+def _unready_reason(service: Service) -> str | None:
+    """Why the server should not receive traffic now, None if it should."""
+    if service.admission.is_closed:
         return "draining"
-    health = service.holder.health()
+    health = service.loader.health()
     if health is None:
         return "loading"
-    if problem := _problem(health):
-        return problem
+    if failure := _liveness_failure(health):
+        return failure
     if not health.is_ready:
         return "no_upstream"
-    return "full" if service.gate.is_full else None
+    return "full" if service.admission.is_full else None

@@ -1,4 +1,4 @@
-"""The page at /: a few static files, and headers that keep it to itself."""
+"""The chat page: static files, served with headers that isolate them."""
 
 from http import HTTPStatus
 from pathlib import Path
@@ -8,7 +8,8 @@ from flask import Blueprint, Response, send_from_directory
 from smolcli.server.errors import HttpCode, HttpError
 
 FOLDER = Path(__file__).parent / "static"
-TYPES = {  # not the system's: Windows' registry can make scripts text/plain
+# Not taken from the system: the Windows registry may declare scripts as text/plain.
+CONTENT_TYPES = {
     ".html": "text/html",
     ".css": "text/css",
     ".js": "text/javascript",
@@ -26,25 +27,25 @@ HEADERS = {
 }
 
 
-def page_views() -> Blueprint:
-    """The routes of this module."""
-    views = Blueprint("page", __name__)
+def page_routes() -> Blueprint:
+    """The routes of the chat page: / and the files under /page/."""
+    routes = Blueprint("page", __name__)
 
-    @views.get("/")
+    @routes.get("/")
     def index() -> Response:
-        return _file("index.html")
+        return _static_file("index.html")
 
-    @views.get("/page/<name>")
-    def file(name: str) -> Response:
-        return _file(name)
+    @routes.get("/page/<name>")
+    def static_file(name: str) -> Response:
+        return _static_file(name)
 
-    return views
+    return routes
 
 
-def _file(name: str) -> Response:
-    kind = TYPES.get(Path(name).suffix)
-    if kind is None:
-        raise HttpError(HTTPStatus.NOT_FOUND, "there is no such file", HttpCode.NOT_FOUND)
-    response = send_from_directory(FOLDER, name, mimetype=kind)
+def _static_file(name: str) -> Response:
+    content_type = CONTENT_TYPES.get(Path(name).suffix)
+    if content_type is None:
+        raise HttpError(HTTPStatus.NOT_FOUND, f"no file named {name!r}", HttpCode.NOT_FOUND)
+    response = send_from_directory(FOLDER, name, mimetype=content_type)
     response.headers.update(HEADERS)
     return response

@@ -1,155 +1,342 @@
-"""/openapi.json, made from the models that parse requests and describe answers."""
+"""Response models, and the OpenAPI document built from them and the request models."""
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from smolcli import __version__
 from smolcli.protocol.openai import CompletionFields
-from smolcli.protocol.query import QueryFields
-from smolcli.server import answers
+from smolcli.protocol.query import MAX_ANSWERS, QueryFields
+from smolcli.server.errors import HttpCode
+from smolcli.types import ErrorCode, FinishReason
 
 Json = dict[str, Any]
+
+
+class Exact(BaseModel):
+    """An object without additional properties."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Usage(Exact):
+    """Token counts; `completion_tokens` includes the end token."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class TopLogprob(Exact):
+    """A token and its log probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """A generated token, with the most likely alternatives."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Alternative(Exact):
+    """One of several answers to a query."""
+
+    response: str
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] = Field(
+        default_factory=list, description="Present if the query requests log probabilities."
+    )
+
+
+class Answer(Alternative):
+    """The answer to a query."""
+
+    chat_id: str
+    alternatives: list[Alternative] = Field(
+        default_factory=list, description="The remaining answers if `n` is greater than 1."
+    )
+    usage: Usage | None = Field(None, description="Absent if the upstream does not report it.")
+    metadata: dict[str, Any] = Field(
+        default_factory=dict, description="The query's `metadata`, if any."
+    )
+
+
+class Failure(Exact):
+    """The error that takes the place of an answer."""
+
+    chat_id: str | None = Field(description="Null if the query's `chat_id` cannot be read.")
+    error: str = Field(description="A sentence for people.")
+    error_code: ErrorCode
+    field: str = Field("", description="The field that is wrong, if any.")
+    metadata: dict[str, Any] = Field(
+        default_factory=dict, description="The query's `metadata`, if any."
+    )
+
+
+class IndexedAnswer(Answer):
+    """An answer in an NDJSON stream, with the index of its query."""
+
+    index: int
+
+
+class IndexedFailure(Failure):
+    """A failure in an NDJSON stream, with the index of its query."""
+
+    index: int
+
+
+class BatchRequest(Exact):
+    """A batch of queries. Each is validated on its own, so an invalid one fails alone."""
+
+    queries: Annotated[list[QueryFields | Any], Field(min_length=1)]
+
+
+class BatchAnswer(Exact):
+    """Results in the order of the queries.
+
+    `partial_success` and `message` are present only if a query failed.
+    """
+
+    responses: list[Answer | Failure]
+    partial_success: Literal[True] = True
+    message: str = ""
+
+
+class Error(Exact):
+    """Why a request was rejected or could not be answered."""
+
+    error: str = Field(description="A sentence for people.")
+    error_code: ErrorCode | HttpCode
+    field: str = Field("", description="The field that is wrong, if any.")
+
+
+class OpenAIErrorDetail(Exact):
+    """The details of an error, as OpenAI's clients expect them."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: ErrorCode | HttpCode
+
+
+class OpenAIError(Exact):
+    """Why a request under /v1 was rejected or could not be answered."""
+
+    error: OpenAIErrorDetail
+
+
+class OpenAIUsage(Usage):
+    """Token counts and their sum."""
+
+    total_tokens: int
+
+
+class OpenAIMessage(Exact):
+    """The assistant's message."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class OpenAILogprobs(Exact):
+    """The log probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+
+
+class OpenAIChoice(Exact):
+    """One answer."""
+
+    index: int
+    message: OpenAIMessage
+    logprobs: OpenAILogprobs | None
+    finish_reason: FinishReason
+
+
+class OpenAICompletion(Exact):
+    """A chat completion. If `stream` is true, it is sent as server-sent events instead."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: Annotated[list[OpenAIChoice], Field(min_length=1, max_length=MAX_ANSWERS)]
+    usage: OpenAIUsage
+
+
+class ModelIdentity(BaseModel):
+    """What determines a model's answers, and the load that keeps its server busy."""
+
+    revision: str | None = None
+    source: str | None = None
+    dtype: str | None = None
+    system_prompt: str = Field("", description="The server's default system prompt, if any.")
+    window: int = Field(0, description="How many concurrent queries keep the server busy.")
+
+
+class OpenAIModel(Exact):
+    """A model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    smol: ModelIdentity | None = Field(None, description="Present once the model is loaded.")
+
+
+class OpenAIModels(Exact):
+    """The models that the server serves: exactly one."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+class Status(Exact):
+    """The state of the server."""
+
+    status: Literal["ok", "ready", "loading", "draining", "full", "no_upstream", "dead", "stuck"]
+
 
 _MODELS: tuple[type[BaseModel], ...] = (
     QueryFields,
     CompletionFields,
-    answers.BatchRequest,
-    answers.Answer,
-    answers.Failure,
-    answers.IndexedAnswer,
-    answers.IndexedFailure,
-    answers.BatchAnswer,
-    answers.Error,
-    answers.OpenAIError,
-    answers.OpenAICompletion,
-    answers.OpenAIModel,
-    answers.OpenAIModels,
-    answers.Status,
+    BatchRequest,
+    Answer,
+    Failure,
+    IndexedAnswer,
+    IndexedFailure,
+    BatchAnswer,
+    Error,
+    OpenAIError,
+    OpenAICompletion,
+    OpenAIModel,
+    OpenAIModels,
+    Status,
 )
 _LICENSE = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
-_REFUSALS = {
-    "400": "The request is not as it should be.",
-    "413": "The body is too large, or the batch holds too many queries.",
-    "415": "The body is not sent as application/json.",
+_CLIENT_ERRORS = {
+    "400": "The request is invalid.",
+    "413": "The body is too large, or the batch has too many queries.",
+    "415": "The Content-Type is not application/json.",
 }
-_TROUBLES = {
-    "500": "A fault of the server.",
-    "503": "The queue is full, the model is being loaded or is gone, or the server is stopping.",
-    "504": "There was no answer in time.",
+_SERVER_ERRORS = {
+    "500": "Internal error.",
+    "503": "The queue is full, the model is loading or has failed, or the server is shutting down.",
+    "504": "The request timed out.",
 }
+_UNAUTHORIZED = {"401": "The API key is missing or wrong."}
+_MODEL_NOT_FOUND = {"404": "The server serves another model."}
 
 
-def openapi(is_guarded: bool, model: str) -> Json:
-    """The document that describes the server.
+def openapi_document(requires_key: bool, model: str) -> Json:
+    """The content of /openapi.json.
 
     Args:
-        is_guarded: whether an API key is needed.
-        model: the name of the one that there is.
+        requires_key: whether clients must send an API key.
+        model: the name of the model that the server serves.
     """
-    modes = [(kind, "validation") for kind in _MODELS]
+    modes = [(schema, "validation") for schema in _MODELS]
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components: Json = {"schemas": schemas["$defs"]}
-    ways = [{"required": ["user_prompt"]}, {"required": ["messages"]}]  # to ask
-    components["schemas"]["QueryFields"]["anyOf"] = ways
+    prompts = [{"required": ["user_prompt"]}, {"required": ["messages"]}]
+    components["schemas"]["QueryFields"]["anyOf"] = prompts
     components["schemas"]["CompletionFields"]["properties"]["model"]["enum"] = [model]
     document: Json = {
         "openapi": "3.1.0",
         "info": {"title": "smol", "version": __version__, "license": _LICENSE},
-        "paths": _paths(is_guarded, model),
+        "paths": _paths(_UNAUTHORIZED if requires_key else {}, model),
         "components": components,
     }
-    if is_guarded:
+    if requires_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
     return document
 
 
-def _paths(is_guarded: bool, model: str) -> Json:
-    error = _json(answers.Error)
-    openai = _json(answers.OpenAIError)
-    key: Json = {"401": "The API key is missing or wrong."} if is_guarded else {}
-    asked = _answers(_REFUSALS | key | _TROUBLES, error)
-    completed = _answers(_REFUSALS | key | _TROUBLES | {"404": "Another model."}, openai)
+def _paths(unauthorized: dict[str, str], model: str) -> Json:
+    descriptions = _CLIENT_ERRORS | unauthorized | _SERVER_ERRORS
+    errors = _responses(descriptions, Error)
+    any_object: Json = {"application/json": {"schema": {"type": "object"}}}
     return {
-        "/chat": {"post": _post("Answer one query", QueryFields, _json(answers.Answer), asked)},
-        "/chat/batched": {"post": _batch("Answer many queries", asked)},
-        "/generate_batch": {"post": _batch("The same as /chat/batched", asked)},
+        "/chat": {"post": _post("Answer one query", QueryFields, _json(Answer), errors)},
+        "/chat/batched": {"post": _post_batch("Answer a batch of queries", errors)},
+        "/generate_batch": {"post": _post_batch("Alias of /chat/batched", errors)},
         "/v1/chat/completions": {
             "post": _post(
-                "Answer as OpenAI's API does",
+                "Create a chat completion",
                 CompletionFields,
-                _json(answers.OpenAICompletion) | {"text/event-stream": {}},
-                completed,
+                _json(OpenAICompletion) | {"text/event-stream": {}},
+                _responses(descriptions | _MODEL_NOT_FOUND, OpenAIError),
             )
         },
-        "/v1/models": _get("The model", answers.OpenAIModels, _answers(key, openai)),
-        "/v1/models/{id}": _get(
-            "The model by its name",
-            answers.OpenAIModel,
-            _answers(key | {"404": "Another model."}, openai),
-        )
-        | {"parameters": [_path_parameter("id", model)]},
-        "/health": _probe("Whether it works; 503: only a restart helps"),
-        "/ready": _probe("Whether it takes work now"),
-        "/metrics": {"get": _described("Figures for Prometheus", _text("text/plain"), key, error)},
-        "/openapi.json": {
-            "get": _described(
-                "This document", {"application/json": {"schema": {"type": "object"}}}, key, error
+        "/v1/models": {
+            "get": _get(
+                "List the models", _json(OpenAIModels), _responses(unauthorized, OpenAIError)
             )
+        },
+        "/v1/models/{id}": {
+            "get": _get(
+                "Get the model by name",
+                _json(OpenAIModel),
+                _responses(unauthorized | _MODEL_NOT_FOUND, OpenAIError),
+            ),
+            "parameters": [_path_parameter("id", model)],
+        },
+        "/health": {"get": _probe("Liveness: 503 if the process must be restarted")},
+        "/ready": {"get": _probe("Readiness: 503 if the server should not receive traffic")},
+        "/metrics": {
+            "get": _get("Prometheus metrics", _text("text/plain"), _responses(unauthorized, Error))
+        },
+        "/openapi.json": {
+            "get": _get("This document", any_object, _responses(unauthorized, Error))
         },
     }
 
 
-def _post(summary: str, body: type[BaseModel], answer: Json, errors: Json) -> Json:
+def _post(summary: str, body: type[BaseModel], content: Json, errors: Json) -> Json:
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": _json(body)},
-        "responses": {"200": {"description": "The answer.", "content": answer}} | errors,
+        "responses": {"200": {"description": "Answered.", "content": content}} | errors,
     }
 
 
-def _batch(summary: str, errors: Json) -> Json:
-    """A line of a stream has no place in OpenAPI 3.1, so it is told in words."""
-    text = "On Accept: application/x-ndjson a line each, IndexedAnswer or IndexedFailure."
-    content = _json(answers.BatchAnswer) | _text("application/x-ndjson")
-    return _post(summary, answers.BatchRequest, content, errors) | {"description": text}
+def _post_batch(summary: str, errors: Json) -> Json:
+    """A batch operation; OpenAPI 3.1 cannot describe the lines of its stream, so text does."""
+    description = (
+        "With `Accept: application/x-ndjson`, each result is sent as it finishes: "
+        "one IndexedAnswer or IndexedFailure per line."
+    )
+    content = _json(BatchAnswer) | _text("application/x-ndjson")
+    return _post(summary, BatchRequest, content, errors) | {"description": description}
 
 
-def _get(summary: str, answer: type[BaseModel], errors: Json) -> Json:
-    responses = {"200": {"description": "It.", "content": _json(answer)}} | errors
-    return {"get": {"summary": summary, "responses": responses}}
-
-
-def _described(summary: str, content: Json, key: Json, error: Json) -> Json:
-    responses = {"200": {"description": "It.", "content": content}} | _answers(key, error)
+def _get(summary: str, content: Json, errors: Json) -> Json:
+    responses = {"200": {"description": "Success.", "content": content}} | errors
     return {"summary": summary, "responses": responses}
 
 
 def _probe(summary: str) -> Json:
-    content = _json(answers.Status)
-    responses = {
-        status: {"description": text, "content": content}
-        for status, text in {"200": "Yes.", "503": "No."}.items()
+    responses = _responses({"200": "Yes.", "503": "No."}, Status)
+    return {"summary": summary, "responses": responses, "security": []}
+
+
+def _responses(descriptions: dict[str, str], model: type[BaseModel]) -> Json:
+    return {
+        status: {"description": description, "content": _json(model)}
+        for status, description in descriptions.items()
     }
-    return {"get": {"summary": summary, "responses": responses, "security": []}}
-
-
-def _answers(texts: dict[str, str], content: Json) -> Json:
-    return {status: {"description": text, "content": content} for status, text in texts.items()}
 
 
 def _json(model: type[BaseModel]) -> Json:
-    return {"application/json": {"schema": _ref(model)}}
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
 
 
-def _text(kind: str) -> Json:
-    return {kind: {"schema": {"type": "string"}}}
-
-
-def _ref(model: type[BaseModel]) -> Json:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+def _text(media_type: str) -> Json:
+    return {media_type: {"schema": {"type": "string"}}}
 
 
 def _path_parameter(name: str, value: str) -> Json:

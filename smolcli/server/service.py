@@ -1,4 +1,4 @@
-"""What the views share."""
+"""What all routes share: settings, backend, admission limit, metrics and JSON bodies."""
 
 import codecs
 import json
@@ -16,7 +16,7 @@ from smolcli.backends.base import Backend, Health
 from smolcli.errors import BackendError
 from smolcli.protocol.openai import model_name
 from smolcli.protocol.query import load_json
-from smolcli.server.access_log import current_trace
+from smolcli.server.access_log import current_record
 from smolcli.server.admission import AdmissionLimit, unavailable
 from smolcli.server.errors import HttpCode, HttpError
 from smolcli.server.in_flight import InFlightRequest
@@ -26,20 +26,21 @@ from smolcli.types import Message, Query, Result, Sampling
 
 logger = logging.getLogger(__name__)
 
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # do not buffer in nginx
 WARM_UP = Query("warm-up", (Message("user", "Hello"),), Sampling(max_new_tokens=2))
-WARM_UP_S = 120.0
-CLOSE_S = 10.0
+WARM_UP_TIMEOUT_S = 120.0
+CLOSE_TIMEOUT_S = 10.0
 
 
-class BackendHolder:
-    """Opens the backend on a thread of its own, while the server answers already.
+class BackendLoader:
+    """Opens the backend on its own thread, while the server already accepts connections.
 
     Args:
-        open_backend: loads the model.
-        warms_up: whether it is to answer once before it is offered to clients.
+        open_backend: opens the backend.
+        warms_up: whether the backend must answer a query before clients may use it.
     """
 
-    def __init__(self, open_backend: Callable[[], Backend], warms_up: bool = True) -> None:
+    def __init__(self, open_backend: Callable[[], Backend], warms_up: bool) -> None:
         self._open_backend = open_backend
         self._warms_up = warms_up
         self._backend: Backend | None = None
@@ -48,36 +49,36 @@ class BackendHolder:
 
     @property
     def is_ready(self) -> bool:
-        """Whether there is a backend that can be asked now."""
+        """Whether the backend is loaded and can answer now."""
         return self._backend is not None and self._backend.health().is_ready
 
     @property
     def backend(self) -> Backend:
-        """What answers.
+        """The loaded backend.
 
         Raises:
-            HttpError: 503 while it is being loaded.
+            HttpError: 503 while it is loading.
         """
         if self._backend is None:
-            raise unavailable("the model is being loaded; ask again in a moment")
+            raise unavailable("the model is loading; retry later")
         return self._backend
 
     def health(self) -> Health | None:
-        """How the backend is, None while there is none."""
+        """The health of the backend, None while it is loading."""
         return self._backend.health() if self._backend else None
 
     def identity(self) -> dict[str, Any]:
-        """What decides its answers, and how many queries keep it busy; nothing while unknown."""
+        """The backend's identity and window, empty while they are unknown."""
         identity = self._backend.identity() if self._backend else {}
         return identity | {"window": self._backend.window} if self._backend and identity else {}
 
     def start(self) -> None:
-        """Begin to load."""
+        """Start loading."""
         self._thread.start()
 
     def close(self) -> None:
-        """Let go of the model; whoever still waits for an answer learns that it is gone."""
-        self._thread.join(CLOSE_S)
+        """Close the backend; queries that are still running fail with `backend_error`."""
+        self._thread.join(CLOSE_TIMEOUT_S)
         if self._backend:
             self._backend.close()
 
@@ -85,86 +86,88 @@ class BackendHolder:
         started = time.perf_counter()
         try:
             backend = self._open_backend()
-            self._backend = _warm(backend) if self._warms_up else backend
+            self._backend = _warm_up(backend) if self._warms_up else backend
             if self._warms_up:
                 logger.info("model loaded in %.1f s", time.perf_counter() - started)
         except Exception as exc:
             self.error = exc
 
 
-def _warm(backend: Backend) -> Backend:
-    """Let a backend answer once, so that the first client does not wait for what is done once."""
+def _warm_up(backend: Backend) -> Backend:
+    """Answer a query, so that the first client does not pay for one-time initialization."""
     try:
-        warm = backend.submit(WARM_UP).result(WARM_UP_S)
-        if warm.is_error:
-            raise BackendError(f"the model cannot answer: {warm.error}")
+        result = backend.submit(WARM_UP).result(WARM_UP_TIMEOUT_S)
+        if result.is_error:
+            raise BackendError(f"the model failed its warm-up query: {result.error}")
     except BaseException:
         backend.close()
         raise
     return backend
 
 
-STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx buffers otherwise
-
-
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One server's settings and state, each part with its one owner."""
+    """One server's settings and shared state."""
 
     settings: ServerSettings
-    holder: BackendHolder
-    gate: AdmissionLimit
+    loader: BackendLoader
+    admission: AdmissionLimit
     metrics: Metrics
 
     @property
     def model_name(self) -> str:
-        """What clients call the model."""
-        return model_name(self.holder.identity().get("model", self.settings.engine.model))
+        """The name that clients use for the model."""
+        return model_name(self.loader.identity().get("model", self.settings.engine.model))
 
     def start(
         self, queries: Mapping[int, Query], *, is_interactive: bool, with_text: bool = False
     ) -> InFlightRequest:
-        """Begin to answer the present request's queries; the caller closes the flight.
+        """Submit the queries of the current request; the caller must close the result.
+
+        Args:
+            queries: the queries by their index in the request.
+            is_interactive: whether they have interactive rather than batch priority.
+            with_text: whether to yield text as it is generated.
 
         Raises:
-            HttpError: 503 where that is not possible now.
+            HttpError: 503 if the queue is full, or the model is loading.
         """
-        flight = InFlightRequest(
+        in_flight = InFlightRequest(
             queries,
-            self.holder.backend,
-            self.gate,
+            self.loader.backend,
+            self.admission,
             self.settings.request_timeout_s,
             request.environ["waitress.client_disconnected"],
             self._observer(),
         )
         try:
-            current_trace().ask(queries.values())
-            flight.submit(is_interactive=is_interactive, with_text=with_text)
+            current_record().add_prompts(queries.values())
+            in_flight.submit(is_interactive=is_interactive, with_text=with_text)
         except BaseException:
-            flight.close()
+            in_flight.close()
             raise
-        return flight
+        return in_flight
 
     def count(self, result: Result) -> None:
-        """Count a query's outcome, for the present request and for all."""
+        """Count a result in the current request's access record and in the metrics."""
         self._observer()(result)
 
     def _observer(self) -> Callable[[Result], None]:
-        trace = current_trace()
+        record = current_record()
 
         def observe(result: Result) -> None:
-            trace.add(result)
+            record.add_result(result)
             self.metrics.count_result(result)
 
         return observe
 
 
 def read_json() -> object:
-    """The value that the present request's body holds.
+    """Parse the body of the current request.
 
     Raises:
-        HttpError: 415 where it is not meant to be JSON.
-        QueryError: where it is not.
+        HttpError: 415 if the body is not declared as JSON.
+        QueryError: the body is not valid JSON.
     """
     if request.mimetype != "application/json":
         raise HttpError(
@@ -175,17 +178,17 @@ def read_json() -> object:
     if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
         raise HttpError(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-            f"Content-Encoding {encoding!r} is not supported: send the body as it is",
+            f"Content-Encoding {encoding!r} is not supported; send the body uncompressed",
             HttpCode.UNSUPPORTED_MEDIA_TYPE,
         )
     return load_json(request.get_data(cache=False).removeprefix(codecs.BOM_UTF8))
 
 
 def json_response(value: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:
-    """A response of one JSON object."""
+    """A response with one JSON object as its body."""
     return Response(to_json(value) + "\n", status, mimetype="application/json")
 
 
 def to_json(value: Mapping[str, Any]) -> str:
-    """JSON on one line, other than ASCII as it is."""
+    """Serialize to one line of JSON, without escaping non-ASCII characters."""
     return json.dumps(value, ensure_ascii=False)

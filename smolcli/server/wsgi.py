@@ -1,4 +1,4 @@
-"""Waitress around the application: listens at once, drains before it ends."""
+"""The Waitress server: connections with deadlines, a graceful shutdown, JSON for bad HTTP."""
 
 import json
 import logging
@@ -19,23 +19,31 @@ from waitress.task import ErrorTask
 
 from smolcli.backends.base import Backend
 from smolcli.errors import RunError
-from smolcli.server.admission import AdmissionLimit, most_requests
+from smolcli.server.admission import AdmissionLimit, request_limit
 from smolcli.server.app import create_app
 from smolcli.server.errors import HttpError, code_of, error_body
 from smolcli.server.metrics import Metrics
-from smolcli.server.service import BackendHolder, Service
+from smolcli.server.service import BackendLoader, Service
 from smolcli.settings import EngineSettings, ServerSettings
 
-IDLE_S = 120.0  # between two requests
-RECEIVE_S = 60.0  # from the first byte of a request to its last
-SEND_S = 300.0  # for an answer that is complete to be taken
+logger = logging.getLogger(__name__)
+
+IDLE_TIMEOUT_S = 120.0  # between two requests of a connection
+RECEIVE_TIMEOUT_S = 60.0  # from the first byte of a request to its last
+SEND_TIMEOUT_S = 300.0  # for the client to read a complete response
+SPARE_THREADS = 16  # for rejected requests and for probes
+SPARE_CONNECTIONS = 256  # for idle and slow clients
+POLL_S = 0.2
+PAUSE_PER_CONNECTION_S = 0.0002  # between polls, each of which visits every connection
+MAX_PAUSE_S = 0.02
+FLUSH_TIMEOUT_S = 1.0
 
 
 class JsonErrorTask(ErrorTask):
-    """Waitress' own refusals, of what is not HTTP, in our shape."""
+    """Reports a malformed request, which never reaches the application, as JSON."""
 
     def execute(self) -> None:
-        fault = self.request.error  # type: ignore[attr-defined]  # the stubs have it wrong
+        fault = self.request.error  # type: ignore[attr-defined]  # missing from the stubs
         error = HttpError(fault.code, str(fault.body), code_of(fault.code))
         body = (json.dumps(error_body(error, is_openai=False)) + "\n").encode()
         self.status = f"{fault.code} {HTTPStatus(fault.code).phrase}"
@@ -46,39 +54,40 @@ class JsonErrorTask(ErrorTask):
 
 
 class Parser(HTTPRequestParser):
-    """Has a path even where there was none, for Waitress logs it."""
+    """Gives malformed requests a path, which Waitress logs when an error task fails."""
 
     path = ""
 
 
 class Channel(HTTPChannel):
-    """A connection that cannot be held for ever by a client that is slow, or says nothing."""
+    """A connection that is closed if its client is idle or slow for too long."""
 
     parser_class = Parser
     error_task_class = JsonErrorTask
-    _begun_at = 0.0  # when the present request's first byte came
+    _receiving_since = 0.0  # when the first byte of the current request arrived
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._free_at = time.monotonic()  # when no request was being served for the last time
+        self._serving_until = time.monotonic()  # the last time a request was being served
 
     def received(self, data: bytes) -> bool:
         if self.request is None:
-            self._begun_at = time.monotonic()
+            self._receiving_since = time.monotonic()
         return super().received(data)
 
     def service(self) -> None:
-        self._free_at = time.monotonic()
+        self._serving_until = time.monotonic()
         super().service()
 
-    def check_client_disconnected(self) -> bool:  # type: ignore[override]  # the stubs have it wrong
-        """Whether the client is gone, seen also where a next request of it waits already.
+    def check_client_disconnected(self) -> bool:  # type: ignore[override]  # wrong in the stubs
+        """Whether the client has disconnected.
 
-        Waitress reads nothing on then, and would not notice.
+        Waitress stops reading once the client has pipelined another request, and would not
+        notice; so this looks at the socket itself.
         """
-        return not self.connected or (len(self.requests) > 1 and self._has_hung_up())
+        return not self.connected or (len(self.requests) > 1 and self._is_socket_closed())
 
-    def _has_hung_up(self) -> bool:
+    def _is_socket_closed(self) -> bool:
         if self.socket is None:
             return True
         try:
@@ -90,126 +99,128 @@ class Channel(HTTPChannel):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request is being served, or its answer is not sent to its end."""
+        """Whether a request is being served or its response is not fully sent."""
         return bool(self.requests or self.total_outbufs_len)
 
-    def drop_if_slow(self, now: float) -> None:
-        """Close it where the client has kept it waiting for too long; empty lines do not count."""
-        if self.requests:  # which have a deadline of their own
-            self._free_at = now
+    def close_if_overdue(self, now: float) -> None:
+        """Close the connection if the client has exceeded a timeout.
+
+        Empty lines between requests do not count as activity.
+
+        Args:
+            now: the current time of `time.monotonic`, in seconds.
+        """
+        if self.requests:  # these have a timeout of their own
+            self._serving_until = now
         elif self._is_overdue(now):
             self.will_close = True
 
     def _is_overdue(self, now: float) -> bool:
         if self.total_outbufs_len:
-            return now - self._free_at > SEND_S
+            return now - self._serving_until > SEND_TIMEOUT_S
         if self.request is None:
-            return now - self._free_at > IDLE_S
-        return now - max(self._begun_at, self._free_at) > RECEIVE_S
-
-
-logger = logging.getLogger(__name__)
-
-SPARE_THREADS = 16  # for those who are refused, and for /health
-SPARE_CONNECTIONS = 256  # idle ones, and slow ones
-TICK_S = 0.2
-GAP_S = 0.0002  # between turns, for each connection: a turn looks at all of them
-MOST_GAP_S = 0.02
-FLUSH_S = 1.0
+            return now - self._serving_until > IDLE_TIMEOUT_S
+        return now - max(self._receiving_since, self._serving_until) > RECEIVE_TIMEOUT_S
 
 
 class Server:
-    """One listening server; `run` is its life.
+    """A server that listens as soon as it is created.
 
     Args:
-        settings: of the server.
-        open_backend: loads the model.
+        settings: the server's settings.
+        open_backend: opens the backend with the engine's settings.
 
     Raises:
-        RunError: where it cannot listen.
+        RunError: it cannot listen on the address.
     """
 
     def __init__(
         self, settings: ServerSettings, open_backend: Callable[[EngineSettings], Backend]
     ) -> None:
-        max_requests = most_requests(settings.engine.most_slots, settings.max_queue)
-        self._holder = BackendHolder(lambda: open_backend(settings.engine), not settings.is_gateway)
-        self._gate = AdmissionLimit(settings.max_queue, max_requests)
-        metrics = Metrics(self._holder.health)
-        app = create_app(Service(settings, self._holder, self._gate, metrics))
+        max_requests = request_limit(settings.engine.most_slots, settings.max_queue)
+        self._loader = BackendLoader(
+            lambda: open_backend(settings.engine), warms_up=not settings.is_gateway
+        )
+        self._admission = AdmissionLimit(settings.max_queue, max_requests)
+        metrics = Metrics(self._loader.health)
+        app = create_app(Service(settings, self._loader, self._admission, metrics))
         self._drain_timeout_s = settings.drain_timeout_s
-        self._map: dict[int, Any] = {}
-        self._waitress = _listen(app, settings, max_requests, self._map)
+        self._sockets: dict[int, Any] = {}
+        self._waitress = _listen(app, settings, max_requests, self._sockets)
         self._is_stopping = False
-        self.url = _url(self._map)
+        self.url = _url(self._sockets)
 
     def run(self) -> None:
-        """Serve until told to stop, and until what runs then is finished.
+        """Serve until `stop` is called, then finish the requests in flight.
 
         Raises:
-            SmolError: where the model cannot be loaded.
+            SmolError: the model cannot be loaded.
         """
         logger.info("listening at %s", self.url)
-        self._holder.start()
+        self._loader.start()
         try:
             self._serve()
             self._drain()
         finally:
-            self._holder.close()
-            self._turn_until(time.monotonic() + FLUSH_S)
+            self._loader.close()
+            self._poll_until_idle(time.monotonic() + FLUSH_TIMEOUT_S)
             self._waitress.task_dispatcher.shutdown()
-            wasyncore.close_all(self._map)
-        if self._holder.error:
-            raise self._holder.error
+            wasyncore.close_all(self._sockets)
+        if self._loader.error:
+            raise self._loader.error
 
     def stop(self) -> None:
-        """Begin to end; for signal handlers, so it takes no lock."""
+        """Start shutting down. Safe to call from a signal handler, as it takes no lock."""
         self._is_stopping = True
 
     def _serve(self) -> None:
         is_ready = False
-        while not self._is_stopping and self._holder.error is None:
-            self._turn()
-            if not is_ready and self._holder.is_ready:
+        while not self._is_stopping and self._loader.error is None:
+            self._poll()
+            if not is_ready and self._loader.is_ready:
                 is_ready = True
                 logger.info("ready at %s", self.url)
 
     def _drain(self) -> None:
-        self._gate.close()
-        logger.info("stopping: %d requests to finish", self._gate.num_requests)
-        self._turn_until(time.monotonic() + self._drain_timeout_s)
+        self._admission.close()
+        logger.info("shutting down: %d requests in flight", self._admission.num_requests)
+        self._poll_until_idle(time.monotonic() + self._drain_timeout_s)
         if num_left := sum(channel.is_busy for channel in self._channels()):
-            logger.warning("stopping: %d requests had no time to finish", num_left)
+            logger.warning("shutting down: %d requests did not finish in time", num_left)
 
-    def _turn_until(self, deadline: float) -> None:
-        """Serve until nothing is under way."""
+    def _poll_until_idle(self, deadline: float) -> None:
         while any(channel.is_busy for channel in self._channels()):
             if time.monotonic() >= deadline:
                 return
-            self._turn()
+            self._poll()
 
-    def _turn(self) -> None:
-        num_before = len(self._map)
-        wasyncore.loop(timeout=TICK_S, use_poll=True, map=self._map, count=1)
-        if len(self._map) <= num_before:  # else there may be more who knock: one is let in a turn
-            time.sleep(min(GAP_S * len(self._map), MOST_GAP_S))
+    def _poll(self) -> None:
+        num_before = len(self._sockets)
+        wasyncore.loop(timeout=POLL_S, use_poll=True, map=self._sockets, count=1)
+        # Each poll accepts one connection. If it did, more may be waiting: poll again at once.
+        if len(self._sockets) <= num_before:
+            time.sleep(min(PAUSE_PER_CONNECTION_S * len(self._sockets), MAX_PAUSE_S))
         now = time.monotonic()
         for channel in self._channels():
-            channel.drop_if_slow(now)
+            channel.close_if_overdue(now)
 
     def _channels(self) -> list[Channel]:
-        return [item for item in self._map.values() if isinstance(item, Channel)]
+        return [item for item in self._sockets.values() if isinstance(item, Channel)]
 
 
 def serve(settings: ServerSettings, open_backend: Callable[[EngineSettings], Backend]) -> None:
-    """Serve until SIGTERM or Ctrl-C; a second one ends the process at once.
+    """Serve until SIGTERM or Ctrl-C. A second signal ends the process immediately.
+
+    Args:
+        settings: the server's settings.
+        open_backend: opens the backend with the engine's settings.
 
     Raises:
-        SmolError: where it cannot listen, or the model cannot be loaded.
+        SmolError: it cannot listen on the address, or the model cannot be loaded.
     """
     server = Server(settings, open_backend)
     if not settings.api_keys and not _is_loopback(settings.host):
-        logger.warning("anybody who reaches %s can ask: there is no --api-key", server.url)
+        logger.warning("%s is open to anyone who can reach it; set --api-key", server.url)
 
     def stop(number: int, frame: FrameType | None) -> None:
         server.stop()
@@ -222,7 +233,10 @@ def serve(settings: ServerSettings, open_backend: Callable[[EngineSettings], Bac
 
 
 def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict[int, Any]) -> Any:
-    """Waitress, listening, with its limits beyond our own, which answer better."""
+    """Create the listening Waitress server.
+
+    Waitress's own limits lie above smol's, whose error responses are better.
+    """
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         server = create_server(
@@ -231,16 +245,16 @@ def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict
             listen=f"{host}:{settings.port}",
             threads=max_requests + SPARE_THREADS,
             connection_limit=max_requests + SPARE_CONNECTIONS,
-            channel_request_lookahead=1,  # else nobody notices that a client goes away
+            channel_request_lookahead=1,  # required to notice that a client has disconnected
             max_request_body_size=4 * settings.max_body_bytes,
-            outbuf_high_watermark=1 << 30,  # no thread waits for a slow reader
+            outbuf_high_watermark=1 << 30,  # never block a thread on a slow reader
             clear_untrusted_proxy_headers=True,
             ident="smol",
         )
     except (OSError, ValueError) as exc:
         reason = getattr(exc, "strerror", None) or exc
         raise RunError(
-            f"cannot listen on {host}:{settings.port}: {reason}; give another --host or --port"
+            f"cannot listen on {host}:{settings.port}: {reason}; choose another --host or --port"
         ) from exc
     for item in list(sockets.values()):
         if isinstance(item, BaseWSGIServer):

@@ -36,7 +36,7 @@ def serve(
 ) -> None:
     """Answer over HTTP: /chat, /chat/batched, OpenAI's API under /v1, and a page."""
     from smolcli.backends.dedup import shared
-    from smolcli.server.access_log import log_requests
+    from smolcli.server.access_log import configure_logging
     from smolcli.server.wsgi import serve as serve_http
 
     upstream = remote.settings(engine.settings())
@@ -44,7 +44,7 @@ def serve(
     settings = options.settings(defaults, engine.settings())
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     log_to_stderr()
-    log_requests(options.log_format)
+    configure_logging(options.log_format)
     open_backend = ctx.obj or open_local
     if upstream is not None:
         settings = replace(settings, is_gateway=True)
