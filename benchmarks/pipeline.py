@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from smolcli.backends.dedup import shared
+from smolcli.backends.dedup import deduplicated
 from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import run_file
 from smolcli.settings import RunSettings
@@ -38,7 +38,7 @@ def main(num_lines: int) -> None:
                 file.write(f'{{"chat_id": "{number}", "user_prompt": "{prompt}"}}\n')
         measuring, num_bytes = Measuring(), psutil.Process().memory_info().rss
         started = time.perf_counter()
-        report = run_file(RunSettings(source, output), shared(EchoBackend), measuring)
+        report = run_file(RunSettings(source, output), deduplicated(EchoBackend), measuring)
         seconds = time.perf_counter() - started
         growth = (measuring.num_bytes - num_bytes) / 1e6
         sys.stdout.write(

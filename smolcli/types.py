@@ -31,6 +31,11 @@ class ErrorCode(StrEnum):
         """The HTTP status that goes with it."""
         return _STATUSES.get(self, HTTPStatus.BAD_REQUEST)
 
+    @property
+    def is_transient(self) -> bool:
+        """Whether the server failed rather than the query, so that a retry may succeed."""
+        return self in _TRANSIENT
+
 
 _STATUSES = {
     ErrorCode.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
@@ -38,6 +43,12 @@ _STATUSES = {
     ErrorCode.CANCELLED: HTTPStatus.SERVICE_UNAVAILABLE,
     ErrorCode.OVERLOADED: HTTPStatus.SERVICE_UNAVAILABLE,
     ErrorCode.BACKEND_ERROR: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+_TRANSIENT = {
+    ErrorCode.TIMEOUT,
+    ErrorCode.CANCELLED,
+    ErrorCode.OVERLOADED,
+    ErrorCode.BACKEND_ERROR,
 }
 
 

@@ -1,4 +1,4 @@
-"""Backends without a model, for tests of everything above the seam."""
+"""Backends without a model, for tests of everything above the backend interface."""
 
 import random
 import threading
@@ -13,7 +13,7 @@ from smolcli.types import FinishReason, Query, Result, Timings, Usage
 
 
 def echo(query: Query) -> Result:
-    """An answer that depends on all that decides a real one."""
+    """An answer that depends on the prompt and the seed, as a real one does."""
     words = query.messages[-1].content.split()
     return Result(
         chat_id=query.chat_id,
@@ -27,7 +27,7 @@ def echo(query: Query) -> Result:
 
 
 class EchoBackend:
-    """Answers at once, in the caller's thread."""
+    """Answers at once, on the caller's thread."""
 
     def __init__(self, settings: EngineSettings | None = None, window: int = 64) -> None:
         self.settings = settings or EngineSettings()
@@ -101,7 +101,7 @@ class SlowBackend(EchoBackend):
 
 
 class HeldBackend(EchoBackend):
-    """Answers when it is told to; `futures` are in the order of submission."""
+    """Answers when the test completes its `futures`, which are in the order of submission."""
 
     def __init__(self, window: int = 64) -> None:
         super().__init__(window=window)
@@ -115,7 +115,7 @@ class HeldBackend(EchoBackend):
 
 
 class DyingBackend(EchoBackend):
-    """Answers `num_answers` queries and is gone."""
+    """Answers `num_answers` queries and then fails."""
 
     def __init__(self, num_answers: int, window: int = 64) -> None:
         super().__init__(window=window)

@@ -7,7 +7,7 @@ import pytest
 from model_stores import MODEL, entries, fill_store
 from test_cli import smol
 
-from smolcli.backends.ray.model_files import unpack
+from smolcli.backends.ray.worker import store_sent_model
 from smolcli.weights.store import ModelFiles
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -26,7 +26,7 @@ def doctor(*args: object) -> tuple[int, dict[str, dict[str, str]]]:
 def install(tiny_folder: Path, home: Path) -> Path:
     """Put the tiny model into the store as `smol` does; gives its folder."""
     contents = {path.name: path.read_bytes() for path in tiny_folder.iterdir()}
-    unpack(ModelFiles(MODEL, tiny_folder, "abc", "test"), contents)
+    store_sent_model(ModelFiles(MODEL, tiny_folder, "abc", "test"), contents)
     return home / "models" / "shipped--abc"
 
 

@@ -1,4 +1,4 @@
-"""Two services: a gateway without a model in front of servers that have one, and `--via`."""
+"""Two services, a gateway in front of a model service, and `smol run --via`."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from old_host import old_host
+from legacy_host import legacy_host
 from server_tools import RunningServer, eventually, query, serve_process, serving, tiny_engine
 from typer.testing import CliRunner, Result
 
@@ -45,7 +45,7 @@ def service(tiny_folder: Path) -> Iterator[RunningServer]:
 
 
 def write_queries(path: Path, num: int, **fields: Any) -> Path:
-    """QueryReader of many kinds, and some lines that are bad."""
+    """Queries of many kinds, and some invalid lines."""
     lines = []
     for n in range(num):
         value: dict[str, Any] = {"chat_id": f"q{n}", "user_prompt": f"Question {n}?"} | fields
@@ -69,7 +69,7 @@ def local_args(folder: Path) -> tuple[str, ...]:
     return ("--model", str(folder), "--dtype", "float32", "--max-batch-size", "8")
 
 
-def test_the_same_bytes_from_here_from_there_and_through_a_gateway(
+def test_local_remote_and_gateway_results_are_the_same_bytes(
     service: RunningServer, tiny_folder: Path, tmp_path: Path
 ) -> None:
     input = write_queries(tmp_path / "in.jsonl", 60)
@@ -88,21 +88,23 @@ def test_the_same_bytes_from_here_from_there_and_through_a_gateway(
     assert manifests[0]["backend"]["dtype"] == "float32"
 
 
-def test_another_model_is_not_gone_on_with(
+def test_a_run_is_not_resumed_with_another_model(
     service: RunningServer, tiny_folder: Path, tmp_path: Path
 ) -> None:
     input, output = write_queries(tmp_path / "in.jsonl", 10), tmp_path / "out"
     assert smol_run(input, output, "--via", service.url, "--limit", "5").exit_code == 3
-    with old_host() as host:
+    with legacy_host() as host:
         refused = smol_run(input, output, "--via", host.url)
         assert refused.exit_code == 2
         assert f'model was "{tiny_folder.name}", is "unknown"' in refused.stderr
         assert smol_run(input, tmp_path / "old", "--via", host.url).exit_code == 3
 
 
-def test_a_server_that_is_gone_ends_a_run_without_a_word_in_its_output(tmp_path: Path) -> None:
+def test_a_server_that_is_gone_ends_the_run_and_leaves_no_errors_in_its_output(
+    tmp_path: Path,
+) -> None:
     input, output = write_queries(tmp_path / "in.jsonl", 20), tmp_path / "out"
-    with old_host() as host:
+    with legacy_host() as host:
         host.faults += [(503, {}, {})] * 50
         ended = smol_run(input, output, "--via", host.url, "--retry-for", "0.3")
         assert ended.exit_code == 1
@@ -115,7 +117,7 @@ def test_a_server_that_is_gone_ends_a_run_without_a_word_in_its_output(tmp_path:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-def test_a_model_service_is_killed_and_nothing_is_lost_or_doubled(
+def test_killing_the_model_service_loses_and_duplicates_nothing(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
     input = write_queries(tmp_path / "in.jsonl", 1000)
@@ -142,7 +144,7 @@ def kill_when(process: subprocess.Popen[str], output: Path, num_lines: int) -> N
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-def test_one_of_two_services_is_killed_and_the_run_does_not_notice(
+def test_killing_one_of_two_services_does_not_affect_the_run(
     service: RunningServer, tiny_folder: Path, tmp_path: Path
 ) -> None:
     input = write_queries(tmp_path / "in.jsonl", 300)
@@ -157,7 +159,7 @@ def test_one_of_two_services_is_killed_and_the_run_does_not_notice(
 
 
 class TestSurface:
-    """All that a server has, its gateway has."""
+    """A gateway has every route of a server."""
 
     def test_routes(self, service: RunningServer) -> None:
         with gateway(service.url, api_keys=("front",)) as front:
@@ -185,18 +187,18 @@ class TestSurface:
         body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
         with gateway(service.url) as front:
             for extra in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
-                told = [
+                answers = [
                     server.post("/v1/chat/completions", body | extra).text.splitlines()
                     for server in (service, front)
                 ]
-                assert pieces(told[0]) == pieces(told[1])
+                assert pieces(answers[0]) == pieces(answers[1])
             lines = front.post(
                 "/chat/batched", {"queries": [query(), query()]}, Accept="application/x-ndjson"
             ).text.splitlines()
             assert sorted(json.loads(line)["index"] for line in lines) == [0, 1]
 
-    def test_a_bad_query_never_reaches_the_service(self) -> None:
-        with old_host() as host, gateway(host.url) as front:
+    def test_an_invalid_query_is_never_sent_upstream(self) -> None:
+        with legacy_host() as host, gateway(host.url) as front:
             batch = {"queries": [query(), {"chat_id": "2"}, {"user_prompt": "x"}, 5, query()]}
             answers = front.post("/chat/batched", batch).json()["responses"]
             assert [("response" in answer) for answer in answers] == [
@@ -218,16 +220,16 @@ class TestSurface:
 
 
 def pieces(lines: list[str]) -> list[Any]:
-    """What a completion says, without what is its own each time."""
+    """The parts of a completion that do not change from one request to the next."""
     values = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
     return [(value["choices"], value.get("usage")) for value in values]
 
 
-def test_a_service_that_is_down_and_comes_back(
+def test_an_upstream_that_goes_down_and_comes_back(
     tiny_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with old_host() as host:
+    with legacy_host() as host:
         port = int(host.url.rpartition(":")[2])
     with gateway(host.url, waits=False) as front:
         ready = front.client.get("/ready")
@@ -241,20 +243,20 @@ def test_a_service_that_is_down_and_comes_back(
         codes = [answer["error_code"] for answer in answers["responses"]]
         assert codes == ["backend_error", "missing_field"]
         assert "ready at" not in caplog.text
-        with old_host(port):
+        with legacy_host(port):
             eventually(lambda: front.client.get("/ready").status_code == 200, 10)
             eventually(lambda: "ready at" in caplog.text)
             assert front.ask().json()["response"] == "Indeed 1."
 
 
-def test_a_client_that_goes_away_frees_the_slot_behind_the_gateway(tiny_folder: Path) -> None:
-    with old_host(delay_s=0.3) as host, gateway(host.url) as front:
+def test_a_disconnecting_client_frees_the_slot_at_the_upstream(tiny_folder: Path) -> None:
+    with legacy_host(delay_s=0.3) as host, gateway(host.url) as front:
         with pytest.raises(httpx2.ReadTimeout):
             front.client.post("/chat", json=query(), timeout=0.05)
         eventually(lambda: "running 0.0" in front.client.get("/metrics").text, 5)
 
 
-def test_a_question_asked_elsewhere(service: RunningServer) -> None:
+def test_ask_via_a_server(service: RunningServer) -> None:
     asked = ["ask", "What?", "--max-new-tokens", "6", "--seed", "1", "--json"]
     result = CliRunner().invoke(app, [*asked, "--via", service.url])
     assert json.loads(result.stdout)["usage"]["completion_tokens"] <= 6
@@ -273,15 +275,15 @@ def test_a_question_asked_elsewhere(service: RunningServer) -> None:
         ("ask", "x", "--via", "http://a:99999"),
     ],
 )
-def test_options_that_make_no_sense(args: tuple[str, ...], tmp_path: Path) -> None:
+def test_contradictory_options_are_usage_errors(args: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"chat_id":"1","user_prompt":"x"}\n')
     args = tuple(str(tmp_path / a) if a == "x.jsonl" else a for a in args)
     assert CliRunner().invoke(app, list(args)).exit_code == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_a_gateway_is_light_and_loads_no_torch() -> None:
-    with old_host() as host, serve_process("--upstream", host.url) as front:
+def test_a_gateway_uses_little_memory_and_no_torch() -> None:
+    with legacy_host() as host, serve_process("--upstream", host.url) as front:
         eventually(lambda: httpx2.get(f"{front.url}/ready").status_code == 200)
         assert httpx2.post(f"{front.url}/chat", json=query()).status_code == 200
         status = Path(f"/proc/{front.popen.pid}/status").read_text()

@@ -1,4 +1,4 @@
-"""`smol run --backend ray` on three nodes: the local run's bytes, whoever is killed."""
+"""`smol run --backend ray` on three nodes: the bytes of a local run, whatever is killed."""
 
 import json
 import os
@@ -24,21 +24,21 @@ pytest.importorskip("ray")
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.skipif(sys.platform == "win32", reason="signals"),
-    # Ray leaves files and sockets to the end of the process, and its log level to whoever asks.
+    # Ray closes files and sockets only when the process ends.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning"),
 ]
 
 NUM_LINES = 160
 DEADLINE_S = 120
 SETTINGS = ["--dtype", "float32", "--seed", "3", "--max-batch-size", "8", "--threads", "1"]
-SETTINGS += ["--no-dedupe"]  # so that there is enough to do for all workers
+SETTINGS += ["--no-dedupe"]  # so that there is enough work for all workers
 
 Cluster = Any
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Three nodes of Ray's on this machine, with one CPU each; all gone afterwards."""
+    """Three Ray nodes on this machine with one CPU each; their processes are gone afterwards."""
     from ray.cluster_utils import Cluster
 
     before = ray_processes()
@@ -62,7 +62,7 @@ def add_node(cluster: Cluster, **options: Any) -> Any:
 
 
 def ray_processes() -> set[psutil.Process]:
-    """All of Ray's below this process, or left to the first process of the machine."""
+    """All Ray processes on this machine."""
     names = ("ray::", "raylet", "gcs_server", "default_worker")
     return {
         process
@@ -80,7 +80,7 @@ def command(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good lines and bad ones; settings of their own here and there."""
+    """Valid and invalid lines, some with their own settings."""
     source = random.Random(1)
     path = tmp_path_factory.mktemp("ray") / "questions.jsonl"
     with path.open("w", encoding="utf-8") as file:
@@ -94,7 +94,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(questions: Path, tiny_folder: Path) -> Path:
-    """The results of a local run."""
+    """The output of a local run."""
     output = questions.with_name("local.jsonl")
     process = start(questions, output, "--model", str(tiny_folder))
     assert process.wait(DEADLINE_S) == 3
@@ -102,7 +102,7 @@ def whole(questions: Path, tiny_folder: Path) -> Path:
 
 
 def start(questions: Path, output: Path, *options: str, **how: Any) -> "subprocess.Popen[bytes]":
-    """`smol run` somewhere else than in the repository, whose path workers would inherit."""
+    """`smol run`, outside the repository, because workers would inherit its path."""
     arguments = [str(questions), "-o", str(output), "--max-new-tokens", "320"]
     return subprocess.Popen(
         [sys.executable, "-m", "smolcli", "run", *arguments, *SETTINGS, *options],
@@ -119,18 +119,18 @@ def start_on(
 
 
 def workers() -> list[psutil.Process]:
-    """Those of this process' cluster, and of no other on the machine."""
+    """Worker processes of the cluster that this process started."""
     below = psutil.Process().children(recursive=True)
     return [p for p in below if "".join(command(p)).startswith("ray::Worker")]
 
 
 def raylet(node: Any) -> int:
-    """The process of a node, which is the parent of its workers."""
+    """Process id of a node, which is the parent of its workers."""
     return int(node.all_processes["raylet"][0].process.pid)
 
 
 def await_workers(process: "subprocess.Popen[bytes]") -> dict[int, psutil.Process]:
-    """One worker for each of the three nodes, by the process of its node."""
+    """One worker for each of the three nodes, by the process id of its node."""
     deadline = time.monotonic() + DEADLINE_S
     while len(found := {p.ppid(): p for p in workers()}) < 3:
         assert process.poll() is None
@@ -147,10 +147,10 @@ def await_lines(output: Path, num_lines: int, process: "subprocess.Popen[bytes]"
         time.sleep(0.02)
 
 
-def test_a_cluster_gives_the_bytes_of_a_local_run(
+def test_a_cluster_run_equals_a_local_run(
     cluster: Cluster, questions: Path, whole: Path, tiny_folder: Path
 ) -> None:
-    """Even where the driver is killed in between, and the same command goes on."""
+    """Even if the driver is killed and the same command resumes the run."""
     output = questions.with_name("cluster.jsonl")
     process = start_on(cluster, questions, output, "--model", str(tiny_folder))
     await_lines(output, 60, process)
@@ -162,13 +162,15 @@ def test_a_cluster_gives_the_bytes_of_a_local_run(
     process = start_on(cluster, questions, output, "--model", str(tiny_folder))
     assert process.wait(DEADLINE_S) == 3
     assert output.read_bytes() == whole.read_bytes()
-    assert load_manifest(output).backend == load_manifest(whole).backend, "a local run may go on"
+    assert load_manifest(output).backend == load_manifest(whole).backend, (
+        "a local run may resume it"
+    )
 
 
-def test_killed_workers_and_nodes_cost_nothing_but_time(
+def test_killing_workers_and_nodes_loses_nothing(
     cluster: Cluster, questions: Path, whole: Path, tiny_folder: Path
 ) -> None:
-    """A worker of one node is killed, and another node as a whole while it is being replaced."""
+    """A worker on one node is killed, and another node as a whole while it is being replaced."""
     output = questions.with_name("killed.jsonl")
     process = start_on(
         cluster,
@@ -183,21 +185,21 @@ def test_killed_workers_and_nodes_cost_nothing_but_time(
     found = await_workers(process)
     victims = [found[raylet(node)] for node in (first, second)]
     for victim in victims:
-        victim.suspend()  # so that neither is done before it is lost
+        victim.suspend()  # so that neither finishes before it is killed
     victims[0].kill()
     cluster.remove_node(second, allow_graceful=False)
     with suppress(psutil.NoSuchProcess):  # it may have ended with its node
         victims[1].kill()
-    printed, talk = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 3, talk.decode()
-    assert talk.decode().count("a Ray worker was lost") == 2, talk.decode()
+    stdout, stderr = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 3, stderr.decode()
+    assert stderr.decode().count("lost a Ray worker") == 2, stderr.decode()
     assert output.read_bytes() == whole.read_bytes()
-    assert printed == b"", "Ray would print here what befell its processes"
+    assert stdout == b"", "Ray would print events of its processes here"
 
 
 @pytest.fixture
 def other_node(cluster: Cluster) -> Iterator[Callable[..., Any]]:
-    """Adds a node with resources of its own, as large as no other; gone after the test."""
+    """Adds a node larger than the others; removed after the test."""
     added: list[Any] = []
 
     def add(**environment: str) -> None:
@@ -208,7 +210,7 @@ def other_node(cluster: Cluster) -> Iterator[Callable[..., Any]]:
         cluster.remove_node(node)
 
 
-def test_a_node_without_the_model_is_sent_it(
+def test_the_model_is_sent_to_a_node_that_lacks_it(
     cluster: Cluster,
     other_node: Callable[..., Any],
     questions: Path,
@@ -219,7 +221,7 @@ def test_a_node_without_the_model_is_sent_it(
     fill_store(tmp_path / "here", tiny_folder)
     other_node(SMOL_HOME=str(tmp_path / "there"), HF_HOME=str(tmp_path / "hub"))
     output = questions.with_name("sent.jsonl")
-    # Two threads: what only the new node has.
+    # Two threads: only the new node has as many CPUs.
     process = start_on(
         cluster,
         questions,
@@ -252,43 +254,43 @@ def test_a_node_with_another_version_is_refused(
         *("--model", str(tiny_folder), "--threads", "2"),
         stderr=subprocess.PIPE,
     )
-    _, talk = process.communicate(timeout=DEADLINE_S)
+    _, stderr = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
-    assert f"has smol 0.0.0, and this machine {smolcli.__version__}" in talk.decode()
-    assert b"Traceback" not in talk
+    assert f"has smol 0.0.0, and this machine {smolcli.__version__}" in stderr.decode()
+    assert b"Traceback" not in stderr
     assert not output.exists()
 
 
 def test_a_node_with_other_kernels_is_refused() -> None:
-    from smolcli.backends.ray.backend import refuse_other_kernels
+    from smolcli.backends.ray.backend import check_kernels
 
-    refuse_other_kernels("b", {"kernels": "native"}, {"kernels": "native"})
+    check_kernels("b", {"kernels": "native"}, {"kernels": "native"})
     with pytest.raises(BackendError, match="node b computes with torch kernels, and another"):
-        refuse_other_kernels("b", {"kernels": "torch"}, {"kernels": "native"})
+        check_kernels("b", {"kernels": "torch"}, {"kernels": "native"})
 
 
-def test_a_cluster_too_small_is_told_at_once(
+def test_a_cluster_that_is_too_small_is_a_usage_error(
     cluster: Cluster, questions: Path, tiny_folder: Path
 ) -> None:
     output = questions.with_name("small.jsonl")
     options = ["--model", str(tiny_folder), "--threads", "64", "--ray-gpus-per-worker", "1"]
     process = start_on(cluster, questions, output, *options, stderr=subprocess.PIPE)
-    _, talk = process.communicate(timeout=DEADLINE_S)
+    _, stderr = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
-    assert b"no node of the Ray cluster has 64 CPUs and 1 GPUs" in talk
+    assert b"no node of the Ray cluster has 64 CPUs and 1 GPUs" in stderr
 
 
-def test_an_address_where_nothing_is(questions: Path, tiny_folder: Path) -> None:
+def test_nothing_listens_at_the_address(questions: Path, tiny_folder: Path) -> None:
     output = questions.with_name("nowhere.jsonl")
     options = ["--model", str(tiny_folder), "--backend", "ray", "--ray-address", "127.0.0.1:9"]
     process = start(questions, output, *options, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    printed, talk = process.communicate(timeout=DEADLINE_S)
+    stdout, stderr = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
-    assert b"no Ray cluster listens at 127.0.0.1:9" in talk
-    assert printed == b""
+    assert b"no Ray cluster listens at 127.0.0.1:9" in stderr
+    assert stdout == b""
 
 
-def test_without_ray_it_says_what_to_install(questions: Path) -> None:
+def test_without_ray_the_error_says_what_to_install(questions: Path) -> None:
     code = (
         "import sys; sys.modules['ray'] = None; from smolcli.cli.main import app\n"
         f"sys.argv = ['smol', 'run', {str(questions)!r}, '-o', '-', '--backend', 'ray']\n"

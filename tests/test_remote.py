@@ -1,4 +1,4 @@
-"""The remote backend: other servers answer, in batches, whatever befalls them on the way."""
+"""The remote backend: queries to other servers, in batches, through failures of every kind."""
 
 import threading
 import time
@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 from flask import Flask, Response, jsonify, request
-from old_host import listening, old_host
-from server_tools import FaultyBackend, RunningServer, eventually, serving, tiny_engine
+from legacy_host import legacy_host, listening
+from server_tools import PATIENCE_S, FaultyBackend, RunningServer, eventually, serving, tiny_engine
 
 from smolcli.backends.base import OnText
 from smolcli.backends.local import open_local
-from smolcli.backends.remote.backend import RemoteBackend, open_gateway, open_remote
-from smolcli.backends.remote.gather import MAX_CHUNK_CHARS
-from smolcli.backends.remote.wire import Nonsense, load_object
+from smolcli.backends.remote.backend import (
+    MAX_BATCH_CHARS,
+    RemoteBackend,
+    open_gateway,
+    open_remote,
+)
+from smolcli.backends.remote.wire import MalformedAnswer, load_object
 from smolcli.errors import BackendError, UsageError
 from smolcli.protocol.query import JSON_OBJECT, schema_format
 from smolcli.settings import QueryDefaults, RemoteSettings
@@ -52,7 +56,7 @@ def turns(*texts: str) -> tuple[Message, ...]:
 
 def answers(backend: RemoteBackend, queries: list[Query]) -> list[Result]:
     futures = [backend.submit(query) for query in queries]
-    return [future.result(20) for future in futures]
+    return [future.result(PATIENCE_S) for future in futures]
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def smol(tiny_folder: Path) -> Iterator[RunningServer]:
 
 
 class TestSmol:
-    """Another `smol serve`."""
+    """Another `smol serve` as the server."""
 
     QUERIES = (
         query("0", line=7, metadata={"a": 1}),
@@ -80,11 +84,11 @@ class TestSmol:
     )
 
     @pytest.mark.parametrize("how", ["batch", "alone", "stream"])
-    def test_its_results_are_those_of_the_model_here(
+    def test_results_equal_those_of_a_local_model(
         self, smol: RunningServer, tiny_folder: Path, how: str
     ) -> None:
         with closing(open_local(tiny_engine(tiny_folder))) as local, remote(smol.url) as backend:
-            expected = [local.submit(q).result(20) for q in self.QUERIES]
+            expected = [local.submit(q).result(PATIENCE_S) for q in self.QUERIES]
             shown: list[list[str]] = [[] for _ in self.QUERIES]
             futures = [
                 backend.submit(
@@ -92,33 +96,33 @@ class TestSmol:
                 )
                 for i, q in enumerate(self.QUERIES)
             ]
-            results = [future.result(20) for future in futures]
+            results = [future.result(PATIENCE_S) for future in futures]
         assert [r.record() for r in results] == [r.record() for r in expected]
         assert expected[5].error_code is ErrorCode.PROMPT_TOO_LONG
         if how == "stream":
             assert ["".join(pieces) for pieces in shown[:5]] == [r.response for r in results[:5]]
 
     @pytest.mark.parametrize("on_text", [None, lambda _: None])
-    def test_the_servers_schema_is_for_those_who_ask_it_themselves(
+    def test_a_default_schema_of_the_server_does_not_apply(
         self, tiny_folder: Path, on_text: OnText | None
     ) -> None:
-        """A query that asks a gateway for text would otherwise be held to what is behind it."""
+        """Free text requested from a gateway was once constrained by its upstream's --schema."""
         digit = QueryDefaults(format=schema_format({"type": "integer", "minimum": 0, "maximum": 9}))
         engine = tiny_engine(tiny_folder)
         with serving(open_local, engine, defaults=digit) as server, remote(server.url) as backend:
             assert server.ask().json()["response"].isdecimal()
             with closing(open_local(engine)) as local:
-                expected = local.submit(query()).result(20)
-            assert backend.submit(query(), on_text).result(20).record() == expected.record()
+                expected = local.submit(query()).result(PATIENCE_S)
+            assert backend.submit(query(), on_text).result(PATIENCE_S).record() == expected.record()
 
-    def test_queries_that_come_together_go_together(self, smol: RunningServer) -> None:
+    def test_queries_that_arrive_together_share_a_batch(self, smol: RunningServer) -> None:
         with remote(smol.url) as backend:
             results = answers(backend, [query(str(n)) for n in range(24)])
             assert [r.chat_id for r in results] == [str(n) for n in range(24)]
             assert backend.counters().model_calls <= 4
             assert backend.window == 3 * 8
 
-    def test_it_is_what_its_server_is(self, smol: RunningServer, tiny_folder: Path) -> None:
+    def test_the_identity_is_the_servers(self, smol: RunningServer, tiny_folder: Path) -> None:
         with closing(open_local(tiny_engine(tiny_folder))) as local, remote(smol.url) as backend:
             assert backend.identity() == local.identity() | {"model": tiny_folder.name}
 
@@ -151,17 +155,17 @@ class TestSmol:
                     eventually(lambda: faulty.num_queries == 0)
                     eventually(lambda: backend.health().num_running == 0)
 
-    def test_a_key(self, tiny_folder: Path) -> None:
+    def test_the_api_key_is_sent(self, tiny_folder: Path) -> None:
         engine = tiny_engine(tiny_folder)
         with serving(open_local, engine, api_keys=("secret",)) as server:
             with remote(server.url, api_key="secret") as backend:
-                assert not backend.submit(query()).result(20).is_error
+                assert not backend.submit(query()).result(PATIENCE_S).is_error
             started = time.monotonic()
-            with pytest.raises(BackendError, match="answered 401: it wants another API key"):
+            with pytest.raises(BackendError, match="answered 401: check the API key"):
                 open_remote(RemoteSettings((server.url,), api_key="wrong", retry_s=30))
             assert time.monotonic() - started < 5
 
-    def test_a_model_that_dies_ends_it(self, tiny_folder: Path) -> None:
+    def test_the_server_losing_its_model_is_a_backend_error(self, tiny_folder: Path) -> None:
         faulty = FaultyBackend()
         with (
             serving(faulty.open, tiny_engine(tiny_folder)) as server,
@@ -169,14 +173,14 @@ class TestSmol:
         ):
             faulty.backends[0].close()
             with pytest.raises(BackendError):
-                backend.submit(query()).result(20)
+                backend.submit(query()).result(PATIENCE_S)
 
 
-class TestOldHost:
-    """The original host: it echoes prompts and knows no field but three."""
+class TestLegacyHost:
+    """The original model service: it echoes prompts and accepts three fields."""
 
-    def test_a_batch_is_one_call_and_the_echo_is_cut_off(self) -> None:
-        with old_host() as host, remote(host.url) as backend:
+    def test_a_batch_is_one_request_and_the_echoed_prompt_is_removed(self) -> None:
+        with legacy_host() as host, remote(host.url) as backend:
             system = (Message("system", "Be kind."), Message("user", "What?"))
             queries = [query("a", "Hi", line=3), query("b", messages=system), query("b", "So")]
             results = answers(backend, queries)
@@ -184,29 +188,29 @@ class TestOldHost:
             assert results[0] == Result(
                 "a", "Indeed a.", FinishReason.STOP, line=3, timings=results[0].timings
             )
-            told = {"user_prompt": "What?", "chat_id": "b", "system_prompt": "Be kind."}
+            expected = {"user_prompt": "What?", "chat_id": "b", "system_prompt": "Be kind."}
             assert host.paths == ["/generate_batch"]
-            assert host.bodies[0][1]["queries"][1] == told
+            assert host.bodies[0][1]["queries"][1] == expected
             assert backend.identity()["model"] == "unknown"
 
-    def test_an_urgent_one_goes_alone_and_its_text_comes_in_one_piece(self) -> None:
-        with old_host() as host, remote(host.url) as backend:
+    def test_an_interactive_query_is_sent_alone_and_its_text_arrives_in_one_piece(self) -> None:
+        with legacy_host() as host, remote(host.url) as backend:
             pieces: list[str] = []
-            backend.submit(query(), pieces.append).result(20)
-            backend.submit(query(), is_interactive=True).result(20)
+            backend.submit(query(), pieces.append).result(PATIENCE_S)
+            backend.submit(query(), is_interactive=True).result(PATIENCE_S)
             assert (pieces, host.paths) == (["Indeed 1."], ["/chat", "/chat"])
 
-    def test_without_a_batch_endpoint_it_is_asked_one_by_one_and_the_lack_remembered(self) -> None:
+    def test_a_missing_batch_route_is_remembered_and_queries_are_sent_one_by_one(self) -> None:
         with (
-            old_host(has_batch=False, delay_s=0.02) as host,
+            legacy_host(has_batch=False, delay_s=0.02) as host,
             remote(host.url, max_concurrency=3) as backend,
         ):
             for _ in range(2):
                 results = answers(backend, [query(str(n)) for n in range(12)])
                 assert [r.response for r in results] == [f"Indeed {n}." for n in range(12)]
             assert host.paths == ["/chat"] * 24
-            assert backend.counters().model_calls == 25  # the one to a route that is not there
-            assert host.most_at_once == 3
+            assert backend.counters().model_calls == 25  # including the one to the missing route
+            assert host.max_concurrent == 3
 
     @pytest.mark.parametrize(
         ("status", "value", "is_remembered"),
@@ -220,10 +224,10 @@ class TestOldHost:
             (200, {"responses": [{"chat_id": "0"}, 5]}, True),
         ],
     )
-    def test_a_batch_that_fails_is_asked_one_by_one(
+    def test_queries_of_a_failed_batch_are_sent_one_by_one(
         self, status: int, value: Any, is_remembered: bool
     ) -> None:
-        with old_host() as host, remote(host.url) as backend:
+        with legacy_host() as host, remote(host.url) as backend:
             host.faults.append((status, {}, value))
             results = answers(backend, [query("0"), query("1")])
             assert [r.response for r in results] == ["Indeed 0.", "Indeed 1."]
@@ -231,61 +235,61 @@ class TestOldHost:
             answers(backend, [query("0"), query("1")])
             assert ("/generate_batch" in host.paths[3:]) is not is_remembered
 
-    def test_no_body_is_larger_than_a_server_takes(self) -> None:
-        """The first query of a chunk was once not counted, so that it took one too many."""
-        with old_host() as host, remote(host.url) as backend:
-            long = "x" * (MAX_CHUNK_CHARS * 3 // 5)
+    def test_no_body_exceeds_what_a_server_accepts(self) -> None:
+        """The first query of a batch was once not counted, so that the batch held one too many."""
+        with legacy_host() as host, remote(host.url) as backend:
+            long = "x" * (MAX_BATCH_CHARS * 3 // 5)
             answers(backend, [query(str(n), long) for n in range(3)])
             assert len(host.bodies) == 3
 
-    def test_its_500_is_one_query_s_failure(self) -> None:
-        with old_host() as host, remote(host.url) as backend:
+    def test_a_500_is_the_error_of_one_query(self) -> None:
+        with legacy_host() as host, remote(host.url) as backend:
             results = answers(backend, [query("0"), query("1", "boom"), query("2")])
             assert [r.response for r in results] == ["Indeed 0.", None, "Indeed 2."]
             failed = results[1]
             assert (failed.error_code, failed.error) == (ErrorCode.INTERNAL, "CUDA out of memory")
             assert host.paths == ["/generate_batch"] + ["/chat"] * 3
 
-    def test_a_conversation_never_reaches_it(self) -> None:
-        with old_host() as host, remote(host.url) as backend:
+    def test_a_conversation_is_never_sent(self) -> None:
+        with legacy_host() as host, remote(host.url) as backend:
             results = answers(backend, [query("0", messages=turns("x", "y", "z")), query("1")])
             assert (results[0].error_code, results[0].field) == ("invalid_value", "messages")
             assert results[1].response == "Indeed 1."
             assert len(host.bodies[0][1]["queries"]) == 1
 
 
-class TestTrouble:
-    """Servers that fail."""
+class TestFailures:
+    """Servers that fail, and how queries are retried."""
 
-    def test_503_is_asked_again_when_it_says(self) -> None:
-        with old_host() as host, remote(host.url, retry_s=5) as backend:
+    def test_503_is_retried_after_the_time_it_names(self) -> None:
+        with legacy_host() as host, remote(host.url, retry_s=5) as backend:
             host.faults += [(503, {"Retry-After": "1"}, {}), (502, {}, {}), (504, {}, {})]
             started = time.monotonic()
             assert answers(backend, [query("0"), query("1")])[1].response == "Indeed 1."
             assert time.monotonic() - started >= 1
             assert host.paths == ["/generate_batch"] * 4
 
-    def test_503_for_too_long_is_the_end(self) -> None:
-        with old_host() as host, remote(host.url, retry_s=0.3) as backend:
+    def test_503_beyond_the_retry_time_is_a_backend_error(self) -> None:
+        with legacy_host() as host, remote(host.url, retry_s=0.3) as backend:
             host.faults += [(503, {}, {})] * 50
             with pytest.raises(BackendError, match="answered 503"):
-                backend.submit(query()).result(20)
+                backend.submit(query()).result(PATIENCE_S)
             assert 1 < len(host.bodies) < 8
 
-    def test_a_server_that_is_busy_is_waited_for(self) -> None:
-        """It answers, and says when to come back: that is not one that cannot be reached."""
-        with old_host() as host, remote(host.url, retry_s=0.1) as backend:
+    def test_a_busy_server_is_waited_for_beyond_the_retry_time(self) -> None:
+        """It answers and says when to come back, so it is not unreachable."""
+        with legacy_host() as host, remote(host.url, retry_s=0.1) as backend:
             host.faults += [(503, {"Retry-After": "1"}, {})] * 2
             assert answers(backend, [query("0")])[0].response == "Indeed 0."
 
-    def test_silence_is_not_asked_again(self) -> None:
-        with old_host(delay_s=0.5) as host, remote(host.url, timeout_s=0.1) as backend:
-            with pytest.raises(BackendError, match="silent for too long"):
-                backend.submit(query()).result(20)
+    def test_a_timeout_is_not_retried(self) -> None:
+        with legacy_host(delay_s=0.5) as host, remote(host.url, timeout_s=0.1) as backend:
+            with pytest.raises(BackendError, match="did not respond in time"):
+                backend.submit(query()).result(PATIENCE_S)
             assert len(host.bodies) == 1
 
-    def test_down_then_back(self) -> None:
-        with old_host() as host:
+    def test_a_server_that_goes_down_and_comes_back(self) -> None:
+        with legacy_host() as host:
             port = int(host.url.rpartition(":")[2])
             backend = open_gateway(RemoteSettings((host.url,), retry_s=1))
             eventually(lambda: backend.health().is_ready)
@@ -294,67 +298,67 @@ class TestTrouble:
             eventually(lambda: not backend.health().is_ready)
             assert backend.health().is_alive
             with pytest.raises(BackendError, match="cannot be reached"):
-                waiting.result(20)
+                waiting.result(PATIENCE_S)
             started = time.monotonic()
             with pytest.raises(BackendError, match="cannot be reached"):
-                backend.submit(query()).result(20)
+                backend.submit(query()).result(PATIENCE_S)
             assert time.monotonic() - started < 0.5  # nobody waits for what has long been gone
-            with old_host(port):
+            with legacy_host(port):
                 eventually(lambda: backend.health().is_ready, 10)
-                assert backend.submit(query()).result(20).response == "Indeed 1."
+                assert backend.submit(query()).result(PATIENCE_S).response == "Indeed 1."
 
-    def test_a_short_absence_costs_nothing(self) -> None:
-        with old_host() as host:
+    def test_a_short_outage_loses_nothing(self) -> None:
+        with legacy_host() as host:
             port = int(host.url.rpartition(":")[2])
             backend = open_remote(RemoteSettings((host.url,), retry_s=20))
         with closing(backend):
             futures = [backend.submit(query(str(n))) for n in range(5)]
             time.sleep(0.3)
-            with old_host(port):
-                assert [f.result(20).response for f in futures] == [
+            with legacy_host(port):
+                assert [f.result(PATIENCE_S).response for f in futures] == [
                     f"Indeed {n}." for n in range(5)
                 ]
 
-    def test_nobody_is_there(self) -> None:
+    def test_no_server_at_the_url(self) -> None:
         with pytest.raises(BackendError, match="cannot be reached"):
             open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0.2))
         for url in ("localhost:8000", "ftp://x", "", "http://"):
             with pytest.raises(UsageError, match="URL"):
                 open_remote(RemoteSettings((url,)))
 
-    def test_the_least_busy_is_asked_and_one_that_is_down_is_not(self) -> None:
-        with old_host(delay_s=0.3) as one, old_host(delay_s=0.3) as other:
+    def test_load_is_balanced_between_healthy_servers(self) -> None:
+        with legacy_host(delay_s=0.3) as one, legacy_host(delay_s=0.3) as other:
             urls = (one.url, other.url, "http://127.0.0.1:9")
             with remote(*urls) as backend:
-                eventually(lambda: sum(u.is_up for u in backend._pool.upstreams) == 2)
+                eventually(lambda: sum(u.is_healthy for u in backend._pool.upstreams) == 2)
                 answers(backend, [query(str(n)) for n in range(10)])
                 sizes = [len(host.bodies[0][1]["queries"]) for host in (one, other)]
                 assert sizes == [5, 5]
                 first = [backend.submit(query("a"), is_interactive=True) for _ in range(4)]
-                [f.result(20) for f in first]
+                [f.result(PATIENCE_S) for f in first]
                 assert [host.paths[1:] for host in (one, other)] == [["/chat"] * 2] * 2
 
-    def test_another_server_takes_over(self) -> None:
-        with old_host() as one, old_host() as other, remote(one.url, other.url) as backend:
-            eventually(lambda: all(u.is_up for u in backend._pool.upstreams))
+    def test_queries_of_a_failing_server_are_retried_on_another(self) -> None:
+        with legacy_host() as one, legacy_host() as other, remote(one.url, other.url) as backend:
+            eventually(lambda: all(u.is_healthy for u in backend._pool.upstreams))
             for host in (one, other):
                 host.faults.append((502, {}, {}))
             results = answers(backend, [query(str(n)) for n in range(40)])
             assert [r.response for r in results] == [f"Indeed {n}." for n in range(40)]
 
-    def test_closing_tells_those_who_wait(self) -> None:
-        with old_host(delay_s=0.5) as host:
+    def test_closing_fails_open_queries(self) -> None:
+        with legacy_host(delay_s=0.5) as host:
             backend = open_remote(RemoteSettings((host.url,)))
             future = backend.submit(query())
             backend.close()
             for late in (future, backend.submit(query())):
                 with pytest.raises(BackendError, match="closed"):
-                    late.result(5)
+                    late.result(PATIENCE_S)
             assert not backend.health().is_alive
 
 
 class TestOpenAI:
-    """A server such as vLLM."""
+    """A server with an OpenAI-compatible API, such as vLLM."""
 
     @staticmethod
     def app(bodies: list[Any]) -> Flask:
@@ -399,11 +403,13 @@ class TestOpenAI:
         app.json.ensure_ascii = False
         return app
 
-    def test_it_is_asked_in_openai_s_words(self) -> None:
+    def test_requests_use_the_openai_api(self) -> None:
         bodies: list[Any] = []
         with listening(self.app(bodies)) as url, remote(f"{url}/v1", model="second") as backend:
-            drawn = Sampling(5, 0.5, 0.9, 40, 1.1, 11)
-            results = answers(backend, [query("7"), query("8", "So", sampling=drawn, stop=("x",))])
+            sampled = Sampling(5, 0.5, 0.9, 40, 1.1, 11)
+            results = answers(
+                backend, [query("7"), query("8", "So", sampling=sampled, stop=("x",))]
+            )
             assert [r.response for r in results] == ["It is so."] * 2
             assert results[0].usage == Usage(3, 4)
             plain, rich = sorted(bodies, key=len)
@@ -413,22 +419,22 @@ class TestOpenAI:
             assert (rich["top_k"], rich["repetition_penalty"], rich["stop"]) == (40, 1.1, ["x"])
             assert backend.identity()["model"] == "second"
 
-    def test_it_streams(self) -> None:
+    def test_streaming(self) -> None:
         pieces: list[str] = []
         with listening(self.app([])) as url, remote(url) as backend:
-            result = backend.submit(query(), pieces.append).result(20)
+            result = backend.submit(query(), pieces.append).result(PATIENCE_S)
             assert pieces == [" It", " is\u2028so."]
             assert (result.response, result.finish_reason) == ("It is\u2028so.", "length")
             assert result.usage == Usage(3, 2)
 
-    def test_an_answer_that_breaks_off_is_not_begun_again(self) -> None:
+    def test_an_interrupted_stream_is_not_retried(self) -> None:
         bodies: list[Any] = []
         with listening(self.app(bodies)) as url, remote(url) as backend:
-            with pytest.raises(BackendError, match="broke off"):
-                backend.submit(query(prompt="torn"), lambda _: None).result(20)
+            with pytest.raises(BackendError, match="was interrupted"):
+                backend.submit(query(prompt="torn"), lambda _: None).result(PATIENCE_S)
             assert len(bodies) == 1
 
-    def test_it_is_told_what_answers_are_to_be(self) -> None:
+    def test_formats_log_probabilities_and_n_are_requested(self) -> None:
         bodies: list[Any] = []
         asked = query(
             format=schema_format({"type": "array"}),
@@ -445,28 +451,28 @@ class TestOpenAI:
                     query(format=AnswerFormat(choices=("yes", "no"))),
                 ],
             )
-        told = next(body for body in bodies if "n" in body)
+        sent = next(body for body in bodies if "n" in body)
         schema = {"name": "answer", "schema": {"type": "array"}}
-        assert told["response_format"] == {"type": "json_schema", "json_schema": schema}
-        assert (told["n"], told["logprobs"], told["top_logprobs"]) == (3, True, 2)
+        assert sent["response_format"] == {"type": "json_schema", "json_schema": schema}
+        assert (sent["n"], sent["logprobs"], sent["top_logprobs"]) == (3, True, 2)
         assert [each.response for each in (result, *result.alternatives)] == ['{"so": true}'] * 3
         assert result.logprobs is not None
         assert result.logprobs[0]["logprob"] == -0.5
         assert torn.error_code is ErrorCode.INCOMPLETE_JSON
         assert (choice.error_code, choice.field) == (ErrorCode.INVALID_VALUE, "choices")
 
-    def test_its_errors_are_sorted(self) -> None:
+    def test_error_codes_are_translated(self) -> None:
         with listening(self.app([])) as url, remote(url) as backend:
-            result = backend.submit(query(prompt="long")).result(20)
+            result = backend.submit(query(prompt="long")).result(PATIENCE_S)
             assert result.error_code is ErrorCode.PROMPT_TOO_LONG
 
 
-def test_an_answer_nested_too_deep_is_nonsense() -> None:
-    with pytest.raises(Nonsense, match="not JSON"):
+def test_an_answer_nested_too_deep_is_malformed() -> None:
+    with pytest.raises(MalformedAnswer, match="not JSON"):
         load_object('{"a":' * 100_000)
 
 
-def test_all_at_once_from_many_threads(smol: RunningServer) -> None:
+def test_submitting_from_many_threads(smol: RunningServer) -> None:
     with remote(smol.url) as backend:
         futures: list[Future[Result]] = []
 
@@ -479,4 +485,4 @@ def test_all_at_once_from_many_threads(smol: RunningServer) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert all(not future.result(30).is_error for future in futures)
+        assert all(not future.result(PATIENCE_S).is_error for future in futures)

@@ -1,31 +1,65 @@
-"""Whatever computes answers, behind one seam."""
+"""The interface to whatever computes answers, and what its implementations share."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from smolcli.errors import BackendError
+from smolcli.errors import SmolError
 from smolcli.types import Query, Result
 
 OnText = Callable[[str], None]
 
 
-def complete_future(future: Future[Result], end: Result | BackendError) -> None:
-    """Complete a future with a result or an error, unless it is complete or cancelled already."""
+def complete_future(future: Future[Result], outcome: Result | BaseException) -> None:
+    """Set a future's result or exception, unless it is already done or cancelled."""
     with suppress(InvalidStateError):
-        if isinstance(end, BackendError):
-            future.set_exception(end)
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
         else:
-            future.set_result(end)
+            future.set_result(outcome)
+
+
+@dataclass(eq=False)
+class PendingQuery:
+    """A submitted query whose result somebody is waiting for.
+
+    `complete` and `fail` may race with each other and with a cancellation: the first one wins.
+    """
+
+    query: Query
+    on_text: OnText | None
+    is_interactive: bool = False
+    future: Future[Result] = field(default_factory=Future)
+    submitted_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the result is still awaited."""
+        return not self.future.done()
+
+    def complete(self, result: Result) -> None:
+        """Deliver the result."""
+        complete_future(self.future, result)
+
+    def fail(self, error: SmolError) -> None:
+        """Report that the backend is gone, so that there will be no result."""
+        complete_future(self.future, error)
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """How a backend is: whether it still computes, and what it has before it.
+    """The state of a backend.
 
-    One that is alive and not ready will be, by itself; no work should come to it until then.
+    Args:
+        is_alive: whether it can still answer queries, now or later.
+        is_stuck: whether it has stopped making progress.
+        num_running: queries being answered.
+        num_waiting: queries waiting for a slot.
+        is_ready: whether to send it work now. A backend that is alive but not ready recovers
+            without help.
     """
 
     is_alive: bool
@@ -37,11 +71,12 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What a backend has done so far.
+    """Totals since a backend was opened.
 
-    `model_calls`: forward passes or, over HTTP, requests; `cached_tokens`: tokens of prompts
-    whose keys and values were there already; `shared_queries`: those that got the answer of
-    an equal one.
+    Args:
+        model_calls: forward passes or, for a remote backend, HTTP requests.
+        cached_tokens: prompt tokens found in the prefix cache.
+        shared_queries: deduplicated queries, which received the answer of an equal one.
     """
 
     model_calls: int = 0
@@ -57,37 +92,46 @@ class Counters:
 
 
 class Backend(Protocol):
-    """Answers queries; safe to call from any thread."""
+    """Answers queries. Every method may be called from any thread."""
 
     @property
     def window(self) -> int:
-        """How many unfinished queries keep it busy."""
+        """Number of unfinished queries that keeps the backend busy."""
         ...
 
     def submit(
         self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
-        """Start one query; never raises for the query's own fault, which is a `Result` too.
+        """Start to answer one query.
 
-        `on_text` is called with pieces of the answer as they come, from a thread of the
-        backend's. Cancelling the future frees what the query holds. An urgent query goes
-        before those that are not. The future raises `BackendError` when the backend itself
-        is gone.
+        Never raises for a fault of the query itself: that is a `Result` with an error.
+
+        Args:
+            query: what to answer.
+            on_text: called with pieces of the answer as they are generated, on one of the
+                backend's threads.
+            is_interactive: whether somebody waits for the answer; such queries have priority
+                over batch work.
+
+        Returns:
+            The future result. Cancelling it frees whatever the query holds. It raises
+            `BackendError` if the backend is gone.
         """
         ...
 
     def health(self) -> Health:
-        """How it is; takes no lock that work could hold."""
+        """Current state; never blocks on a lock that is held during work."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What decides the answers: model, revision, source, dtype, versions; for the manifest."""
+        """What determines the answers: model, revision, source, dtype, versions. Goes into the
+        manifest."""
         ...
 
     def counters(self) -> Counters:
-        """What it has done so far."""
+        """Totals so far."""
         ...
 
     def close(self) -> None:
-        """Stop at once; unfinished futures are cancelled."""
+        """Stop at once and cancel unfinished futures."""
         ...

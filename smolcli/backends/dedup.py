@@ -1,150 +1,121 @@
-"""Queries that must have the same answer, answered once."""
+"""Deduplication: queries that must have the same answer are generated once."""
 
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
-from smolcli.backends.base import Backend, Counters, Health, OnText
+from smolcli.backends.base import Backend, Counters, Health, OnText, PendingQuery, complete_future
 from smolcli.settings import EngineSettings
 from smolcli.types import Query, Result, Timings
 
-MAX_KEPT = 256
-MAX_KEPT_CHARS = 20_000  # of one question and its answer; longer ones are rarely asked twice
+MAX_CACHED = 256
+MAX_CACHED_CHARS = 20_000  # of a query and its answer; longer ones rarely repeat
 
 OpenBackend = Callable[[EngineSettings], Backend]
-Key = tuple[Query, bool, bool]  # the question itself, whether it is urgent, whether it streams
+Key = tuple[Query, bool, bool]  # canonical query, is interactive, is streamed
 
 
-@dataclass(eq=False, slots=True)
-class Follower:
-    """One of those who wait for an answer."""
-
-    query: Query
-    on_text: OnText | None
-    future: Future[Result] = field(default_factory=Future)
-    submitted_at: float = field(default_factory=time.perf_counter)
-
-    def take(self, result: Result) -> None:
-        """Complete the future with the answer to a question that is the same."""
-        query, total_s = self.query, time.perf_counter() - self.submitted_at
-        timings = Timings(queue_s=0.0, first_token_s=total_s, total_s=total_s)
-        self.give(
-            replace(
-                result,
-                chat_id=query.chat_id,
-                metadata=query.metadata,
-                line=query.line,
-                timings=timings,
-            )
-        )
-
-    def give(self, result: Result) -> None:
-        """Complete the future with the answer to this very query."""
-        with suppress(InvalidStateError):
-            self.future.set_result(result)
-
-    def fail(self, error: BaseException) -> None:
-        """Tell that the backend is gone."""
-        with suppress(InvalidStateError):
-            self.future.set_exception(error)
+def deduplicated(open_backend: OpenBackend) -> OpenBackend:
+    """Wrap an opener so that the backend it opens answers equal queries once."""
+    return lambda settings: DedupBackend(open_backend(settings))
 
 
 class Generation:
-    """An answer that is on its way, those who wait for it, and its text so far."""
+    """An answer being generated, everybody who waits for it, and its text so far."""
 
-    def __init__(self, first: Follower) -> None:
+    def __init__(self, first: PendingQuery) -> None:
         self.first = first
-        self.followers = [first]
+        self.waiters = [first]
         self.inner: Future[Result] | None = None
         self._pieces: list[str] = []
 
-    def join(self, follower: Follower) -> None:
-        """Wait for the answer too; what there is of its text comes at once."""
-        self.followers.append(follower)
-        if follower.on_text and self._pieces:
-            follower.on_text("".join(self._pieces))
+    def join(self, waiter: PendingQuery) -> None:
+        """Add a waiter; it receives the text generated so far at once."""
+        self.waiters.append(waiter)
+        if waiter.on_text and self._pieces:
+            waiter.on_text("".join(self._pieces))
 
-    def extend(self, piece: str) -> None:
-        """Hand on a piece of text."""
-        self._pieces.append(piece)
-        for follower in self.followers:
-            if follower.on_text:
-                follower.on_text(piece)
+    def extend(self, text: str) -> None:
+        """Pass new text on to every waiter."""
+        self._pieces.append(text)
+        for waiter in self.waiters:
+            if waiter.on_text:
+                waiter.on_text(text)
 
 
 class DedupBackend:
-    """Answers equal questions of another backend once; see `backends.Backend`.
+    """Answers equal queries of another backend once; see `Backend`.
 
-    Equal are those that nothing but their id, line and metadata tells apart; a drawn answer's
-    seed counts, and is another for each id unless the query gives one. The latest answers are
-    kept. A question that is urgent or streams joins only those that are so too.
+    Queries are equal if they differ in nothing but id, line and metadata. The seed counts if the
+    answer is sampled, and differs between ids unless the query sets it. The most recent answers
+    are cached. An interactive or streamed query joins a generation only if that one is
+    interactive or streamed too.
     """
 
     def __init__(self, backend: Backend) -> None:
         self._num_shared = 0
         self._backend = backend
-        self._lock = threading.RLock()  # an inner future may be finished when it is returned
+        self._lock = threading.RLock()  # an inner future may be done when `submit` returns it
         self._running: dict[Key, Generation] = {}
-        self._kept: OrderedDict[Query, Result] = OrderedDict()
-        self._kept_from: dict[str, Any] = {}  # the identity of what gave the kept answers
+        self._cached: OrderedDict[Query, Result] = OrderedDict()
+        self._cached_from: dict[str, Any] = {}  # identity of what gave the cached answers
 
     @property
     def window(self) -> int:
-        """See `backends.Backend`."""
+        """See `Backend`."""
         return self._backend.window
 
     def counters(self) -> Counters:
-        """See `backends.Backend`."""
+        """See `Backend`."""
         return self._backend.counters() + Counters(shared_queries=self._num_shared)
 
     def identity(self) -> dict[str, Any]:
-        """See `backends.Backend`."""
+        """See `Backend`."""
         return self._backend.identity()
 
     def health(self) -> Health:
-        """See `backends.Backend`."""
+        """See `Backend`."""
         return self._backend.health()
 
     def close(self) -> None:
-        """See `backends.Backend`."""
+        """See `Backend`."""
         self._backend.close()
 
     def submit(
         self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
-        """See `backends.Backend`."""
-        follower = Follower(query, on_text)
-        key = (_question(query), is_interactive, on_text is not None)
+        """See `Backend`."""
+        waiter = PendingQuery(query, on_text, is_interactive)
+        key = (_canonical(query), is_interactive, on_text is not None)
         with self._lock:
             self._forget_others()
-            if kept := self._kept.get(key[0]):
-                self._kept.move_to_end(key[0])
+            if cached := self._cached.get(key[0]):
+                self._cached.move_to_end(key[0])
                 self._num_shared += 1
-                if on_text and kept.response:
-                    on_text(kept.response)
-                follower.take(kept)
+                if on_text and cached.response:
+                    on_text(cached.response)
+                waiter.complete(_shared(cached, waiter))
             elif generation := self._running.get(key):
                 self._num_shared += 1
-                generation.join(follower)
+                generation.join(waiter)
             else:
-                self._start(key, follower)
-        follower.future.add_done_callback(lambda future: self._leave(key, follower, future))
-        return follower.future
+                self._start(key, waiter)
+        waiter.future.add_done_callback(lambda future: self._leave(key, waiter, future))
+        return waiter.future
 
-    def _start(self, key: Key, first: Follower) -> None:
+    def _start(self, key: Key, first: PendingQuery) -> None:
         generation = self._running[key] = Generation(first)
 
-        def extend(piece: str) -> None:
+        def extend(text: str) -> None:
             with self._lock:
-                generation.extend(piece)
+                generation.extend(text)
 
         inner = self._backend.submit(
-            first.query, extend if first.on_text else None, is_interactive=key[1]
+            first.query, extend if first.on_text else None, is_interactive=first.is_interactive
         )
         generation.inner = inner
         inner.add_done_callback(lambda future: self._finish(key, generation, future))
@@ -154,55 +125,62 @@ class DedupBackend:
             is_current = self._running.get(key) is generation
             if is_current:
                 del self._running[key]
-            followers = list(generation.followers)
-            fault = None if inner.cancelled() else inner.exception()
-            result = None if inner.cancelled() or fault else inner.result()
+            waiters = list(generation.waiters)
+            error = None if inner.cancelled() else inner.exception()
+            result = None if inner.cancelled() or error else inner.result()
             if is_current and result is not None and not result.is_error:
-                self._keep(key[0], result)
-        for follower in followers:
+                self._cache(key[0], result)
+        for waiter in waiters:
             if result is not None:
-                (follower.give if follower is generation.first else follower.take)(result)
-            elif fault is not None:
-                follower.fail(fault)
+                waiter.complete(result if waiter is generation.first else _shared(result, waiter))
+            elif error is not None:
+                complete_future(waiter.future, error)
             else:
-                follower.future.cancel()
+                waiter.future.cancel()
 
     def _forget_others(self) -> None:
-        """A service that came back as another one answers otherwise."""
+        """Drop cached answers if another model answers now: a server may come back different."""
         identity = self._backend.identity()
-        if identity != self._kept_from:
-            self._kept.clear()
-            self._running.clear()  # who waits gets what he asked; nobody joins him
-            self._kept_from = identity
+        if identity != self._cached_from:
+            self._cached.clear()
+            self._running.clear()  # those who wait get their answer, but nobody joins them
+            self._cached_from = identity
 
-    def _keep(self, question: Query, result: Result) -> None:
-        if question.num_chars + result.num_chars <= MAX_KEPT_CHARS:
-            self._kept[question] = result
-            if len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
+    def _cache(self, canonical: Query, result: Result) -> None:
+        if canonical.num_chars + result.num_chars <= MAX_CACHED_CHARS:
+            self._cached[canonical] = result
+            if len(self._cached) > MAX_CACHED:
+                self._cached.popitem(last=False)
 
-    def _leave(self, key: Key, follower: Follower, future: Future[Result]) -> None:
-        """Nobody waits any more: nothing is generated for nobody."""
+    def _leave(self, key: Key, waiter: PendingQuery, future: Future[Result]) -> None:
+        """Cancel the generation when its last waiter has cancelled."""
         if not future.cancelled():
             return
         with self._lock:
             generation = self._running.get(key)
-            if generation is None or follower not in generation.followers:
+            if generation is None or waiter not in generation.waiters:
                 return
-            generation.followers.remove(follower)
-            if not generation.followers:
+            generation.waiters.remove(waiter)
+            if not generation.waiters:
                 del self._running[key]
                 if generation.inner is not None:
                     generation.inner.cancel()
 
 
-def shared(open_backend: OpenBackend) -> OpenBackend:
-    """Opens what `open_backend` does, so that it answers equal questions once."""
-    return lambda settings: DedupBackend(open_backend(settings))
-
-
-def _question(query: Query) -> Query:
-    """The query without what does not decide its answer."""
+def _canonical(query: Query) -> Query:
+    """The query without anything that does not affect its answer."""
     seed = 0 if query.sampling.is_greedy else query.sampling.seed
     sampling = replace(query.sampling, seed=seed)
     return replace(query, chat_id="", metadata=None, line=None, sampling=sampling)
+
+
+def _shared(result: Result, waiter: PendingQuery) -> Result:
+    """The result of one query as the result of an equal one."""
+    query, total_s = waiter.query, time.perf_counter() - waiter.submitted_at
+    return replace(
+        result,
+        chat_id=query.chat_id,
+        metadata=query.metadata,
+        line=query.line,
+        timings=Timings(queue_s=0.0, first_token_s=total_s, total_s=total_s),
+    )

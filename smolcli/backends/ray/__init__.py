@@ -1,1 +1,1 @@
-"""Workers on a Ray cluster."""
+"""Workers on a Ray cluster as a backend."""

@@ -1,4 +1,4 @@
-"""A Ray cluster behind the seam: a thread here for each worker there, and one queue for all."""
+"""The Ray backend: one thread here for each worker on the cluster, and one queue for all."""
 
 import logging
 import threading
@@ -10,41 +10,54 @@ from typing import Any
 
 from smolcli import __version__
 from smolcli.backends.base import Counters, Health, OnText
-from smolcli.backends.ray.cluster import Plan, connect, disconnect, make_plan, one_line
-from smolcli.backends.ray.jobs import MAX_TRIES, WAKE_INTERVAL_S, Job, JobQueue
-from smolcli.backends.ray.member import Member, Shipment, WorkerLost
-from smolcli.backends.ray.worker import Facts
+from smolcli.backends.ray.cluster import (
+    ModelUpload,
+    WorkerHandle,
+    WorkerLost,
+    WorkerPlan,
+    connect,
+    disconnect,
+    last_line,
+    plan_workers,
+)
+from smolcli.backends.ray.work_queue import WAKE_INTERVAL_S, ClusterQuery, WorkQueue
+from smolcli.backends.ray.worker import NodeInfo
 from smolcli.errors import BackendError, SmolError
 from smolcli.settings import EngineSettings, RaySettings
 from smolcli.types import Query, Result
 from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
 
-BATCHES_AHEAD = 2  # on each worker
-WINDOW_BATCHES = 3  # for each worker; those not on one yet go to whichever is free first
+BATCHES_AHEAD = 2  # held by each worker
+WINDOW_BATCHES = 3  # for each worker; those that none holds go to the first that is free
+MAX_FAILED_STARTS = 5  # in a row, of one worker
 START_TIMEOUT_S = 120.0
 POLL_S = 0.02
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def open_ray(settings: EngineSettings, cluster: RaySettings) -> "RayBackend":
-    """A backend that answers with workers on a Ray cluster, as soon as the first is there.
+    """Start workers on a Ray cluster; returns once the first one is ready.
+
+    Args:
+        settings: which model the workers run, and how.
+        cluster: where to find the cluster, and how many workers to start.
 
     Raises:
-        ModelError: the model is not to be had or not usable.
-        UsageError: the cluster has no machine for such a worker.
-        BackendError: there is no cluster, or its workers do not start.
+        ModelError: the model cannot be found or used.
+        UsageError: no node is large enough for a worker.
+        BackendError: the cluster cannot be reached, or its workers do not start.
     """
     files = resolve(settings.model)
     connect(cluster, settings)
     try:
-        backend = RayBackend(make_plan(cluster, settings), files)
+        backend = RayBackend(plan_workers(cluster, settings), files)
     except BaseException:
         disconnect()
         raise
     try:
-        backend.await_first()
+        backend.await_first_worker()
     except BaseException:
         backend.close()
         raise
@@ -52,21 +65,25 @@ def open_ray(settings: EngineSettings, cluster: RaySettings) -> "RayBackend":
 
 
 class RayBackend:
-    """Answers queries with the workers of a cluster; see `backends.Backend`.
+    """Answers queries with the workers of a cluster; see `Backend`.
 
-    `on_text` gets each answer in one piece. A worker that dies is replaced, and its unfinished
-    queries go back to the head of the queue.
+    `on_text` receives each answer in one piece. A worker that dies is replaced, and its
+    unfinished queries go back to the head of the queue.
+
+    Args:
+        plan: which workers to start.
+        files: the model, which is sent to nodes that do not have it.
     """
 
-    def __init__(self, plan: Plan, files: ModelFiles) -> None:
+    def __init__(self, plan: WorkerPlan, files: ModelFiles) -> None:
         self._plan = plan
         self._settings = plan.settings
-        self._shipment = Shipment(files)
-        self._queue = JobQueue()
+        self._upload = ModelUpload(files)
+        self._queue = WorkQueue()
         self._identity: dict[str, Any] = {}
-        self._ready: list[Member] = []
+        self._ready: list[WorkerHandle] = []
         self._none_since = time.monotonic()  # when the last worker was lost
-        self._past = Counters()
+        self._lost_counters = Counters()  # totals of workers that are gone
         self._lock = threading.Lock()  # guards all of these but the queue
         self._threads = [
             threading.Thread(target=self._keep_worker, name=f"smol-ray-{number}", daemon=True)
@@ -76,8 +93,12 @@ class RayBackend:
         for thread in self._threads:
             thread.start()
 
-    def await_first(self) -> None:
-        """Return when the first worker is ready; raises why there is none."""
+    def await_first_worker(self) -> None:
+        """Wait until a worker is ready.
+
+        Raises:
+            SmolError: none will be.
+        """
         while not self._identity:
             self._queue.check()
             time.sleep(POLL_S)
@@ -88,129 +109,135 @@ class RayBackend:
         return WINDOW_BATCHES * self._settings.most_slots * self._plan.num_workers
 
     def counters(self) -> Counters:
-        """What workers have done so far, as far as they told of it."""
+        """Totals of all workers, as of their last replies."""
         with self._lock:
-            return sum((member.counters for member in self._ready), self._past)
+            return sum((worker.counters for worker in self._ready), self._lost_counters)
 
     def identity(self) -> dict[str, Any]:
-        """What the first worker says of itself; others are no different."""
+        """What the first worker reports; the others are checked to be the same."""
         return dict(self._identity)
 
     def submit(
         self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
-        """See `backends.Backend`."""
-        job = Job(query, on_text, is_interactive)
-        self._queue.put(job)
-        return job.future
+        """See `Backend`."""
+        pending = ClusterQuery(query, on_text, is_interactive)
+        self._queue.put(pending)
+        return pending.future
 
     def health(self) -> Health:
-        """See `backends.Backend`."""
+        """See `Backend`."""
         queue = self._queue
-        return Health(not queue.is_gone, False, queue.num_taken, queue.num_pending)
+        return Health(not queue.is_closed, False, queue.num_held, queue.num_waiting)
 
     def close(self) -> None:
-        """See `backends.Backend`."""
-        self._queue.end(BackendError("the workers are shut down"))
+        """See `Backend`."""
+        self._queue.close(BackendError("the workers are shut down"))
         for thread in self._threads:
             thread.join()
         disconnect()
 
     def _keep_worker(self) -> None:
-        """One of the threads: have a worker and keep it busy; when it dies, have another."""
+        """One of the threads: start a worker and keep it busy; replace it when it dies."""
         num_failed_starts = 0
         reason = ""
         try:
-            while num_failed_starts < MAX_TRIES:
-                member = Member(self._plan, self._queue.check)
+            while num_failed_starts < MAX_FAILED_STARTS:
+                worker = WorkerHandle(self._plan, self._queue.check)
                 try:
-                    self._open(member)
+                    self._open(worker)
                     num_failed_starts = 0
-                    self._feed(member)
+                    self._feed(worker)
                 except WorkerLost as exc:
                     reason = str(exc)
-                    num_failed_starts += member not in self._ready
-                    self._lose(member, reason)
+                    num_failed_starts += worker not in self._ready
+                    self._forget(worker, reason)
                     time.sleep(WAKE_INTERVAL_S)
                 finally:
-                    member.kill()
-            self._do_without(f"a worker did not start {MAX_TRIES} times: {reason}")
+                    worker.kill()
+            self._go_on_without(f"a worker failed to start {MAX_FAILED_STARTS} times: {reason}")
         except Exception as exc:
-            self._queue.end(exc if isinstance(exc, SmolError) else BackendError(one_line(exc)))
+            self._queue.close(exc if isinstance(exc, SmolError) else BackendError(last_line(exc)))
 
-    def _open(self, member: Member) -> None:
-        """Start a worker: the first decides what dtype `auto` is, for all of them."""
-        member.await_place(self._check_start)
-        facts = member.facts(self._settings)
-        refuse_other_versions(facts)
+    def _open(self, worker: WorkerHandle) -> None:
+        """Start a worker. The first one decides what dtype `auto` means for all of them."""
+        worker.await_start(self._check_start)
+        info = worker.info(self._settings)
+        check_versions(info)
         with self._lock:
             if self._settings.dtype == "auto":
-                self._settings = replace(self._settings, dtype=facts.dtype)
-        identity = member.open(self._settings, self._shipment)
+                self._settings = replace(self._settings, dtype=info.dtype)
+        identity = worker.open(self._settings, self._upload)
         with self._lock:
             self._identity = self._identity or identity
-            refuse_other_kernels(facts.node, identity, self._identity)
-            self._ready.append(member)
-        self._queue.join(member.share)
+            check_kernels(info.node, identity, self._identity)
+            self._ready.append(worker)
+        self._queue.join(worker.load)
 
-    def _feed(self, member: Member) -> None:
-        most = BATCHES_AHEAD * self._settings.most_slots
+    def _feed(self, worker: WorkerHandle) -> None:
+        max_held = BATCHES_AHEAD * self._settings.most_slots
         while True:
-            for job, result in member.exchange(self._queue.take(member.share, most)):
-                job.give(result)
+            for query, result in worker.exchange(self._queue.take(worker.load, max_held)):
+                query.complete(result)
 
     def _check_start(self) -> None:
-        """Raise when no worker has found a place for too long."""
+        """Raise if the queue is closed, or no worker has started for too long."""
         self._queue.check()
         if not self._ready and time.monotonic() - self._none_since > START_TIMEOUT_S:
             raise BackendError(
-                f"the Ray cluster started no worker in {START_TIMEOUT_S:.0f} s; "
-                f"has it {self._plan.num_cpus} CPUs free on a node?"
+                f"the Ray cluster started no worker within {START_TIMEOUT_S:.0f} s; "
+                f"check that a node has {self._plan.num_cpus} CPUs free"
             )
 
-    def _lose(self, member: Member, reason: str) -> None:
-        log.warning("a Ray worker was lost with %d queries: %s", len(member.share.jobs), reason)
+    def _forget(self, worker: WorkerHandle, reason: str) -> None:
+        num_queries = len(worker.load.queries)
+        logger.warning("lost a Ray worker that held %d queries: %s", num_queries, reason)
         with self._lock:
-            if member in self._ready:
-                self._ready.remove(member)
+            if worker in self._ready:
+                self._ready.remove(worker)
                 self._none_since = time.monotonic()
-            self._past += member.counters
-        self._queue.put_back(member.share, reason)
+            self._lost_counters += worker.counters
+        self._queue.put_back(worker.load, reason)
 
-    def _do_without(self, reason: str) -> None:
-        """One worker fewer; without any, the backend is gone."""
+    def _go_on_without(self, reason: str) -> None:
+        """Give up on one worker; the backend is gone when none is left."""
         with self._lock:
             self._num_kept -= 1
             is_last = not self._num_kept
         if is_last:
-            return self._queue.end(BackendError(reason))
-        log.warning("%s; going on with %d", reason, self._num_kept)
+            return self._queue.close(BackendError(reason))
+        logger.warning("%s; continuing with %d workers", reason, self._num_kept)
 
 
-def refuse_other_versions(facts: Facts) -> None:
-    """Check that a worker computes with what this machine has; builds for a device may differ.
+def check_versions(info: NodeInfo) -> None:
+    """Check that a node has the same versions as this machine; builds for a device may differ.
 
     Raises:
-        BackendError: saying where what is other.
+        BackendError: it does not.
     """
     for name, ours in (("smol", __version__), ("torch", version("torch"))):
-        theirs = facts.versions[name]
+        theirs = info.versions[name]
         if theirs.partition("+")[0] != ours.partition("+")[0]:
             raise BackendError(
-                f"the Ray node {facts.node} has {name} {theirs}, and this machine {ours}; "
-                "install the same versions on both"
+                f"the Ray node {info.node} has {name} {theirs}, and this machine {ours}; "
+                "install the same version on both"
             )
 
 
-def refuse_other_kernels(node: str, identity: dict[str, Any], first: dict[str, Any]) -> None:
+def check_kernels(node: str, identity: dict[str, Any], first: dict[str, Any]) -> None:
     """Check that a worker rounds as the first one does, so that it does not matter who answers.
 
+    Args:
+        node: name of the worker's node.
+        identity: what the worker reports.
+        first: what the first worker reports.
+
     Raises:
-        BackendError: saying where what is other.
+        BackendError: it does not.
     """
     ours, theirs = first["kernels"], identity["kernels"]
     if ours != theirs:
         raise BackendError(
-            f"the Ray node {node} computes with {theirs} kernels, and another with {ours} ones; "
-            "install a C compiler on all of them, or give --kernels torch"
+            f"the Ray node {node} computes with {theirs} kernels and another with {ours} ones; "
+            "install a C compiler on all nodes, or use --kernels torch"
         )

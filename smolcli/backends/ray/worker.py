@@ -1,28 +1,28 @@
-"""The far side of the Ray backend: one engine in a process of its own, on whatever node."""
+"""The worker process on a node of the cluster: one engine, and the model's files."""
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 from smolcli.backends.base import Backend, Counters
-from smolcli.backends.ray.model_files import unpack, unpacked
 from smolcli.errors import ModelError
 from smolcli.settings import EngineSettings
 from smolcli.types import Query, Result
 from smolcli.weights.resolve import on_disk
-from smolcli.weights.store import ModelFiles
+from smolcli.weights.store import ModelFiles, exclusively, install, stored
 
-LINGER_S = 0.05  # results of so long share a reply, so that calls stay few
+LINGER_S = 0.05  # results of this long share a reply, so that there are few calls
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What the driver wants to know of a worker before it trusts it."""
+class NodeInfo:
+    """What the driver checks before it uses a worker."""
 
     node: str
     dtype: Literal["float32", "bfloat16"]
@@ -31,7 +31,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One query under a number of the driver's."""
+    """One query, numbered by the driver."""
 
     number: int
     query: Query
@@ -40,7 +40,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What was finished since the last one, by number; what was done in all."""
+    """Results finished since the last reply, by number, and the worker's totals."""
 
     results: list[tuple[int, Result]]
     counters: Counters
@@ -54,11 +54,11 @@ class Worker:
         self._unfinished: dict[int, Future[Result]] = {}
         self._finished: SimpleQueue[int] = SimpleQueue()
 
-    def facts(self, settings: EngineSettings) -> Facts:
-        """Versions, and what dtype the settings come to here."""
-        from smolcli.backends.local import dtype_here, versions  # late: loads torch
+    def info(self, settings: EngineSettings) -> NodeInfo:
+        """Versions on this node, and the dtype that the settings select on it."""
+        from smolcli.backends.local import resolved_dtype, versions  # late: loads torch
 
-        return Facts(platform.node(), dtype_here(settings), versions())
+        return NodeInfo(platform.node(), resolved_dtype(settings), versions())
 
     def open(
         self,
@@ -67,28 +67,32 @@ class Worker:
         names: Sequence[str] = (),
         *contents: bytes,
     ) -> dict[str, Any] | None:
-        """Load the model; returns the backend's identity.
+        """Load the model.
 
         Args:
-            settings: the driver's, nothing left open.
-            files: the driver's model, of which this node must have the same revision.
-            names: of the model's files, whose `contents` follow.
+            settings: the driver's, fully resolved.
+            files: the driver's model; this node must use the same revision.
+            names: names of the model's files, if they are sent along.
+            contents: contents of these files.
 
-        Returns None where the node does not have the model and no contents were given.
+        Returns:
+            The backend's identity, or None if this node does not have the model and no files
+            were sent.
         """
         from smolcli.backends.local import open_local  # late: loads torch
 
-        found = unpack(files, dict(zip(names, contents, strict=True))) if names else _find(files)
+        sent = dict(zip(names, contents, strict=True))
+        found = store_sent_model(files, sent) if names else _find(files)
         if found is None:
             return None
         self._backend = open_local(settings, found)
         return self._backend.identity()
 
     def exchange(self, tasks: Sequence[Task], cancelled: Sequence[int]) -> Reply:
-        """Take on queries, let go of others, and hand over what is finished by and by.
+        """Accept new queries, cancel others, and return what has finished.
 
         Raises:
-            BackendError: where the engine is gone.
+            BackendError: the engine is gone.
         """
         assert self._backend is not None
         for task in tasks:
@@ -105,19 +109,48 @@ class Worker:
 
     def _collect(self) -> list[tuple[int, Result]]:
         results = []
-        end = time.monotonic() + LINGER_S
+        deadline = time.monotonic() + LINGER_S
         with suppress(Empty):
-            while self._unfinished and (left := end - time.monotonic()) > 0:
+            while self._unfinished and (left := deadline - time.monotonic()) > 0:
                 number = self._finished.get(timeout=left)
                 if number in self._unfinished:
                     results.append((number, self._unfinished.pop(number).result()))
         return results
 
 
+def store_sent_model(files: ModelFiles, contents: Mapping[str, bytes]) -> ModelFiles:
+    """Put a model that was sent to this machine into its store, once.
+
+    Args:
+        files: the sender's model.
+        contents: its files, by name.
+
+    Returns:
+        The model in this machine's store.
+    """
+    name = _name_in_store(files)
+    with exclusively(name) as scratch:
+        found = stored(name) or _write(replace(files, model=name), contents, scratch)
+    return replace(files, folder=found.folder)
+
+
+def _write(files: ModelFiles, contents: Mapping[str, bytes], scratch: Path) -> ModelFiles:
+    folder = scratch / "model"
+    folder.mkdir()
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return install(replace(files, folder=folder), {}, scratch)
+
+
 def _find(files: ModelFiles) -> ModelFiles | None:
-    """The driver's model as this node has it, under the same name or shipped earlier."""
-    with suppress(ModelError):  # a path of the driver's means nothing here
+    """The driver's model on this node: under the same name, or sent earlier."""
+    with suppress(ModelError):  # a path on the driver's machine means nothing here
         found = on_disk(files.model)
         if found is not None and found.revision == files.revision:
             return replace(files, folder=found.folder)
-    return unpacked(files)
+    sent = stored(_name_in_store(files))
+    return replace(files, folder=sent.folder) if sent else None
+
+
+def _name_in_store(files: ModelFiles) -> str:
+    return f"shipped--{files.revision}"

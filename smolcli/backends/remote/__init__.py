@@ -1,1 +1,1 @@
-"""Another service over HTTP."""
+"""Other servers as a backend, over HTTP."""

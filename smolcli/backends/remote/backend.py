@@ -1,9 +1,11 @@
-"""Models in other processes: queries go to servers over HTTP, in batches, from one event loop."""
+"""The remote backend: queries go to other servers, in batches, from one event loop."""
 
 import asyncio
 import math
 import threading
 import time
+from collections import deque
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -12,25 +14,24 @@ import httpx2 as httpx
 
 import smolcli
 from smolcli.backends.base import Counters, Health, OnText
-from smolcli.backends.remote.ask import ask
-from smolcli.backends.remote.gather import Gatherer
-from smolcli.backends.remote.http import Job, Unavailable
-from smolcli.backends.remote.pool import Pool
-from smolcli.backends.remote.upstream import Upstream
+from smolcli.backends.remote.dispatch import RemoteQuery, send
+from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
 from smolcli.errors import BackendError, UsageError
 from smolcli.settings import RemoteSettings
 from smolcli.types import Query, Result
 
 POLL_S = 0.01
-CONNECT_S, WRITE_S, KEEP_ALIVE_S = 5.0, 60.0, 30.0
+CONNECT_TIMEOUT_S, WRITE_TIMEOUT_S, KEEP_ALIVE_S = 5.0, 60.0, 30.0
+MAX_BATCH_CHARS = 1 << 20  # at most 4 MiB of UTF-8: half of what a server accepts by default
+LINGER_S, MAX_LINGER_S = 0.002, 0.1
 
 
 def open_remote(settings: RemoteSettings) -> "RemoteBackend":
-    """A backend that answers with the servers at `settings.urls`, once one of them is up.
+    """Connect to the servers at `settings.urls`; returns once one of them is healthy.
 
     Raises:
-        BackendError: none is, or none is as expected.
-        UsageError: a URL is none.
+        BackendError: no server can be reached, or none is what the settings expect.
+        UsageError: a URL is invalid.
     """
     backend = RemoteBackend(settings, is_pinned=True)
     try:
@@ -42,32 +43,35 @@ def open_remote(settings: RemoteSettings) -> "RemoteBackend":
 
 
 def open_gateway(settings: RemoteSettings) -> "RemoteBackend":
-    """The same for a server's life: it begins with none of them up, and goes on with new models.
+    """Like `open_remote`, but for a long-lived server.
+
+    It starts while no upstream server is healthy, and carries on when their model changes.
 
     Raises:
-        UsageError: a URL is none.
+        UsageError: a URL is invalid.
     """
     return RemoteBackend(settings, is_pinned=False)
 
 
 class RemoteBackend:
-    """Answers queries with other servers; see `backends.Backend`.
+    """Answers queries with other servers; see `Backend`.
 
     Args:
-        settings: which servers, and how to treat them.
-        is_pinned: whether their model may never change.
+        settings: which servers to use, and how.
+        is_pinned: whether their model must never change.
     """
 
     def __init__(self, settings: RemoteSettings, *, is_pinned: bool) -> None:
         urls = [_base_url(url) for url in settings.urls]
         self._settings = settings
         self._client = _client(settings)
-        self._pool = Pool([Upstream(url, self._client) for url in urls], settings, is_pinned)
-        self._turns = asyncio.Semaphore(settings.max_concurrency)
-        self._jobs: set[Job] = set()  # all that are open
-        self._gatherer = Gatherer(self._pool, self._jobs)
-        self._calls: dict[asyncio.Task[None], list[Job]] = {}
-        self._num_alone = 0
+        upstreams = [Upstream(url, self._client) for url in urls]
+        self._pool = UpstreamPool(upstreams, settings, is_pinned)
+        self._slots = asyncio.Semaphore(settings.max_concurrency)
+        self._open: set[RemoteQuery] = set()
+        self._batcher = Batcher(self._pool, self._open)
+        self._sending: dict[asyncio.Task[None], list[RemoteQuery]] = {}
+        self._num_interactive = 0
         self._stopping = asyncio.Event()
         self._lock = threading.Lock()
         self._is_closed = False
@@ -77,70 +81,70 @@ class RemoteBackend:
 
     @property
     def window(self) -> int:
-        """A few batches of each server."""
+        """A few batches for each server."""
         return self._pool.window
 
     def counters(self) -> Counters:
-        """Requests for answers so far; what the servers have counted is theirs."""
-        return Counters(sum(upstream.num_calls for upstream in self._pool.upstreams))
+        """Requests sent so far; the servers keep their own token counts."""
+        return Counters(sum(upstream.num_requests for upstream in self._pool.upstreams))
 
     def identity(self) -> dict[str, Any]:
-        """What the servers are, as far as they tell; nothing while none was ever up."""
+        """What the servers are, as far as they report it; empty until one has been healthy."""
         return dict(self._pool.identity)
 
     def connect(self) -> None:
-        """Wait until a server is up.
+        """Wait until a server is healthy.
 
         Raises:
-            BackendError: there is none.
+            BackendError: none is within the retry time.
         """
         deadline = time.monotonic() + self._settings.retry_s
-        while not self._pool.is_up:
-            if time.monotonic() > deadline or self._pool.is_hopeless:
+        while not self._pool.is_healthy:
+            if time.monotonic() > deadline or self._pool.is_permanently_unusable:
                 raise BackendError(self._pool.reason)
             time.sleep(POLL_S)
 
     def submit(
         self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
     ) -> Future[Result]:
-        """See `backends.Backend`."""
-        job = Job(query, on_text, is_interactive)
+        """See `Backend`."""
+        pending = RemoteQuery(query, on_text, is_interactive)
         with self._lock:
             if self._is_closed or not self._thread.is_alive():
-                job.fail(BackendError("the connection to the model is closed"))
+                pending.fail(BackendError("the connection to the model is closed"))
             else:
-                self._jobs.add(job)
-                self._loop.call_soon_threadsafe(self._accept, job)
-        return job.future
+                self._open.add(pending)
+                self._loop.call_soon_threadsafe(self._accept, pending)
+        return pending.future
 
     def health(self) -> Health:
-        """See `backends.Backend`."""
-        num_running = sum(len(upstream.jobs) for upstream in self._pool.upstreams)
+        """See `Backend`."""
+        num_running = sum(len(upstream.in_flight) for upstream in self._pool.upstreams)
         return Health(
             is_alive=self._thread.is_alive() and not self._is_closed,
             is_stuck=False,
             num_running=num_running,
-            num_waiting=max(len(self._jobs) - num_running, 0),
-            is_ready=self._pool.is_up,
+            num_waiting=max(len(self._open) - num_running, 0),
+            is_ready=self._pool.is_healthy,
         )
 
     def close(self) -> None:
-        """See `backends.Backend`."""
+        """See `Backend`."""
         with self._lock:
             self._is_closed = True
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # the loop has already stopped
             self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
 
     def _run(self) -> None:
-        """The loop's thread: until closed."""
+        """Run the event loop until closed."""
         try:
             self._loop.run_until_complete(self._serve())
         finally:
             with self._lock:
                 self._is_closed = True
-            for job in list(self._jobs):
-                job.fail(BackendError("the connection to the model is closed"))
+            for pending in list(self._open):
+                pending.fail(BackendError("the connection to the model is closed"))
             self._loop.close()
 
     async def _serve(self) -> None:
@@ -149,90 +153,146 @@ class RemoteBackend:
         tasks = [asyncio.ensure_future(work) for work in own]
         async with self._client:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            everything = [*tasks, *self._calls]
+            everything = [*tasks, *self._sending]
             for task in everything:
                 task.cancel()
             await asyncio.gather(*everything, return_exceptions=True)
 
-    def _accept(self, job: Job) -> None:
-        """Send a query off alone where it is urgent, else with those that come with it."""
-        job.future.add_done_callback(lambda _: self._finish(job))
-        if job.on_text is not None:
-            self._start([job])
-        elif job.is_interactive and self._num_alone < self._settings.max_concurrency:
-            self._num_alone += 1
-            self._start([job]).add_done_callback(lambda _: self._count_out())
+    def _accept(self, pending: RemoteQuery) -> None:
+        """Send a query alone if it is streamed or interactive, otherwise in a batch."""
+        pending.future.add_done_callback(lambda _: self._finish(pending))
+        if pending.on_text is not None:
+            self._start([pending])
+        elif pending.is_interactive and self._num_interactive < self._settings.max_concurrency:
+            self._num_interactive += 1
+            self._start([pending]).add_done_callback(lambda _: self._count_out())
         else:
-            self._gatherer.add(job)
+            self._batcher.add(pending)
 
     def _count_out(self) -> None:
-        self._num_alone -= 1
+        self._num_interactive -= 1
 
-    def _finish(self, job: Job) -> None:
-        if job.future.cancelled():  # in any thread, and where the loop is closed nothing is left
+    def _finish(self, pending: RemoteQuery) -> None:
+        if pending.future.cancelled():  # on any thread; once the loop is closed nothing is left
             with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._drop, job)
+                self._loop.call_soon_threadsafe(self._drop, pending)
         else:
-            self._jobs.discard(job)
+            self._open.discard(pending)
 
-    def _drop(self, job: Job) -> None:
-        """Nobody waits for a job any more: end the request that was for it alone."""
-        self._jobs.discard(job)
-        if job.task is not None:
-            job.task.cancel()
-        for task, jobs in self._calls.items():
-            if job in jobs and not any(other.is_open for other in jobs):
+    def _drop(self, pending: RemoteQuery) -> None:
+        """End the request of a cancelled query, unless others depend on it."""
+        self._open.discard(pending)
+        if pending.task is not None:
+            pending.task.cancel()
+        for task, queries in self._sending.items():
+            if pending in queries and not any(other.is_open for other in queries):
                 task.cancel()
 
     async def _send_batches(self) -> None:
         while True:
-            for chunk in await self._gatherer.take():
-                self._start(chunk)
+            for batch in await self._batcher.take():
+                self._start(batch)
 
-    def _start(self, jobs: list[Job]) -> asyncio.Task[None]:
-        task = self._loop.create_task(self._carry(jobs))
-        self._calls[task] = jobs
-        task.add_done_callback(lambda _: self._calls.pop(task))
+    def _start(self, queries: list[RemoteQuery]) -> asyncio.Task[None]:
+        task = self._loop.create_task(self._send_until_complete(queries))
+        self._sending[task] = queries
+        task.add_done_callback(lambda _: self._sending.pop(task))
         return task
 
-    async def _carry(self, jobs: list[Job]) -> None:
-        """Ask until every job has its result, or nobody is left to be asked."""
-        give_up_at = math.inf
-        tries_until = time.monotonic() + self._settings.timeout_s
+    async def _send_until_complete(self, queries: list[RemoteQuery]) -> None:
+        """Send queries, and retry, until each has its result or no server is left to try."""
+        deadline = math.inf
+        busy_deadline = time.monotonic() + self._settings.timeout_s
         try:
-            while left := [job for job in jobs if job.is_open]:
-                upstream = await self._pool.choose(give_up_at)
+            while left := [pending for pending in queries if pending.is_open]:
+                upstream = await self._pool.choose(deadline)
                 try:
-                    await ask(upstream, left, self._turns)
+                    await send(upstream, left, self._slots)
                 except Unavailable as exc:
-                    if not all(job.is_open for job in left):
-                        give_up_at = math.inf  # it got on: this is another fault
-                        tries_until = time.monotonic() + self._settings.timeout_s
-                    until = time.monotonic() + self._settings.retry_s
-                    if exc.retry_after_s is not None:  # it is there, and busy
-                        until = tries_until
-                    give_up_at = min(give_up_at, until)
+                    if not all(pending.is_open for pending in left):  # progress: a new fault
+                        deadline = math.inf
+                        busy_deadline = time.monotonic() + self._settings.timeout_s
+                    retry_deadline = time.monotonic() + self._settings.retry_s
+                    if exc.retry_after_s is not None:  # reachable, but busy
+                        retry_deadline = busy_deadline
+                    deadline = min(deadline, retry_deadline)
         except BackendError as exc:
-            _fail_all(jobs, exc)
+            _fail_all(queries, exc)
         except Exception as exc:
-            _fail_all(jobs, BackendError(f"internal error: {type(exc).__name__}: {exc}"))
+            _fail_all(queries, BackendError(f"internal error: {type(exc).__name__}: {exc}"))
 
 
-def _fail_all(jobs: list[Job], error: BackendError) -> None:
-    for job in jobs:
-        job.fail(error)
+class Batcher:
+    """Collects queries that arrive together into batches. Belongs to the event loop.
+
+    Args:
+        pool: servers that the batches are meant for.
+        open_queries: all that are open, including those that wait here.
+    """
+
+    def __init__(self, pool: UpstreamPool, open_queries: Collection[RemoteQuery]) -> None:
+        self._pool = pool
+        self._open = open_queries
+        self._waiting: deque[RemoteQuery] = deque()
+        self._arrived = asyncio.Event()
+
+    def add(self, pending: RemoteQuery) -> None:
+        """Add a query to the next batches."""
+        self._waiting.append(pending)
+        self._arrived.set()
+
+    async def take(self) -> list[list[RemoteQuery]]:
+        """Wait for queries, and return them as batches spread over the servers."""
+        await self._arrived.wait()
+        await self._linger()
+        self._arrived.clear()
+        return list(self._batches())
+
+    async def _linger(self) -> None:
+        """Wait a moment for more queries, and longer while the servers are busy anyway."""
+        enough = self._pool.batch_size
+        deadline, num_seen = time.monotonic() + MAX_LINGER_S, 0
+        while len(self._waiting) < enough and time.monotonic() < deadline:
+            num_sent = len(self._open) - len(self._waiting)
+            if num_seen == len(self._waiting) and num_sent < 2 * enough:
+                return
+            num_seen = len(self._waiting)
+            await asyncio.sleep(LINGER_S)
+
+    def _batches(self) -> Iterator[list[RemoteQuery]]:
+        queries = [pending for pending in self._waiting if pending.is_open]
+        self._waiting.clear()
+        num_healthy = sum(upstream.is_healthy for upstream in self._pool.upstreams) or 1
+        size_each = self._pool.batch_size // len(self._pool.upstreams)
+        max_size = min(math.ceil(len(queries) / num_healthy), size_each)
+        batch: list[RemoteQuery] = []
+        num_chars = 0
+        for pending in queries:
+            own_chars = pending.query.num_chars
+            if batch and (len(batch) >= max_size or num_chars + own_chars > MAX_BATCH_CHARS):
+                yield batch
+                batch, num_chars = [], 0
+            batch.append(pending)
+            num_chars += own_chars
+        if batch:
+            yield batch
+
+
+def _fail_all(queries: list[RemoteQuery], error: BackendError) -> None:
+    for pending in queries:
+        pending.fail(error)
 
 
 def _base_url(url: str) -> str:
-    """Without a slash at its end, or the /v1 that OpenAI's clients are given."""
+    """The URL without a trailing slash or the /v1 that OpenAI clients are configured with."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as exc:
-        raise UsageError(f"{url!r} is no URL: {exc}") from exc
+        raise UsageError(f"{url!r} is not a valid URL: {exc}") from exc
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UsageError(f"{url!r} is no URL of a server: give one like http://host:8001")
+        raise UsageError(f"{url!r} is not a server's URL; give one like http://host:8001")
     if parsed.port is not None and not 0 < parsed.port < 1 << 16:
-        raise UsageError(f"{url!r} has the port {parsed.port}; there are 1 to 65535")
+        raise UsageError(f"{url!r} has port {parsed.port}; ports range from 1 to 65535")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
@@ -242,6 +302,8 @@ def _client(settings: RemoteSettings) -> httpx.AsyncClient:
         headers["Authorization"] = f"Bearer {settings.api_key}"
     return httpx.AsyncClient(
         headers=headers,
-        timeout=httpx.Timeout(settings.timeout_s, connect=CONNECT_S, write=WRITE_S, pool=None),
+        timeout=httpx.Timeout(
+            settings.timeout_s, connect=CONNECT_TIMEOUT_S, write=WRITE_TIMEOUT_S, pool=None
+        ),
         limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
     )

@@ -1,126 +1,379 @@
-"""One server that answers: what it is, how it is, and the way to it."""
+"""Upstream servers: what each one is, whether it is healthy, and HTTP requests to it."""
 
 import asyncio
 import json
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, NoReturn
 
 import httpx2 as httpx
 
-from smolcli.backends.remote.http import Job, Unavailable, translated
-from smolcli.backends.remote.wire import Kind
+from smolcli.backends.base import PendingQuery
+from smolcli.backends.remote.wire import Dialect, MalformedAnswer, load_object
+from smolcli.errors import BackendError
+from smolcli.settings import RemoteSettings
+
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
+MAX_RETRY_AFTER_S = 60.0
+BATCH_ROUTE_RETRY_S = 60.0  # how long a missing /generate_batch is not tried again
+HEALTH_CHECK_INTERVAL_S, HEALTH_CHECK_TIMEOUT_S = 5.0, 5.0
+POLL_S = 0.02
+WINDOW_BATCHES = 3  # as the local backend has it
+DEFAULT_BATCH_SIZE = 64  # of a server that does not report its window
+RETRIED_STATUSES = (429, 502, 503, 504)
+DECIDING = ("api", "model", "revision", "dtype", "system_prompt")
+
+_FAILED_CONNECTION = (httpx.NetworkError, httpx.ProtocolError, httpx.ConnectTimeout)
 
 logger = logging.getLogger(__name__)
 
-MISSING_FOR_S = 60.0
-PROBE_S = 5.0
-FIRST_REST_S, LONGEST_REST_S = 0.2, 5.0
-LONGEST_RETRY_AFTER_S = 60.0
+
+class Unavailable(Exception):
+    """A server cannot answer now; a retry, or another server, may succeed.
+
+    Args:
+        reason: a sentence for people.
+        is_unreachable: whether the connection failed.
+        retry_after_s: when the server asks to be retried, in seconds from now.
+    """
+
+    def __init__(
+        self, reason: str, *, is_unreachable: bool = False, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.is_unreachable = is_unreachable
+        self.retry_after_s = retry_after_s
 
 
 class Upstream:
-    """One server; belongs to the event loop of its backend.
+    """One server. Belongs to the event loop of its backend.
 
     Args:
-        url: without a slash at its end.
-        client: shared by all, for its connections.
+        url: base URL without a trailing slash.
+        client: shared by all servers.
     """
 
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
         self.url = url
-        self.kind = Kind.PLAIN
+        self.dialect = Dialect.PLAIN
         self.model = ""
-        self.window = 0  # as the server has it
-        self.jobs: set[Job] = set()
-        self.num_calls = 0
-        self.is_up = False
-        self.is_hopeless = False  # no waiting will help
-        self.down_since = time.monotonic()
+        self.window = 0  # as the server reports it
+        self.in_flight: set[PendingQuery] = set()
+        self.num_requests = 0
+        self.is_healthy = False
+        self.is_permanently_unusable = False  # retrying will not help
+        self.unhealthy_since = time.monotonic()
         self.reason = f"{url} has not answered yet"
-        self.fell = asyncio.Event()  # wakes whoever looks after it
+        self.became_unhealthy = asyncio.Event()  # wakes the health check
         self._client = client
         self._num_failures = 0
-        self._rests_until = 0.0
-        self._no_batch_until = 0.0
+        self._retry_at = 0.0
+        self._batch_route_retry_at = 0.0
 
     @property
     def is_ready(self) -> bool:
-        """Whether it may be asked now."""
-        return self.is_up and time.monotonic() >= self._rests_until
+        """Whether queries may be sent to it now."""
+        return self.is_healthy and time.monotonic() >= self._retry_at
 
     @property
     def takes_batches(self) -> bool:
-        """Whether /generate_batch is there, as far as is known."""
-        return self.kind is not Kind.OPENAI and time.monotonic() >= self._no_batch_until
+        """Whether it has /generate_batch, as far as is known."""
+        return self.dialect is not Dialect.OPENAI and time.monotonic() >= self._batch_route_retry_at
 
     @property
-    def rest_s(self) -> float:
-        """How long to leave it alone: longer each time, and never for all clients the same."""
-        longest_s = min(FIRST_REST_S * 2.0 ** min(self._num_failures, 10), LONGEST_REST_S)
+    def backoff_s(self) -> float:
+        """How long to leave it alone: exponential, with jitter."""
+        longest_s = min(MIN_BACKOFF_S * 2.0 ** min(self._num_failures, 10), MAX_BACKOFF_S)
         return longest_s * random.uniform(0.5, 1.0)
 
-    def forget_batches(self) -> None:
-        """It has no /generate_batch; it may have one later."""
-        self._no_batch_until = time.monotonic() + MISSING_FOR_S
+    def mark_batch_route_missing(self) -> None:
+        """Send queries one by one for a while: it has no /generate_batch."""
+        self._batch_route_retry_at = time.monotonic() + BATCH_ROUTE_RETRY_S
 
-    def rise(self) -> None:
-        """It answers as it should."""
-        self.is_up, self.is_hopeless = True, False
+    def mark_healthy(self) -> None:
+        """A health check succeeded."""
+        self.is_healthy, self.is_permanently_unusable = True, False
         self._num_failures = 0
 
-    def fall(self, reason: str, *, is_hopeless: bool = False) -> None:
-        """It does not answer, or not as it should."""
-        if self.is_up:
-            logger.warning("down: %s", reason)
-            self.down_since = time.monotonic()
-        self.is_up, self.is_hopeless, self.reason = False, is_hopeless, reason
+    def mark_unhealthy(self, reason: str, *, is_permanent: bool = False) -> None:
+        """Stop sending queries to it until a health check succeeds.
+
+        Args:
+            reason: a sentence for people.
+            is_permanent: whether retrying will not help.
+        """
+        if self.is_healthy:
+            logger.warning("upstream unhealthy: %s", reason)
+            self.unhealthy_since = time.monotonic()
+        self.is_healthy, self.is_permanently_unusable = False, is_permanent
+        self.reason = reason
         self._num_failures += 1
-        self.fell.set()
+        self.became_unhealthy.set()
 
-    def rest(self, fault: Unavailable) -> None:
-        """Leave it alone for as long as is due and as it says; without a connection it is down.
+    def back_off(self, fault: Unavailable) -> None:
+        """Leave it alone for as long as it asks; mark it unhealthy if it is unreachable.
 
-        Of many faults at once the first counts, and the longest time that the server wants.
+        Of several simultaneous faults the first one counts, and the longest Retry-After.
         """
         now = time.monotonic()
-        if self.is_ready and fault.is_gone:
-            self.fall(str(fault))
+        if self.is_ready and fault.is_unreachable:
+            self.mark_unhealthy(str(fault))
         elif self.is_ready:
             self.reason = str(fault)
-            self._rests_until = now + self.rest_s
+            self._retry_at = now + self.backoff_s
             self._num_failures += 1
-        wanted_s = min(fault.retry_after_s or 0.0, LONGEST_RETRY_AFTER_S)
-        self._rests_until = max(self._rests_until, now + wanted_s)
+        wanted_s = min(fault.retry_after_s or 0.0, MAX_RETRY_AFTER_S)
+        self._retry_at = max(self._retry_at, now + wanted_s)
 
     async def get(self, path: str) -> httpx.Response:
-        """What lies at a path.
+        """Fetch a path.
 
         Raises:
-            Unavailable: or BackendError: where there is no answer.
+            Unavailable: the server cannot be reached or does not respond.
+            BackendError: the request cannot be made.
         """
-        with translated(self.url):
+        with _translated_errors(self.url):
             try:
-                return await self._client.get(self.url + path, timeout=PROBE_S)
-            except httpx.TimeoutException as exc:  # nothing is computed here: it may be asked again
-                raise Unavailable(f"{self.url} is silent at {path}", is_gone=True) from exc
+                return await self._client.get(self.url + path, timeout=HEALTH_CHECK_TIMEOUT_S)
+            except httpx.TimeoutException as exc:  # computes nothing, so it is safe to retry
+                reason = f"{self.url} does not respond to {path}"
+                raise Unavailable(reason, is_unreachable=True) from exc
 
     @asynccontextmanager
     async def post(
         self, path: str, body: Any, accept: str = "*/*"
     ) -> AsyncIterator[httpx.Response]:
-        """Send JSON; the answer's body is still to be read.
+        """Send JSON; the body of the response is still to be read.
+
+        Args:
+            path: of the route.
+            body: JSON value to send.
+            accept: media types that the response may have.
 
         Raises:
-            Unavailable: or BackendError: where there is no answer.
+            Unavailable: the connection failed.
+            BackendError: the server does not respond.
         """
         content = json.dumps(body, ensure_ascii=False).encode()
         headers = {"Content-Type": "application/json", "Accept": accept}
         url = self.url + path
-        self.num_calls += 1
-        with translated(self.url):
-            async with self._client.stream("POST", url, content=content, headers=headers) as answer:
-                yield answer
+        self.num_requests += 1
+        with _translated_errors(self.url):
+            async with self._client.stream(
+                "POST", url, content=content, headers=headers
+            ) as response:
+                yield response
+
+
+class UpstreamPool:
+    """Servers that run the same model. Belongs to the event loop of its backend.
+
+    Args:
+        upstreams: at least one.
+        settings: what they are expected to be.
+        is_pinned: whether their model must never change.
+    """
+
+    def __init__(
+        self, upstreams: list[Upstream], settings: RemoteSettings, is_pinned: bool
+    ) -> None:
+        self.upstreams = upstreams
+        self.identity: dict[str, Any] = {}
+        self._settings = settings
+        self._is_pinned = is_pinned
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether any server is healthy."""
+        return any(upstream.is_healthy for upstream in self.upstreams)
+
+    @property
+    def is_permanently_unusable(self) -> bool:
+        """Whether retrying will not help with any server."""
+        return all(upstream.is_permanently_unusable for upstream in self.upstreams)
+
+    @property
+    def reason(self) -> str:
+        """Why no server answers."""
+        return "; ".join(upstream.reason for upstream in self.upstreams)
+
+    @property
+    def window(self) -> int:
+        """Number of unfinished queries that keeps all servers busy."""
+        least = max(WINDOW_BATCHES * DEFAULT_BATCH_SIZE, 2 * self._settings.max_concurrency)
+        return sum(upstream.window or least for upstream in self.upstreams)
+
+    @property
+    def batch_size(self) -> int:
+        """How many queries all servers together answer at once."""
+        return self.window // WINDOW_BATCHES
+
+    async def choose(self, deadline: float) -> Upstream:
+        """Wait for a server that is ready, and return the one with the fewest in-flight queries.
+
+        Args:
+            deadline: when to give up, in `time.monotonic` seconds.
+
+        Raises:
+            BackendError: the deadline has passed, or all servers have been unhealthy for longer
+                than the retry time.
+        """
+        while True:
+            now = time.monotonic()
+            ready = [upstream for upstream in self.upstreams if upstream.is_ready]
+            if ready and now < deadline:
+                return min(ready, key=lambda upstream: len(upstream.in_flight))
+            if now >= min(deadline, self._unhealthy_deadline()):
+                raise BackendError(self.reason)
+            await asyncio.sleep(POLL_S)
+
+    async def watch(self, upstream: Upstream) -> None:
+        """Check the health of one server forever."""
+        while True:
+            await self._check_health(upstream)
+            upstream.became_unhealthy.clear()
+            try:
+                healthy = upstream.is_healthy
+                async with asyncio.timeout(
+                    HEALTH_CHECK_INTERVAL_S if healthy else upstream.backoff_s
+                ):
+                    await upstream.became_unhealthy.wait()
+                await asyncio.sleep(upstream.backoff_s)
+            except TimeoutError:
+                pass
+
+    def _unhealthy_deadline(self) -> float:
+        """When to give up on servers that are all unhealthy."""
+        if self.is_healthy:
+            return float("inf")
+        return max(u.unhealthy_since for u in self.upstreams) + self._settings.retry_s
+
+    async def _check_health(self, upstream: Upstream) -> None:
+        was_healthy = upstream.is_healthy
+        try:
+            self._admit(upstream, await self._identify(upstream))
+        except (Unavailable, BackendError, MalformedAnswer) as exc:
+            is_news = not was_healthy and str(exc) != upstream.reason
+            if is_news and not self._is_pinned:  # a gateway reports it nowhere else
+                logger.warning("upstream still unhealthy: %s", exc)
+            upstream.mark_unhealthy(str(exc), is_permanent=not isinstance(exc, Unavailable))
+            return
+        upstream.mark_healthy()
+        if not was_healthy:
+            logger.info("upstream healthy: %s", upstream.url)
+
+    async def _identify(self, upstream: Upstream) -> dict[str, Any]:
+        """What a server is, from /ready and /v1/models."""
+        await _check_ready(upstream)
+        response = await upstream.get("/v1/models")
+        check_status(response, upstream.url)
+        if response.status_code != 200:
+            if self._settings.api == "openai":
+                raise BackendError(f"{upstream.url} has no /v1/models")
+            upstream.dialect = Dialect.PLAIN
+            return {"api": Dialect.PLAIN, "model": "unknown", "revision": None, "dtype": None}
+        listed = self._listed_model(upstream, load_object(response.content))
+        upstream.model = listed["id"]
+        reported = listed.get("smol") or ({} if self._settings.api == "smol" else None)
+        if isinstance(reported, dict) and self._settings.api != "openai":
+            upstream.dialect = Dialect.SMOL
+            upstream.window = _window(reported)
+            return {"model": listed["id"]} | {k: v for k, v in reported.items() if k != "window"}
+        upstream.dialect = Dialect.OPENAI
+        return {"api": Dialect.OPENAI, "model": listed["id"], "revision": None, "dtype": None}
+
+    def _listed_model(self, upstream: Upstream, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The requested one of a server's models, or else the first."""
+        models = body.get("data")
+        if not isinstance(models, list) or not all(_is_model(model) for model in models):
+            raise MalformedAnswer(f"{upstream.url} does not list its models at /v1/models")
+        if not models:
+            raise BackendError(f"{upstream.url} has no model yet")
+        return next((m for m in models if m["id"] == self._settings.model), dict(models[0]))
+
+    def _admit(self, upstream: Upstream, identity: dict[str, Any]) -> None:
+        """Accept a server that is what the settings expect and what the other servers are."""
+        for name, wanted in (("model", self._settings.model), ("dtype", self._settings.dtype)):
+            if wanted not in (None, "auto", identity.get(name)) and identity.get(name):
+                _refuse(upstream, name, identity[name], wanted)
+        others_are_healthy = any(u.is_healthy for u in self.upstreams if u is not upstream)
+        if not self.identity or not (self._is_pinned or others_are_healthy):
+            self.identity = identity
+        for name in DECIDING:
+            if identity.get(name) != self.identity.get(name):
+                _refuse(upstream, name, identity.get(name), self.identity.get(name))
+
+
+def check_status(response: httpx.Response, url: str) -> None:
+    """Raise for statuses that say nothing about the query.
+
+    Raises:
+        Unavailable: the server cannot answer for now.
+        BackendError: the server refuses this client.
+    """
+    status = response.status_code
+    if status in RETRIED_STATUSES:
+        wait_s = _retry_after_s(response.headers.get("Retry-After"))
+        raise Unavailable(f"{url} answered {status}", retry_after_s=wait_s)
+    if status in (401, 403):
+        raise BackendError(f"{url} answered {status}: check the API key")
+    if 300 <= status < 400:
+        raise BackendError(f"{url} answered {status}: it redirects to another address")
+
+
+@contextmanager
+def _translated_errors(url: str) -> Iterator[None]:
+    """Raise httpx's errors as ours.
+
+    A failed connection may be retried: answers are only computed, and come out the same the
+    second time. A server that does not respond may still be computing, so it is not retried.
+
+    Raises:
+        Unavailable: the connection failed.
+        BackendError: the server does not respond, or the request cannot be made.
+    """
+    try:
+        yield
+    except _FAILED_CONNECTION as exc:
+        reason = str(exc) or type(exc).__name__
+        raise Unavailable(f"{url} cannot be reached: {reason}", is_unreachable=True) from exc
+    except httpx.TimeoutException as exc:
+        raise BackendError(f"{url} did not respond in time") from exc
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        raise BackendError(f"the request to {url} failed: {exc}") from exc
+
+
+def _retry_after_s(value: str | None) -> float | None:
+    """Retry-After in seconds; a date is ignored, because clocks differ."""
+    return float(value) if value is not None and value.isdecimal() else None
+
+
+def _refuse(upstream: Upstream, name: str, value: object, wanted: object) -> NoReturn:
+    raise BackendError(f"{upstream.url} has the {name} {value!r}, not {wanted!r}")
+
+
+def _is_model(model: object) -> bool:
+    return isinstance(model, dict) and isinstance(model.get("id"), str)
+
+
+def _window(reported: Mapping[str, Any]) -> int:
+    window = reported.get("window")
+    return window if isinstance(window, int) and window >= WINDOW_BATCHES else 0
+
+
+async def _check_ready(upstream: Upstream) -> None:
+    """Ask a smol server whether it takes work. A full one counts; other servers have no /ready.
+
+    Raises:
+        Unavailable: it does not.
+    """
+    response = await upstream.get("/ready")
+    try:
+        status = load_object(response.content).get("status")
+    except MalformedAnswer:
+        return
+    if response.status_code == 503 and status != "full":
+        raise Unavailable(f"{upstream.url} is not ready: {status}")

@@ -1,4 +1,4 @@
-"""Queries and answers as the servers that smol can ask have them; nothing is sent from here."""
+"""Queries and answers as JSON in the dialects that smol can speak to a server. No I/O."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,57 +10,66 @@ from smolcli.errors import QueryError
 from smolcli.protocol.query import format_fields
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage, failure
 
-# These befell the server, not the query: another time, or another server, may do better.
-PASSING = frozenset(
-    {ErrorCode.OVERLOADED, ErrorCode.TIMEOUT, ErrorCode.CANCELLED, ErrorCode.BACKEND_ERROR}
-)
 _TOO_LONG = ("context_length_exceeded", "maximum context length", "prompt_too_long")
 _PLAIN_ROLES = (["user"], ["system", "user"])
 
 
-class Kind(StrEnum):
-    """How a server wants to be asked."""
+class Dialect(StrEnum):
+    """The API that a server implements. The values appear in manifests."""
 
     SMOL = "smol"
-    PLAIN = "chat"  # POST /chat with a prompt, and no field besides
+    PLAIN = "chat"  # POST /chat with prompts and no other fields
     OPENAI = "openai"
 
 
-class Nonsense(Exception):
-    """A server's answer is not of the shape that its kind has."""
+class MalformedAnswer(Exception):
+    """A server's answer does not have the shape that its API promises."""
 
 
-def chat_body(query: Query, kind: Kind) -> dict[str, Any]:
-    """A query as /chat and /generate_batch take it.
+def chat_body(query: Query, dialect: Dialect) -> dict[str, Any]:
+    """A query as the body of /chat, or an item of /generate_batch.
 
     Raises:
-        QueryError: where the server has no words for it.
+        QueryError: the dialect cannot express the query.
     """
-    wishes = _wishes(query, kind)
-    if kind is Kind.PLAIN:
+    options = _options(query, dialect)
+    if dialect is Dialect.PLAIN:
         return {"chat_id": query.chat_id} | plain_prompts(query)
-    body = {"chat_id": query.chat_id, "messages": _messages(query)} | _sampling(query) | wishes
+    body = {"chat_id": query.chat_id, "messages": _messages(query)} | _sampling(query) | options
     return body | {"max_new_tokens": query.sampling.max_new_tokens, "seed": query.sampling.seed}
 
 
 def plain_prompts(query: Query) -> dict[str, str]:
-    """The prompts of a query that is no conversation.
+    """The prompts of a query that is not a conversation.
 
     Raises:
-        QueryError: where it is one.
+        QueryError: it is a conversation.
     """
     if [message.role for message in query.messages] not in _PLAIN_ROLES:
-        raise QueryError("the upstream server takes no conversations", field="messages")
+        raise QueryError("the upstream server does not support conversations", field="messages")
     return {f"{message.role}_prompt": message.content for message in query.messages}
 
 
-def completion_body(query: Query, model: str, kind: Kind, is_stream: bool) -> dict[str, Any]:
-    """A query as /v1/chat/completions takes it; of what is not OpenAI's, only what is asked for."""
+def completion_body(query: Query, model: str, dialect: Dialect, is_stream: bool) -> dict[str, Any]:
+    """A query as the body of /v1/chat/completions.
+
+    Parameters that OpenAI's API lacks are sent to an OpenAI-compatible server only if they have
+    an effect.
+
+    Args:
+        query: what to ask.
+        model: the server's name for its model.
+        dialect: OPENAI or SMOL.
+        is_stream: whether to stream the answer.
+
+    Raises:
+        QueryError: the dialect cannot express the query.
+    """
     body: dict[str, Any] = {"model": model, "messages": _messages(query)} | _sampling(query)
-    if kind is Kind.OPENAI:
-        idle = {"top_k": 0, "repetition_penalty": 1.0}
-        body = {name: value for name, value in body.items() if value != idle.get(name)}
-    body |= _wishes(query, kind)
+    if dialect is Dialect.OPENAI:
+        neutral = {"top_k": 0, "repetition_penalty": 1.0}
+        body = {name: value for name, value in body.items() if value != neutral.get(name)}
+    body |= _options(query, dialect)
     body |= {"max_tokens": query.sampling.max_new_tokens, "seed": query.sampling.seed}
     return body | {"stream": True, "stream_options": {"include_usage": True}} if is_stream else body
 
@@ -75,77 +84,81 @@ def _sampling(query: Query) -> dict[str, Any]:
     return values | {"stop": list(query.stop)} if query.stop else values
 
 
-def _wishes(query: Query, kind: Kind) -> dict[str, Any]:
-    """What is asked for beside one text, where anything is.
+def _options(query: Query, dialect: Dialect) -> dict[str, Any]:
+    """What a query requests beyond a single free text.
 
     Raises:
-        QueryError: where the server has no words for it.
+        QueryError: the dialect cannot express it.
     """
     fields = format_fields(query.format)
-    if query.format is None and kind is Kind.SMOL:
-        fields["response_format"] = {"type": "text"}  # whatever --schema the server has
+    if query.format is None and dialect is Dialect.SMOL:
+        fields["response_format"] = {"type": "text"}  # overrides the server's own --schema
     if query.n > 1:
         fields["n"] = query.n
     if query.top_logprobs is not None:
         fields |= {"logprobs": True, "top_logprobs": query.top_logprobs}
-    unknown = {Kind.SMOL: set(), Kind.OPENAI: {"choices"}, Kind.PLAIN: set(fields)}[kind]
-    for name in sorted(unknown & fields.keys()):
-        raise QueryError(f"the upstream server has no {name}", field=name)
+    unsupported = {
+        Dialect.SMOL: set(),
+        Dialect.OPENAI: {"choices"},
+        Dialect.PLAIN: set(fields),
+    }[dialect]
+    for name in sorted(unsupported & fields.keys()):
+        raise QueryError(f"the upstream server does not support {name}", field=name)
     return fields
 
 
 def load_object(data: bytes | str) -> dict[str, Any]:
-    """The JSON object in a body or a line.
+    """Parse a body or a line that holds one JSON object.
 
     Raises:
-        Nonsense: where it is none.
+        MalformedAnswer: it does not.
     """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as exc:
-        raise Nonsense("the answer is not JSON") from exc
+        raise MalformedAnswer("the answer is not JSON") from exc
     if not isinstance(value, dict):
-        raise Nonsense("the answer is not a JSON object")
+        raise MalformedAnswer("the answer is not a JSON object")
     return value
 
 
-def read_batch(body: Mapping[str, Any], queries: list[Query], kind: Kind) -> list[Result]:
-    """The results of a whole batch, in the order of its queries.
+def parse_batch(body: Mapping[str, Any], queries: list[Query], dialect: Dialect) -> list[Result]:
+    """The results in the body of a batch, in the order of its queries.
 
     Raises:
-        Nonsense: where they are not that.
+        MalformedAnswer: the body does not hold one result for each query.
     """
     records = body.get("responses")
     if not isinstance(records, list) or len(records) != len(queries):
-        raise Nonsense(f"the answer has not the responses of {len(queries)} queries")
-    return [read_record(r, query, kind) for r, query in zip(records, queries, strict=True)]
+        raise MalformedAnswer(f"the answer does not have the responses of {len(queries)} queries")
+    return [parse_record(r, query, dialect) for r, query in zip(records, queries, strict=True)]
 
 
-def read_record(record: Any, query: Query, kind: Kind) -> Result:
-    """What became of one query, from the body of /chat, or an item of a batch.
+def parse_record(record: Any, query: Query, dialect: Dialect) -> Result:
+    """The result in the body of /chat, or in an item of a batch.
 
     Raises:
-        Nonsense: where it does not say.
+        MalformedAnswer: there is none.
     """
     if not isinstance(record, dict):
-        raise Nonsense("a response is not an object")
+        raise MalformedAnswer("a response is not an object")
     if "response" not in record and ("error" in record or "detail" in record):
-        return read_error(record, query)
+        return parse_error(record, query)
     text, chat_id = record.get("response"), record.get("chat_id", query.chat_id)
     if not isinstance(text, str) or str(chat_id) != query.chat_id:
-        raise Nonsense("a response has no text, or is another query's")
-    if kind is Kind.PLAIN:
+        raise MalformedAnswer("a response has no text or belongs to another query")
+    if dialect is Dialect.PLAIN:
         record = {**record, "response": _without_prompt(text, query)}
     others = record.get("alternatives")
     records = [record, *others] if isinstance(others, list) else [record]
-    return answer(query, records, record.get("usage"))
+    return to_result(query, records, record.get("usage"))
 
 
-def read_completion(body: Mapping[str, Any], query: Query) -> Result:
-    """The answer in a body of /v1/chat/completions.
+def parse_completion(body: Mapping[str, Any], query: Query) -> Result:
+    """The result in the body of /v1/chat/completions.
 
     Raises:
-        Nonsense: where there is none.
+        MalformedAnswer: there is none.
     """
     try:
         records = [
@@ -156,26 +169,26 @@ def read_completion(body: Mapping[str, Any], query: Query) -> Result:
             }
             for choice in sorted(body["choices"], key=lambda choice: choice.get("index", 0))
         ]
-        return answer(query, records, body.get("usage"))
+        return to_result(query, records, body.get("usage"))
     except (LookupError, TypeError, AttributeError) as exc:
-        raise Nonsense("the answer is no chat completion") from exc
+        raise MalformedAnswer("the answer is not a chat completion") from exc
 
 
 def logprobs_of(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The entries for the tokens of a choice, or of a piece of one."""
+    """The log probabilities in a choice, or in a chunk of a stream."""
     return (choice.get("logprobs") or {}).get("content") or []
 
 
-def answer(query: Query, records: Sequence[Mapping[str, Any]], usage: object) -> Result:
-    """The result of a query that was answered; who tells no usage leaves it out.
+def to_result(query: Query, records: Sequence[Mapping[str, Any]], usage: object) -> Result:
+    """The result of a query that a server answered.
 
     Args:
-        query: that was asked.
-        records: its answers, each as /chat has it.
-        usage: of all of them.
+        query: what was asked.
+        records: its answers, each in the shape of /chat.
+        usage: tokens of all answers, as the server reported them; unknown if it did not.
 
     Raises:
-        Nonsense: where they are none.
+        MalformedAnswer: a record is not an answer.
     """
     if len(records) < query.n:
         message = f"the upstream server gave {len(records)} of {query.n} answers"
@@ -183,21 +196,21 @@ def answer(query: Query, records: Sequence[Mapping[str, Any]], usage: object) ->
     try:
         first, *others = [_answer(query, record) for record in records[: query.n]]
     except (LookupError, TypeError, AttributeError) as exc:
-        raise Nonsense("an answer has no text") from exc
+        raise MalformedAnswer("an answer has no text") from exc
     if failed := next((each for each in (first, *others) if each.is_error), None):
         return failed
     return replace(first, alternatives=tuple(others), usage=_usage(usage))
 
 
 def _answer(query: Query, record: Mapping[str, Any]) -> Result:
-    text, is_cut = record["response"], record.get("finish_reason") == "length"
+    text, is_cut_off = record["response"], record.get("finish_reason") == "length"
     if query.format is not None and query.format.schema and not _is_json(text):
-        message = "the answer is no whole JSON" + (": it was cut off" if is_cut else "")
+        message = "the answer is not complete JSON" + (": it was cut off" if is_cut_off else "")
         return failure(query, message, ErrorCode.INCOMPLETE_JSON)
     return Result(
         chat_id=query.chat_id,
         response=text,
-        finish_reason=FinishReason.LENGTH if is_cut else FinishReason.STOP,
+        finish_reason=FinishReason.LENGTH if is_cut_off else FinishReason.STOP,
         logprobs=None if query.top_logprobs is None else record.get("logprobs", []),
         metadata=query.metadata,
         line=query.line,
@@ -212,22 +225,28 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def read_error(body: Mapping[str, Any], query: Query, status: int = 500) -> Result:
-    """The failure that a server tells of, in smol's words, OpenAI's, vLLM's or FastAPI's."""
+def parse_error(body: Mapping[str, Any], query: Query, status: int = 500) -> Result:
+    """The error in a body, in the shape of smol, OpenAI, vLLM or FastAPI.
+
+    Args:
+        body: holds the error.
+        query: what was asked.
+        status: the response's HTTP status, which tells whose fault it is if the body does not.
+    """
     error = body.get("error", body)
     detail = error if isinstance(error, dict) else body
     message = error if isinstance(error, str) else detail.get("message", detail.get("detail"))
-    code = _code(detail.get("error_code", detail.get("code")), str(message), status)
+    code = _error_code(detail.get("error_code", detail.get("code")), str(message), status)
     field = detail.get("field", detail.get("param"))
     return failure(query, str(message), code, field if isinstance(field, str) else None)
 
 
-def _code(code: object, message: str, status: int) -> ErrorCode:
+def _error_code(code: object, message: str, status: int) -> ErrorCode:
     if any(sign in f"{code} {message}" for sign in _TOO_LONG):
         return ErrorCode.PROMPT_TOO_LONG
-    known = isinstance(code, str) and code in set(ErrorCode)
-    unknown = ErrorCode.INVALID_VALUE if 400 <= status < 500 else ErrorCode.INTERNAL
-    return ErrorCode(str(code)) if known else unknown
+    if isinstance(code, str) and code in set(ErrorCode):
+        return ErrorCode(code)
+    return ErrorCode.INVALID_VALUE if 400 <= status < 500 else ErrorCode.INTERNAL
 
 
 def _usage(usage: object) -> Usage | None:
@@ -238,7 +257,7 @@ def _usage(usage: object) -> Usage | None:
 
 
 def _without_prompt(text: str, query: Query) -> str:
-    """The text behind the prompts, which some servers repeat before they answer."""
+    """The text after the prompts, which some servers repeat at the start of the response."""
     text = text.strip()
     for message in query.messages:
         text = text.removeprefix(message.content.strip()).strip()

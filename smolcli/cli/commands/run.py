@@ -40,7 +40,7 @@ def run(
     options: RunOptions,
 ) -> None:
     """Answer a file of questions, or each row of a table: one result for each, in order."""
-    from smolcli.backends.dedup import shared
+    from smolcli.backends.dedup import deduplicated
     from smolcli.batch.progress import open_progress
     from smolcli.batch.runner import default_output, run_file
 
@@ -55,7 +55,9 @@ def run(
         return _check(settings, options.quiet)
     display = open_progress(options.quiet)
     open_backend = ctx.obj or backend_opener(remote.settings(settings.engine), cluster)
-    report = run_file(settings, shared(open_backend) if options.dedupe else open_backend, display)
+    report = run_file(
+        settings, deduplicated(open_backend) if options.dedupe else open_backend, display
+    )
     display.summary(report, output)
     if is_elsewhere(target):
         put(output, target)

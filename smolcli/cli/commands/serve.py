@@ -35,7 +35,7 @@ def serve(
     options: ServeOptions,
 ) -> None:
     """Answer over HTTP: /chat, /chat/batched, OpenAI's API under /v1, and a page."""
-    from smolcli.backends.dedup import shared
+    from smolcli.backends.dedup import deduplicated
     from smolcli.server.access_log import configure_logging
     from smolcli.server.wsgi import serve as serve_http
 
@@ -50,7 +50,7 @@ def serve(
         settings = replace(settings, is_gateway=True)
         upstream = replace(upstream, timeout_s=settings.request_timeout_s)
         open_backend = partial(_open_gateway, upstream)
-    serve_http(settings, shared(open_backend) if options.dedupe else open_backend)
+    serve_http(settings, deduplicated(open_backend) if options.dedupe else open_backend)
 
 
 def _open_gateway(remote: RemoteSettings, settings: EngineSettings) -> "Backend":

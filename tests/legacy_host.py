@@ -1,4 +1,4 @@
-"""The model service that smol replaces, as far as its clients can tell, on a real socket."""
+"""A stand-in for the model service that smol replaces, on a real socket."""
 
 import threading
 import time
@@ -15,21 +15,23 @@ Fault = Callable[[], Response | None]
 
 
 @dataclass
-class OldHost:
-    """Answers a prompt with the prompt and a word of its own; knows three fields and no settings.
+class LegacyHost:
+    """Echoes the prompt and adds an answer; accepts three fields and no generation settings.
 
     Args:
-        has_batch: whether there is /generate_batch.
-        delay_s: what an answer takes.
+        has_batch: whether it has /generate_batch.
+        delay_s: how long an answer takes, in seconds.
+        bodies: path and body of each request so far.
+        faults: status, headers and body to respond with instead, for the next requests.
     """
 
     has_batch: bool = True
     delay_s: float = 0.0
     bodies: list[tuple[str, Any]] = field(default_factory=list)
     faults: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
-    most_at_once: int = 0
+    max_concurrent: int = 0
     url: str = ""
-    _num_now: int = 0
+    _num_running: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -68,8 +70,8 @@ class OldHost:
         with self._lock:
             self.bodies.append((request.path, request.get_json()))
             fault = self.faults.pop(0) if self.faults else None
-            self._num_now += 1
-            self.most_at_once = max(self.most_at_once, self._num_now)
+            self._num_running += 1
+            self.max_concurrent = max(self.max_concurrent, self._num_running)
         try:
             if fault is not None:
                 status, headers, value = fault
@@ -80,12 +82,12 @@ class OldHost:
             return jsonify(detail=str(exc)), 500
         finally:
             with self._lock:
-                self._num_now -= 1
+                self._num_running -= 1
 
 
 @contextmanager
 def listening(app: Flask, port: int = 0) -> Iterator[str]:
-    """Serve an application in a thread; gives its URL."""
+    """Serve an application on a thread; yields its URL."""
     sockets: dict[int, Any] = {}
     server = create_server(app, map=sockets, listen=f"127.0.0.1:{port}", threads=32)
     stopping = threading.Event()
@@ -106,8 +108,8 @@ def listening(app: Flask, port: int = 0) -> Iterator[str]:
 
 
 @contextmanager
-def old_host(port: int = 0, **settings: Any) -> Iterator[OldHost]:
-    """A host that listens."""
-    host = OldHost(**settings)
+def legacy_host(port: int = 0, **settings: Any) -> Iterator[LegacyHost]:
+    """A `LegacyHost` that is listening."""
+    host = LegacyHost(**settings)
     with listening(host.app(), port) as host.url:
         yield host

@@ -1,4 +1,4 @@
-"""Equal questions are answered once, and nobody notices but by the clock."""
+"""Equal queries are generated once, and each receives its own result."""
 
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 from fakes import EchoBackend, HeldBackend, echo
 
 from smolcli.backends.base import OnText
-from smolcli.backends.dedup import MAX_KEPT, DedupBackend
+from smolcli.backends.dedup import MAX_CACHED, DedupBackend
 from smolcli.errors import BackendError
 from smolcli.types import ErrorCode, Message, Query, Result, Sampling, failure
 
@@ -16,8 +16,8 @@ QUERY = Query("1", (Message("user", "What is gravity?"),), line=1)
 SAME = replace(QUERY, chat_id="2", line=7, metadata={"row": 2}, sampling=Sampling(seed=3))
 
 
-class TalkingBackend(HeldBackend):
-    """Held, with the text callbacks of its queries."""
+class StreamingBackend(HeldBackend):
+    """A `HeldBackend` that exposes the text callbacks of its queries."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,20 +28,20 @@ class TalkingBackend(HeldBackend):
         return super().submit(query, on_text, **options)
 
 
-def test_equal_questions_in_flight_are_generated_once() -> None:
+def test_equal_queries_in_flight_are_generated_once() -> None:
     held = HeldBackend()
     backend = DedupBackend(held)
     first, second = backend.submit(QUERY), backend.submit(SAME)
     assert len(held.futures) == 1
     held.futures[0].set_result(answer := echo(QUERY))
     assert first.result() == answer
-    theirs = second.result()
-    assert (theirs.chat_id, theirs.line, theirs.metadata) == ("2", 7, {"row": 2})
-    assert (theirs.response, theirs.usage) == (answer.response, answer.usage)
+    other = second.result()
+    assert (other.chat_id, other.line, other.metadata) == ("2", 7, {"row": 2})
+    assert (other.response, other.usage) == (answer.response, answer.usage)
     assert backend.counters().shared_queries == 1
 
 
-def test_a_kept_answer_is_given_at_once() -> None:
+def test_a_cached_answer_is_returned_at_once() -> None:
     backend = DedupBackend(inner := EchoBackend())
     pieces: list[str] = []
     backend.submit(QUERY)
@@ -50,8 +50,8 @@ def test_a_kept_answer_is_given_at_once() -> None:
     assert "".join(pieces) == later.response == echo(QUERY).response
 
 
-def test_answers_of_another_model_are_not_kept() -> None:
-    """A gateway's service may come back as another one."""
+def test_a_change_of_model_clears_the_cache() -> None:
+    """A gateway's upstream may come back with another model."""
     backend = DedupBackend(inner := EchoBackend())
     backend.submit(QUERY).result()
     inner.settings = replace(inner.settings, model="another")
@@ -70,22 +70,26 @@ def test_answers_of_another_model_are_not_kept() -> None:
         replace(QUERY, sampling=Sampling(temperature=1.0, seed=4)),
     ],
 )
-def test_other_questions_are_not_the_same(other: Query) -> None:
+def test_different_queries_are_not_shared(other: Query) -> None:
     backend = DedupBackend(inner := EchoBackend())
     backend.submit(QUERY)
     backend.submit(other)
     assert inner.model_calls == 2
 
 
-def test_a_drawn_answer_is_shared_by_equal_seeds_alone() -> None:
+def test_sampled_answers_are_shared_between_equal_seeds_only() -> None:
     backend = DedupBackend(inner := EchoBackend())
-    drawn = replace(QUERY, sampling=Sampling(temperature=1.0, seed=4))
-    for query in (drawn, replace(drawn, chat_id="2"), replace(drawn, sampling=Sampling(seed=5))):
+    sampled = replace(QUERY, sampling=Sampling(temperature=1.0, seed=4))
+    for query in (
+        sampled,
+        replace(sampled, chat_id="2"),
+        replace(sampled, sampling=Sampling(seed=5)),
+    ):
         backend.submit(query)
     assert inner.model_calls == 2
 
 
-def test_the_answer_goes_on_until_the_last_who_waits_has_left() -> None:
+def test_a_generation_is_cancelled_with_its_last_waiter() -> None:
     held = HeldBackend()
     backend = DedupBackend(held)
     first, second = backend.submit(QUERY), backend.submit(SAME)
@@ -94,25 +98,25 @@ def test_the_answer_goes_on_until_the_last_who_waits_has_left() -> None:
     second.cancel()
     assert held.futures[0].cancelled()
     backend.submit(QUERY)
-    assert len(held.futures) == 2, "a question that was given up is asked anew"
+    assert len(held.futures) == 2, "a query after the cancellation starts a new generation"
 
 
-def test_who_joins_a_stream_gets_its_beginning_too() -> None:
-    held = TalkingBackend()
+def test_joining_a_stream_delivers_its_text_so_far() -> None:
+    held = StreamingBackend()
     backend = DedupBackend(held)
     first: list[str] = []
     second: list[str] = []
     backend.submit(QUERY, first.append)
-    say = held.on_texts[0]
-    assert say is not None
-    say("It is")
+    emit = held.on_texts[0]
+    assert emit is not None
+    emit("It is")
     backend.submit(SAME, second.append)
-    say(" a force.")
+    emit(" a force.")
     assert (first, second) == (["It is", " a force."], ["It is", " a force."])
     assert len(held.futures) == 1
 
 
-def test_an_urgent_question_does_not_wait_for_one_that_is_not() -> None:
+def test_an_interactive_query_does_not_join_batch_work() -> None:
     held = HeldBackend()
     backend = DedupBackend(held)
     backend.submit(QUERY)
@@ -120,12 +124,12 @@ def test_an_urgent_question_does_not_wait_for_one_that_is_not() -> None:
     assert len(held.futures) == 2
 
 
-def test_failures_are_not_kept() -> None:
+def test_errors_are_not_cached() -> None:
     held = HeldBackend()
     backend = DedupBackend(held)
     first, second = backend.submit(QUERY), backend.submit(SAME)
-    held.futures[0].set_result(failure(QUERY, "no luck", ErrorCode.INTERNAL))
-    assert (first.result().error, second.result().chat_id) == ("no luck", "2")
+    held.futures[0].set_result(failure(QUERY, "out of memory", ErrorCode.INTERNAL))
+    assert (first.result().error, second.result().chat_id) == ("out of memory", "2")
     third = backend.submit(QUERY)
     held.futures[1].set_exception(BackendError("gone"))
     with pytest.raises(BackendError, match="gone"):
@@ -136,11 +140,11 @@ def test_failures_are_not_kept() -> None:
         fourth.result()
 
 
-def test_only_the_latest_answers_are_kept() -> None:
+def test_the_cache_holds_the_most_recent_answers() -> None:
     backend = DedupBackend(inner := EchoBackend())
-    for number in range(MAX_KEPT + 1):
+    for number in range(MAX_CACHED + 1):
         backend.submit(replace(QUERY, messages=(Message("user", f"What is {number}?"),)))
-    backend.submit(replace(QUERY, messages=(Message("user", f"What is {MAX_KEPT}?"),)))
-    assert inner.model_calls == MAX_KEPT + 1
+    backend.submit(replace(QUERY, messages=(Message("user", f"What is {MAX_CACHED}?"),)))
+    assert inner.model_calls == MAX_CACHED + 1
     backend.submit(replace(QUERY, messages=(Message("user", "What is 0?"),)))
-    assert inner.model_calls == MAX_KEPT + 2
+    assert inner.model_calls == MAX_CACHED + 2

@@ -1,0 +1,79 @@
+"""Queries that ask for several answers (`n` > 1): one generation per answer, one result."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+from smolcli.backends.base import complete_future
+from smolcli.protocol.query import derived_seed
+from smolcli.types import Query, Result, Timings, Usage
+
+
+def submit_each(query: Query, submit: Callable[[Query, bool], Future[Result]]) -> Future[Result]:
+    """Submit one query for each answer and combine their results.
+
+    Args:
+        query: asks for `n` answers.
+        submit: submits one query; its second argument tells whether it is the first.
+
+    Returns:
+        The result with all answers, or the first error. Cancelling it cancels all generations.
+    """
+    return _combined([submit(each, index == 0) for index, each in enumerate(_split(query))])
+
+
+def _split(query: Query) -> list[Query]:
+    """One query per answer; the first answer equals that of the same query with n=1."""
+    seed = query.sampling.seed
+    seeds = [seed, *(derived_seed(seed, str(index)) for index in range(1, query.n))]
+    return [replace(query, n=1, sampling=replace(query.sampling, seed=s)) for s in seeds]
+
+
+def _combined(futures: Sequence[Future[Result]]) -> Future[Result]:
+    combined: Future[Result] = Future()
+
+    def cancel_all(_: Future[Result]) -> None:
+        for future in futures:
+            future.cancel()
+
+    def finish(_: Future[Result]) -> None:
+        if not all(future.done() for future in futures):
+            return
+        if any(future.cancelled() for future in futures):
+            combined.cancel()
+        else:
+            error = next((e for future in futures if (e := future.exception())), None)
+            complete_future(combined, error or _merged([future.result() for future in futures]))
+
+    combined.add_done_callback(cancel_all)
+    for future in futures:
+        future.add_done_callback(finish)
+    return combined
+
+
+def _merged(results: list[Result]) -> Result:
+    if failed := next((result for result in results if result.is_error), None):
+        return failed
+    first, *others = results
+    return replace(
+        first, alternatives=tuple(others), usage=_usage(results), timings=_timings(results)
+    )
+
+
+def _usage(results: list[Result]) -> Usage | None:
+    """Tokens of all answers; the prompt they share counts once."""
+    usages = [result.usage for result in results if result.usage is not None]
+    if len(usages) < len(results):
+        return None
+    return Usage(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages))
+
+
+def _timings(results: list[Result]) -> Timings | None:
+    timings = [result.timings for result in results if result.timings is not None]
+    if not timings:
+        return None
+    return Timings(
+        queue_s=min(t.queue_s for t in timings),
+        first_token_s=min(t.first_token_s for t in timings),
+        total_s=max(t.total_s for t in timings),
+    )

@@ -1,0 +1,283 @@
+"""Sending queries to one server: as a batch, one by one, or as a stream."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx2 as httpx
+
+from smolcli.backends.base import PendingQuery, complete_future
+from smolcli.backends.remote.upstream import Unavailable, Upstream, check_status
+from smolcli.backends.remote.wire import (
+    Dialect,
+    MalformedAnswer,
+    chat_body,
+    completion_body,
+    load_object,
+    logprobs_of,
+    parse_batch,
+    parse_completion,
+    parse_error,
+    parse_record,
+    to_result,
+)
+from smolcli.errors import BackendError, QueryError
+from smolcli.types import Result, Timings, failure
+
+NDJSON = "application/x-ndjson"
+_NO_SUCH_ROUTE = (404, 405, 501)
+_BATCH_FAILED = (*_NO_SUCH_ROUTE, 400, 413, 415, 422, 500)
+
+
+@dataclass(eq=False)
+class RemoteQuery(PendingQuery):
+    """A query on its way to a server."""
+
+    task: asyncio.Task[None] | None = None  # that serves this query alone
+    sent_at: float = 0.0
+    first_text_at: float = 0.0
+    fault: str = "the batch ended early"  # why there is no result yet
+
+    def show(self, text: str) -> None:
+        """Pass on a piece of the answer."""
+        if text:
+            self.first_text_at = self.first_text_at or time.perf_counter()
+            if self.on_text and self.is_open:
+                self.on_text(text)
+
+    def complete(self, result: Result) -> None:
+        """Deliver the result, with timings as seen from here."""
+        now = time.perf_counter()
+        timings = Timings(
+            queue_s=self.sent_at - self.submitted_at,
+            first_token_s=(self.first_text_at or now) - self.submitted_at,
+            total_s=now - self.submitted_at,
+        )
+        complete_future(self.future, replace(result, timings=timings))
+
+
+class BatchFailed(Exception):
+    """Queries could not be answered as one batch.
+
+    Args:
+        is_route_missing: whether the server takes no batches at all.
+    """
+
+    def __init__(self, is_route_missing: bool) -> None:
+        super().__init__()
+        self.is_route_missing = is_route_missing
+
+
+async def send(upstream: Upstream, queries: list[RemoteQuery], slots: asyncio.Semaphore) -> None:
+    """Have a server answer queries; each is completed as soon as its result arrives.
+
+    Args:
+        upstream: the server.
+        queries: sent as one batch, unless there is only one and it is interactive or streamed.
+        slots: bounds the number of queries that are sent one by one.
+
+    Raises:
+        Unavailable: queries that are still open need a retry; the server is backing off.
+    """
+    queries = [query for query in queries if _is_supported(upstream, query)]
+    upstream.in_flight.update(queries)
+    for query in queries:
+        query.sent_at = query.sent_at or time.perf_counter()
+    try:
+        if upstream.takes_batches and not _is_single(queries):
+            await _try_batch(upstream, queries)
+        await _send_each(upstream, [query for query in queries if query.is_open], slots)
+    finally:
+        upstream.in_flight.difference_update(queries)
+
+
+def _is_single(queries: list[RemoteQuery]) -> bool:
+    if len(queries) == 1:
+        return queries[0].is_interactive or queries[0].on_text is not None
+    return not queries
+
+
+def _is_supported(upstream: Upstream, pending: RemoteQuery) -> bool:
+    """Whether the server's API can express a query; completes it with an error if not."""
+    try:
+        chat_body(pending.query, upstream.dialect)
+    except QueryError as exc:
+        pending.complete(failure(pending.query, str(exc), exc.code, exc.field))
+        return False
+    return True
+
+
+async def _try_batch(upstream: Upstream, queries: list[RemoteQuery]) -> None:
+    """Answer what can be answered as a batch, and remember if the server takes none."""
+    try:
+        await _send_batch(upstream, queries)
+    except BatchFailed as exc:
+        if exc.is_route_missing:
+            upstream.mark_batch_route_missing()
+    except Unavailable as exc:
+        upstream.back_off(exc)
+        raise
+
+
+async def _send_batch(upstream: Upstream, queries: list[RemoteQuery]) -> None:
+    body = {"queries": [chat_body(pending.query, upstream.dialect) for pending in queries]}
+    async with upstream.post("/generate_batch", body, f"{NDJSON}, */*;q=0.5") as response:
+        if response.status_code in _BATCH_FAILED:
+            raise BatchFailed(response.status_code in _NO_SUCH_ROUTE)
+        check_status(response, upstream.url)
+        try:
+            await _read_batch(upstream, response, queries)
+        except MalformedAnswer as exc:
+            raise BatchFailed(is_route_missing=True) from exc
+    if left := next((pending for pending in queries if pending.is_open), None):
+        raise Unavailable(f"{upstream.url}: {left.fault}")
+
+
+async def _read_batch(
+    upstream: Upstream, response: httpx.Response, queries: list[RemoteQuery]
+) -> None:
+    if response.headers.get("Content-Type", "").partition(";")[0] == NDJSON:
+        async for line in _lines(response):
+            record = load_object(line)
+            pending = _at(queries, record.pop("index", None))
+            _settle(upstream, pending, parse_record(record, pending.query, upstream.dialect))
+        return
+    body = load_object(await response.aread())
+    results = parse_batch(body, [pending.query for pending in queries], upstream.dialect)
+    for pending, result in zip(queries, results, strict=True):
+        _settle(upstream, pending, result)
+
+
+def _at(queries: list[RemoteQuery], index: object) -> RemoteQuery:
+    if not isinstance(index, int) or not 0 <= index < len(queries):
+        raise MalformedAnswer("a result has no place in the batch")
+    return queries[index]
+
+
+def _settle(upstream: Upstream, pending: RemoteQuery, result: Result) -> None:
+    """Complete a query, unless its error is transient."""
+    if result.error_code is not None and result.error_code.is_transient:
+        pending.fault = str(result.error)
+    else:
+        pending.complete(result)
+        upstream.in_flight.discard(pending)
+
+
+async def _send_each(
+    upstream: Upstream, queries: list[RemoteQuery], slots: asyncio.Semaphore
+) -> None:
+    sending = (_send_one(upstream, pending, slots) for pending in queries)
+    outcomes = await asyncio.gather(*sending, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+
+
+async def _send_one(upstream: Upstream, pending: RemoteQuery, slots: asyncio.Semaphore) -> None:
+    pending.task = asyncio.current_task()
+    try:
+        async with _slot(upstream, pending, slots):
+            if not upstream.is_ready:  # another query found out while this one waited
+                raise Unavailable(upstream.reason)
+            if pending.is_open:
+                pending.complete(await _result(upstream, pending))
+    except (BackendError, MalformedAnswer) as exc:
+        pending.fail(BackendError(f"{upstream.url}: {exc}"))
+    except Unavailable as exc:
+        upstream.back_off(exc)
+        if not pending.first_text_at:
+            raise
+        pending.fail(BackendError(f"the answer was interrupted: {exc}"))
+    finally:
+        pending.task = None
+        upstream.in_flight.discard(pending)
+
+
+def _slot(
+    upstream: Upstream, pending: RemoteQuery, slots: asyncio.Semaphore
+) -> AbstractAsyncContextManager[None]:
+    """A stream from a smol server needs no slot: that server limits itself."""
+    is_free = upstream.dialect is Dialect.SMOL and pending.on_text is not None
+    return nullcontext() if is_free else slots
+
+
+async def _result(upstream: Upstream, pending: RemoteQuery) -> Result:
+    """The result of a query that is sent alone."""
+    query, dialect = pending.query, upstream.dialect
+    is_stream = pending.on_text is not None and dialect is not Dialect.PLAIN and query.n == 1
+    if is_completion := is_stream or dialect is Dialect.OPENAI:
+        body = completion_body(query, upstream.model, dialect, is_stream)
+    else:
+        body = chat_body(query, dialect)
+    path = "/v1/chat/completions" if is_completion else "/chat"
+    async with upstream.post(path, body) as response:
+        check_status(response, upstream.url)
+        if response.status_code in _NO_SUCH_ROUTE:
+            raise BackendError(f"{path} answered {response.status_code}; is it a model server?")
+        if response.status_code != 200:
+            result = parse_error(await _error_body(response), query, response.status_code)
+        elif is_stream:
+            result = await _read_stream(response, pending)
+        elif is_completion:
+            result = parse_completion(load_object(await response.aread()), query)
+        else:
+            result = parse_record(load_object(await response.aread()), query, dialect)
+    if result.error_code is not None and result.error_code.is_transient:
+        raise Unavailable(f"{upstream.url}: {result.error}")
+    if not is_stream:
+        pending.show(result.response or "")
+    return result
+
+
+async def _error_body(response: httpx.Response) -> dict[str, Any]:
+    try:
+        body = load_object(await response.aread())
+    except MalformedAnswer:
+        body = {}
+    has_reason = any(body.get(name) for name in ("error", "detail", "message"))
+    return body if has_reason else {"error": f"the upstream server answered {response.status_code}"}
+
+
+async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result:
+    """Pass on the pieces of an answer as they arrive."""
+    pieces: list[str] = []
+    logprobs: list[dict[str, Any]] = []
+    finish_reason = usage = None
+    is_done = False
+    try:
+        async for line in _lines(response):
+            data = line.removeprefix(b"data:").strip()
+            is_done = is_done or data == b"[DONE]"
+            if is_done or not line.startswith(b"data:"):
+                continue
+            chunk = load_object(data)
+            if "error" in chunk:
+                return parse_error(chunk, pending.query)
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"]:
+                finish_reason = choice.get("finish_reason") or finish_reason
+                logprobs += logprobs_of(choice)
+                pieces.append(choice["delta"].get("content") or "")
+                pending.show(pieces[-1])
+    except (LookupError, TypeError, AttributeError) as exc:
+        raise MalformedAnswer("the stream does not consist of chat completion chunks") from exc
+    if not is_done:
+        raise Unavailable("the stream ended early")
+    text = "".join(pieces).strip()
+    record = {"response": text, "finish_reason": finish_reason, "logprobs": logprobs}
+    return to_result(pending.query, [record], usage)
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The lines of a body. Only \\n ends a line: text may hold Unicode's other line breaks."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield line.strip()
+    if rest.strip():
+        yield rest.strip()
