@@ -1,4 +1,4 @@
-"""Runs without a command line: to their end, until they are killed, or without a package."""
+"""Helpers that run `run_file` in this process, in one to be killed, or without a package."""
 
 import json
 import pickle
@@ -41,7 +41,7 @@ def answer(
 
 
 def no_backend(settings: EngineSettings) -> Backend:
-    raise AssertionError("there was nothing to load a model for")
+    raise AssertionError("the backend must not be opened")
 
 
 def results(path: Path) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 
 def answer_until_killed(job: RunSettings, seconds: float, seconds_each: float) -> int:
-    """Kill a run so long after its backend is open; gives the exit status."""
+    """Kill a run `seconds` after its backend opened; returns the exit status."""
     folder = str(Path(__file__).parent)
     command = [sys.executable, "-c", SLOW_RUN, folder, pickle.dumps(job).hex(), str(seconds_each)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -61,7 +61,7 @@ def answer_until_killed(job: RunSettings, seconds: float, seconds_each: float) -
 
 
 def smol_without(package: str, *args: object) -> "subprocess.CompletedProcess[bytes]":
-    """The command in an environment that lacks a package."""
+    """Run the command as if `package` were not installed."""
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "from smolcli.cli.main import app\n"

@@ -1,4 +1,4 @@
-"""OpenAI's batch format through `run_file` and `--check`, with failed lines split off or not."""
+"""OpenAI's batch format in `run_file` and `--check`, with and without `--errors`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ MESSAGES = [{"role": "user", "content": "one two"}]
 
 
 def request(custom_id: object = "a", **body: Any) -> dict[str, Any]:
-    """A line as OpenAI's guide has it."""
+    """A request line as in OpenAI's documentation."""
     whole = {"model": "gpt-4o-mini", "messages": MESSAGES} | body
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": whole}
 
@@ -47,12 +47,12 @@ LINES = [
 
 @pytest.fixture
 def job(tmp_path: Path) -> RunSettings:
-    """A run of LINES, the fourth of them blank."""
+    """A run of LINES with a blank fourth line."""
     return write(RunSettings(tmp_path / "in.jsonl", tmp_path / "out.jsonl", seed=5), LINES)
 
 
 def write(job: RunSettings, lines: list[Any]) -> RunSettings:
-    """Make these the lines of the input; strings stay as they are."""
+    """Write the lines of the input; strings are written as they are."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     job.input.write_text("\n".join([*texts[:3], "", *texts[3:]]) + "\n", "utf-8")
     return job
@@ -65,25 +65,25 @@ def failure(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_request_gets_a_response(job: RunSettings) -> None:
-    report = answer(job)
+    statistics = answer(job)
     got = [(r["custom_id"], r["response"]["status_code"]) for r in results(job.output)]
     assert got == [
         ("a", 200), ("b", 400), ("c", 200), ("a", 400), ("d", 400), (None, 400), ("e", 200),
     ]  # fmt: skip
-    assert report.failed == {
+    assert statistics.failed == {
         "duplicate_chat_id": 1, "invalid_json": 1, "invalid_value": 1, "unknown_field": 1,
     }  # fmt: skip
     assert all(record["error"] is None for record in results(job.output))
 
 
-def test_the_sample_runs(job: RunSettings) -> None:
+def test_sample_file(job: RunSettings) -> None:
     sample = Path(__file__).parents[1] / "sample_inputs" / "openai_batch.jsonl"
     answer(replace(job, input=sample))
     statuses = [r["response"]["status_code"] for r in results(job.output)]
     assert statuses == [200, 200, 400, 400, 200, 400]
 
 
-def test_an_answer_is_in_openais_shape(job: RunSettings) -> None:
+def test_answer_has_openais_shape(job: RunSettings) -> None:
     answer(job)
     record = results(job.output)[0]
     assert list(record) == ["id", "custom_id", "response", "error"]
@@ -96,7 +96,7 @@ def test_an_answer_is_in_openais_shape(job: RunSettings) -> None:
     assert completion.usage.total_tokens == 3
 
 
-def test_a_refusal_says_which_line_and_why(job: RunSettings) -> None:
+def test_error_names_line_and_parameter(job: RunSettings) -> None:
     answer(job)
     _, tools, _, duplicate, url, torn, _ = results(job.output)
     assert failure(tools) == {
@@ -112,7 +112,7 @@ def test_a_refusal_says_which_line_and_why(job: RunSettings) -> None:
     assert failure(torn)["code"] == "invalid_json"
 
 
-def test_a_check_finds_what_a_run_finds(job: RunSettings) -> None:
+def test_check_finds_the_same_errors_as_a_run(job: RunSettings) -> None:
     answer(job)
     found = [item.error for item in check_input(job, None) if isinstance(item, Result)]
     written = results(job.output)
@@ -120,7 +120,7 @@ def test_a_check_finds_what_a_run_finds(job: RunSettings) -> None:
 
 
 def only_error(job: RunSettings, line: object) -> tuple[str | None, str, str | None]:
-    """What is wrong with a line that stands between two good ones."""
+    """The error of a line between two valid ones: id, message and field."""
     write(job, [request("first"), line, request("last")])
     items = list(check_input(job, None))
     assert [isinstance(item, Query) for item in items] == [True, False, True]
@@ -141,14 +141,14 @@ def only_error(job: RunSettings, line: object) -> tuple[str | None, str, str | N
         ({"priority": 1}, "'priority' is not supported here", "priority"),
     ],
 )
-def test_a_line_follows_openais_rules(
+def test_invalid_line_fields_are_named(
     job: RunSettings, change: dict[str, Any], said: str, field: str
 ) -> None:
     assert only_error(job, request("b") | change)[1:] == (said, field)
 
 
 @pytest.mark.parametrize("name", ["custom_id", "method", "url", "body"])
-def test_no_part_of_a_line_may_be_missing(job: RunSettings, name: str) -> None:
+def test_every_line_field_is_required(job: RunSettings, name: str) -> None:
     line = request("b")
     del line[name]
     assert only_error(job, line)[1:] == (f"{name} is required", name)
@@ -158,27 +158,27 @@ def test_no_part_of_a_line_may_be_missing(job: RunSettings, name: str) -> None:
     "body",
     [{"tools": []}, {"top_logprobs": 99}, {"temperature": -1}, {"messages": []}, {"max_tokens": 0}],
 )
-def test_a_body_is_judged_as_the_server_does(job: RunSettings, body: dict[str, Any]) -> None:
+def test_body_is_validated_like_a_server_request(job: RunSettings, body: dict[str, Any]) -> None:
     line = request("b", **body)
     with pytest.raises(QueryError) as caught:
         parse_completion(line["body"], QueryDefaults(), "b")
     assert only_error(job, line) == ("b", str(caught.value), caught.value.field)
 
 
-def test_a_stream_cannot_be_had(job: RunSettings) -> None:
+def test_streaming_is_refused(job: RunSettings) -> None:
     line = request("b", stream=True)
     assert only_error(job, line) == ("b", "stream cannot be true in a batch", "stream")
 
 
-def test_whatever_model_is_named_or_none_answers_come(job: RunSettings) -> None:
-    """vLLM's files may leave it out; OpenAI's name models that are not here."""
+def test_model_name_is_ignored(job: RunSettings) -> None:
+    """vLLM's files may omit it, and OpenAI's name models that are not available here."""
     nameless = request("b")
     del nameless["body"]["model"]
     write(job, [request("a", model="o3"), nameless, request("c", model="m")])
     assert answer(job).num_answered == 3
 
 
-def test_formats_do_not_mix(job: RunSettings) -> None:
+def test_formats_must_not_be_mixed(job: RunSettings) -> None:
     own = {"chat_id": "x", "user_prompt": "Hi"}
     _, said, _ = only_error(job, own)
     assert "the file is in OpenAI's batch format" in said
@@ -188,7 +188,7 @@ def test_formats_do_not_mix(job: RunSettings) -> None:
     assert "the file is in smol's own" in str(error.error)
 
 
-UNSOUND = [
+INVALID_FIRST_LINES = [
     "oops, a log line",
     "{}",
     "[]",
@@ -201,7 +201,7 @@ UNSOUND = [
 ]
 
 
-@pytest.mark.parametrize("first", UNSOUND)
+@pytest.mark.parametrize("first", INVALID_FIRST_LINES)
 def test_an_invalid_first_line_does_not_decide_the_format(job: RunSettings, first: object) -> None:
     """One bad line used to make every line after it an error of the other format."""
     answer(write(job, [first, request("b"), request("c")]))
@@ -222,14 +222,14 @@ def test_an_integer_custom_id_is_returned_as_its_text(job: RunSettings) -> None:
     assert [record["custom_id"] for record in results(job.output)] == ["7", "8"]
 
 
-def test_columns_of_the_same_names_do_not_make_a_batch(job: RunSettings) -> None:
+def test_extra_columns_with_openai_names_do_not_select_the_batch_format(job: RunSettings) -> None:
     line = {"chat_id": "a", "user_prompt": "Hi", "url": "x", "body": "y"}
     job = replace(job, defaults=QueryDefaults(extra_fields="keep"))
     answer(write(job, [line]))
     assert results(job.output)[0]["metadata"] == {"url": "x", "body": "y"}
 
 
-def test_a_custom_id_seeds_as_a_chat_id_does(job: RunSettings, tmp_path: Path) -> None:
+def test_custom_id_seeds_sampling_like_chat_id(job: RunSettings, tmp_path: Path) -> None:
     answer(write(job, [request("a")]))
     own = replace(job, output=tmp_path / "own.jsonl")
     answer(write(own, [{"chat_id": "a", "messages": MESSAGES}]))
@@ -237,7 +237,7 @@ def test_a_custom_id_seeds_as_a_chat_id_does(job: RunSettings, tmp_path: Path) -
     assert batch["response"]["body"]["choices"][0]["message"]["content"] == line["response"]
 
 
-def test_equal_runs_give_equal_bytes_with_ids_of_their_own(job: RunSettings) -> None:
+def test_equal_runs_give_equal_bytes_and_other_seeds_other_ids(job: RunSettings) -> None:
     answer(job)
     again = replace(job, output=job.output.with_name("again.jsonl"))
     answer(again)
@@ -249,8 +249,8 @@ def test_equal_runs_give_equal_bytes_with_ids_of_their_own(job: RunSettings) -> 
     assert not {r["id"] for r in results(other.output)} & set(ids)
 
 
-def test_structure_likelihoods_and_several_answers(job: RunSettings, tiny_folder: Path) -> None:
-    """By the code of /v1: what the server takes in a body, a line takes."""
+def test_structured_output_logprobs_and_n(job: RunSettings, tiny_folder: Path) -> None:
+    """A line accepts whatever /v1 accepts in a body."""
     schema = {"type": "integer", "minimum": 0, "maximum": 99}
     held = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     engine = EngineSettings(str(tiny_folder), dtype="float32", max_batch_size=4, kv_cache_mb=64)
@@ -271,8 +271,8 @@ def test_structure_likelihoods_and_several_answers(job: RunSettings, tiny_folder
     assert (failure(refused)["param"], failure(cut)["code"]) == ("stop", "incomplete_json")
 
 
-def test_several_answers_are_drawn_as_openai_draws(job: RunSettings) -> None:
-    """In OpenAI's words alone, and only where there is no temperature."""
+def test_n_above_one_samples_at_openais_temperature(job: RunSettings) -> None:
+    """Only in OpenAI's format, and only if no temperature is given."""
     left_open, told = [
         parse_completion(request(**body)["body"], QueryDefaults(), "a").query
         for body in ({"n": 2}, {"n": 2, "temperature": 1})
@@ -289,13 +289,13 @@ def test_several_answers_are_drawn_as_openai_draws(job: RunSettings) -> None:
 
 
 def smol_run(job: RunSettings, *args: str) -> int:
-    """The exit code of the command."""
+    """Run the command; returns its exit code."""
     given = ["run", str(job.input), "-o", str(job.output), "--seed", "5", *args]
     return CliRunner().invoke(app, given, obj=EchoBackend).exit_code
 
 
-def test_the_commands_temperature_is_that_of_several_answers_too(job: RunSettings) -> None:
-    """A run at 0 refuses them, so it does not go on with what another one drew."""
+def test_temperature_option_applies_to_n_above_one(job: RunSettings) -> None:
+    """At temperature 0 such a query is an error, so that run must not resume a sampled one."""
     write(job, [request("a", n=2)])
     assert smol_run(job) == smol_run(job) == 0
     assert smol_run(job, "--temperature", "0") == 2
@@ -305,19 +305,19 @@ def test_the_commands_temperature_is_that_of_several_answers_too(job: RunSetting
     assert load_manifest(job.output).generation["several_temperature"] == 0.7
 
 
-def test_it_is_nothing_to_smols_own_lines(job: RunSettings) -> None:
+def test_temperature_of_several_answers_does_not_affect_own_format(job: RunSettings) -> None:
     write(job, [{"chat_id": "a", "user_prompt": "Hi"}])
     assert smol_run(job) == smol_run(job, "--temperature", "0") == 0
 
 
-def test_timings_come_on_request(job: RunSettings) -> None:
+def test_timings_are_optional(job: RunSettings) -> None:
     answer(replace(job, with_timings=True))
     assert results(job.output)[0]["timings"]["total_s"] == 0.02
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="/dev/fd")
-def test_from_a_pipe_to_a_pipe(job: RunSettings, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    """The format of a stream shows with its first line."""
+def test_pipe_to_pipe(job: RunSettings, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """The format of a stream is detected from its first line."""
     read_end, write_end = os.pipe()
     with os.fdopen(write_end, "wb") as pipe:
         pipe.write(job.input.read_bytes())
@@ -328,10 +328,10 @@ def test_from_a_pipe_to_a_pipe(job: RunSettings, capfdbinary: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("is_split", [False, True])
-def test_cut_off_anywhere_it_ends_as_if_undisturbed(
+def test_truncated_output_is_completed_identically(
     job: RunSettings, monkeypatch: pytest.MonkeyPatch, is_split: bool
 ) -> None:
-    """Truncated at many places, both files come out the same; `created` is the input's."""
+    """Both files end up the same for many truncations, including `created`."""
     monkeypatch.setattr("os.fsync", lambda fd: None)  # hundreds of runs
     answer(job)
     running = job.output.read_bytes()
@@ -340,20 +340,20 @@ def test_cut_off_anywhere_it_ends_as_if_undisturbed(
     answer(job)
     whole, bad = job.output.read_bytes(), errors.read_bytes() if errors else b""
     assert len(whole) + len(bad) == len(running)
-    unfinished = replace(load_manifest(job.output), report=None)
+    unfinished = replace(load_manifest(job.output), statistics=None)
     job = replace(job, overwrite=False)
     for num_bytes in range(0, len(running), 23):
         job.output.write_bytes(running[:num_bytes])
         if errors is not None:
             errors.unlink()
         save_manifest(unfinished, job.output)
-        report = answer(job)
-        assert report.num_lines == len(LINES)
+        statistics = answer(job)
+        assert statistics.num_lines == len(LINES)
         assert job.output.read_bytes() == whole
         assert errors is None or errors.read_bytes() == bad
 
 
-def test_created_is_the_inputs_age_as_of_the_first_run(job: RunSettings) -> None:
+def test_created_is_the_inputs_modification_time_at_the_first_run(job: RunSettings) -> None:
     os.utime(job.input, (0, 1_700_000_000))
     answer(replace(job, limit=1))
     os.utime(job.input, (0, 1_800_000_000))
@@ -383,8 +383,8 @@ FIELDS = {
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.fixed_dictionaries({}, optional=FIELDS), max_size=8))
-def test_rubbish_never_ends_a_run(job: RunSettings, lines: list[Any]) -> None:
-    """One response comes out for each line in, and a resume understands them all."""
+def test_garbage_lines_never_end_a_run(job: RunSettings, lines: list[Any]) -> None:
+    """Each line gets one response, and a resume can read all of them back."""
     write(job, [request("first"), *lines])
     answer(replace(job, overwrite=True))
     records = [
@@ -398,23 +398,23 @@ def test_rubbish_never_ends_a_run(job: RunSettings, lines: list[Any]) -> None:
 
 @pytest.fixture
 def split(job: RunSettings) -> RunSettings:
-    """A finished run with its failed lines split off."""
+    """A complete run with `--errors`."""
     job = replace(job, errors=job.output.with_name("bad.jsonl"))
     answer(job)
     return job
 
 
-def test_failed_lines_are_split_off(split: RunSettings) -> None:
+def test_failed_lines_are_moved_to_the_errors_file(split: RunSettings) -> None:
     assert split.errors is not None
     assert [r["custom_id"] for r in results(split.output)] == ["a", "c", "e"]
     assert [r["custom_id"] for r in results(split.errors)] == ["b", "a", "d", None]
     before = split.output.stat(), split.errors.stat()
-    report = answer(split, no_backend)
-    assert (report.num_answered, report.num_lines) == (3, 7)
-    assert (split.output.stat(), split.errors.stat()) == before, "left alone"
+    statistics = answer(split, no_backend)
+    assert (statistics.num_answered, statistics.num_lines) == (3, 7)
+    assert (split.output.stat(), split.errors.stat()) == before, "left untouched"
 
 
-def test_own_lines_are_split_off_too(job: RunSettings) -> None:
+def test_own_format_supports_errors_file(job: RunSettings) -> None:
     errors = job.output.with_name("bad.jsonl")
     write(job, [{"chat_id": "a", "user_prompt": "x"}, {"chat_id": "b"}])
     answer(replace(job, errors=errors))
@@ -422,7 +422,7 @@ def test_own_lines_are_split_off_too(job: RunSettings) -> None:
     assert [r["chat_id"] for r in results(errors)] == ["b"]
 
 
-def test_a_finished_output_may_be_split_later(job: RunSettings, split: RunSettings) -> None:
+def test_complete_output_can_be_split_later(job: RunSettings, split: RunSettings) -> None:
     late = replace(job, output=job.output.with_name("late.jsonl"))
     answer(late)
     late = replace(late, errors=job.output.with_name("late-bad.jsonl"))
@@ -433,14 +433,14 @@ def test_a_finished_output_may_be_split_later(job: RunSettings, split: RunSettin
     assert late.errors.read_bytes() == split.errors.read_bytes()
 
 
-def test_where_nothing_failed_there_is_no_file(job: RunSettings) -> None:
+def test_no_errors_file_without_failed_lines(job: RunSettings) -> None:
     errors = job.output.with_name("bad.jsonl")
     answer(replace(write(job, [request("a")]), errors=errors))
     assert not errors.exists()
 
 
-def test_killed_between_the_two_files_it_is_completed(split: RunSettings) -> None:
-    """First only the new file has the failed lines, then none but it; then the report is lost."""
+def test_killed_split_is_completed(split: RunSettings) -> None:
+    """Killed after either file was replaced, or before the manifest got its statistics."""
     assert split.errors is not None
     whole, bad = split.output.read_bytes(), split.errors.read_bytes()
     manifest = json.loads(manifest_path(split.output).read_bytes()) | {"report": None}
@@ -453,10 +453,10 @@ def test_killed_between_the_two_files_it_is_completed(split: RunSettings) -> Non
         manifest_path(split.output).write_text(json.dumps(manifest))
         answer(split, no_backend)
         assert (split.output.read_bytes(), split.errors.read_bytes()) == (whole, bad)
-        assert load_manifest(split.output).report is not None
+        assert load_manifest(split.output).statistics is not None
 
 
-def test_a_split_run_may_grow(job: RunSettings, split: RunSettings) -> None:
+def test_split_run_can_be_extended(job: RunSettings, split: RunSettings) -> None:
     other = replace(job, output=job.output.with_name("o"), errors=job.output.with_name("e"))
     answer(replace(other, limit=4))
     with pytest.raises(BackendError):
@@ -468,7 +468,7 @@ def test_a_split_run_may_grow(job: RunSettings, split: RunSettings) -> None:
     assert other.errors.read_bytes() == split.errors.read_bytes()
 
 
-def test_where_all_failed_the_output_is_empty(job: RunSettings) -> None:
+def test_output_is_empty_if_every_line_failed(job: RunSettings) -> None:
     errors = job.output.with_name("bad.jsonl")
     job = replace(write(job, [request("a", tools=[])]), errors=errors)
     answer(job)
@@ -476,9 +476,9 @@ def test_where_all_failed_the_output_is_empty(job: RunSettings) -> None:
     assert answer(job, no_backend).failed == {"unknown_field": 1}
 
 
-def test_split_off_lines_are_not_left_behind(split: RunSettings) -> None:
+def test_errors_file_must_not_be_left_behind(split: RunSettings) -> None:
     for errors in (None, split.output.with_name("other.jsonl")):
-        with pytest.raises(ResumeRefused, match=r"are in .*bad.jsonl; give that as --errors"):
+        with pytest.raises(ResumeRefused, match=r"are in .*bad.jsonl; pass it as --errors"):
             answer(replace(split, errors=errors), no_backend)
     assert split.errors is not None
     split.errors.unlink()
@@ -488,7 +488,7 @@ def test_split_off_lines_are_not_left_behind(split: RunSettings) -> None:
     assert len(results(split.errors)) == 4
 
 
-def test_a_file_of_errors_that_is_not_ours_is_left_alone(job: RunSettings) -> None:
+def test_foreign_errors_file_is_refused_and_kept(job: RunSettings) -> None:
     errors = job.output.with_name("bad.jsonl")
     errors.write_bytes(b"mine\n")
     job = replace(job, errors=errors)
@@ -500,26 +500,26 @@ def test_a_file_of_errors_that_is_not_ours_is_left_alone(job: RunSettings) -> No
     assert errors.read_bytes() == b"mine\n"
 
 
-def test_errors_need_files_of_their_own(job: RunSettings) -> None:
+def test_errors_file_must_not_be_another_file_of_the_run(job: RunSettings) -> None:
     for errors in (job.input, job.output, manifest_path(job.output), job.output.parent):
         with pytest.raises(UsageError):
             answer(replace(job, errors=errors), no_backend)
     for change in ({"output": Path("-")}, {"input": Path("-")}):
-        with pytest.raises(UsageError, match="--errors works on files"):
+        with pytest.raises(UsageError, match="--errors needs files"):
             answer(replace(job, errors=job.output.with_name("e"), **change), no_backend)
 
 
-def test_errors_replace_no_pipe_and_no_device(job: RunSettings) -> None:
-    """They are a file that is replaced in the end, which would remove /dev/null."""
+def test_errors_file_must_not_be_a_pipe_or_device(job: RunSettings) -> None:
+    """The file is replaced at the end, which would remove /dev/null."""
     pipe = job.output.with_name("pipe")
     os.mkfifo(pipe)
     for errors in (pipe, Path("/dev/null"), Path("-")):
-        with pytest.raises(UsageError, match="is no file"):
+        with pytest.raises(UsageError, match="must be a regular file"):
             answer(replace(job, errors=errors), no_backend)
     assert pipe.is_fifo()
 
 
-def test_a_line_of_another_run_is_refused(job: RunSettings) -> None:
+def test_line_of_another_run_is_refused(job: RunSettings) -> None:
     answer(replace(job, limit=1))
     foreign = results(job.output)[0] | {"id": "batch_req_0_2"}
     with job.output.open("ab") as file:
@@ -528,8 +528,8 @@ def test_a_line_of_another_run_is_refused(job: RunSettings) -> None:
         answer(job, no_backend)
 
 
-def test_killed_at_any_moment_it_resumes(job: RunSettings) -> None:
-    """Both files equal those of an undisturbed run, to the byte."""
+def test_run_killed_repeatedly_ends_with_the_same_bytes(job: RunSettings) -> None:
+    """Both files equal those of an undisturbed run."""
     lines = [request(str(n)) if n % 9 else request(str(n), tools=[]) for n in range(400)]
     job.input.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     whole = replace(job, output=job.output.with_name("whole"), errors=job.output.with_name("bad"))

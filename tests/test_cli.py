@@ -135,7 +135,7 @@ def test_a_run_that_failed_is_1_and_says_why_and_how_to_go_on(queries: Path) -> 
         (["--threads", "100000"], "--threads"),  # torch died of it: a segmentation fault
         (["--dtype", "float16"], "--dtype"),
         (["--no-such-option"], "--no-such-option"),
-        (["-o", "no/such/folder/out"], "no/such/folder/out cannot be a file"),
+        (["-o", "no/such/folder/out"], "cannot write no/such/folder/out"),
     ],
 )
 def test_wrong_usage_is_2(queries: Path, args: list[str], said: str) -> None:
@@ -306,7 +306,7 @@ def test_equal_questions_are_asked_once(tmp_path: Path, options: list[str], num_
     same.write_bytes(GOOD + GOOD.replace(b'"1"', b'"2"'))
     done = smol("run", same, *options)
     assert done.exit_code == 0, done.output
-    report = load_manifest(tmp_path / "same.results.jsonl").report
+    report = load_manifest(tmp_path / "same.results.jsonl").statistics
     assert report is not None
     assert (report["model_calls"], report["shared_queries"]) == (num_calls, 2 - num_calls)
 
@@ -419,7 +419,7 @@ def test_interrupted_is_130_and_the_same_command_goes_on(tmp_path: Path, tiny_fo
         running.send_signal(signal.SIGINT)
         _, said = running.communicate()
     assert running.returncode == 130
-    assert b"the same command goes on from there" in said
+    assert b"run the same command to resume" in said
     assert b"Traceback" not in said
     before = output.read_bytes()
     assert process(*args).returncode == 0

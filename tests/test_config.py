@@ -64,7 +64,7 @@ def test_what_is_on_can_be_turned_off(tmp_path: Path) -> None:
     queries.write_text('{"chat_id": 1, "user_prompt": "Hi"}\n{"chat_id": 2, "user_prompt": "Hi"}\n')
     assert smol("--config", path, "run", queries).exit_code == 0
     output = tmp_path / "in.results.jsonl"
-    report = load_manifest(output).report
+    report = load_manifest(output).statistics
     assert report is not None
     assert report["model_calls"] == 2
     assert "timings" in output.read_text()

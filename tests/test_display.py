@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on."""
+"""Progress and statistics of a run."""
 
 from pathlib import Path
 
@@ -15,36 +15,36 @@ BAD = Result("2", error="x", error_code=ErrorCode.INVALID_JSON)
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time of time.monotonic()."""
+    """Controls time.monotonic()."""
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     return now
 
 
-def test_the_rate_after_a_resume_is_this_sessions(clock: list[float]) -> None:
-    """A bar that counted what was there before would show an absurd speed at first."""
-    tally = StatisticsCollector()
+def test_throughput_counts_this_session_only(clock: list[float]) -> None:
+    """Counting resumed lines would show an absurd rate at first."""
+    statistics = StatisticsCollector()
     for _ in range(1000):
-        tally.add(GOOD)
-    tally.begin()
+        statistics.add(GOOD)
+    statistics.begin()
     clock[0] += 10
-    tally.add(GOOD)
-    assert tally.tokens_per_second == 10
-    report = tally.report(Counters(model_calls=7))
-    assert (report.num_lines, report.resumed_lines) == (1001, 1000)
-    assert (report.seconds, report.model_calls) == (10, 7)
+    statistics.add(GOOD)
+    assert statistics.tokens_per_second == 10
+    snapshot = statistics.snapshot(Counters(model_calls=7))
+    assert (snapshot.num_lines, snapshot.resumed_lines) == (1001, 1000)
+    assert (snapshot.seconds, snapshot.model_calls) == (10, 7)
 
 
-def test_a_line_in_the_log_every_ten_seconds(
+def test_progress_is_logged_every_ten_seconds(
     clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    shown, tally = LogProgress(), StatisticsCollector()
-    tally.begin()
-    shown.start(2500, tally)
+    shown, statistics = LogProgress(), StatisticsCollector()
+    statistics.begin()
+    shown.start(2500, statistics)
     for result in (GOOD, BAD, GOOD, GOOD):
         clock[0] += 6
-        tally.add(result)
+        statistics.add(result)
         shown.update()
     shown.stop()
     assert caplog.messages == [
@@ -53,19 +53,19 @@ def test_a_line_in_the_log_every_ten_seconds(
     ]
 
 
-def test_the_summary_has_all_there_is_to_say(caplog: pytest.LogCaptureFixture) -> None:
+def test_summary_rows(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    tally = StatisticsCollector()
-    tally.begin()
-    tally.add(GOOD)
-    tally.add(BAD)
-    LogProgress().summary(tally.report(Counters(model_calls=3)), Path("out.jsonl"))
+    statistics = StatisticsCollector()
+    statistics.begin()
+    statistics.add(GOOD)
+    statistics.add(BAD)
+    LogProgress().summary(statistics.snapshot(Counters(model_calls=3)), Path("out.jsonl"))
     names = [message.split("  ")[0] for message in caplog.messages]
     assert names == [
         "answered",
         "failed: invalid_json",
-        "tokens read",
-        "tokens written",
+        "prompt tokens",
+        "completion tokens",
         "seconds",
         "tokens per second",
         "model calls",
@@ -74,22 +74,22 @@ def test_the_summary_has_all_there_is_to_say(caplog: pytest.LogCaptureFixture) -
     ]
 
 
-def test_the_bar_shows_what_is_done(
+def test_bar_shows_done_and_failed_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
-    tally = StatisticsCollector()
-    tally.add(GOOD)
-    tally.begin()
+    statistics = StatisticsCollector()
+    statistics.add(GOOD)
+    statistics.begin()
     bar = BarProgress()
-    bar.start(4, tally)
+    bar.start(4, statistics)
     for result in (BAD, GOOD):
-        tally.add(result)
+        statistics.add(result)
         bar.update()
     bar.stop()
     bar.note("[one] sentence")
-    bar.summary(tally.report(), Path("out.jsonl"))
+    bar.summary(statistics.snapshot(), Path("out.jsonl"))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "3/4" in captured.err

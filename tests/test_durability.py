@@ -1,4 +1,4 @@
-"""`smol run` as a process that is killed: nothing lost, nothing written twice, the same bytes."""
+"""`smol run` as a process that is killed: no result lost or repeated, and the same bytes."""
 
 import json
 import random
@@ -20,7 +20,7 @@ DEADLINE_S = 240
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
-    """Good lines, bad lines and blank ones; settings of their own here and there."""
+    """Valid, invalid and blank lines; some queries have settings of their own."""
     source = random.Random(1)
     lines = []
     for number in range(1, NUM_LINES + 1):
@@ -42,7 +42,7 @@ def start(questions: Path, output: Path, model: Path, dtype: str) -> "subprocess
 
 
 def has_native_kernels(dtype: torch.dtype) -> bool:
-    """Whether company changes no answer here."""
+    """Whether answers are batch-invariant in this dtype on this machine."""
     try:
         return bool(load_kernels(dtype))
     except NoKernels:
@@ -54,7 +54,7 @@ def finish(process: "subprocess.Popen[bytes]") -> int:
 
 
 def kill_at_random(process: "subprocess.Popen[bytes]", output: Path, source: random.Random) -> None:
-    """Let it write a few lines more, or none, and kill it without warning."""
+    """Kill the process with SIGKILL after it has written a random number of bytes."""
     size = output.stat().st_size if output.exists() else 0
     grown = size + source.choice([0, 1, 500, 2000, 5000])
     deadline = time.monotonic() + DEADLINE_S
@@ -68,8 +68,13 @@ def kill_at_random(process: "subprocess.Popen[bytes]", output: Path, source: ran
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_killed_at_any_moment_it_resumes(questions: Path, tiny_folder: Path, dtype: str) -> None:
-    """All bytes equal an undisturbed run's; with torch's kernels in bfloat16, what is written."""
+def test_run_killed_repeatedly_ends_with_the_same_bytes(
+    questions: Path, tiny_folder: Path, dtype: str
+) -> None:
+    """The bytes equal those of an undisturbed run.
+
+    In bfloat16, torch's kernels are not batch-invariant; there, only written lines are kept.
+    """
     whole, torn = questions.with_name("whole.jsonl"), questions.with_name("torn.jsonl")
     assert finish(start(questions, whole, tiny_folder, dtype)) == 3
     source = random.Random(4)
@@ -87,12 +92,16 @@ def test_killed_at_any_moment_it_resumes(questions: Path, tiny_folder: Path, dty
     assert [r.get("error") for r in resumed] == [r.get("error") for r in expected]
     if dtype == "float32" or has_native_kernels(torch.bfloat16):
         assert torn.read_bytes() == whole.read_bytes()
-    assert finish(start(questions, torn, tiny_folder, dtype)) == 3, "a complete run is left alone"
+    assert finish(start(questions, torn, tiny_folder, dtype)) == 3, (
+        "a complete run is left untouched"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_interrupted_it_stops_and_says_how_to_go_on(questions: Path, tiny_folder: Path) -> None:
+def test_sigint_stops_the_run_and_explains_how_to_resume(
+    questions: Path, tiny_folder: Path
+) -> None:
     output = questions.with_name("out.jsonl")
     command = [sys.executable, "-m", "smolcli", "run", str(questions), "-o", str(output)]
     process = subprocess.Popen(
@@ -105,5 +114,5 @@ def test_interrupted_it_stops_and_says_how_to_go_on(questions: Path, tiny_folder
     process.send_signal(signal.SIGINT)
     _, talk = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert b"the same command goes on" in talk
+    assert b"run the same command to resume" in talk
     assert b"Traceback" not in talk

@@ -1,4 +1,4 @@
-"""The loop between reader, backend and writer: in order, bounded, prompt, and gone when told."""
+"""The pipeline between reader, backend and writer: ordered, bounded, prompt and cancellable."""
 
 import itertools
 import threading
@@ -27,7 +27,7 @@ def bad(number: int) -> Result:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 8))
-def test_every_item_has_its_result_in_order(are_good: list[bool], window: int) -> None:
+def test_results_come_in_input_order(are_good: list[bool], window: int) -> None:
     items = [query(n) if good else bad(n) for n, good in enumerate(are_good)]
     backend = SlowBackend(window)
     results = list(answer_all(items, backend))
@@ -36,7 +36,7 @@ def test_every_item_has_its_result_in_order(are_good: list[bool], window: int) -
     assert backend.most_unfinished <= window
 
 
-def test_a_result_is_handed_on_before_the_next_line_is_read() -> None:
+def test_result_is_yielded_before_the_next_item_is_read() -> None:
     received: list[Result] = []
 
     def items() -> Iterator[Query | Result]:
@@ -50,7 +50,7 @@ def test_a_result_is_handed_on_before_the_next_line_is_read() -> None:
 
 
 class SlowFirst(EchoBackend):
-    """Answers each question at once with the same text, but the first when told to."""
+    """Answers the first query on demand, and all others at once with the same text."""
 
     def __init__(self, text: str) -> None:
         super().__init__(window=4)
@@ -67,7 +67,7 @@ class SlowFirst(EchoBackend):
 
 
 @pytest.mark.parametrize(("text", "most"), [("", 10_000), ("x" * 1_000_000, 64)])
-def test_what_waits_behind_a_slow_line_is_bounded(text: str, most: int) -> None:
+def test_results_buffered_behind_a_slow_one_are_bounded(text: str, most: int) -> None:
     backend, asked = SlowFirst(text), itertools.count()
     items = (query(number) for number in asked)
     num_asked: list[int] = []
@@ -87,14 +87,14 @@ def test_what_waits_behind_a_slow_line_is_bounded(text: str, most: int) -> None:
     assert most * 0.9 < num_asked[-1] <= most
 
 
-def test_what_was_done_before_the_backend_died_comes_first() -> None:
+def test_results_before_a_backend_failure_are_yielded_first() -> None:
     results = answer_all((query(n) for n in range(10)), DyingBackend(num_answers=5, window=4))
     assert [next(results).line for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(BackendError, match="the engine died"):
         next(results)
 
 
-def test_a_backend_that_cancels_is_gone() -> None:
+def test_query_cancelled_by_the_backend_is_a_backend_error() -> None:
     backend = HeldBackend(window=3)
 
     def items() -> Iterator[Query]:
@@ -106,7 +106,7 @@ def test_a_backend_that_cancels_is_gone() -> None:
         next(answer_all(items(), backend))
 
 
-def test_what_is_unfinished_when_the_caller_stops_is_cancelled() -> None:
+def test_in_flight_queries_are_cancelled_when_the_caller_stops() -> None:
     backend = HeldBackend()
 
     def items() -> Iterator[Query]:
@@ -119,8 +119,8 @@ def test_what_is_unfinished_when_the_caller_stops_is_cancelled() -> None:
     assert [future.cancelled() for future in backend.futures] == [True, True]
 
 
-def test_results_do_not_wait_for_input_that_is_slow_to_come() -> None:
-    """Somebody who waits for an answer before asking on would wait forever."""
+def test_results_do_not_wait_for_slow_input() -> None:
+    """A client that waits for each answer before sending the next query would deadlock."""
     received = threading.Event()
 
     def items() -> Iterator[Query]:
@@ -136,7 +136,7 @@ def test_results_do_not_wait_for_input_that_is_slow_to_come() -> None:
     backend.close()
 
 
-def test_what_ends_the_input_early_is_raised_after_what_came_before() -> None:
+def test_input_error_is_raised_after_the_items_before_it() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise InputError("cut")

@@ -1,4 +1,4 @@
-"""`smol report`: what the page says of a run, and that it needs nothing but itself."""
+"""`smol report`: the contents of the page, and that it is self-contained."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from smolcli.batch.manifest import load_manifest
 from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import run_file
-from smolcli.batch.statistics import Pace
+from smolcli.batch.statistics import Throughput
 from smolcli.cli.main import app
 from smolcli.errors import BackendError, InputError
 from smolcli.html_report.charts import charts_of
@@ -30,7 +30,7 @@ NASTY = "<script>alert('$x^2$')</script>"
 
 
 class Timed(EchoBackend):
-    """Longer questions take longer."""
+    """Latency grows with the length of the prompt."""
 
     def answer(self, query: Query) -> Result:
         result = echo(query)
@@ -40,7 +40,7 @@ class Timed(EchoBackend):
 
 @pytest.fixture
 def job(tmp_path: Path) -> RunSettings:
-    """Twenty lines that can be answered and five that cannot."""
+    """Twenty valid lines and five invalid ones."""
     lines: list[dict[str, Any]] = [
         {"chat_id": f"{NASTY}{n}", "user_prompt": "word " * n} for n in range(1, 21)
     ]
@@ -59,7 +59,7 @@ def smol(*args: object) -> Any:
     return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-# what is gathered
+# statistics
 
 
 def test_every_line_is_counted(job: RunSettings) -> None:
@@ -72,24 +72,24 @@ def test_every_line_is_counted(job: RunSettings) -> None:
     assert [slow.line for slow in sorted(facts.slowest, reverse=True)] == [*range(20, 10, -1)]
 
 
-def test_a_run_that_is_cut_short_has_a_report(job: RunSettings) -> None:
+def test_incomplete_run_has_a_report(job: RunSettings) -> None:
     with pytest.raises(BackendError):
         run_file(job, lambda settings: DyingBackend(num_answers=3), LogProgress())
     job.output.write_bytes(job.output.read_bytes() + b'{"chat_id": "tor')
     facts = gather(job.output)
     assert facts.num_lines == 3
-    assert "This run has not ended" in render(facts)
+    assert "This run is not complete" in render(facts)
 
 
 @pytest.mark.parametrize("data", [b"nonsense", b"[]", b'{"chat_id": "1", "user_prompt": "Hi"}'])
-def test_what_is_no_result_says_so(tmp_path: Path, data: bytes) -> None:
+def test_file_without_results_is_an_error(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(data + b"\n")
     with pytest.raises(InputError, match=r"line 1 of .* is not a result"):
         gather(path)
 
 
-def test_a_table_is_reported_by_its_journal(job: RunSettings, tmp_path: Path) -> None:
+def test_table_is_reported_from_its_journal(job: RunSettings, tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     journal = tmp_path / "t.csv.jsonl"
     run(replace(job, output=journal, table=table, rows=RowSettings(None, "chat_id")))
@@ -103,29 +103,29 @@ def test_a_table_is_reported_by_its_journal(job: RunSettings, tmp_path: Path) ->
 
 
 @given(st.lists(st.tuples(st.integers(0, 500), st.floats(0, 20), st.floats(0, 300))))
-def test_a_pace_is_bounded_and_loses_no_token(answers: list[tuple[int, float, float]]) -> None:
-    pace, end_s = Pace(), 0.0
+def test_throughput_is_bounded_and_loses_no_tokens(answers: list[tuple[int, float, float]]) -> None:
+    throughput, end_s = Throughput(), 0.0
     for num_tokens, later_s, duration_s in answers:
         end_s += later_s
-        pace.add(num_tokens, end_s, duration_s)
-    record = pace.record()
+        throughput.add(num_tokens, end_s, duration_s)
+    record = throughput.record()
     if record is None:
         assert not answers
         return
-    assert len(record["tokens"]) <= Pace.MAX_INTERVALS
+    assert len(record["tokens"]) <= Throughput.MAX_INTERVALS
     assert len(record["tokens"]) * record["interval_s"] >= end_s
     assert sum(record["tokens"]) == pytest.approx(sum(n for n, _, _ in answers), abs=6.1)
 
 
-def test_an_answer_counts_while_it_was_written() -> None:
-    pace = Pace()
-    pace.add(40, end_s=4.0, duration_s=4.0)
-    pace.add(10, end_s=4.5, duration_s=0.0)
-    assert pace.record() == {"interval_s": 1.0, "tokens": [10.0, 10.0, 10.0, 10.0, 10.0]}
+def test_tokens_are_spread_over_the_decoding_time() -> None:
+    throughput = Throughput()
+    throughput.add(40, end_s=4.0, duration_s=4.0)
+    throughput.add(10, end_s=4.5, duration_s=0.0)
+    assert throughput.record() == {"interval_s": 1.0, "tokens": [10.0, 10.0, 10.0, 10.0, 10.0]}
 
 
-def test_the_manifest_keeps_the_pace(job: RunSettings) -> None:
-    report = load_manifest(run(job)).report
+def test_manifest_records_throughput(job: RunSettings) -> None:
+    report = load_manifest(run(job)).statistics
     assert report is not None
     assert sum(report["pace"]["tokens"]) == pytest.approx(report["completion_tokens"])
 
@@ -134,7 +134,7 @@ def test_the_manifest_keeps_the_pace(job: RunSettings) -> None:
 
 
 class Elements(HTMLParser):
-    """Every element that opens, with its attributes, and those left open."""
+    """Every element with its attributes, and the elements left open."""
 
     VOID = ("meta", "br")
 
@@ -157,7 +157,7 @@ class Elements(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_nothing_from_outside(job: RunSettings) -> None:
+def test_page_is_well_formed_and_self_contained(job: RunSettings) -> None:
     page = render(gather(run(job)))
     elements = Elements(page)
     assert elements.open == []
@@ -171,30 +171,30 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(job: RunSettings) -> N
     assert page == render(gather(job.output))
 
 
-def test_the_page_says_what_there_is_to_say(job: RunSettings) -> None:
+def test_page_contents(job: RunSettings) -> None:
     page = render(gather(run(job)))
     for said in ("unknown_field", "line 21", "median 10, 95 % up to 19", "20.20 s", "tokens/s"):
         assert said in page
     for setting in ("max new tokens", "float32", "torch", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         assert setting in page
     assert [chart.title for chart in charts_of(gather(job.output))] == [
-        "How lines ended",
+        "Outcomes",
         "Length of prompts",
         "Length of answers",
         "Throughput",
-        "Time for an answer",
+        "Latency",
     ]
 
 
-def test_without_timings_or_manifest_it_says_how_to_get_them(job: RunSettings) -> None:
+def test_page_explains_missing_timings_and_manifest(job: RunSettings) -> None:
     run(replace(job, with_timings=False))
     assert "smol run --timings" in render(gather(job.output))
     job.output.with_name("out.jsonl.manifest.json").unlink()
-    assert "There is no manifest" in render(gather(job.output))
+    assert "have no manifest" in render(gather(job.output))
 
 
 @pytest.mark.parametrize("lines", [[], [{"chat_id": "1"}], [{"chat_id": "1", "user_prompt": "x"}]])
-def test_the_smallest_runs_have_a_page(job: RunSettings, lines: list[Any]) -> None:
+def test_smallest_runs_have_a_page(job: RunSettings, lines: list[Any]) -> None:
     job.input.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert f"<dd>{len(lines)}</dd>" in render(gather(run(job)))
 
@@ -202,14 +202,14 @@ def test_the_smallest_runs_have_a_page(job: RunSettings, lines: list[Any]) -> No
 # the command
 
 
-def test_the_command_writes_a_page_and_a_picture(job: RunSettings, tmp_path: Path) -> None:
+def test_command_writes_page_and_png(job: RunSettings, tmp_path: Path) -> None:
     done = smol("report", run(job), "--png", tmp_path / "x.png")
     assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'out.report.html'}\n")
     assert (tmp_path / "out.report.html").read_text("utf-8").startswith("<!doctype html>")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_never_replaces_the_results(job: RunSettings) -> None:
+def test_command_never_replaces_the_results(job: RunSettings) -> None:
     before = run(job).read_bytes()
     for option in ("-o", "--png"):
         done = smol("report", job.output, option, job.output)
@@ -222,14 +222,14 @@ def test_the_command_never_replaces_the_results(job: RunSettings) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 @pytest.mark.parametrize("option", ["-o", "--png"])
-def test_a_full_disk_is_named(job: RunSettings, option: str) -> None:
-    """The error of a full disk has no name of a file, so it said `cannot write None`."""
+def test_full_disk_is_reported(job: RunSettings, option: str) -> None:
+    """ENOSPC errors carry no file name, so the message once said `cannot write None`."""
     done = smol("report", run(job), option, "/dev/full")
     assert done.exit_code == 1
     assert done.stderr == "smol: cannot write /dev/full: No space left on device\n"
 
 
-def test_without_matplotlib_the_extra_is_named(job: RunSettings) -> None:
+def test_missing_matplotlib_names_the_extra(job: RunSettings) -> None:
     done = smol_without("matplotlib", "report", run(job))
     assert done.returncode == 2
     assert b"pip install 'smolcli[report]'" in done.stderr

@@ -1,4 +1,4 @@
-"""`--retry-errors`: failed lines are asked again, and take their old places or none at all."""
+"""`--retry-errors`: failed lines are asked again, and the output is replaced as a whole or not."""
 
 import json
 import random
@@ -26,7 +26,7 @@ BATCH = [
     }
     for n in range(NUM_LINES)
 ]
-BAD = {9: "torn", 20: "{}"}  # numbers of lines, from 0: their faults are the input's own
+BAD = {9: "torn", 20: "{}"}  # invalid lines by index; retrying cannot help them
 
 
 class Flaky(EchoBackend):
@@ -39,7 +39,7 @@ class Flaky(EchoBackend):
 
 
 class Counting(EchoBackend):
-    """Answers all, and keeps whom."""
+    """Answers every query and records its id."""
 
     def __init__(self, settings: EngineSettings | None = None) -> None:
         super().__init__(settings)
@@ -52,66 +52,66 @@ class Counting(EchoBackend):
 
 @pytest.fixture(params=[OWN, BATCH], ids=["own", "batch"])
 def job(request: pytest.FixtureRequest, tmp_path: Path) -> RunSettings:
-    """A run of 40 lines in either format, two of them bad."""
+    """A run of 40 lines in either format, two of them invalid."""
     lines = [BAD.get(n) or json.dumps(line) for n, line in enumerate(request.param)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     return RunSettings(tmp_path / "in.jsonl", tmp_path / "out.jsonl", seed=5)
 
 
 @pytest.mark.parametrize("splits", [False, True])
-def test_only_failed_lines_are_asked_and_take_their_places(job: RunSettings, splits: bool) -> None:
+def test_only_failed_lines_are_asked_again(job: RunSettings, splits: bool) -> None:
     whole = replace(job, output=job.output.with_name("whole.jsonl"))
     job = replace(job, errors=job.output.with_name("bad.jsonl") if splits else None)
     if splits:
         whole = replace(whole, errors=job.output.with_name("whole-bad.jsonl"))
     answer(whole)
     answer(job, Flaky)
-    assert load_manifest(job.output).report is not None
+    assert load_manifest(job.output).statistics is not None
     backend = Counting()
-    report = answer(replace(job, retry_errors=True), lambda settings: backend)
+    statistics = answer(replace(job, retry_errors=True), lambda settings: backend)
     assert backend.seen == [str(n) for n in range(0, NUM_LINES, 4) if n not in BAD]
     assert job.output.read_bytes() == whole.output.read_bytes()
     if job.errors is not None:
         assert whole.errors is not None
         assert job.errors.read_bytes() == whole.errors.read_bytes()
-    assert (report.num_answered, report.resumed_lines) == (NUM_LINES - 2, 29)
-    written = load_manifest(job.output).report
+    assert (statistics.num_answered, statistics.resumed_lines) == (NUM_LINES - 2, 29)
+    written = load_manifest(job.output).statistics
     assert written is not None
     assert (written["num_answered"], written["num_lines"]) == (NUM_LINES - 2, NUM_LINES)
 
 
-def test_what_fails_again_keeps_its_error(job: RunSettings) -> None:
+def test_line_that_fails_again_keeps_its_error(job: RunSettings) -> None:
     answer(job, Flaky)
     before = job.output.read_bytes()
     assert answer(replace(job, retry_errors=True), Flaky).failed["internal"] == 9
     assert job.output.read_bytes() == before
 
 
-def test_faults_of_the_input_need_no_model(
+def test_retrying_only_invalid_lines_needs_no_model(
     job: RunSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     answer(job)
     before = job.output.stat()
-    report = answer(replace(job, retry_errors=True), no_backend)
-    assert sum(report.failed.values()) == 2
-    assert "the faults are the input's own" in caplog.text
+    statistics = answer(replace(job, retry_errors=True), no_backend)
+    assert sum(statistics.failed.values()) == 2
+    assert "every failed line is invalid input" in caplog.text
     assert job.output.stat() == before
 
 
-def test_a_run_must_be_finished_first(job: RunSettings) -> None:
-    with pytest.raises(UsageError, match="not finished"):
+def test_retry_needs_a_complete_run(job: RunSettings) -> None:
+    with pytest.raises(UsageError, match="not complete"):
         answer(replace(job, retry_errors=True), no_backend)
     answer(replace(job, limit=10), Flaky)
     before = job.output.read_bytes()
-    with pytest.raises(UsageError, match="not finished"):
+    with pytest.raises(UsageError, match="not complete"):
         answer(replace(job, retry_errors=True), no_backend)
     assert job.output.read_bytes() == before
     answer(replace(job, limit=10, retry_errors=True))
     assert len(job.output.read_bytes().splitlines()) == 10
 
 
-def test_other_settings_are_refused(job: RunSettings) -> None:
+def test_retry_with_other_settings_is_refused(job: RunSettings) -> None:
     answer(job, Flaky)
     other = replace(job, defaults=QueryDefaults(system_prompt="x"), retry_errors=True)
     with pytest.raises(ResumeRefused, match="system_prompt was"):
@@ -121,12 +121,12 @@ def test_other_settings_are_refused(job: RunSettings) -> None:
 @pytest.mark.parametrize(
     "change", [{"overwrite": True}, {"input": Path("-")}, {"output": Path("-")}]
 )
-def test_it_works_on_finished_files(job: RunSettings, change: dict[str, Any]) -> None:
+def test_retry_needs_files_and_excludes_overwrite(job: RunSettings, change: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="--retry-errors"):
         answer(replace(job, retry_errors=True, **change), no_backend)
 
 
-def test_a_backend_that_dies_or_a_user_who_stops_leaves_all_as_it_was(
+def test_failed_or_interrupted_retry_changes_nothing(
     job: RunSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Interrupted(EchoBackend):
@@ -146,11 +146,11 @@ def test_a_backend_that_dies_or_a_user_who_stops_leaves_all_as_it_was(
         answer(retry, Interrupted)
     assert (job.output.read_bytes(), manifest_path(job.output).read_bytes()) == before
     assert {path.name for path in job.output.parent.iterdir()} == names
-    assert "is as it was" in caplog.text
+    assert "is unchanged" in caplog.text
 
 
-def test_killed_at_any_moment_it_leaves_the_old_or_the_new(job: RunSettings) -> None:
-    """And whichever it leaves, the next retry ends with the new."""
+def test_killed_retry_leaves_the_old_or_the_new_output(job: RunSettings) -> None:
+    """Either way, the next retry ends with the new one."""
     answer(job, Flaky)
     old, manifest = job.output.read_bytes(), manifest_path(job.output).read_bytes()
     answer(replace(job, retry_errors=True))
@@ -162,7 +162,7 @@ def test_killed_at_any_moment_it_leaves_the_old_or_the_new(job: RunSettings) -> 
         seen.add(job.output.read_bytes())
         answer(replace(job, retry_errors=True))
         assert job.output.read_bytes() == new
-        report = load_manifest(job.output).report
-        assert report is not None
-        assert report["num_answered"] == NUM_LINES - 2
+        statistics = load_manifest(job.output).statistics
+        assert statistics is not None
+        assert statistics["num_answered"] == NUM_LINES - 2
     assert seen <= {old, new}

@@ -1,4 +1,4 @@
-"""`run_file`: whole files in, whole files out, whatever cuts the work short."""
+"""`run_file`: input files to output files, including interrupted and resumed runs."""
 
 import gzip
 import json
@@ -42,13 +42,13 @@ nonsense
 
 @pytest.fixture
 def job(tmp_path: Path) -> RunSettings:
-    """A run of MIXED with a seed of its own."""
+    """A run over MIXED with a fixed seed."""
     (tmp_path / "in.jsonl").write_bytes(MIXED)
     return RunSettings(tmp_path / "in.jsonl", tmp_path / "out.jsonl", seed=5)
 
 
-def test_one_line_out_for_each_line_in(job: RunSettings) -> None:
-    report = answer(job)
+def test_each_input_line_gets_one_output_line(job: RunSettings) -> None:
+    statistics = answer(job)
     got = [
         (r["line"], r["chat_id"], r.get("error_code"), r.get("field")) for r in results(job.output)
     ]
@@ -65,8 +65,8 @@ def test_one_line_out_for_each_line_in(job: RunSettings) -> None:
         (11, "c", None, None),
         (12, None, "not_an_object", None),
     ]
-    assert (report.num_lines, report.num_answered) == (11, 3)
-    assert report.failed == {
+    assert (statistics.num_lines, statistics.num_answered) == (11, 3)
+    assert statistics.failed == {
         "duplicate_chat_id": 3,
         "invalid_json": 1,
         "missing_field": 3,
@@ -75,33 +75,35 @@ def test_one_line_out_for_each_line_in(job: RunSettings) -> None:
 
 
 @pytest.mark.parametrize("left", [b"", MIXED[:60], MIXED + b"{}\n"])
-def test_an_input_that_changes_meanwhile_is_no_finished_run(job: RunSettings, left: bytes) -> None:
-    """Its lines may be missing from the output, or not be those that the manifest tells of."""
+def test_run_is_not_completed_if_the_input_changed_meanwhile(job: RunSettings, left: bytes) -> None:
+    """Results could be missing, or belong to lines other than those of the manifest's digest."""
 
     def change(settings: EngineSettings) -> Backend:
         job.input.write_bytes(left)
         return EchoBackend(settings)
 
-    with pytest.raises(RunError, match=r"in.jsonl was changed while it was read"):
+    with pytest.raises(RunError, match=r"in.jsonl changed while it was being read"):
         answer(job, change)
-    assert load_manifest(job.output).report is None
+    assert load_manifest(job.output).statistics is None
     answer(replace(job, overwrite=True))
 
 
-def test_a_folder_is_no_input() -> None:
+def test_directory_is_refused_as_input() -> None:
     for path in (Path(), Path("/")):
-        with pytest.raises(UsageError, match="is a folder"):
+        with pytest.raises(UsageError, match="is a directory"):
             default_output(path)
 
 
-def test_a_duplicate_says_so_and_keeps_its_metadata(job: RunSettings) -> None:
+def test_duplicate_id_is_an_error_that_keeps_its_metadata(job: RunSettings) -> None:
     answer(job)
     duplicate = results(job.output)[6]
     assert duplicate["error"] == "chat_id '7' was already used on an earlier line"
     assert duplicate["metadata"] == {"row": 2}
 
 
-def test_gzip_crlf_and_slow_backends_change_nothing(job: RunSettings, tmp_path: Path) -> None:
+def test_gzip_crlf_and_out_of_order_backends_give_the_same_output(
+    job: RunSettings, tmp_path: Path
+) -> None:
     answer(job)
     packed = tmp_path / "in2.jsonl.gz"
     packed.write_bytes(gzip.compress(MIXED.replace(b"\n", b"\r\n")))
@@ -110,28 +112,28 @@ def test_gzip_crlf_and_slow_backends_change_nothing(job: RunSettings, tmp_path: 
     assert other.output.read_bytes() == job.output.read_bytes()
 
 
-def test_a_run_leaves_output_and_manifest_and_nothing_else(job: RunSettings) -> None:
+def test_run_leaves_only_output_and_manifest(job: RunSettings) -> None:
     answer(job)
     names = {path.name for path in job.output.parent.iterdir()}
     assert names == {"in.jsonl", "out.jsonl", "out.jsonl.manifest.json"}
 
 
-def test_the_manifest_says_how_the_output_came_to_be(job: RunSettings) -> None:
-    report = answer(job)
+def test_manifest_records_settings_and_statistics(job: RunSettings) -> None:
+    statistics = answer(job)
     manifest = load_manifest(job.output)
     assert manifest.seed == 5
     assert manifest.generation["max_new_tokens"] == 256
     assert manifest.backend is not None
     assert manifest.backend["dtype"] == "float32"
-    assert manifest.report is not None
-    assert manifest.report["num_lines"] == 11
-    assert manifest.report["completion_tokens"] == report.completion_tokens > 0
-    assert manifest.report["tokens_per_second"] > 0
-    assert manifest.report["model_calls"] == 3
-    assert manifest.report["latency_p50_s"] == pytest.approx(0.02, rel=0.02)
+    assert manifest.statistics is not None
+    assert manifest.statistics["num_lines"] == 11
+    assert manifest.statistics["completion_tokens"] == statistics.completion_tokens > 0
+    assert manifest.statistics["tokens_per_second"] > 0
+    assert manifest.statistics["model_calls"] == 3
+    assert manifest.statistics["latency_p50_s"] == pytest.approx(0.02, rel=0.02)
 
 
-def test_the_manifest_is_there_before_the_first_result(job: RunSettings) -> None:
+def test_manifest_is_written_before_the_first_result(job: RunSettings) -> None:
     seen: list[Manifest] = []
 
     class Looking(EchoBackend):
@@ -140,11 +142,11 @@ def test_the_manifest_is_there_before_the_first_result(job: RunSettings) -> None
             return super().answer(query)
 
     answer(job, Looking)
-    assert seen[0].report is None
+    assert seen[0].statistics is None
     assert seen[0].input_sha256 == load_manifest(job.output).input_sha256
 
 
-def test_a_drawn_seed_is_kept_for_the_rest_of_the_run(job: RunSettings) -> None:
+def test_resume_reuses_the_drawn_seed(job: RunSettings) -> None:
     job = replace(job, seed=None)
     answer(replace(job, limit=3))
     seed = load_manifest(job.output).seed
@@ -154,23 +156,23 @@ def test_a_drawn_seed_is_kept_for_the_rest_of_the_run(job: RunSettings) -> None:
     assert job.output.with_name("new.jsonl").read_bytes() == job.output.read_bytes()
 
 
-def test_cut_off_anywhere_it_ends_as_if_undisturbed(
+def test_output_truncated_at_any_byte_is_completed_identically(
     job: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Truncated at every byte, the output is repaired and the rest of it is the same."""
+    """For every length, resuming restores the bytes of an undisturbed run."""
     monkeypatch.setattr("os.fsync", lambda fd: None)  # hundreds of runs
     job.input.write_bytes(b"".join(MIXED.splitlines(keepends=True)[:5]))
     answer(job)
     whole = job.output.read_bytes()
     for num_bytes in range(len(whole)):
         job.output.write_bytes(whole[:num_bytes])
-        report = answer(job)
+        statistics = answer(job)
         assert job.output.read_bytes() == whole
-        assert report.num_lines == 4
-        assert report.resumed_lines == whole[:num_bytes].count(b"\n")
+        assert statistics.num_lines == 4
+        assert statistics.resumed_lines == whole[:num_bytes].count(b"\n")
 
 
-def test_what_was_written_is_not_written_again(job: RunSettings) -> None:
+def test_resume_answers_only_the_remaining_lines(job: RunSettings) -> None:
     answer(replace(job, limit=6))
     before = job.output.read_bytes()
     backends: list[EchoBackend] = []
@@ -179,41 +181,41 @@ def test_what_was_written_is_not_written_again(job: RunSettings) -> None:
         backends.append(EchoBackend(settings))
         return backends[-1]
 
-    report = answer(job, opened)
+    statistics = answer(job, opened)
     assert job.output.read_bytes().startswith(before)
     assert backends[0].model_calls == 1  # of the three good lines
     assert backends[0].is_closed
-    assert report.resumed_lines == 6
+    assert statistics.resumed_lines == 6
 
 
-def test_a_complete_output_is_left_alone(job: RunSettings) -> None:
+def test_complete_output_is_left_untouched(job: RunSettings) -> None:
     first = answer(job)
     before = job.output.stat()
     manifest = manifest_path(job.output).read_bytes()
-    report = answer(job, no_backend)
+    statistics = answer(job, no_backend)
     assert job.output.stat() == before
     assert manifest_path(job.output).read_bytes() == manifest
-    assert (report.num_answered, report.failed) == (first.num_answered, first.failed)
+    assert (statistics.num_answered, statistics.failed) == (first.num_answered, first.failed)
 
 
-def test_killed_between_the_last_line_and_the_end_it_needs_no_model(job: RunSettings) -> None:
+def test_run_killed_after_the_last_line_completes_without_a_model(job: RunSettings) -> None:
     answer(job)
     path = manifest_path(job.output)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"report": None}))
     answer(job, no_backend)
     manifest = load_manifest(job.output)
-    assert manifest.report is not None
-    assert manifest.report["num_lines"] == 11
+    assert manifest.statistics is not None
+    assert manifest.statistics["num_lines"] == 11
 
 
-def test_a_smaller_limit_leaves_what_is_there(job: RunSettings) -> None:
+def test_smaller_limit_keeps_existing_results(job: RunSettings) -> None:
     answer(job)
     before = job.output.read_bytes()
     answer(replace(job, limit=2), no_backend)
     assert job.output.read_bytes() == before
 
 
-def test_the_same_model_by_another_name_goes_on(job: RunSettings) -> None:
+def test_resume_accepts_another_name_of_the_same_model(job: RunSettings) -> None:
     class Same(EchoBackend):
         def identity(self) -> dict[str, Any]:
             return super().identity() | {"model": "the same", "versions": {"torch": "1"}}
@@ -239,10 +241,10 @@ def test_the_same_model_by_another_name_goes_on(job: RunSettings) -> None:
         ),
     ],
 )
-def test_other_settings_are_refused_by_name(
+def test_resume_with_other_settings_names_each_difference(
     job: RunSettings, change: dict[str, Any], said: str
 ) -> None:
-    for limit in (3, None):  # unfinished, finished
+    for limit in (3, None):  # incomplete, complete
         answer(replace(job, limit=limit))
         before = job.output.read_bytes()
         with pytest.raises(ResumeRefused, match=said) as caught:
@@ -252,14 +254,14 @@ def test_other_settings_are_refused_by_name(
     answer(replace(job, **change, overwrite=True))
 
 
-def test_a_changed_input_is_refused(job: RunSettings) -> None:
+def test_resume_with_a_changed_input_is_refused(job: RunSettings) -> None:
     answer(job)
     job.input.write_bytes(MIXED + b"\n")
     with pytest.raises(ResumeRefused, match="input_sha256 was"):
         answer(job)
 
 
-def test_overwrite_starts_anew(job: RunSettings) -> None:
+def test_overwrite_starts_over(job: RunSettings) -> None:
     answer(job)
     whole = job.output.read_bytes()
     job.output.write_bytes(b"something else")
@@ -267,7 +269,7 @@ def test_overwrite_starts_anew(job: RunSettings) -> None:
     assert job.output.read_bytes() == whole
 
 
-def test_overwrite_keeps_the_old_output_where_no_model_can_be_loaded(job: RunSettings) -> None:
+def test_overwrite_keeps_the_old_output_if_the_model_cannot_be_loaded(job: RunSettings) -> None:
     answer(job)
     before = job.output.read_bytes()
 
@@ -282,7 +284,7 @@ def test_overwrite_keeps_the_old_output_where_no_model_can_be_loaded(job: RunSet
 @pytest.mark.parametrize(
     "content", [b"mine\n", b"no end of line", b'{"chat_id":"1","line":1}\n', b"\x00" * 50 + b"\n"]
 )
-def test_a_file_that_is_not_ours_is_left_alone(job: RunSettings, content: bytes) -> None:
+def test_foreign_output_file_is_refused_and_kept(job: RunSettings, content: bytes) -> None:
     job.output.write_bytes(content)
     with pytest.raises(ResumeRefused, match="--overwrite"):
         answer(job, no_backend)
@@ -301,14 +303,14 @@ def test_a_file_that_is_not_ours_is_left_alone(job: RunSettings, content: bytes)
         b"\x00\x00",
     ],
 )
-def test_a_line_that_is_no_result_is_refused(job: RunSettings, line: bytes) -> None:
+def test_resume_refuses_an_output_line_that_is_not_a_result(job: RunSettings, line: bytes) -> None:
     answer(replace(job, limit=1))
     job.output.write_bytes(job.output.read_bytes() + line + b"\n")
     with pytest.raises(ResumeRefused, match=r"line 2 of .* is not a result"):
         answer(job)
 
 
-def test_a_dead_backend_ends_the_run_and_the_next_goes_on(job: RunSettings) -> None:
+def test_run_ended_by_a_dead_backend_can_be_resumed(job: RunSettings) -> None:
     whole = job.output.with_name("whole.jsonl")
     answer(replace(job, output=whole))
     with pytest.raises(BackendError, match="the engine died"):
@@ -320,19 +322,19 @@ def test_a_dead_backend_ends_the_run_and_the_next_goes_on(job: RunSettings) -> N
 
 
 @pytest.mark.parametrize("code", ["backend_error", "overloaded", "timeout", "cancelled"])
-def test_a_fault_of_the_backend_is_no_answer(job: RunSettings, code: str) -> None:
+def test_backend_faults_are_never_written_as_results(job: RunSettings, code: str) -> None:
     class Busy(EchoBackend):
         def answer(self, query: Query) -> Result:
             if query.chat_id == "a":
                 return super().answer(query)
             return failure(query, "not now", ErrorCode(code))
 
-    with pytest.raises(BackendError, match="line 7 got no answer: not now"):
+    with pytest.raises(BackendError, match="line 7 was not answered: not now"):
         answer(job, Busy)
     assert len(results(job.output)) == 5
 
 
-def test_a_fault_of_one_query_is_its_line(job: RunSettings) -> None:
+def test_internal_error_of_a_query_becomes_its_result(job: RunSettings) -> None:
     class Picky(EchoBackend):
         def answer(self, query: Query) -> Result:
             return failure(query, "cannot", ErrorCode.INTERNAL)
@@ -340,7 +342,7 @@ def test_a_fault_of_one_query_is_its_line(job: RunSettings) -> None:
     assert answer(job, Picky).failed["internal"] == 3
 
 
-def test_interrupted_it_says_how_to_go_on(
+def test_interrupted_run_explains_how_to_resume(
     job: RunSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Interrupted(EchoBackend):
@@ -353,19 +355,19 @@ def test_interrupted_it_says_how_to_go_on(
     with pytest.raises(KeyboardInterrupt):
         answer(job, Interrupted)
     assert "5 results are in" in caplog.text
-    assert "the same command goes on from there" in caplog.text
+    assert "run the same command to resume" in caplog.text
     answer(job)
     assert len(results(job.output)) == 11
 
 
-def test_an_input_of_nothing_is_answered_without_a_model(job: RunSettings) -> None:
+def test_blank_input_completes_without_a_model(job: RunSettings) -> None:
     job.input.write_bytes(b"\n \n")
     assert answer(job, no_backend).num_lines == 0
     assert job.output.read_bytes() == b""
-    assert load_manifest(job.output).report is not None
+    assert load_manifest(job.output).statistics is not None
 
 
-def test_an_input_that_is_missing_or_damaged_touches_nothing(job: RunSettings) -> None:
+def test_missing_or_damaged_input_creates_no_files(job: RunSettings) -> None:
     job.input.write_bytes(gzip.compress(MIXED)[:-9])
     for settings_ in (job, replace(job, input=job.input.with_name("missing"))):
         with pytest.raises(InputError):
@@ -373,7 +375,7 @@ def test_an_input_that_is_missing_or_damaged_touches_nothing(job: RunSettings) -
     assert {path.name for path in job.output.parent.iterdir()} == {"in.jsonl"}
 
 
-def test_the_output_cannot_be_the_input(job: RunSettings) -> None:
+def test_output_must_not_be_the_input(job: RunSettings) -> None:
     link = job.input.with_name("link.jsonl")
     link.symlink_to(job.input)
     manifest = manifest_path(job.output)
@@ -384,14 +386,14 @@ def test_the_output_cannot_be_the_input(job: RunSettings) -> None:
     assert job.input.read_bytes() == manifest.read_bytes() == MIXED
 
 
-def test_the_output_must_have_a_folder_and_be_none(job: RunSettings, tmp_path: Path) -> None:
+def test_output_must_be_a_file_in_an_existing_directory(job: RunSettings, tmp_path: Path) -> None:
     for output in (tmp_path, tmp_path / "no" / "out.jsonl"):
-        with pytest.raises(UsageError, match="cannot be a file"):
+        with pytest.raises(UsageError, match=r"cannot write .*: it is a directory, or its parent"):
             answer(replace(job, output=output), no_backend)
 
 
-def test_one_run_at_a_time(job: RunSettings) -> None:
-    """The other run is another process; when it is killed, the lock goes with it."""
+def test_second_run_on_an_output_is_refused(job: RunSettings) -> None:
+    """The lock belongs to another process, and is released when that process is killed."""
     script = (
         "import sys; from pathlib import Path; from smolcli.batch.journal import output_lock\n"
         "with output_lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
@@ -419,11 +421,11 @@ def test_one_run_at_a_time(job: RunSettings) -> None:
         (os.devnull, "-"),
     ],
 )
-def test_where_results_go(input: str, output: str) -> None:
+def test_default_output(input: str, output: str) -> None:
     assert default_output(Path(input)) == Path(output)
 
 
-RUBBISH = st.one_of(
+GARBAGE = st.one_of(
     st.binary(max_size=200),
     st.text().map(str.encode),
     st.sampled_from(
@@ -458,16 +460,16 @@ RUBBISH = st.one_of(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(st.lists(RUBBISH, max_size=12), st.sampled_from(["error", "ignore", "keep"]))
-def test_rubbish_never_ends_a_run(job: RunSettings, lines: list[bytes], extra: Any) -> None:
-    """One valid JSON line comes out for each line in, and a resume understands them all."""
+@given(st.lists(GARBAGE, max_size=12), st.sampled_from(["error", "ignore", "keep"]))
+def test_garbage_lines_never_end_a_run(job: RunSettings, lines: list[bytes], extra: Any) -> None:
+    """Each line gets one valid JSON result, and a resume can read all of them back."""
     assume(
         not lines or not lines[0].startswith(b"\x1f\x8b")
-    )  # a broken packed file, not rubbish lines
+    )  # a damaged gzip file rather than garbage lines
     job.input.write_bytes(b"\n".join(lines))
     job = replace(job, defaults=QueryDefaults(extra_fields=extra))
     answer(replace(job, overwrite=True))
-    bom = b"\xef\xbb\xbf"  # dropped at the start, so that a first line of it alone is blank
+    bom = b"\xef\xbb\xbf"  # dropped at the start, which leaves a first line with only a BOM blank
     numbers = [n for n, line in enumerate(lines, 1) if line.strip() and (n, line) != (1, bom)]
     written = job.output.read_bytes().split(b"\n")
     assert written.pop() == b""
@@ -479,8 +481,8 @@ def test_rubbish_never_ends_a_run(job: RunSettings, lines: list[bytes], extra: A
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """200,000 lines take less than 50 MB more; their rate is shown by benchmarks/pipeline.py."""
+def test_memory_is_bounded_on_a_large_file(tmp_path: Path) -> None:
+    """200,000 lines take less than 50 MB; benchmarks/pipeline.py measures their throughput."""
     source = tmp_path / "in.jsonl"
     with source.open("w") as file:
         for number in range(200_000):
@@ -489,9 +491,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     num_bytes = [process.memory_info().rss]
 
     class Measuring(LogProgress):
-        def stop(self) -> None:  # all that the run holds is still there
+        def stop(self) -> None:  # the run still holds everything
             num_bytes.append(process.memory_info().rss)
 
-    report = run_file(RunSettings(source, tmp_path / "out.jsonl"), EchoBackend, Measuring())
-    assert report.num_answered == 200_000
+    statistics = run_file(RunSettings(source, tmp_path / "out.jsonl"), EchoBackend, Measuring())
+    assert statistics.num_answered == 200_000
     assert num_bytes[1] - num_bytes[0] < 50e6

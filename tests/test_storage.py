@@ -99,7 +99,7 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(LINES)
     assert smol_run(source.as_uri(), "-o", (tmp_path / "o.jsonl").as_uri()).exit_code == 0
-    assert load_manifest(tmp_path / "o.jsonl").report is not None
+    assert load_manifest(tmp_path / "o.jsonl").statistics is not None
 
 
 @pytest.mark.parametrize(

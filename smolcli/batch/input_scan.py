@@ -1,4 +1,4 @@
-"""What there is to know of an input before its first line is answered."""
+"""What a run learns about its input before it answers the first line."""
 
 import hashlib
 import os
@@ -16,27 +16,32 @@ from smolcli.settings import RunSettings
 
 @dataclass(frozen=True, slots=True)
 class InputScan:
-    """What is known of an input beforehand, how many rows it has included; little of a stream.
+    """Facts about an input file; all but `modified` are None for a stream.
 
-    `modified` is when it was last changed, in seconds since 1970, for a stream the present.
+    Args:
+        modified: last modification in seconds since the epoch; the current time for a stream.
+        sha256: digest of the file's bytes, compressed ones included.
+        num_lines: number of rows to answer, after `--limit`.
+        format: the format of the lines.
+        stamp: size in bytes and modification time in nanoseconds.
     """
 
     modified: int
     sha256: str | None = None
     num_lines: int | None = None
     format: LineFormat | None = None
-    stamp: tuple[int, int] | None = None  # size, and when it was changed in nanoseconds
+    stamp: tuple[int, int] | None = None
 
-    def refuse_change(self, input: Path) -> None:
-        """Refuse to call a run finished whose input is not what it was at the beginning.
+    def check_unchanged(self, input: Path) -> None:
+        """Check that nobody wrote to the input while the run was reading it.
 
         Raises:
-            RunError: it was written to meanwhile.
+            RunError: size or modification time differ from those at the start.
         """
         if self.stamp is not None and input.exists() and self.stamp != _stamp(input.stat()):
             raise RunError(
-                f"{input} was changed while it was read: answers may be missing or of other lines; "
-                "run it again with --overwrite"
+                f"{input} changed while it was being read, so answers may be missing or belong "
+                "to other lines; run it again with --overwrite"
             )
 
 
@@ -45,11 +50,11 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 
 def scan_input(settings: RunSettings) -> InputScan:
-    """Go through an input once, if that does not use it up.
+    """Read an input file once; a stream is left untouched.
 
     Raises:
-        UsageError: where it has not the columns that are asked for.
-        InputError: where it cannot be read.
+        UsageError: the input lacks a column that the settings name.
+        InputError: the input cannot be read.
     """
     if is_stream(settings.input):
         return InputScan(int(time.time()))

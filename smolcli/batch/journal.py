@@ -1,4 +1,4 @@
-"""What an output file already holds, in as far as going on from there needs it."""
+"""Reads back what an output already holds, so that a run can resume, split or rewrite it."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -18,110 +18,111 @@ from smolcli.types import Result
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A whole line of an output: the result that it tells of, without its text, and its bytes."""
+class Entry:
+    """A complete line of an output: its bytes, and its result without the text."""
 
     result: Result
     data: bytes
 
     @property
     def line(self) -> int:
-        """The line of the input that it answers."""
+        """Number of the input line that it answers."""
         assert self.result.line is not None
         return self.result.line
 
 
 class Journal:
-    """The results an output holds: whose they are, how many, and where they end.
+    """A summary of the entries in an output.
 
-    `num_bytes` counts the whole lines; what lies behind them is a line that a dying process tore.
-    `num_failed_bytes` of them are errors.
+    `num_bytes` is the size of all complete lines; anything after them was torn by a kill.
+    `num_failed_bytes` of them are errors. Line numbers are those of the input.
     """
 
     def __init__(self) -> None:
         self.ids = ChatIds()
-        self.tally = StatisticsCollector()
-        self.last_line = 0  # of the input
+        self.statistics = StatisticsCollector()
+        self.last_line = 0
         self.num_bytes = 0
         self.num_failed_bytes = 0
-        self.failed_lines: set[int] = set()  # of the input
+        self.failed_lines: set[int] = set()
 
-    def add(self, written: Written) -> None:
-        """Take in one line of the output."""
-        if written.result.chat_id:
-            self.ids.claim(written.result.chat_id)
-        self.tally.add(written.result)
-        self.last_line = written.line
-        self.num_bytes += len(written.data)
-        if written.result.is_error:
-            self.num_failed_bytes += len(written.data)
-            self.failed_lines.add(written.line)
+    def add(self, entry: Entry) -> None:
+        """Account for one entry."""
+        if entry.result.chat_id:
+            self.ids.claim(entry.result.chat_id)
+        self.statistics.add(entry.result)
+        self.last_line = entry.line
+        self.num_bytes += len(entry.data)
+        if entry.result.is_error:
+            self.num_failed_bytes += len(entry.data)
+            self.failed_lines.add(entry.line)
 
 
-def read_journal(lines: Iterable[Written]) -> Journal:
-    """Go through an output once."""
+def read_journal(entries: Iterable[Entry]) -> Journal:
+    """Summarize the entries of an output."""
     journal = Journal()
-    for written in lines:
-        journal.add(written)
+    for entry in entries:
+        journal.add(entry)
     return journal
 
 
-def read_output(output: Path, errors: Path | None, format: LineFormat) -> Iterator[Written]:
-    """The whole lines of an output, those that were split off into `errors` in their places.
+def read_entries(output: Path, errors: Path | None, format: LineFormat) -> Iterator[Entry]:
+    """Yield the entries of an output in input order, including failed ones moved to `errors`.
+
+    A torn last line is skipped, and a missing file has no entries.
 
     Raises:
-        ResumeRefused: where a line is not a result.
+        ResumeRefused: a line is not a result of this run.
     """
     if errors is None:
-        return _read_lines(output, format)
-    parts = (_read_lines(output, format), _read_lines(errors, format))
-    return _first_of_each(merge(*parts, key=lambda written: written.line))
+        return _read_file(output, format)
+    files = (_read_file(output, format), _read_file(errors, format))
+    return _first_per_line(merge(*files, key=lambda entry: entry.line))
 
 
-def split_off(output: Path, errors: Path, format: LineFormat) -> None:
-    """Move the failed lines of an output to a file of their own, which goes where none failed.
+def split_errors(output: Path, errors: Path, format: LineFormat) -> None:
+    """Move the failed lines of an output to a file of their own; no failed lines, no file.
 
-    Each file is replaced in one step, `errors` first: whenever the process dies, a line is in
-    one of them or in both, and doing it again completes it.
+    Each file is replaced atomically, `errors` first. Whenever the process is killed, a failed line
+    is in at least one of them, and splitting again completes the job.
     """
     with replacing(errors) as file:
-        for written in read_output(output, errors, format):
-            if written.result.is_error:
-                file.write(written.data)
+        for entry in read_entries(output, errors, format):
+            if entry.result.is_error:
+                file.write(entry.data)
     with replacing(output) as file:
-        for written in _read_lines(output, format):
-            if not written.result.is_error:
-                file.write(written.data)
+        for entry in _read_file(output, format):
+            if not entry.result.is_error:
+                file.write(entry.data)
     if errors.stat().st_size == 0:
         errors.unlink()
 
 
-def put_back(output: Path, errors: Path, format: LineFormat) -> None:
-    """Undo `split_off`, but for `errors`, which stays until the next time."""
+def merge_errors(output: Path, errors: Path, format: LineFormat) -> None:
+    """Copy the failed lines back into the output; `errors` is kept until the next split."""
     with replacing(output) as file:
-        for written in read_output(output, errors, format):
-            file.write(written.data)
+        for entry in read_entries(output, errors, format):
+            file.write(entry.data)
 
 
-def is_split_off(output: Path, errors: Path, journal: Journal) -> bool:
-    """Whether no failed line is left to be moved."""
+def is_split(output: Path, errors: Path, journal: Journal) -> bool:
+    """Whether `errors` has all failed lines and the output has none."""
     num_bytes = errors.stat().st_size if errors.exists() else 0
     if num_bytes != journal.num_failed_bytes or not output.exists():
         return False
     return output.stat().st_size == journal.num_bytes - journal.num_failed_bytes
 
 
-def _first_of_each(lines: Iterable[Written]) -> Iterator[Written]:
-    """One result for each line of the input; of two that of the output itself, which is newer."""
+def _first_per_line(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Drop the second of two entries for one line; the output's own comes first and is newer."""
     last_line = 0
-    for written in lines:
-        if written.line > last_line:
-            yield written
-        last_line = written.line
+    for entry in entries:
+        if entry.line > last_line:
+            yield entry
+        last_line = entry.line
 
 
-def _read_lines(path: Path, format: LineFormat) -> Iterator[Written]:
-    """The whole lines of one file, if there is one; a torn last line is left out."""
+def _read_file(path: Path, format: LineFormat) -> Iterator[Entry]:
     last_line = 0
     if not path.exists():
         return
@@ -130,24 +131,25 @@ def _read_lines(path: Path, format: LineFormat) -> Iterator[Written]:
             if not data.endswith(b"\n"):
                 break
             try:
-                written = Written(format.read_back(json.loads(data)), data)
-                if written.line <= last_line:
-                    raise ValueError("line numbers must rise")
+                entry = Entry(format.read_back(json.loads(data)), data)
+                if entry.line <= last_line:
+                    raise ValueError("line numbers must increase")
             except (ValueError, LookupError, TypeError, RecursionError) as exc:
                 raise ResumeRefused(
-                    f"line {number} of {path} is not a result of the run to go on with; "
-                    "give another --output, or --overwrite to start anew"
+                    f"line {number} of {path} is not a result of this run; "
+                    "choose another --output, or start over with --overwrite"
                 ) from exc
-            last_line = written.line
-            yield written
+            last_line = entry.line
+            yield entry
 
 
 @contextmanager
 def output_lock(output: Path) -> Iterator[None]:
-    """Keep other runs off an output; the system lets go of it however this process ends.
+    """Hold an exclusive lock on an output; the operating system releases it if the process dies.
 
     Raises:
-        UsageError: where another run has it.
+        UsageError: another run holds the lock.
+        RunError: the lock file cannot be created.
     """
     path = output.with_name(f".{output.name}.lock")
     lock = FileLock(path)
@@ -156,10 +158,10 @@ def output_lock(output: Path) -> Iterator[None]:
     except Timeout as exc:
         raise UsageError(f"another run is writing {output}") from exc
     except OSError as exc:
-        raise RunError(f"cannot write beside {output}: {exc.strerror or exc}") from exc
+        raise RunError(f"cannot create a lock file for {output}: {exc.strerror or exc}") from exc
     try:
         yield
     finally:
-        with suppress(OSError):  # where an open file cannot be removed, release() does it
-            path.unlink()  # while held: who waits for it sees that it is gone, and tries again
+        with suppress(OSError):  # Windows cannot remove an open file; release() does it there
+            path.unlink()  # before the release, so that waiting processes notice and retry
         lock.release()

@@ -1,4 +1,4 @@
-"""The record beside an output of how it came to be, and whether a run may go on with it."""
+"""The record of how an output was made, which decides whether a run may resume it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,17 +11,26 @@ from smolcli.errors import ResumeRefused
 from smolcli.protocol.line_formats import SMOL
 from smolcli.settings import EngineSettings, RunSettings
 
-_RECORDED_ONLY = ("versions", "threads", "device")  # of the backend: may differ after a resume
+_MAY_DIFFER = ("versions", "threads", "device")  # backend values that do not prevent a resume
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What made an output: written before its first line, and again with a report at the end.
+    """Everything that decided an output; written before its first line and completed at the end.
 
-    `created` is when the answers say they were made: no clock's time but the input's, so that equal
-    runs give equal bytes. `errors` is where failed lines go, if not into the output.
-    `model` and `dtype` are as the command had them, `backend` is what they turned out to be;
-    None where a run had nothing to ask a model.
+    Args:
+        input: path of the input.
+        input_sha256: digest of the input; None for a stream.
+        limit: maximum number of lines to answer.
+        seed: seed of the run.
+        generation: settings that decide the answers.
+        model: `--model` as given.
+        dtype: `--dtype` as given.
+        created: `created` of answers in OpenAI's format, in seconds since the epoch: the input's
+            modification time, so that equal runs give equal bytes.
+        errors: path of the file that failed lines are moved to.
+        backend: identity of the backend that answered; None if nothing had to be answered.
+        statistics: what the run counted; None until it is complete.
     """
 
     input: str
@@ -34,13 +43,13 @@ class Manifest:
     created: int = 0
     errors: str | None = None
     backend: dict[str, Any] | None = None
-    report: dict[str, Any] | None = None
+    statistics: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, settings: RunSettings, known: InputScan, seed: int, created: int) -> Self:
-        """The manifest of a run whose backend is not known yet."""
+    def of(cls, settings: RunSettings, scan: InputScan, seed: int, created: int) -> Self:
+        """The manifest of a run whose backend is not open yet."""
         defaults = settings.defaults
-        several = None if known.format is SMOL else defaults.several_temperature
+        several = None if scan.format is SMOL else defaults.several_temperature
         generation = asdict(defaults.sampling) | {
             "system_prompt": defaults.system_prompt,
             "extra_fields": defaults.extra_fields,
@@ -54,7 +63,7 @@ class Manifest:
         del generation["seed"]
         return cls(
             input=str(settings.input),
-            input_sha256=known.sha256,
+            input_sha256=scan.sha256,
             limit=settings.limit,
             seed=seed,
             created=created,
@@ -64,15 +73,15 @@ class Manifest:
             errors=str(settings.errors.resolve()) if settings.errors else None,
         )
 
-    def asks_for(self, engine: EngineSettings) -> bool:
-        """Whether the model was asked for in the same words."""
+    def has_model_of(self, engine: EngineSettings) -> bool:
+        """Whether `--model` and `--dtype` were given in the same words."""
         return (self.model, self.dtype) == (engine.model, engine.dtype)
 
-    def refuse_change(self, new: "Manifest", output: Path) -> None:
-        """Check that a run as in `new` would go on with the same answers.
+    def check_same(self, new: "Manifest", output: Path) -> None:
+        """Check that a run described by `new` would give the same answers.
 
         Raises:
-            ResumeRefused: naming all that differs.
+            ResumeRefused: naming every setting that differs.
         """
         old_values, new_values = self._identity(), new._identity()
         changes = [
@@ -82,12 +91,12 @@ class Manifest:
         ]
         if changes:
             raise ResumeRefused(
-                f"{output} was made by a run with other settings: {'; '.join(changes)}; "
-                "give another --output, or --overwrite to start anew"
+                f"{output} was made with other settings: {'; '.join(changes)}; "
+                "choose another --output, or start over with --overwrite"
             )
 
     def version_changes(self, new: "Manifest") -> str:
-        """Which versions are not the same any more, "" if all are; they forbid nothing."""
+        """A list of the package versions that differ, empty if none do."""
         old_versions = (self.backend or {}).get("versions", {})
         new_versions = (new.backend or {}).get("versions", {})
         return ", ".join(
@@ -97,13 +106,12 @@ class Manifest:
         )
 
     def _identity(self) -> dict[str, Any]:
-        """Everything that decides the answers."""
-        backend = {k: v for k, v in (self.backend or {}).items() if k not in _RECORDED_ONLY}
+        backend = {k: v for k, v in (self.backend or {}).items() if k not in _MAY_DIFFER}
         return {"input_sha256": self.input_sha256, "seed": self.seed} | self.generation | backend
 
 
 def manifest_path(output: Path) -> Path:
-    """Where the manifest of an output lies."""
+    """Path of an output's manifest."""
     return output.with_name(f"{output.name}.manifest.json")
 
 
@@ -111,25 +119,29 @@ def load_manifest(output: Path) -> Manifest:
     """Read the manifest of an output.
 
     Raises:
-        ResumeRefused: where there is none, or none of this version's.
+        ResumeRefused: it is missing or unreadable.
     """
     path = manifest_path(output)
     try:
-        return Manifest(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as exc:
+        values = json.loads(path.read_bytes())
+        statistics = values.pop("report")
+        return Manifest(**values, statistics=statistics)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as exc:
         raise ResumeRefused(
-            f"{output} exists, and how it was made cannot be read from {path.name}; "
-            "give another --output, or --overwrite to start anew"
+            f"{output} exists, but its manifest {path.name} cannot be read; "
+            "choose another --output, or start over with --overwrite"
         ) from exc
 
 
 def save_manifest(manifest: Manifest, output: Path) -> None:
-    """Write the manifest of an output, in one step that survives a power cut.
+    """Write the manifest of an output atomically and durably.
 
     Raises:
-        RunError: where it cannot be written.
+        RunError: it cannot be written.
     """
-    text = json.dumps(asdict(manifest), ensure_ascii=False, indent=2)
+    values = asdict(manifest)
+    values["report"] = values.pop("statistics")
+    text = json.dumps(values, ensure_ascii=False, indent=2)
     with replacing(manifest_path(output)) as file:
         file.write(f"{text}\n".encode())
 

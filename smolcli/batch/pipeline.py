@@ -1,4 +1,4 @@
-"""The one loop: queries to a backend and results from it, in order and within bounds."""
+"""Keeps a backend busy with queries and yields their results in input order."""
 
 import threading
 from collections import deque
@@ -16,78 +16,86 @@ from smolcli.types import Query, Result
 MAX_HELD_RESULTS = 10_000
 MAX_HELD_BYTES = 64_000_000
 MAX_READ_AHEAD = 64
-WAKE_INTERVAL_S = 0.2  # a wait without an end cannot be interrupted on Windows
+WAKE_INTERVAL_S = 0.2  # Ctrl-C cannot interrupt an unbounded wait on Windows
 
 T = TypeVar("T")
 
 
 def answer_all(items: Iterable[Query | Result | None], backend: Backend) -> Generator[Result]:
-    """Yield the result of every item in order, as soon as those before it are there.
+    """Yield the result of each item in order, as soon as all earlier ones are done.
 
-    Keeps `backend.window` queries unfinished, and up to MAX_HELD_RESULTS finished results or
-    MAX_HELD_BYTES of them waiting behind a slow one. Whatever is unfinished when the caller
-    stops is cancelled. An item None has no result: it stands for a moment without input, in
-    which what is ready is handed on.
+    Keeps `backend.window` queries in flight and buffers up to MAX_HELD_RESULTS finished results
+    or MAX_HELD_BYTES behind a slow one. When the caller stops iterating, queries still in flight
+    are cancelled.
+
+    Args:
+        items: queries to answer, and results to pass on in their place. None means that no item
+            is available yet; finished results are yielded meanwhile.
+        backend: answers the queries.
 
     Raises:
-        BackendError: where the backend is gone.
+        BackendError: the backend is gone.
     """
-    places = _Places(backend)
+    buffer = _ReorderBuffer(backend)
     try:
         for item in items:
             if item is not None:
-                places.add(item)
-            yield from places.take_ready()
-            while places.are_full:
-                places.await_one()
-                yield from places.take_ready()
-        while places.are_open:
-            places.await_one()
-            yield from places.take_ready()
+                buffer.add(item)
+            yield from buffer.take_ready()
+            while buffer.is_full:
+                buffer.wait_for_one()
+                yield from buffer.take_ready()
+        while not buffer.is_empty:
+            buffer.wait_for_one()
+            yield from buffer.take_ready()
     finally:
-        places.cancel()
+        buffer.cancel()
 
 
 def read_ahead(items: Iterable[T]) -> Iterator[T | None]:
-    """Draw items in a thread, so that results need not wait for input that is slow to come.
+    """Read items in a background thread, so that slow input does not delay finished results.
 
-    Yields None whenever none came for a while, and raises what drawing them raised.
+    Yields None whenever no item arrives within WAKE_INTERVAL_S. An exception from `items` is
+    raised after the items before it.
     """
-    drawn: Queue[T | _End] = Queue(MAX_READ_AHEAD)
+    received: Queue[T | _End] = Queue(MAX_READ_AHEAD)
 
-    def draw() -> None:
-        fault = None
+    def read() -> None:
+        error = None
         try:
             for item in items:
-                drawn.put(item)
+                received.put(item)
         except Exception as exc:
-            fault = exc
-        drawn.put(_End(fault))
+            error = exc
+        received.put(_End(error))
 
-    # A daemon, for nothing wakes a thread that waits for a terminal or a pipe.
-    threading.Thread(target=draw, name="read-ahead", daemon=True).start()
+    # A daemon thread, because a blocking read of a terminal or pipe cannot be interrupted.
+    threading.Thread(target=read, name="read-ahead", daemon=True).start()
     while True:
         try:
-            item = drawn.get(timeout=WAKE_INTERVAL_S)
+            item = received.get(timeout=WAKE_INTERVAL_S)
         except Empty:
             yield None
             continue
         if isinstance(item, _End):
-            if item.fault is not None:
-                raise item.fault
+            if item.error is not None:
+                raise item.error
             return
         yield item
 
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """The last that is drawn, with the reason where it came too early."""
+    """Marks the end of the items, with the exception that ended them, if any."""
 
-    fault: Exception | None
+    error: Exception | None
 
 
-class _Place:
-    """One item's place in the order: its outcome, and what that weighs while it has to wait."""
+class _Pending:
+    """An item whose result has not been yielded yet.
+
+    `num_bytes` is its share of the buffer's memory, counted only while it waits for an earlier one.
+    """
 
     __slots__ = ("is_ready", "num_bytes", "outcome")
 
@@ -97,69 +105,69 @@ class _Place:
         self.num_bytes = 0
 
 
-class _Places:
-    """Everything that is on its way, in input order; only the caller's thread changes it."""
+class _ReorderBuffer:
+    """Results in flight and finished ones, in input order; used by the caller's thread only."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._order: deque[_Place] = deque()
-        self._finished: SimpleQueue[_Place] = SimpleQueue()  # the backend's threads put here
-        self._num_unfinished = 0
+        self._order: deque[_Pending] = deque()
+        self._finished: SimpleQueue[_Pending] = SimpleQueue()  # filled by the backend's threads
+        self._num_in_flight = 0
         self._held_bytes = 0
 
     @property
-    def are_open(self) -> bool:
-        """Whether any result is still to come."""
-        return bool(self._order)
+    def is_empty(self) -> bool:
+        """Whether every result has been yielded."""
+        return not self._order
 
     @property
-    def are_full(self) -> bool:
-        """Whether no further item may be taken in."""
+    def is_full(self) -> bool:
+        """Whether no further item may be added."""
         return (
-            self._num_unfinished >= self._backend.window
-            or len(self._order) - self._num_unfinished >= MAX_HELD_RESULTS
+            self._num_in_flight >= self._backend.window
+            or len(self._order) - self._num_in_flight >= MAX_HELD_RESULTS
             or self._held_bytes >= MAX_HELD_BYTES
         )
 
     def add(self, item: Query | Result) -> None:
-        """Take in one item at the end of the order."""
+        """Append one item and submit it if it is a query."""
         if isinstance(item, Result):
-            self._order.append(place := _Place(item))
-            self._settle(place)
+            self._order.append(pending := _Pending(item))
+            self._settle(pending)
         else:
             future = self._backend.submit(item)
-            self._order.append(place := _Place(future))
-            self._num_unfinished += 1
-            future.add_done_callback(lambda _: self._finished.put(place))
+            self._order.append(pending := _Pending(future))
+            self._num_in_flight += 1
+            future.add_done_callback(lambda _: self._finished.put(pending))
 
-    def await_one(self) -> None:
-        """Wait until a query is finished."""
+    def wait_for_one(self) -> None:
+        """Block until a query finishes."""
         while True:
             with suppress(Empty):
                 return self._settle(self._finished.get(timeout=WAKE_INTERVAL_S))
 
     def take_ready(self) -> Iterator[Result]:
-        """Hand on what is ready, up to the first that is not."""
+        """Yield finished results up to the first unfinished one."""
         while not self._finished.empty():
             self._settle(self._finished.get())
         while self._order and self._order[0].is_ready:
-            place = self._order.popleft()
-            self._held_bytes -= place.num_bytes
-            yield _result(place.outcome)
+            pending = self._order.popleft()
+            self._held_bytes -= pending.num_bytes
+            yield _result(pending.outcome)
 
     def cancel(self) -> None:
-        """Let go of all that is unfinished."""
-        for place in self._order:
-            if isinstance(place.outcome, Future):
-                place.outcome.cancel()
+        """Cancel every query in flight."""
+        for pending in self._order:
+            if isinstance(pending.outcome, Future):
+                pending.outcome.cancel()
 
-    def _settle(self, place: _Place) -> None:
-        place.is_ready = True
-        if isinstance(place.outcome, Future):
-            self._num_unfinished -= 1
-        if place is not self._order[0]:
-            place.num_bytes = _num_bytes(place.outcome)
-            self._held_bytes += place.num_bytes
+    def _settle(self, pending: _Pending) -> None:
+        pending.is_ready = True
+        if isinstance(pending.outcome, Future):
+            self._num_in_flight -= 1
+        if pending is not self._order[0]:
+            pending.num_bytes = _num_bytes(pending.outcome)
+            self._held_bytes += pending.num_bytes
 
 
 def _result(outcome: Future[Result] | Result) -> Result:
@@ -168,11 +176,11 @@ def _result(outcome: Future[Result] | Result) -> Result:
     try:
         return outcome.result()
     except CancelledError as exc:
-        raise BackendError("the backend was stopped before it was done") from exc
+        raise BackendError("the backend stopped before it finished its queries") from exc
 
 
 def _num_bytes(outcome: Future[Result] | Result) -> int:
-    """About how much memory a result takes; a failed future none worth counting."""
+    """Approximate memory of a result; a failed future counts as nothing."""
     if isinstance(outcome, Future):
         if outcome.cancelled() or outcome.exception() is not None:
             return 0

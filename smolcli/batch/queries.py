@@ -1,4 +1,4 @@
-"""From the rows of a file to queries, with each bad row's error result in its place."""
+"""Rows of an input to queries; an invalid row yields its error result instead."""
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -12,25 +12,27 @@ from smolcli.types import ErrorCode, Query, Result, failure
 
 
 class ChatIds:
-    """The ids that a file has used so far: 16 bytes for each, however long it is."""
+    """The ids seen so far in a file, as fixed-size digests."""
 
     def __init__(self) -> None:
         self._digests: set[bytes] = set()
 
     def claim(self, chat_id: str) -> bool:
-        """Take an id; False where it was taken before."""
+        """Add an id; returns False if it was already there."""
         num_before = len(self._digests)
         self._digests.add(blake2b(chat_id.encode(), digest_size=16).digest())
         return len(self._digests) > num_before
 
 
 class QueryReader:
-    """One item for each row, in order; the first row with an id owns it, valid or not.
+    """Yields one query or error result for each row, in order.
+
+    The first row with an id owns it, valid or not; later queries with that id are duplicates.
 
     Args:
-        rows: to go through, once.
-        defaults: values for the fields that a row leaves out.
-        ids: those that earlier rows have taken.
+        rows: rows to read, once.
+        defaults: values for fields that a query leaves out.
+        ids: ids already taken by earlier rows; extended while reading.
         format: the format of the rows; detected from the first rows if None.
     """
 
@@ -65,14 +67,13 @@ class QueryReader:
 
 
 def _values(rows: Iterator[Row], sample: list[Row]) -> Iterator[object]:
-    """The value of each row; the rows that were consumed are kept in `sample`."""
+    """Yield the value of each row and append the row to `sample`."""
     for row in rows:
         sample.append(row)
         yield row.value
 
 
 def _parse(row: Row, format: LineFormat, defaults: QueryDefaults) -> Query | Result:
-    """The query that a row holds, or the error result that takes its place."""
     try:
         if row.fault is not None:
             raise row.fault

@@ -1,4 +1,15 @@
-"""`smol run`: one file of queries to one file of results, resumable at any point."""
+"""`smol run`: answers one input into one output, resumable at any point.
+
+A run finds its output in one of three states and takes it to the last one:
+
+- new or partial: `Run.answer_remaining` appends the missing results in input order.
+- answered: every line has its result; `Run.finalize` repairs a torn end or splits off errors.
+- complete: the manifest has the statistics. The output is left alone, except that
+  `--retry-errors` replaces its failed lines with `Run.retry_failed`.
+
+The manifest is written before the first result and completed after the last, so that a kill
+between any two steps leaves a state that the same command continues from.
+"""
 
 import hashlib
 import secrets
@@ -11,14 +22,14 @@ from pathlib import Path
 from smolcli.backends.base import Backend
 from smolcli.batch.input_scan import InputScan, scan_input
 from smolcli.batch.journal import (
+    Entry,
     Journal,
-    Written,
-    is_split_off,
+    is_split,
+    merge_errors,
     output_lock,
-    put_back,
+    read_entries,
     read_journal,
-    read_output,
-    split_off,
+    split_errors,
 )
 from smolcli.batch.manifest import Manifest, load_manifest, manifest_path, save_manifest
 from smolcli.batch.pipeline import answer_all, read_ahead
@@ -35,15 +46,133 @@ from smolcli.protocol.openai import model_name
 from smolcli.settings import EngineSettings, RunSettings
 from smolcli.types import ErrorCode, Query, Result
 
-# These befell the backend, not the query: a later run may do better, so they are no answers.
+# Faults of the backend rather than of a query. A later run may succeed, so they end the run
+# instead of being written as results.
 _BACKEND_FAULTS = frozenset(
     {ErrorCode.BACKEND_ERROR, ErrorCode.OVERLOADED, ErrorCode.TIMEOUT, ErrorCode.CANCELLED}
 )
 
+OpenBackend = Callable[[EngineSettings], Backend]
+
+
+def default_output(input: Path) -> Path:
+    """The output next to an input file, or stdout for a stream.
+
+    Raises:
+        UsageError: `input` has no file name.
+    """
+    if is_stream(input):
+        return Path("-")
+    if not input.name:
+        raise UsageError(f"{input} is a directory; give a file of queries")
+    stem = Path(input.name.removesuffix(".gz")).stem
+    return input.with_name(f"{stem}.results.jsonl")
+
+
+def run_file(
+    settings: RunSettings, open_backend: OpenBackend, progress: RunProgress
+) -> RunStatistics:
+    """Answer every line of an input, resuming where an earlier run stopped.
+
+    Args:
+        settings: input, output, defaults for the queries, and engine.
+        open_backend: opens the backend; called only if there is something to answer.
+        progress: receives progress and messages.
+
+    Returns:
+        Statistics of the whole output, including lines from earlier sessions.
+
+    Raises:
+        UsageError: the output is the input, is in use, or was made with other settings.
+        RunError: input, output, model or backend failed; results written so far are kept.
+    """
+    _check_options(settings)
+    if is_stream(settings.output):
+        run = _new_run(settings)
+        with closing(open_backend(settings.engine)) as backend:
+            return run.answer_remaining(backend, progress)
+    _check_paths(settings)
+    with ExitStack() as locks:
+        for path in filter(None, (settings.output, settings.errors)):
+            locks.enter_context(output_lock(path))
+        statistics = _run_to_file(settings, open_backend, progress)
+        if settings.table is not None:
+            write_table(settings.output, settings.table, settings.rows.fields)
+    if settings.errors is not None and statistics.failed:
+        progress.note(f"failed lines are in {settings.errors}")
+    return statistics
+
+
+def _run_to_file(
+    settings: RunSettings, open_backend: OpenBackend, progress: RunProgress
+) -> RunStatistics:
+    output, previous = settings.output, _previous_manifest(settings)
+    run = _new_run(settings, previous)
+    manifest = Manifest.of(settings, run.scan, run.seed, run.created)
+    if previous is not None:
+        previous.check_same(replace(manifest, backend=previous.backend), output)
+        _check_errors_path(settings, previous, manifest)
+        run = run.resume()
+    if settings.retry_errors and (previous is None or not run.is_answered):
+        raise UsageError(f"{output} is not complete; run without --retry-errors first")
+    is_retry = settings.retry_errors and run.has_failed_queries
+    has_same_model = previous is None or previous.has_model_of(settings.engine)
+    if run.is_answered and not is_retry and has_same_model:
+        progress.note(f"{settings.table or output} is complete; {_nothing_to_do(run)}")
+        return _complete(run, previous, replace(previous or manifest, errors=manifest.errors))
+    with closing(open_backend(settings.engine)) as backend:
+        manifest = replace(manifest, backend=backend.identity())
+        if previous is not None:
+            previous.check_same(manifest, output)
+            if changes := previous.version_changes(manifest):
+                progress.note(f"versions differ from those of the earlier session: {changes}")
+        answer = run.retry_failed if is_retry else run.answer_remaining
+        statistics = answer(backend, progress, manifest)
+    run.scan.check_unchanged(settings.input)
+    run.finalize(is_new=True)
+    save_manifest(replace(manifest, statistics=asdict(statistics)), output)
+    return statistics
+
+
+def _complete(run: "Run", previous: Manifest | None, manifest: Manifest) -> RunStatistics:
+    """Finish whatever a kill after the last answer left undone; otherwise touch nothing."""
+    statistics = run.journal.statistics.snapshot()
+    if manifest != previous:
+        save_manifest(manifest, run.settings.output)
+    run.finalize(is_new=False)
+    if manifest.statistics is None:
+        save_manifest(replace(manifest, statistics=asdict(statistics)), run.settings.output)
+    return statistics
+
+
+def _nothing_to_do(run: "Run") -> str:
+    if run.settings.retry_errors and run.journal.statistics.num_failed:
+        return "every failed line is invalid input, so none can be retried"
+    return "there is nothing to do"
+
+
+def _new_run(settings: RunSettings, previous: Manifest | None = None) -> "Run":
+    """A run that has not read its output yet, with the seed and date of the run it continues."""
+    scan = scan_input(settings)
+    if settings.seed is not None:
+        seed = settings.seed
+    else:
+        seed = secrets.randbelow(2**31) if previous is None else previous.seed
+    created = scan.modified if previous is None else previous.created
+    return Run(settings, scan, seed, created, Journal())
+
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """The lines of an input that a journal does not have; all that decides their results."""
+class Run:
+    """An input, an output, and what the output holds so far.
+
+    Args:
+        settings: of the run.
+        scan: facts about the input.
+        seed: the seed given, drawn, or taken from the manifest.
+        created: `created` of answers in OpenAI's format, in seconds since the epoch.
+        journal: the results that the output holds.
+    """
 
     settings: RunSettings
     scan: InputScan
@@ -52,153 +181,163 @@ class Work:
     journal: Journal
 
     @property
-    def is_done(self) -> bool:
-        """Whether no line is left."""
+    def is_answered(self) -> bool:
+        """Whether every line has a result; never true for a stream."""
         num_lines = self.scan.num_lines
-        return num_lines is not None and self.journal.tally.num_lines >= num_lines
+        return num_lines is not None and self.journal.statistics.num_lines >= num_lines
 
     @property
     def has_failed_queries(self) -> bool:
-        """Whether a failed line of the output is one to ask the model."""
+        """Whether any failed line is a valid query, which the model may answer this time."""
         failed = self.journal.failed_lines
-        questions = self._questions(self._rows(), ChatIds())
-        return any(isinstance(item, Query) and item.line in failed for item in questions)
+        items = self._read_queries(self._rows(), ChatIds())
+        return any(isinstance(item, Query) and item.line in failed for item in items)
 
-    def go_on(self) -> "Work":
-        """The same work with what the output holds taken in.
+    def resume(self) -> "Run":
+        """The same run with its output read.
 
         Raises:
-            ResumeRefused: where it lacks the result of a line before the last that it has.
+            ResumeRefused: the output lacks the result of a line before its last one.
         """
-        work = replace(self, journal=read_journal(self.written))
-        if not work.is_done:
-            work._refuse_gaps()
-        return work
+        run = replace(self, journal=read_journal(self._entries()))
+        if not run.is_answered:
+            run._check_gaps()
+        return run
 
-    @property
-    def written(self) -> Iterator[Written]:
-        """What the output holds, the lines that were split off included."""
-        return read_output(self.settings.output, self.settings.errors, self._format)
-
-    def do(
-        self, backend: Backend, display: RunProgress, manifest: Manifest | None = None
+    def answer_remaining(
+        self, backend: Backend, progress: RunProgress, manifest: Manifest | None = None
     ) -> RunStatistics:
-        """Answer and write what is left; the manifest, where there is one, comes first."""
+        """Append the results of all remaining lines.
+
+        Args:
+            backend: answers the queries.
+            progress: receives progress.
+            manifest: written before the first result; None for stdout.
+        """
         with closing(self._open_writer()) as writer:
             if manifest is not None:
                 save_manifest(manifest, self.settings.output)
             try:
-                self._write_all(backend, writer, display)
+                self._append_results(backend, writer, progress)
             except (KeyboardInterrupt, RunError):
-                display.note(self._how_to_resume())
+                progress.note(self._how_to_resume())
                 raise
-        return self.journal.tally.report(backend.counters())
+        return self.journal.statistics.snapshot(backend.counters())
 
-    def retry(self, backend: Backend, display: RunProgress, manifest: Manifest) -> RunStatistics:
-        """Answer the failed lines again, and replace the output in one step when all are done."""
+    def retry_failed(
+        self, backend: Backend, progress: RunProgress, manifest: Manifest
+    ) -> RunStatistics:
+        """Ask failed lines again and replace the output atomically once all are done."""
         try:
-            tally = self._replace_failed(backend, display, manifest)
+            statistics = self._replace_failed(backend, progress, manifest)
         except (KeyboardInterrupt, RunError):
-            display.note(f"{self.settings.output} is as it was; the same command tries again")
+            progress.note(f"{self.settings.output} is unchanged; run the same command to try again")
             raise
-        return tally.report(backend.counters())
+        return statistics.snapshot(backend.counters())
 
-    def finish(self, is_new: bool) -> None:
-        """Give an output with every line its final form, where it may not have that yet."""
+    def finalize(self, is_new: bool) -> None:
+        """Bring a fully answered output into its final form.
+
+        Args:
+            is_new: whether this session wrote results; otherwise only damage is repaired.
+        """
         output, errors = self.settings.output, self.settings.errors
         if errors is not None:
-            if is_new or not is_split_off(output, errors, self.journal):
-                split_off(output, errors, self._format)
-        elif not (is_new or self._is_whole):
+            if is_new or not is_split(output, errors, self.journal):
+                split_errors(output, errors, self._format)
+        elif not (is_new or self._is_intact):
             self._open_writer().close()
 
     @property
-    def _is_whole(self) -> bool:
-        """Whether the output holds what the journal has, and no torn line behind it."""
+    def _is_intact(self) -> bool:
+        """Whether the output has all results of the journal and no torn line after them."""
         output = self.settings.output
         return output.exists() and output.stat().st_size == self.journal.num_bytes
 
-    def _refuse_gaps(self) -> None:
+    def _check_gaps(self) -> None:
         numbers = islice(row_numbers(self.settings.input, self.settings.rows), self.settings.limit)
         num_lines = sum(number <= self.journal.last_line for number in numbers)
-        if num_lines != self.journal.tally.num_lines:
+        if num_lines != self.journal.statistics.num_lines:
             raise ResumeRefused(
                 f"{self.settings.output} lacks results of lines before its last one; "
-                "give another --output, or --overwrite to start anew"
+                "choose another --output, or start over with --overwrite"
             )
 
+    def _entries(self) -> Iterator[Entry]:
+        return read_entries(self.settings.output, self.settings.errors, self._format)
+
     def _open_writer(self) -> ResultWriter:
-        """The output, cut off after the last whole line, all lines in it."""
+        """Open the output for appending, with failed lines merged and a torn line cut off."""
         output, errors = self.settings.output, self.settings.errors
         if errors is not None and errors.exists():
             if self.journal.num_bytes:
-                put_back(output, errors, self._format)
+                merge_errors(output, errors, self._format)
             else:
                 errors.unlink()
         return ResultWriter(output, self.journal.num_bytes)
 
-    def _write_all(self, backend: Backend, writer: ResultWriter, display: RunProgress) -> None:
-        questions = self._questions(self._rows_left(), self.journal.ids)
-        run = self._run_info(backend)
-        items = read_ahead(questions) if is_stream(self.settings.input) else questions
-        tally = self.journal.tally
-        with self._shown(display, tally), closing(_answers(items, backend)) as answers:
-            for result in answers:
-                writer.write(questions.format.for_run(run).record(result))
-                tally.add(result)
-                display.update()
+    def _append_results(
+        self, backend: Backend, writer: ResultWriter, progress: RunProgress
+    ) -> None:
+        reader = self._read_queries(self._remaining_rows(), self.journal.ids)
+        info = self._run_info(backend)
+        items = read_ahead(reader) if is_stream(self.settings.input) else reader
+        statistics = self.journal.statistics
+        with self._shown(progress, statistics), closing(_answers(items, backend)) as results:
+            for result in results:
+                writer.write(reader.format.for_run(info).record(result))
+                statistics.add(result)
+                progress.update()
 
     def _replace_failed(
-        self, backend: Backend, display: RunProgress, manifest: Manifest
+        self, backend: Backend, progress: RunProgress, manifest: Manifest
     ) -> StatisticsCollector:
-        failed, tally = self.journal.failed_lines, self.journal.tally
-        tally.failed.clear()  # each is counted anew
-        questions = self._questions(self._rows(), ChatIds())
-        format = questions.format.for_run(self._run_info(backend))
-        items = (item for item in questions if item.line in failed)
+        failed, statistics = self.journal.failed_lines, self.journal.statistics
+        statistics.failed.clear()  # counted again below
+        reader = self._read_queries(self._rows(), ChatIds())
+        format = reader.format.for_run(self._run_info(backend))
+        items = (item for item in reader if item.line in failed)
         with (
-            self._shown(display, tally),
-            closing(_answers(items, backend)) as answers,
+            self._shown(progress, statistics),
+            closing(_answers(items, backend)) as results,
             replacing(self.settings.output) as file,
         ):
-            for written in self.written:
-                data = written.data
-                if written.result.is_error:
-                    result = next(answers, None)
+            for entry in self._entries():
+                data = entry.data
+                if entry.result.is_error:
+                    result = next(results, None)
                     if result is None:
-                        raise self._changed_by_hand()
+                        raise ResumeRefused(
+                            f"{self.settings.output} has failed lines that the input lacks; "
+                            "start over with --overwrite"
+                        )
                     data = encode(format.record(result))
-                    tally.add(result)
-                    display.update()
+                    statistics.add(result)
+                    progress.update()
                 file.write(data)
-            save_manifest(manifest, self.settings.output)  # without a report: it is to come
-        return tally
-
-    def _changed_by_hand(self) -> ResumeRefused:
-        return ResumeRefused(
-            f"{self.settings.output} has failed lines that the input lacks; --overwrite starts anew"
-        )
+            save_manifest(manifest, self.settings.output)  # without statistics until finalized
+        return statistics
 
     @contextmanager
-    def _shown(self, display: RunProgress, tally: StatisticsCollector) -> Iterator[None]:
-        tally.begin()
-        display.start(self.scan.num_lines, tally)
+    def _shown(self, progress: RunProgress, statistics: StatisticsCollector) -> Iterator[None]:
+        statistics.begin()
+        progress.start(self.scan.num_lines, statistics)
         try:
             yield
         finally:
-            display.stop()
+            progress.stop()
 
     def _rows(self) -> Iterator[Row]:
         return islice(read_rows(self.settings.input, self.settings.rows), self.settings.limit)
 
-    def _rows_left(self) -> Iterator[Row]:
-        """Those behind the last that the journal has; it has all before that one."""
+    def _remaining_rows(self) -> Iterator[Row]:
+        """Rows after the last one that has a result; the journal has all before it."""
         settings, journal = self.settings, self.journal
-        limit, num_done = settings.limit, journal.tally.num_lines
+        limit, num_done = settings.limit, journal.statistics.num_lines
         num_left = None if limit is None else max(limit - num_done, 0)
         return islice(read_rows(settings.input, settings.rows, journal.last_line), num_left)
 
-    def _questions(self, rows: Iterable[Row], ids: ChatIds) -> QueryReader:
+    def _read_queries(self, rows: Iterable[Row], ids: ChatIds) -> QueryReader:
         sampling = replace(self.settings.defaults.sampling, seed=self.seed)
         defaults = replace(self.settings.defaults, sampling=sampling)
         return QueryReader(rows, defaults, ids, self.scan.format)
@@ -214,123 +353,43 @@ class Work:
 
     @property
     def _format(self) -> LineFormat:
-        """The format of an input that is not a stream."""
+        """The line format of an input file."""
         assert self.scan.format is not None
         return self.scan.format.for_run(self._run_info())
 
     def _how_to_resume(self) -> str:
-        written = f"{self.journal.tally.num_lines:,} results are in {self.settings.output}"
+        num_results = self.journal.statistics.num_lines
+        written = f"{num_results:,} results are in {self.settings.output}"
         if is_stream(self.settings.output) or is_stream(self.settings.input):
             return f"{written}; a run from stdin or to stdout cannot be resumed"
-        return f"{written}; the same command goes on from there"
+        return f"{written}; run the same command to resume"
 
 
 def _answers(items: Iterable[Query | Result | None], backend: Backend) -> Generator[Result]:
     with closing(answer_all(items, backend)) as results:
         for result in results:
             if result.error_code in _BACKEND_FAULTS:
-                raise BackendError(f"line {result.line} got no answer: {result.error}")
+                raise BackendError(f"line {result.line} was not answered: {result.error}")
             yield result
 
 
-OpenBackend = Callable[[EngineSettings], Backend]
-
-
-def default_output(input: Path) -> Path:
-    """Where answers go by default: beside the input, and from stdin on to stdout."""
-    if is_stream(input):
-        return Path("-")
-    if not input.name:
-        raise UsageError(f"{input} is a folder; give a file of queries")
-    stem = Path(input.name.removesuffix(".gz")).stem
-    return input.with_name(f"{stem}.results.jsonl")
-
-
-def run_file(
-    settings: RunSettings, open_backend: OpenBackend, display: RunProgress
-) -> RunStatistics:
-    """Answer every line of an input, going on where an earlier run of the same kind ended.
-
-    Args:
-        settings: what to answer, with what, and where to.
-        open_backend: called only where there is something left to answer.
-        display: shown how far the work is.
-
-    Raises:
-        UsageError: where the output is the input, another run's, or made with other settings.
-        RunError: where input, output, model or backend fail; what is written stays.
-    """
-    _check_options(settings)
-    if is_stream(settings.output):
-        work = _work(settings)
-        with closing(open_backend(settings.engine)) as backend:
-            return work.do(backend, display)
-    _check_output(settings)
-    with ExitStack() as locks:
-        for path in filter(None, (settings.output, settings.errors)):
-            locks.enter_context(output_lock(path))
-        report = _run_to_file(settings, open_backend, display)
-        if settings.table is not None:
-            write_table(settings.output, settings.table, settings.rows.fields)
-    if settings.errors is not None and report.failed:
-        display.note(f"the failed lines are in {settings.errors}")
-    return report
-
-
-def _run_to_file(
-    settings: RunSettings, open_backend: OpenBackend, display: RunProgress
-) -> RunStatistics:
-    output, previous = settings.output, _previous_manifest(settings)
-    work = _work(settings, previous)
-    manifest = Manifest.of(settings, work.scan, work.seed, work.created)
-    if previous is not None:
-        previous.refuse_change(replace(manifest, backend=previous.backend), output)
-        _check_errors(settings, previous, manifest)
-        work = work.go_on()
-    if settings.retry_errors and (previous is None or not work.is_done):
-        raise UsageError(f"{output} is not finished; run this without --retry-errors first")
-    asks_again = settings.retry_errors and work.has_failed_queries
-    if work.is_done and not asks_again and (previous is None or previous.asks_for(settings.engine)):
-        display.note(f"{settings.table or output} is complete; {_nothing_to_do(work)}")
-        same = replace(previous or manifest, errors=manifest.errors)
-        return _leave_alone(work, previous, same)
-    with closing(open_backend(settings.engine)) as backend:
-        manifest = replace(manifest, backend=backend.identity())
-        if previous is not None:
-            previous.refuse_change(manifest, output)
-            if changes := previous.version_changes(manifest):
-                display.note(f"versions differ from those of the lines before: {changes}")
-        answer = work.retry if asks_again else work.do
-        report = answer(backend, display, manifest)
-    work.scan.refuse_change(settings.input)
-    work.finish(is_new=True)
-    save_manifest(replace(manifest, report=asdict(report)), output)
-    return report
-
-
-def _work(settings: RunSettings, previous: Manifest | None = None) -> Work:
-    """What is to do if nothing is done yet."""
-    known = scan_input(settings)
-    created = known.modified if previous is None else previous.created
-    return Work(settings, known, _seed(settings, previous), created, Journal())
-
-
 def _check_options(settings: RunSettings) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that contradict each other."""
     if is_stream(settings.input) or is_stream(settings.output):
         for option, value in (
             ("--errors", settings.errors),
             ("--retry-errors", settings.retry_errors),
         ):
             if value:
-                raise UsageError(f"{option} works on files, not on stdin or stdout")
+                raise UsageError(f"{option} needs files, not stdin or stdout")
     if settings.errors is not None and is_stream(settings.errors):
-        raise UsageError(f"--errors {settings.errors} is no file; give one that can be replaced")
+        raise UsageError(f"--errors {settings.errors} must be a regular file")
     if settings.retry_errors and settings.overwrite:
         raise UsageError("--retry-errors and --overwrite exclude each other")
 
 
-def _check_output(settings: RunSettings) -> None:
+def _check_paths(settings: RunSettings) -> None:
+    """Refuse paths that cannot be written, or that would overwrite the input or each other."""
     output, errors, table = settings.output, settings.errors, settings.table
     written = [(path, "--output") for path in (table, output, manifest_path(output)) if path]
     if errors is not None:
@@ -338,74 +397,50 @@ def _check_output(settings: RunSettings) -> None:
     for path, option in written:
         if path.is_dir() or not path.parent.is_dir():
             raise UsageError(
-                f"{path} cannot be a file: there is no such folder, or it is one itself"
+                f"cannot write {path}: it is a directory, or its parent directory does not exist"
             )
         if path.exists() and settings.input.exists() and path.samefile(settings.input):
-            raise UsageError(f"{path} is the input; give another {option}")
+            raise UsageError(f"{path} is the input; choose another {option}")
     if len({path.resolve() for path, _ in written}) < len(written):
-        raise UsageError(f"{errors} is the output or its manifest; give another --errors")
+        raise UsageError(f"{errors} is the output or its manifest; choose another --errors")
     if table is not None:
         check_table(table, output, settings.rows.fields, settings.overwrite)
 
 
 def _previous_manifest(settings: RunSettings) -> Manifest | None:
-    """The manifest of the run to go on with; None where there is nothing to go on with."""
+    """The manifest of the run to resume; None if there is nothing to resume."""
     output, errors = settings.output, settings.errors
-    if settings.overwrite or not (_holds_any(output) or _holds_any(errors)):
+    if settings.overwrite or not (_has_content(output) or _has_content(errors)):
         return None
     if is_stream(settings.input):
         raise ResumeRefused(
             f"{output} exists, and a run from stdin cannot be resumed; "
-            "give another --output, or --overwrite to start anew"
+            "choose another --output, or start over with --overwrite"
         )
-    if not _holds_any(output) and not manifest_path(output).exists():
+    if not _has_content(output) and not manifest_path(output).exists():
         raise _foreign_errors(settings)
     return load_manifest(output)
 
 
-def _check_errors(settings: RunSettings, previous: Manifest, manifest: Manifest) -> None:
-    """Refuse to leave split off lines behind, or to write over what is none of the output's."""
+def _check_errors_path(settings: RunSettings, previous: Manifest, manifest: Manifest) -> None:
+    """Refuse to lose failed lines in another file, or to overwrite a file of another run."""
     if previous.errors == manifest.errors:
         return
-    if previous.errors is not None and _holds_any(Path(previous.errors)):
+    if previous.errors is not None and _has_content(Path(previous.errors)):
         raise ResumeRefused(
             f"the failed lines of {settings.output} are in {previous.errors}; "
-            "give that as --errors, or --overwrite to start anew"
+            "pass it as --errors, or start over with --overwrite"
         )
-    if _holds_any(settings.errors):
+    if _has_content(settings.errors):
         raise _foreign_errors(settings)
 
 
 def _foreign_errors(settings: RunSettings) -> ResumeRefused:
     return ResumeRefused(
-        f"{settings.errors} exists, and not by a run that wrote {settings.output}; "
-        "give another --errors, or --overwrite to start anew"
+        f"{settings.errors} exists but does not belong to {settings.output}; "
+        "choose another --errors, or start over with --overwrite"
     )
 
 
-def _holds_any(path: Path | None) -> bool:
+def _has_content(path: Path | None) -> bool:
     return path is not None and path.exists() and path.stat().st_size > 0
-
-
-def _nothing_to_do(work: Work) -> str:
-    if work.settings.retry_errors and work.journal.tally.num_failed:
-        return "no failed line is to be asked again, for the faults are the input's own"
-    return "there is nothing to do"
-
-
-def _seed(settings: RunSettings, previous: Manifest | None) -> int:
-    """The run's seed: given, or that of the run to go on with, or drawn."""
-    if settings.seed is not None:
-        return settings.seed
-    return secrets.randbelow(2**31) if previous is None else previous.seed
-
-
-def _leave_alone(work: Work, previous: Manifest | None, manifest: Manifest) -> RunStatistics:
-    """Leave an output that has every line as it is, or complete what a kill left undone."""
-    report = work.journal.tally.report()
-    if manifest != previous:
-        save_manifest(manifest, work.settings.output)
-    work.finish(is_new=False)
-    if manifest.report is None:
-        save_manifest(replace(manifest, report=asdict(report)), work.settings.output)
-    return report

@@ -1,4 +1,4 @@
-"""What a run did: counted while it goes on, reported when it is over."""
+"""What a run counts: lines, tokens, throughput over time and latencies."""
 
 import math
 import time
@@ -10,11 +10,11 @@ from typing import Any
 from smolcli.backends.base import Counters
 from smolcli.types import Result
 
-_NOTHING = Counters()
+_NO_COUNTERS = Counters()
 
 
 class LatencyHistogram:
-    """Latencies in bins 2 % wide, so that their number does not grow with the results."""
+    """Latencies in logarithmic bins 2 % wide, so that memory does not grow with their number."""
 
     _LOG_BASE = math.log(1.02)
 
@@ -26,7 +26,7 @@ class LatencyHistogram:
         self._bins[round(math.log(max(seconds, 1e-6)) / self._LOG_BASE)] += 1
 
     def quantile(self, fraction: float) -> float | None:
-        """The latency that `fraction` of all do not exceed, within 1 %; None without any."""
+        """The latency below which `fraction` of all lie, within 1 %; None if there are none."""
         rank, num_seen = math.ceil(self._bins.total() * fraction), 0
         for bin_, count in sorted(self._bins.items()):
             num_seen += count
@@ -35,8 +35,8 @@ class LatencyHistogram:
         return None
 
 
-class Pace:
-    """Tokens written in each of a few intervals, whose length doubles when there are too many."""
+class Throughput:
+    """Completion tokens per interval; the interval doubles whenever there are too many."""
 
     MAX_INTERVALS = 120
 
@@ -45,7 +45,7 @@ class Pace:
         self._tokens: list[float] = []
 
     def add(self, num_tokens: int, end_s: float, duration_s: float) -> None:
-        """Count the tokens of one answer as evenly spread over the time that it took."""
+        """Count the tokens of one answer, spread evenly over the time it took to decode."""
         begin_s = max(0.0, end_s - max(duration_s, 1e-3))
         end_s = max(end_s, begin_s + 1e-3)
         while end_s >= self.MAX_INTERVALS * self._interval_s:
@@ -58,7 +58,7 @@ class Pace:
             self._tokens[at] += num_tokens * (to_s - from_s) / (end_s - begin_s)
 
     def record(self) -> dict[str, Any] | None:
-        """The intervals in JSON types; None without any."""
+        """The intervals in JSON types; None if there are none."""
         if not self._tokens:
             return None
         return {"interval_s": self._interval_s, "tokens": [round(n, 1) for n in self._tokens]}
@@ -71,7 +71,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class RunStatistics:
-    """A run in numbers: lines and tokens of the whole output, times of its last session."""
+    """Totals of an output; times and rates are those of its last session."""
 
     num_lines: int
     num_answered: int
@@ -89,16 +89,16 @@ class RunStatistics:
     pace: dict[str, Any] | None = None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Name and value of all that there is to say, for a table."""
+        """Names and values to show in a table."""
         rows = [("answered", f"{self.num_answered:,}")]
         rows += [(f"failed: {code}", f"{count:,}") for code, count in sorted(self.failed.items())]
         if self.resumed_lines:
-            rows.append(("of these from before", f"{self.resumed_lines:,}"))
+            rows.append(("from an earlier session", f"{self.resumed_lines:,}"))
         if self.shared_queries:
-            rows.append(("of these as another's", f"{self.shared_queries:,}"))
+            rows.append(("deduplicated", f"{self.shared_queries:,}"))
         cached = f", {self.cached_tokens:,} of them cached" if self.cached_tokens else ""
-        rows.append(("tokens read", f"{self.prompt_tokens:,}{cached}"))
-        rows.append(("tokens written", f"{self.completion_tokens:,}"))
+        rows.append(("prompt tokens", f"{self.prompt_tokens:,}{cached}"))
+        rows.append(("completion tokens", f"{self.completion_tokens:,}"))
         if self.tokens_per_second is not None:
             rows.append(("seconds", f"{self.seconds:,.1f}"))
             rows.append(("tokens per second", f"{self.tokens_per_second:,.1f}"))
@@ -111,7 +111,7 @@ class RunStatistics:
 
 
 class StatisticsCollector:
-    """Adds up the results of an output; `begin` marks where this session's own start."""
+    """Adds up the results of an output; `begin` starts the current session."""
 
     def __init__(self) -> None:
         self.num_answered = 0
@@ -119,34 +119,34 @@ class StatisticsCollector:
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self._latencies = LatencyHistogram()
-        self._pace = Pace()
+        self._throughput = Throughput()
         self._begun_at: float | None = None
         self._resumed_lines = 0
         self._resumed_tokens = 0
 
     @property
     def num_lines(self) -> int:
-        """How many results there are."""
+        """Number of results."""
         return self.num_answered + self.num_failed
 
     @property
     def num_failed(self) -> int:
-        """How many of them are errors."""
+        """Number of error results."""
         return self.failed.total()
 
     @property
     def seconds(self) -> float:
-        """How long this session has been going on."""
+        """Duration of this session so far."""
         return 0.0 if self._begun_at is None else time.monotonic() - self._begun_at
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens written a second, of this session alone; None before there is one."""
+        """Completion tokens per second in this session; None before it begins."""
         seconds = self.seconds
         return (self.completion_tokens - self._resumed_tokens) / seconds if seconds else None
 
     def begin(self) -> None:
-        """Start the clock; what was counted before stems from an earlier session."""
+        """Start the clock; results counted so far are from earlier sessions."""
         self._begun_at = time.monotonic()
         self._resumed_lines = self.num_lines
         self._resumed_tokens = self.completion_tokens
@@ -161,12 +161,14 @@ class StatisticsCollector:
             self.prompt_tokens += result.usage.prompt_tokens
             self.completion_tokens += result.usage.completion_tokens
             if self._begun_at is not None:
-                self._pace.add(result.usage.completion_tokens, self.seconds, _decode_s(result))
+                self._throughput.add(
+                    result.usage.completion_tokens, self.seconds, _decode_s(result)
+                )
         if result.timings is not None:
             self._latencies.add(result.timings.total_s)
 
-    def report(self, counters: Counters = _NOTHING) -> RunStatistics:
-        """The numbers so far, with those that only the backend knows."""
+    def snapshot(self, counters: Counters = _NO_COUNTERS) -> RunStatistics:
+        """The current numbers, together with the backend's own counters."""
         rate = self.tokens_per_second
         return RunStatistics(
             num_lines=self.num_lines,
@@ -180,10 +182,10 @@ class StatisticsCollector:
             **asdict(counters),
             latency_p50_s=self._latencies.quantile(0.50),
             latency_p95_s=self._latencies.quantile(0.95),
-            pace=self._pace.record(),
+            pace=self._throughput.record(),
         )
 
 
 def _decode_s(result: Result) -> float:
-    """How long the tokens of an answer took, as far as that is known."""
+    """Time between the first and the last token of an answer; 0 if unknown."""
     return result.timings.total_s - result.timings.first_token_s if result.timings else 0.0

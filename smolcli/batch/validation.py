@@ -1,4 +1,4 @@
-"""`smol run --check`: every fault of an input that can be known without a model."""
+"""`smol run --check`: finds every invalid line without loading the model's weights."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -18,53 +18,53 @@ from smolcli.weights.store import stored
 
 logger = logging.getLogger(__name__)
 
-Examine = Callable[[Query], None]
+CheckQuery = Callable[[Query], None]
 
 
-def check_input(settings: RunSettings, examine: Examine | None) -> Iterator[Query | Result]:
-    """Yield each line's query, or the error result it would get.
+def check_input(settings: RunSettings, check_query: CheckQuery | None) -> Iterator[Query | Result]:
+    """Yield each line's query, or the error result that a run would write for it.
 
     Args:
-        settings: which input, and what its queries are completed with.
-        examine: raises QueryError for a well-formed query that cannot be answered; None where
-            nobody can tell.
+        settings: the input and the defaults for its queries.
+        check_query: raises QueryError for a valid query that the model cannot answer; None skips
+            this check.
 
     Raises:
-        UsageError: where the input has not the columns that are asked for.
-        InputError: where the input cannot be read.
+        UsageError: the input lacks a column that the settings name.
+        InputError: the input cannot be read.
     """
     rows = islice(read_rows(settings.input, settings.rows), settings.limit)
     for item in QueryReader(rows, settings.defaults, ChatIds()):
-        yield item if isinstance(item, Result) else _examined(item, examine)
+        yield item if isinstance(item, Result) else _checked(item, check_query)
 
 
-def _examined(query: Query, examine: Examine | None) -> Query | Result:
+def _checked(query: Query, check_query: CheckQuery | None) -> Query | Result:
     try:
         if query.format is not None:
             check_format(query.format)
-        if examine is not None:
-            examine(query)
+        if check_query is not None:
+            check_query(query)
     except QueryError as exc:
         return failure(query, str(exc), exc.code, exc.field)
     return query
 
 
-def prompt_fits(folder: Path) -> Examine:
-    """Examines whether prompts leave the model in `folder` room for an answer."""
+def prompt_fits(folder: Path) -> CheckQuery:
+    """A check that prompts leave the model in `folder` room for at least one new token."""
     chat, limit = ChatTokenizer.load(folder), context_length(folder) - 1
 
-    def examine(query: Query) -> None:
+    def check(query: Query) -> None:
         if (num_tokens := len(chat.encode(query.messages))) > limit:
             raise PromptTooLong(num_tokens, limit)
 
-    return examine
+    return check
 
 
 def folder_on_disk(model: str) -> Path | None:
-    """Where a model lies; None if it would have to be downloaded or converted first.
+    """The model's folder, or None if it would have to be downloaded or converted first.
 
     Raises:
-        ModelNotFound: where the name can mean none.
+        ModelNotFound: `model` is neither a usable path nor a valid name.
     """
     if Path(model).suffix.lower() == ".gguf":
         return None

@@ -1,1 +1,1 @@
-"""A page that shows what came of a run: its results and its manifest in numbers and charts."""
+"""`smol report`: an HTML page with the numbers and charts of a run."""

@@ -1,4 +1,4 @@
-"""The charts of a report, drawn by matplotlib as SVG for the page or as one PNG."""
+"""The charts of a report, drawn with matplotlib: SVG for the page, or all in one PNG."""
 
 import io
 import math
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, GRID, ACCENT, BAD = "#16191c", "#566068", "#d5dadd", "#0f766e", "#b3261e"
-VARIABLES = {INK: "ink", FAINT: "faint", GRID: "line", ACCENT: "accent", BAD: "bad"}  # of the CSS
+CSS_VARIABLES = {INK: "ink", FAINT: "faint", GRID: "line", ACCENT: "accent", BAD: "bad"}
 NUM_BINS = 24
 CHART_INCHES = (4.6, 2.3)
 
@@ -28,8 +28,8 @@ _STYLE: Any = {
     "font.sans-serif": ["DejaVu Sans"],
     "text.color": INK,
     "text.parse_math": False,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "smol",  # the same results give the same page
+    "svg.fonttype": "none",  # keep text as text
+    "svg.hashsalt": "smol",  # deterministic ids
     "axes.edgecolor": GRID,
     "axes.labelcolor": FAINT,
     "axes.titlesize": 9,
@@ -51,7 +51,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One chart: what it shows, in words what it says, and how it is drawn."""
+    """A chart: its title, a summary in words, and a function that draws it."""
 
     title: str
     summary: str
@@ -59,42 +59,42 @@ class Chart:
 
 
 def charts_of(facts: Facts) -> list[Chart]:
-    """The charts that there is something to draw for."""
+    """The charts that the data allows."""
     charts = [_outcomes(facts)] if facts.num_lines else []
     if facts.num_answered:
         charts.append(_lengths("prompts", facts.prompt_tokens))
         charts.append(_lengths("answers", facts.completion_tokens))
     if facts.run.get("pace"):
-        charts.append(_pace(facts.run))
+        charts.append(_throughput(facts.run))
     if facts.latencies_s:
         charts.append(_latencies(facts.latencies_s))
     return charts
 
 
 def svg(chart: Chart) -> str:
-    """A chart as SVG whose colours are the variables of the page around it.
+    """Draw a chart as SVG that takes its colours from the page's CSS variables.
 
     Raises:
-        UsageError: where matplotlib is not installed.
+        UsageError: matplotlib is not installed.
     """
     text = io.StringIO()
     with _new_figure(CHART_INCHES) as figure:
         chart.draw(figure.subplots())
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=no_metadata)
     drawing = text.getvalue()
     drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r' id="[\w.]+_\d+"', "", drawing)  # names that every chart would have
-    for colour, name in VARIABLES.items():
+    drawing = re.sub(r' id="[\w.]+_\d+"', "", drawing)  # ids that several charts share
+    for colour, name in CSS_VARIABLES.items():
         drawing = drawing.replace(colour, f"var(--{name})")
     return drawing
 
 
 def write_png(charts: Sequence[Chart], title: str, path: Path) -> None:
-    """Write all charts as one picture.
+    """Draw all charts into one PNG file.
 
     Raises:
-        UsageError: where matplotlib is not installed.
+        UsageError: matplotlib is not installed.
     """
     num_rows = max(1, math.ceil(len(charts) / 2))
     width, height = CHART_INCHES
@@ -113,7 +113,7 @@ def _new_figure(inches: tuple[float, float]) -> "Iterator[Figure]":
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as exc:
-        raise UsageError("a report needs matplotlib: pip install 'smolcli[report]'") from exc
+        raise UsageError("smol report needs matplotlib: pip install 'smolcli[report]'") from exc
     with matplotlib.rc_context(_STYLE):
         yield Figure(figsize=inches, layout="constrained")
 
@@ -134,7 +134,7 @@ def _outcomes(facts: Facts) -> Chart:
         axes.set_xticks([])
 
     summary = f"{facts.num_answered:,} answered, {facts.errors.total():,} failed"
-    return Chart("How lines ended", summary, draw)
+    return Chart("Outcomes", summary, draw)
 
 
 def _lengths(title: str, counts: Counter[int]) -> Chart:
@@ -154,9 +154,9 @@ def _latencies(counts: Counter[float]) -> Chart:
 
     def draw(axes: "Axes") -> None:
         _draw_histogram(axes, counts, [low + step * at for at in range(NUM_BINS + 1)])
-        axes.set_xlabel("seconds from being handed over to the last token")
+        axes.set_xlabel("seconds from submission to the last token")
 
-    return Chart("Time for an answer", f"{_quantiles(counts)} s", draw)
+    return Chart("Latency", f"{_quantiles(counts)} s", draw)
 
 
 def _draw_histogram(axes: "Axes", counts: Counter[Any], edges: Sequence[float]) -> None:
@@ -167,7 +167,7 @@ def _draw_histogram(axes: "Axes", counts: Counter[Any], edges: Sequence[float]) 
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
-def _pace(run: Mapping[str, Any]) -> Chart:
+def _throughput(run: Mapping[str, Any]) -> Chart:
     edges_s, rates = _rates(run["pace"]["interval_s"], run["pace"]["tokens"], run["seconds"])
     unit, unit_s = _unit(run["seconds"])
 
@@ -184,7 +184,7 @@ def _pace(run: Mapping[str, Any]) -> Chart:
 def _rates(
     interval_s: float, tokens: Sequence[float], seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Where intervals begin and end, and tokens/s in each; a last one too short joins another."""
+    """Interval edges and tokens/s in each; a short last interval is merged into the one before."""
     edges_s = [interval_s * at for at in range(len(tokens))] + [seconds]
     counts = list(tokens)
     if len(counts) > 1 and edges_s[-1] - edges_s[-2] < interval_s / 2:

@@ -1,4 +1,4 @@
-"""What a file of results tells, gathered in one pass over it."""
+"""Counts and distributions of a result file, gathered in one pass."""
 
 import heapq
 import json
@@ -19,7 +19,7 @@ NUM_SLOWEST = 10
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One line that failed."""
+    """A failed line."""
 
     line: int | None
     chat_id: str | None
@@ -27,8 +27,8 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Slow:
-    """One answer and where its time went."""
+class SlowAnswer:
+    """An answer and its latencies."""
 
     total_s: float
     first_token_s: float
@@ -40,7 +40,10 @@ class Slow:
 
 @dataclass(slots=True)
 class Facts:
-    """Counts and distributions; none of them grows with the number of results."""
+    """Counts and distributions of one result file.
+
+    Memory grows with the number of distinct values, not with the number of results.
+    """
 
     path: Path
     manifest: Manifest | None = None
@@ -49,23 +52,23 @@ class Facts:
     finish_reasons: Counter[str] = field(default_factory=Counter)
     prompt_tokens: Counter[int] = field(default_factory=Counter)
     completion_tokens: Counter[int] = field(default_factory=Counter)
-    latencies_s: Counter[float] = field(default_factory=Counter)  # to three digits
-    slowest: list[Slow] = field(default_factory=list)
+    latencies_s: Counter[float] = field(default_factory=Counter)  # rounded to three digits
+    slowest: list[SlowAnswer] = field(default_factory=list)
 
     @property
     def num_answered(self) -> int:
-        """How many lines have an answer."""
+        """Number of answered lines."""
         return self.finish_reasons.total()
 
     @property
     def num_lines(self) -> int:
-        """How many lines there are."""
+        """Number of lines."""
         return self.num_answered + self.errors.total()
 
     @property
     def run(self) -> dict[str, Any]:
-        """What the manifest reports of the run; empty where it has not ended, or is not known."""
-        return (self.manifest.report if self.manifest else None) or {}
+        """The run's statistics from its manifest; empty if it is incomplete or has no manifest."""
+        return (self.manifest.statistics if self.manifest else None) or {}
 
     def add(self, record: dict[str, Any]) -> None:
         """Count one result."""
@@ -83,7 +86,7 @@ class Facts:
             self._add_timings(record)
 
     def _add_timings(self, record: dict[str, Any]) -> None:
-        slow = Slow(
+        slow = SlowAnswer(
             **record["timings"],
             completion_tokens=record["usage"]["completion_tokens"],
             line=record.get("line") or 0,
@@ -96,16 +99,16 @@ class Facts:
 
 
 def gather(results: Path) -> Facts:
-    """Go through the results of a run, or the journal of a table of them.
+    """Read the results of a run; for a table, its journal.
 
-    A last line that is not whole is left out: the run is going on, or was cut short.
+    An incomplete last line is skipped, because the run may still be writing it.
 
     Raises:
-        InputError: where the file cannot be read, or a line of it is no result.
+        InputError: the file cannot be read, or a line is not a result.
     """
     path = journal_path(results)
     if format_of(results) is not None and not path.exists():
-        raise InputError(f"the journal of {results} is gone: a report reads {path}")
+        raise InputError(f"cannot report on {results}: its journal {path} is missing")
     facts, torn = Facts(path, _manifest(path)), None
     for line in read_lines(path):
         if torn is not None:
@@ -118,7 +121,7 @@ def gather(results: Path) -> Facts:
 
 
 def _take(facts: Facts, line: Line) -> bool:
-    """Whether a line is a result, and so is counted."""
+    """Count a line if it is a result; returns whether it is."""
     try:
         facts.add(json.loads(line.data or b""))
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -134,7 +137,7 @@ def _manifest(path: Path) -> Manifest | None:
 
 
 def quantile(counts: Counter[Any], fraction: float) -> Any:
-    """The value that `fraction` of all do not exceed."""
+    """The smallest value that at least `fraction` of all do not exceed."""
     rank, num_seen = math.ceil(counts.total() * fraction), 0
     for value in sorted(counts):
         num_seen += counts[value]

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing from outside."""
+"""Renders the report as one self-contained HTML page."""
 
 import json
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from smolcli.html_report.facts import Facts
 
 
 def render(facts: Facts) -> str:
-    """The page.
+    """Render the page.
 
     Raises:
-        UsageError: where matplotlib is not installed.
+        UsageError: matplotlib is not installed.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -34,13 +34,13 @@ def render(facts: Facts) -> str:
 
 
 def _tiles(facts: Facts) -> list[tuple[str, str]]:
-    """The few numbers that come first."""
+    """Headline numbers."""
     tiles = [
         ("lines", f"{facts.num_lines:,}"),
         ("answered", f"{facts.num_answered:,}"),
         ("failed", f"{facts.errors.total():,}"),
-        ("tokens read", f"{_sum(facts.prompt_tokens):,}"),
-        ("tokens written", f"{_sum(facts.completion_tokens):,}"),
+        ("prompt tokens", f"{_sum(facts.prompt_tokens):,}"),
+        ("completion tokens", f"{_sum(facts.completion_tokens):,}"),
     ]
     if facts.run.get("tokens_per_second"):
         of_session = ", last session" if facts.run.get("resumed_lines") else ""
@@ -54,20 +54,22 @@ def _sum(counts: Mapping[int, int]) -> int:
 
 
 def _settings(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
-    """All that the manifest says of how the results came to be, by theme."""
+    """The manifest's settings, grouped by topic."""
     manifest = facts.manifest
     if manifest is None:
         return []
     backend = dict(manifest.backend or {})
     versions = backend.pop("versions", {})
     run = {"input": manifest.input, "input_sha256": manifest.input_sha256, "limit": manifest.limit}
-    measured = {name: value for name, value in facts.run.items() if name not in ("pace", "failed")}
+    statistics = {
+        name: value for name, value in facts.run.items() if name not in ("pace", "failed")
+    }
     groups = {
         "Input": run,
         "Generation": {"seed": manifest.seed} | manifest.generation,
-        "Model": {"asked for": manifest.model} | backend,
+        "Model": {"requested": manifest.model} | backend,
         "Versions": versions,
-        "Run": measured,
+        "Run": statistics,
     }
     return [(title, _shown(values)) for title, values in groups.items() if _shown(values)]
 
