@@ -1,18 +1,18 @@
-/** The batch tab: rows that fill as their results come. */
+/** The batch tab: a table of rows that fills as results arrive. */
 
-import { Asker, isPending, parse } from "./asker.js";
+import { BatchClient, isPending, parse } from "./batch_client.js";
 import { $, announce, element, stamp } from "./dom.js";
 
 const ROWS_SHOWN = 200;
-const CHARS_SHOWN = 300; // of a question
+const CHARS_SHOWN = 300; // of each question
 
 let rows = []; // {line, text, query, result, view}
 let name = "pasted";
-let running = null; // the AbortController of the run
+let running = null; // AbortController of the current run, if any
 let tally = { done: 0, failed: 0 };
 let numShown = ROWS_SHOWN;
-let frame = 0; // results come faster than they can be drawn
-const stale = new Set(); // the rows to be drawn
+let frame = 0; // pending animation frame; results arrive faster than they can be drawn
+const stale = new Set(); // rows that must be redrawn
 
 async function run() {
   const queue = rows.filter(isPending);
@@ -21,7 +21,7 @@ async function run() {
   setRunning(true);
   trouble("");
   try {
-    await new Asker(settle, trouble, running.signal).answer(queue);
+    await new BatchClient(settle, trouble, running.signal).answer(queue);
   } catch (fault) {
     if (fault.name !== "AbortError") trouble(fault.message);
     running.abort();
@@ -39,7 +39,7 @@ function settle(row, result) {
   frame ||= requestAnimationFrame(draw);
 }
 
-/** Draw what became of the rows since the last time. */
+/** Redraw the rows that have changed since the last frame. */
 function draw() {
   frame = 0;
   for (const row of stale) if (row.view) fill(row);
@@ -74,24 +74,24 @@ function setRunning(isRunning) {
   $("halt").hidden = !isRunning;
   $("run").hidden = isRunning;
   $("run").disabled = numPending === 0;
-  $("run").textContent = tally.done > 0 && numPending > 0 ? `Run the rest (${numPending})` : "Run";
+  $("run").textContent = tally.done > 0 && numPending > 0 ? `Run remaining (${numPending})` : "Run";
   if (!isRunning && document.activeElement === $("halt")) $("download").focus();
   showRows();
 }
 
-/** Draw the rows that are in sight; the others are drawn when they are asked for. */
+/** Render the first rows; "Show more" renders the others. */
 function showRows() {
-  const isWanted = $("only-errors").checked ? (row) => row.result?.error_code : () => true;
-  const wanted = rows.filter(isWanted);
-  const shown = wanted.slice(0, numShown);
+  const isListed = $("only-errors").checked ? (row) => row.result?.error_code : () => true;
+  const listed = rows.filter(isListed);
+  const shown = listed.slice(0, numShown);
   $("rows").replaceChildren(...shown.map((row) => (row.view ??= fill(row, stamp("row")))));
-  $("more").hidden = shown.length === wanted.length;
-  $("more").textContent = `Show more (${wanted.length - shown.length} left)`;
+  $("more").hidden = shown.length === listed.length;
+  $("more").textContent = `Show more (${listed.length - shown.length} remaining)`;
 }
 
-function asked({ query, text }) {
-  const asked = query?.user_prompt ?? query?.messages?.at?.(-1)?.content;
-  const shown = typeof asked === "string" ? asked : text;
+function questionOf({ query, text }) {
+  const prompt = query?.user_prompt ?? query?.messages?.at?.(-1)?.content;
+  const shown = typeof prompt === "string" ? prompt : text;
   return shown.length > CHARS_SHOWN ? `${shown.slice(0, CHARS_SHOWN)}…` : shown;
 }
 
@@ -101,10 +101,10 @@ function fill(row, view = row.view) {
   view.className = result === null ? "pending" : result.error_code ? "failed" : "answered";
   line.textContent = row.line;
   id.textContent = String(result?.chat_id ?? row.query?.chat_id ?? "");
-  question.textContent = asked(row);
+  question.textContent = questionOf(row);
   answer.textContent = result === null ? "…" : (result.response ?? result.error);
   if (result?.error_code) answer.prepend(element("code", result.error_code), " ");
-  if (result?.finish_reason === "length") answer.append(" ", element("small", "cut off at the limit"));
+  if (result?.finish_reason === "length") answer.append(" ", element("small", "stopped at the token limit"));
   return view;
 }
 
@@ -131,7 +131,7 @@ async function loadFile(file) {
     $("source").textContent = file.name;
   } catch {
     load("", "");
-    $("source").textContent = `${file.name} is not text in UTF-8.`;
+    $("source").textContent = `${file.name} is not UTF-8 text.`;
   }
   announce(`${$("source").textContent} ${$("counts").textContent}`);
 }

@@ -1,4 +1,4 @@
-/** The chat: a list of exchanges, each a question and what became of it. */
+/** The chat tab: a list of exchanges, each with a question and its answer or error. */
 
 import { $, announce, copy, keep, kept, stamp } from "./dom.js";
 import { nameModel } from "./model.js";
@@ -7,9 +7,9 @@ import { Fault, events, faultIn, request } from "./wire.js";
 const NEAR_END_PX = 60;
 
 let exchanges = [];
-let running = null; // the AbortController of the answer that is being written
+let running = null; // AbortController of the answer being generated, if any
 
-/** The turns before `exchange` that were answered, and its question. */
+/** The messages to send: answered exchanges before `exchange`, and its question. */
 function messagesFor(exchange, system) {
   const before = exchanges.slice(0, exchanges.indexOf(exchange)).filter((e) => e.answer.trim());
   return [
@@ -24,34 +24,34 @@ function messagesFor(exchange, system) {
 
 async function requestBody(exchange) {
   const { system, ...settings } = Object.fromEntries(new FormData($("settings-form")));
-  const given = Object.entries(settings).filter(([, value]) => value !== "");
+  const filled = Object.entries(settings).filter(([, value]) => value !== "");
   return JSON.stringify({
     model: $("model").dataset.id ?? (await nameModel()),
     messages: messagesFor(exchange, system),
     stream: true,
     stream_options: { include_usage: true },
-    ...Object.fromEntries(given.map(([name, value]) => [name, Number(value)])),
+    ...Object.fromEntries(filled.map(([name, value]) => [name, Number(value)])),
   });
 }
 
-/** Follow the answer into `exchange`, telling `onText` of each piece. */
-async function follow(exchange, signal, onText) {
+/** Stream the answer to `exchange`, calling `onText` with each piece of text. */
+async function streamAnswer(exchange, signal, onText) {
   const options = { body: await requestBody(exchange), accept: "text/event-stream", signal };
   const startMs = performance.now();
-  const answer = await request("v1/chat/completions", options);
+  const response = await request("v1/chat/completions", options);
   let ending = "";
-  for await (const event of events(answer)) {
+  for await (const event of events(response)) {
     const fault = faultIn(event);
     if (fault) throw fault;
     const choice = event.choices?.[0];
     if (choice?.delta?.content) onText(choice.delta.content);
-    if (choice?.finish_reason === "length") ending = " · cut off at the limit";
-    if (event.usage) exchange.note = spent(event.usage.completion_tokens, performance.now() - startMs);
+    if (choice?.finish_reason === "length") ending = " · stopped at the token limit";
+    if (event.usage) exchange.note = usageNote(event.usage.completion_tokens, performance.now() - startMs);
   }
   exchange.note += ending;
 }
 
-function spent(numTokens, ms) {
+function usageNote(numTokens, ms) {
   return `${numTokens} tokens · ${(ms / 1000).toFixed(1)} s`;
 }
 
@@ -61,17 +61,17 @@ async function answer(exchange) {
   show(exchange);
   setRunning(true);
   const text = exchange.view.querySelector(".answer").appendChild(new Text());
-  let frame = 0; // pieces come faster than they can be drawn
+  let frame = 0; // pending animation frame; text arrives faster than it can be drawn
   const draw = () => stayAtEnd(() => ([text.data, frame] = [exchange.answer, 0]));
   try {
-    await follow(exchange, running.signal, (piece) => {
+    await streamAnswer(exchange, running.signal, (piece) => {
       exchange.answer += piece;
       frame ||= requestAnimationFrame(draw);
     });
-    if (!exchange.answer.trim()) exchange.note += " · an empty answer";
+    if (!exchange.answer.trim()) exchange.note += " · empty answer";
   } catch (fault) {
     if (fault.name === "AbortError") exchange.note = "stopped";
-    else exchange.error = fault instanceof Fault ? fault.message : `The page failed: ${fault.message}`;
+    else exchange.error = fault instanceof Fault ? fault.message : `Unexpected error: ${fault.message}`;
   }
   running = null;
   setRunning(false);
@@ -90,7 +90,7 @@ function remember() {
   keep("chat", exchanges.map(({ view, ...plain }) => plain));
 }
 
-/** Change the log, and keep its end in sight if it was. */
+/** Apply a change to the log, and stay scrolled to its end if it was. */
 function stayAtEnd(change) {
   const log = $("log");
   const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END_PX;
@@ -120,7 +120,7 @@ function newView(exchange) {
   const button = view.querySelector(".copy");
   button.addEventListener("click", async () => {
     const isDone = await copy(exchange.answer).then(() => true, () => false);
-    button.textContent = isDone ? "Copied" : "Not allowed";
+    button.textContent = isDone ? "Copied" : "Copying failed";
     setTimeout(() => (button.textContent = "Copy"), 1500);
   });
   $("welcome").hidden = true;
@@ -129,7 +129,7 @@ function newView(exchange) {
   return view;
 }
 
-/** Ask a failed question again, as the newest one. */
+/** Retry a failed question as the last exchange. */
 function retry(exchange) {
   if (running || !$("settings-form").reportValidity()) return;
   exchange.view.remove();
@@ -154,7 +154,7 @@ function send() {
   begin(question);
 }
 
-function startAnew() {
+function startNewChat() {
   running?.abort();
   for (const { view } of exchanges) view.remove();
   exchanges = [];
@@ -191,7 +191,7 @@ export function setUpChat() {
     running?.abort();
     $("question").focus();
   });
-  $("new-chat").addEventListener("click", startAnew);
+  $("new-chat").addEventListener("click", startNewChat);
   for (const button of $("welcome").querySelectorAll("button")) {
     button.addEventListener("click", () => {
       $("question").value = button.textContent;

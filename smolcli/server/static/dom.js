@@ -1,4 +1,4 @@
-/** Small tools for the page. Text reaches the document through textContent and Text nodes only. */
+/** DOM helpers. Untrusted text enters the document only through textContent and Text nodes. */
 
 export const $ = (id) => document.getElementById(id);
 
@@ -6,29 +6,30 @@ export const stamp = (template) => $(template).content.firstElementChild.cloneNo
 
 export const element = (tag, text) => Object.assign(document.createElement(tag), { textContent: text });
 
-/** Tell a screen reader, once. */
+/** Announce text to screen readers. */
 export function announce(text) {
   $("announcer").textContent = text;
 }
 
-/** Keep a value for as long as this tab is open; a full or forbidden store is no reason to stop. */
+/** Store a value until the tab is closed. */
 export function keep(name, value) {
   try {
     sessionStorage.setItem(`smol.${name}`, JSON.stringify(value));
   } catch {
-    /* the page works without memory */
+    /* storage is full or disabled; the page works without it */
   }
 }
 
-export function kept(name, otherwise) {
+/** The stored value, or `fallback` if there is none. */
+export function kept(name, fallback) {
   try {
-    return JSON.parse(sessionStorage.getItem(`smol.${name}`)) ?? otherwise;
+    return JSON.parse(sessionStorage.getItem(`smol.${name}`)) ?? fallback;
   } catch {
-    return otherwise;
+    return fallback;
   }
 }
 
-/** Copy text, also where the page is not served by https or localhost and has no clipboard API. */
+/** Copy text, even without the clipboard API, which requires HTTPS or localhost. */
 export async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const area = document.createElement("textarea");

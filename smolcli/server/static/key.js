@@ -1,15 +1,15 @@
-/** The API key: asked for once however many requests lack it, kept in this tab alone. */
+/** The API key, stored only for this tab. One dialog serves all requests that need a key. */
 
 import { $, keep, kept } from "./dom.js";
 
-let asked = null;
+let pending = null; // promise of the open dialog, if any
 
-/** Ask for another key than `refused`; gives whether there is one to try. */
-export async function askForKey(refused) {
-  if (kept("key", "") !== refused) return true;
-  const why = refused ? "The server does not know this key." : "The server asks for a key.";
-  asked ??= ask(why).finally(() => (asked = null));
-  return asked;
+/** Ask for a key other than `rejected`. Resolves to whether there is a new key to try. */
+export async function askForKey(rejected) {
+  if (kept("key", "") !== rejected) return true;
+  const why = rejected ? "The server rejected this key." : "The server requires an API key.";
+  pending ??= ask(why).finally(() => (pending = null));
+  return pending;
 }
 
 function ask(why) {
@@ -19,20 +19,20 @@ function ask(why) {
   dialog.returnValue = "";
   dialog.showModal();
   $("key").select();
-  return new Promise((answer) =>
-    dialog.addEventListener("close", () => answer(dialog.returnValue === "given"), { once: true }),
+  return new Promise((resolve) =>
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "submitted"), { once: true }),
   );
 }
 
-/** `onChange` is called when a key was given by hand, not on a request's demand. */
+/** Set up the dialog; `onChange` is called when the user sets a key without being asked to. */
 export function setUpKey(onChange) {
   $("key-button").addEventListener("click", async () => {
-    if (await ask("Sent with every request, if the server wants one.")) onChange();
+    if (await ask("Sent with every request if the server requires it.")) onChange();
   });
   $("key-cancel").addEventListener("click", () => $("key-dialog").close());
   $("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     keep("key", $("key").value);
-    $("key-dialog").close("given");
+    $("key-dialog").close("submitted");
   });
 }

@@ -1,4 +1,4 @@
-/** The frame of the page: tabs, the server's state, the model's name. */
+/** The page's header: tabs, model name and server status. */
 
 import { setUpBatch } from "./batch.js";
 import { setUpChat } from "./chat.js";
@@ -37,10 +37,11 @@ function setUpTabs() {
 
 const STATES = {
   ready: "ready",
-  loading: "loading the model",
+  loading: "loading model",
   draining: "shutting down",
   full: "busy",
-  unreachable: "not reachable",
+  no_upstream: "no upstream",
+  unreachable: "unreachable",
 };
 
 async function serverState() {

@@ -1,4 +1,4 @@
-/** Requests that carry the API key, answers read line by line, every fault one kind of error. */
+/** HTTP requests with the API key, streamed responses, and errors as `Fault`s. */
 
 import { askForKey } from "./key.js";
 import { kept } from "./dom.js";
@@ -10,16 +10,16 @@ export class Fault extends Error {
   }
 }
 
-/** The answer to a request, once it is a good one; asks for a key for as long as the server does. */
+/** Send a request and return its successful response. Asks for an API key whenever the server does. */
 export async function request(path, { body, accept = "application/json", signal } = {}) {
   for (;;) {
     const key = kept("key", "");
     const headers = { Accept: accept };
     if (key) headers.Authorization = `Bearer ${key}`;
     if (body !== undefined) headers["Content-Type"] = "application/json";
-    const answer = await reach(path, { method: body === undefined ? "GET" : "POST", headers, body, signal });
-    if (answer.ok) return answer;
-    const fault = await faultOf(answer);
+    const response = await reach(path, { method: body === undefined ? "GET" : "POST", headers, body, signal });
+    if (response.ok) return response;
+    const fault = await faultOf(response);
     if (fault.status !== 401 || !(await askForKey(key))) throw fault;
   }
 }
@@ -32,14 +32,14 @@ async function reach(path, options) {
   }
 }
 
-async function faultOf(answer) {
-  const body = await answer.json().catch(() => null);
-  const fault = faultIn(body, answer.status) ?? new Fault(`The server answered ${answer.status}.`);
-  const retryAfterS = Number(answer.headers.get("Retry-After")) || null;
-  return Object.assign(fault, { status: answer.status, retryAfterS });
+async function faultOf(response) {
+  const body = await response.json().catch(() => null);
+  const fault = faultIn(body, response.status) ?? new Fault(`The server responded with status ${response.status}.`);
+  const retryAfterS = Number(response.headers.get("Retry-After")) || null;
+  return Object.assign(fault, { status: response.status, retryAfterS });
 }
 
-/** The error that an object of ours or of OpenAI's shape reports, or null. */
+/** The error in a body of smol's or OpenAI's shape, null if there is none. */
 export function faultIn(body) {
   const error = body?.error;
   if (!error) return null;
@@ -47,9 +47,9 @@ export function faultIn(body) {
   return new Fault(String(error.message), { code: error.code ?? error.type, field: error.param });
 }
 
-/** The lines of an answer as they arrive; leaving the loop early lets go of the connection. */
-export async function* lines(answer) {
-  const reader = answer.body.getReader();
+/** The non-blank lines of a response as they arrive. Leaving the loop closes the connection. */
+export async function* lines(response) {
+  const reader = response.body.getReader();
   const decoder = new TextDecoder();
   let rest = "";
   try {
@@ -67,13 +67,13 @@ export async function* lines(answer) {
   }
 }
 
-/** The objects of a server-sent event stream, up to its [DONE]. */
-export async function* events(answer) {
-  for await (const line of lines(answer)) {
+/** The objects of a server-sent event stream, up to [DONE]. */
+export async function* events(response) {
+  for await (const line of lines(response)) {
     if (!line.startsWith("data:")) continue;
     const data = line.slice(5).trim();
     if (data === "[DONE]") return;
     yield JSON.parse(data);
   }
-  throw new Fault("The answer broke off.");
+  throw new Fault("The answer was cut off.");
 }

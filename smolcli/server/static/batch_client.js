@@ -1,14 +1,14 @@
-/** Rows made from lines, and how they are answered: in chunks, as results come, nothing lost. */
+/** Parses the lines of a batch into rows, and sends them to the server in chunks. */
 
 import { Fault, faultIn, lines, request } from "./wire.js";
 
 const CHUNK_ROWS = 100;
 const CHUNK_CHARS = 200_000;
-const CHUNKS_AT_ONCE = 2; // the second keeps the engine busy while the first one's last answers end
-const TRY_AGAIN_S = 2;
-const PASSING = new Set(["timeout", "cancelled", "overloaded", "backend_error"]);
+const CHUNKS_AT_ONCE = 2; // keeps the engine busy while the last answers of a chunk finish
+const RETRY_AFTER_S = 2;
+const TRANSIENT = new Set(["timeout", "cancelled", "overloaded", "backend_error"]);
 
-/** One row for each line that is not blank; one that is not JSON is an error from the start. */
+/** One row per non-blank line. A line that is not valid JSON gets its error right away. */
 export function parse(text) {
   return text.split("\n").flatMap((raw, at) => {
     const [line, trimmed] = [at + 1, raw.trim()];
@@ -22,16 +22,16 @@ export function parse(text) {
   });
 }
 
-/** Whether `row` is still to be answered; a fault of the moment is worth another try. */
-export const isPending = (row) => row.result === null || PASSING.has(row.result.error_code);
+/** Whether `row` has no answer yet; transient errors are worth retrying. */
+export const isPending = (row) => row.result === null || TRANSIENT.has(row.result.error_code);
 
-/** A number that a double cannot carry to the letter stays the text it was. */
+/** JSON.parse reviver that keeps numbers a double cannot represent exactly as they were written. */
 function exact(_, value, context) {
   const source = typeof value === "number" ? context?.source : undefined;
   return source && source !== String(value) && JSON.rawJSON ? JSON.rawJSON(source) : value;
 }
 
-/** Take the next chunk off the queue: so many rows, so much text, one row at least. */
+/** Remove the next chunk from the queue: at least one row, within the limits above. */
 function take(queue) {
   let [count, chars] = [0, 0];
   while (count < Math.min(queue.length, CHUNK_ROWS) && (count === 0 || chars < CHUNK_CHARS)) {
@@ -40,8 +40,11 @@ function take(queue) {
   return queue.splice(0, count);
 }
 
-/** Answers queries: `settle(row, result)` for each, `trouble(text)` for what holds all of them up. */
-export class Asker {
+/** Sends rows to the server.
+ *
+ * Calls `settle(row, result)` for each result and `trouble(text)` when the whole batch is delayed.
+ */
+export class BatchClient {
   constructor(settle, trouble, signal) {
     Object.assign(this, { settle, trouble, signal });
   }
@@ -69,15 +72,15 @@ export class Asker {
     }
   }
 
-  /** The rows travel as they were written, so that no number and no key is changed on the way. */
+  /** Sends rows exactly as they were written, so that no number or key changes on the way. */
   async #receive(chunk) {
     const body = `{"queries":[${chunk.map((row) => row.text).join(",\n")}]}`;
     const options = { body, accept: "application/x-ndjson", signal: this.signal };
-    const answer = await request("chat/batched", options);
+    const response = await request("chat/batched", options);
     this.trouble("");
-    for await (const line of lines(answer)) {
+    for await (const line of lines(response)) {
       const { index, ...result } = JSON.parse(line, exact);
-      if (!chunk[index]) throw faultIn(result) ?? new Fault("The server answered out of turn.");
+      if (!chunk[index]) throw faultIn(result) ?? new Fault("The server sent an unexpected result.");
       this.settle(chunk[index], result);
     }
     if (chunk.some((row) => row.result === null)) throw new Fault("The connection was lost.");
@@ -88,13 +91,13 @@ export class Asker {
   }
 
   #pause(fault) {
-    const waitS = fault.retryAfterS ?? TRY_AGAIN_S;
-    this.trouble(`${fault.message} Trying again in ${waitS} s.`);
-    return new Promise((go, stop) => {
-      const timer = setTimeout(go, waitS * 1000);
+    const waitS = fault.retryAfterS ?? RETRY_AFTER_S;
+    this.trouble(`${fault.message} Retrying in ${waitS} s.`);
+    return new Promise((resolve, reject) => {
+      const timer = setTimeout(resolve, waitS * 1000);
       this.signal.addEventListener("abort", () => {
         clearTimeout(timer);
-        stop(this.signal.reason);
+        reject(this.signal.reason);
       });
     });
   }
