@@ -63,7 +63,7 @@ class FaultyBackend:
     models: list[FaultyModel] = field(default_factory=list)
     backends: list[LocalBackend] = field(default_factory=list)
 
-    def allocate(self, settings: EngineSettings) -> LocalBackend:
+    def open(self, settings: EngineSettings) -> LocalBackend:
         folder = Path(settings.model)
         self.models.append(FaultyModel(folder, self.delay_s))
         engine = Engine(self.models[0], settings.max_batch_size, 64 << 20)
