@@ -75,7 +75,7 @@ class Cost:
         engine = Engine(self._model, batch_size, 4 << 30)
         prompts = (self._prompts * 2)[:batch_size]
         for prompt in prompts:
-            constraint = self._vocabulary.constraint(ENDLESS) if with_schema else None
+            constraint = self._vocabulary.matcher(ENDLESS) if with_schema else None
             engine.add(Sequence(prompt, self._sampling, constraint=constraint))
         while not all(s.is_decoding for s in engine.scheduler.running) or not engine.num_steps:
             engine.step()

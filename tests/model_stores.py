@@ -1,4 +1,4 @@
-"""A model put where smol looks for one."""
+"""Put a model where smol looks for one."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def entries(home: Path) -> list[str]:
-    """The store's folders, finished or not."""
+    """The store's directories, finished or not."""
     return sorted(path.name for path in (home / "models").iterdir() if path.suffix != ".lock")
 
 

@@ -48,15 +48,15 @@ def test_without_a_model_and_a_hub_nothing_can_run(home: Path) -> None:
     assert doctor("--model", home / "nowhere")[0] == 1
 
 
-def test_a_damaged_model_is_found_out(home: Path, tiny_folder: Path) -> None:
-    """A flipped bit is seen by the sha256 that was written down, a short file by its header."""
+def test_damaged_model_is_detected(home: Path, tiny_folder: Path) -> None:
+    """The recorded digest reveals a flipped bit, the header a truncated file."""
     weights = install(tiny_folder, home) / "model.safetensors"
     name, whole = "shipped--abc", weights.read_bytes()
     assert doctor("--model", name)[0] == 0
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     code, found = doctor("--model", name)
     assert code == 1
-    assert "model.safetensors is not what was put there" in found["model"]["detail"]
+    assert "model.safetensors has changed since it was installed" in found["model"]["detail"]
     assert found["model"]["remedy"] == f"smol models rm {name}; smol pull {name}"
     short = fill_store(home, tiny_folder) / "model.safetensors"
     short.write_bytes(whole[:-100])
@@ -100,12 +100,14 @@ def test_models_are_listed_shown_and_removed(home: Path, tiny_folder: Path) -> N
     assert entries(home) == []
 
 
-def test_a_model_that_the_store_does_not_have(home: Path, tiny_folder: Path) -> None:
+def test_unknown_model_name_lists_the_models_in_the_store(home: Path, tiny_folder: Path) -> None:
     fill_store(home, tiny_folder)
     for command in ("show", "rm"):
         done = smol("models", command, "tests/tny")
         assert done.exit_code == 1
-        assert done.stderr == f"smol: the store has no model 'tests/tny'; it holds: {MODEL}\n"
+        assert done.stderr == (
+            f"smol: the store has no model 'tests/tny'; models in the store: {MODEL}\n"
+        )
     assert len(entries(home)) == 1
 
 

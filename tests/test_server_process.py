@@ -137,7 +137,7 @@ def test_an_invalid_schema_is_rejected_before_loading_the_model(
 def test_a_missing_model_is_reported(tmp_path: Path) -> None:
     code, stderr = smol("serve", "--model", f"{tmp_path}/nothing.gguf", "--port", "0")
     assert code == 1
-    assert stderr.splitlines()[-1] == f"smol: there is no file {tmp_path}/nothing.gguf"
+    assert stderr.splitlines()[-1] == f"smol: no such file: {tmp_path}/nothing.gguf"
     assert "Traceback" not in stderr
 
 

@@ -67,10 +67,10 @@ def answers(backend: LocalBackend, queries: list[Query]) -> list[Result]:
      {"temperature": 1.0, "top_k": 3}],
     ids=str,
 )  # fmt: skip
-def test_every_answer_validates_and_neighbours_are_what_they_were(
+def test_constrained_answers_validate_and_leave_other_answers_unchanged(
     backend: LocalBackend, options: dict[str, Any]
 ) -> None:
-    """A random model would never write JSON; held to a schema, it cannot write anything else."""
+    """A random model never writes JSON by itself; constrained, it cannot write anything else."""
     held = [
         query(f"Tell {n}.", format=schema_format(schema), sampling=Sampling(64, **options, seed=n))
         for n, schema in enumerate(SCHEMAS * 2)
@@ -87,8 +87,8 @@ def test_every_answer_validates_and_neighbours_are_what_they_were(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
-def test_an_answer_is_one_of_the_choices(backend: LocalBackend, temperature: float) -> None:
-    """Also where one begins as another does, and what means something in a pattern means itself."""
+def test_answer_is_one_of_the_choices(backend: LocalBackend, temperature: float) -> None:
+    """Choices may share a prefix, and regex metacharacters in them are literal."""
     choices = ("yes", "yes, but (not)* [now]", "nein", "日本 \\d+", "<|im_end|>")
     sampling = [Sampling(64, temperature, seed=n) for n in range(20)]
     results = answers(
@@ -98,7 +98,7 @@ def test_an_answer_is_one_of_the_choices(backend: LocalBackend, temperature: flo
     assert len({r.response for r in results}) > (1 if temperature else 0)
 
 
-def test_an_answer_that_is_cut_off_is_an_error_and_no_broken_json(backend: LocalBackend) -> None:
+def test_truncated_json_is_an_error(backend: LocalBackend) -> None:
     cut, by_the_model, whole = answers(
         backend,
         [
@@ -120,16 +120,19 @@ def test_an_answer_that_is_cut_off_is_an_error_and_no_broken_json(backend: Local
         ({"type": "string", "pattern": "(a"}, "unclosed group"),
         ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum .5. is greater"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"$ref": "#"}, "no text is one"),
+        ({"$ref": "#"}, "no text can match it"),
         ({"$ref": "https://example.org/schema"}, "example.org"),
         ({"properties": {"a": False}, "type": "object", "required": ["a"]}, "unsatisfiable"),
-        ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf is not supported, but anyOf"),
-        ({"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(20)]}, "more than 12"),
+        ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf is not supported; use anyOf"),
+        (
+            {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(20)]},
+            "more than 12 patterns",
+        ),
         ({"type": "object", "x-guidance": {"whitespace_pattern": "x"}}, "x-guidance"),
     ],
     ids=str,
 )
-def test_a_schema_that_cannot_be_held_is_that_querys_error(
+def test_unsupported_schema_fails_only_its_query(
     backend: LocalBackend, schema: dict[str, Any], reason: str
 ) -> None:
     bad, good = answers(backend, [query(format=schema_format(schema)), query()])
@@ -138,30 +141,30 @@ def test_a_schema_that_cannot_be_held_is_that_querys_error(
     assert not good.is_error
 
 
-def test_a_schema_that_gets_too_hard_on_the_way_ends_the_answer_in_words(tiny_folder: Path) -> None:
-    """More and more states of an automaton; it costs the batch no more than it may."""
+def test_schema_that_exceeds_the_lexer_limits_fails_with_an_explanation(tiny_folder: Path) -> None:
+    """The automaton grows with every character until llguidance's limits stop it."""
     tokenizer = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
-    vocabulary = GrammarCompiler(tokenizer.to_str, tokenizer.get_vocab_size(), frozenset([2]))
+    compiler = GrammarCompiler(tokenizer.to_str, tokenizer.get_vocab_size(), frozenset([2]))
     schema = {"type": "string", "pattern": "^.*(a.{9}|b.{99}|[ab].*a.{30})+.{200}$"}
-    constraint = vocabulary.constraint(schema_format(schema))
+    matcher = compiler.matcher(schema_format(schema))
     text = random.Random(0)
     for char in ['"', *text.choices("ab", k=300)]:
-        assert not constraint.is_complete
-        if not constraint.is_over:
-            constraint.mask()
-            constraint.accept(tokenizer.token_to_id(char))
-    assert constraint.is_over
-    assert "its patterns are too hard" in str(constraint.fault)
+        assert not matcher.is_complete
+        if not matcher.is_over:
+            matcher.mask()
+            matcher.accept(tokenizer.token_to_id(char))
+    assert matcher.is_over
+    assert "its patterns are too complex" in str(matcher.fault)
 
 
 @pytest.mark.parametrize(
     ("name", "code"),
     [("PanicException", ErrorCode.INVALID_VALUE), ("Else", ErrorCode.INTERNAL)],
 )
-def test_a_panic_in_the_library_is_one_querys_error(
+def test_llguidance_panic_fails_only_its_query(
     backend: LocalBackend, monkeypatch: pytest.MonkeyPatch, name: str, code: ErrorCode
 ) -> None:
-    """pyo3's exception for a panic in Rust is no Exception: the run would wait for ever."""
+    """pyo3 raises Rust panics as a BaseException, which once left the run waiting forever."""
     panic = type(name, (BaseException,), {})
 
     def fail(*args: Any, **options: Any) -> str:
@@ -174,7 +177,7 @@ def test_a_panic_in_the_library_is_one_querys_error(
     assert not good.is_error
 
 
-def test_any_json_object_will_do(backend: LocalBackend) -> None:
+def test_json_object_format_accepts_any_object(backend: LocalBackend) -> None:
     sampling = [Sampling(200, 1.0, seed=n) for n in range(12)]
     results = answers(
         backend, [query(format=AnswerFormat(schema=JSON_OBJECT), sampling=s) for s in sampling]
@@ -185,7 +188,7 @@ def test_any_json_object_will_do(backend: LocalBackend) -> None:
     assert {r.error_code for r in results} <= {None, ErrorCode.INCOMPLETE_JSON}
 
 
-def test_likelihoods_are_told_for_each_token_of_the_text(backend: LocalBackend) -> None:
+def test_logprobs_cover_every_token_of_the_text(backend: LocalBackend) -> None:
     plain, told = answers(backend, [query(), query(top_logprobs=3)])
     assert told.response == plain.response
     assert plain.logprobs is None
@@ -207,7 +210,7 @@ def test_likelihoods_are_transformers(backend: LocalBackend, tiny_folder: Path) 
 
     (result,) = answers(backend, [query(top_logprobs=5, sampling=Sampling(12, 1.0, seed=3))])
     chat = ChatTokenizer.load(tiny_folder)
-    spell = GrammarCompiler(chat.tokenizer_json, 384, frozenset([2])).speller()
+    spell = GrammarCompiler(chat.tokenizer_json, 384, frozenset([2])).token_bytes()
     ids = {spell(token): token for token in range(3, 384)}
     prompt = chat.encode(query().messages)
     assert result.logprobs is not None

@@ -21,12 +21,13 @@ from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, QueryError
 from smolcli.settings import EngineSettings
-from smolcli.text.detokenizer import Detokenizer, cut_off, logprob_entries
+from smolcli.text.detokenizer import Detokenizer, incomplete_json, logprob_entries
 from smolcli.text.grammar import GrammarCompiler, GrammarMatcher
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Timings, Usage, failure
 from smolcli.weights.loader import load_config, load_model
-from smolcli.weights.resolve import ModelFiles, resolve
+from smolcli.weights.resolve import resolve
+from smolcli.weights.store import ModelFiles
 
 WINDOW_BATCHES = 3
 STUCK_AFTER_S = 60.0  # far longer than any step takes
@@ -216,9 +217,9 @@ class LocalBackend:
     def _sequence(self, pending: LocalQuery) -> Sequence:
         query = pending.query
         if query.format is not None:
-            pending.grammar = self._grammars.constraint(query.format)
+            pending.grammar = self._grammars.matcher(query.format)
         if query.top_logprobs is not None:
-            pending.token_bytes = self._grammars.speller()
+            pending.token_bytes = self._grammars.token_bytes()
         prompt_ids = self._tokenizer.encode(query.messages)
         return Sequence(
             prompt_ids, query.sampling, pending.is_interactive, pending.grammar, query.top_logprobs
@@ -316,7 +317,7 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
         return _failed(query, sequence.error)
     if grammar is not None and not grammar.is_complete:
         fault = grammar.fault
-        return _failed(query, fault) if fault else cut_off(query, sequence.num_output)
+        return _failed(query, fault) if fault else incomplete_json(query, sequence.num_output)
     now = time.perf_counter()
     assert sequence.admitted_at is not None
     is_stopped = pending.detokenizer.is_stopped

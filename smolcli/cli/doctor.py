@@ -15,7 +15,7 @@ from smolcli.errors import HubUnreachable, ModelError, SmolError
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.weights import hub
 from smolcli.weights.resolve import local
-from smolcli.weights.store import ModelFiles, fault, models_folder, stored
+from smolcli.weights.store import ModelFiles, find_damage, models_folder, stored
 
 if TYPE_CHECKING:
     from smolcli.engine.autoconfig import ResolvedConfig
@@ -127,7 +127,7 @@ def _missing(model: str, unreachable: str | None) -> Finding:
 
 
 def _found(files: ModelFiles) -> Finding:
-    if wrong := fault(files.folder):
+    if wrong := find_damage(files.folder):
         is_ours = files.folder.is_relative_to(models_folder())
         again = f"smol models rm {files.model}; smol pull {files.model}"
         remedy = again if is_ours else f"replace {files.folder}"

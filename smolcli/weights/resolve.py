@@ -1,4 +1,4 @@
-"""Which folder a model's name means."""
+"""From a model's name or path to its files."""
 
 import logging
 import re
@@ -7,12 +7,17 @@ from pathlib import Path
 from smolcli.errors import ModelNotFound
 from smolcli.weights import hub
 from smolcli.weights.gguf import add_gguf
-from smolcli.weights.store import ModelFiles, Report, exclusively, missing_file, sha256_of, stored
-
-__all__ = ["ModelFiles", "resolve"]
+from smolcli.weights.store import (
+    ModelFiles,
+    Notify,
+    locked_scratch,
+    missing_file,
+    sha256_of,
+    stored,
+)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-DECIDING = (  # the files that decide the answers
+REVISION_FILES = (  # every file that can change a model's answers
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -24,54 +29,59 @@ DECIDING = (  # the files that decide the answers
 log = logging.getLogger(__name__)
 
 
-def resolve(model: str, report: Report = log.info) -> ModelFiles:
-    """Find `model`: a local folder or .gguf file, else in the Hugging Face cache, the model store,
-    or, downloading it, on the Hub.
+def resolve(model: str, notify: Notify = log.info) -> ModelFiles:
+    """Find a model, downloading it from the Hub if this machine does not have it.
+
+    The lookup order is: local directory or .gguf file, Hugging Face cache, model store, Hub.
+
+    Args:
+        model: a path or a Hub id.
+        notify: receives progress messages.
 
     Raises:
-        ModelNotFound: if nobody has it, or the local folder is not whole.
-        HubUnreachable: if it would have to be downloaded and cannot.
+        ModelNotFound: the model does not exist, or its directory is incomplete.
+        HubUnreachable: it has to be downloaded and the Hub does not answer.
     """
-    return on_disk(model, report) or hub.download(model, report)
+    return on_disk(model, notify) or hub.download(model, notify)
 
 
-def on_disk(model: str, report: Report = log.info) -> ModelFiles | None:
-    """The model as far as this machine has it, None if it would have to be downloaded."""
-    return local(model, report) or hub.cached(model) or stored(model)
+def on_disk(model: str, notify: Notify = log.info) -> ModelFiles | None:
+    """Find a model on this machine; None if it has to be downloaded."""
+    return local(model, notify) or hub.cached(model) or stored(model)
 
 
-def local(model: str, report: Report) -> ModelFiles | None:
-    """The model at the path `model`, None if it is the name of one instead.
+def local(model: str, notify: Notify) -> ModelFiles | None:
+    """Find the model at the path `model`; None if `model` is a Hub id instead.
 
     Raises:
-        ModelNotFound: if it can only be a path, and nothing usable is there.
+        ModelNotFound: `model` can only be a path, and there is no usable model at it.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(model, path)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
-            raise ModelNotFound(f"there is no file {path}")
-        return _from_gguf(path, report)
+            raise ModelNotFound(f"no such file: {path}")
+        return _from_gguf(path, notify)
     if path.is_file() or not HUB_ID.fullmatch(model):
         raise ModelNotFound(
-            f"{model!r} is no model: give a folder, a .gguf file, or a name as the Hub has it, "
-            "like HuggingFaceTB/SmolLM2-135M-Instruct"
+            f"{model!r} is not a model: pass a directory, a .gguf file or a Hub id "
+            "such as HuggingFaceTB/SmolLM2-135M-Instruct"
         )
     return None
 
 
 def _from_folder(model: str, folder: Path) -> ModelFiles:
     if missing := missing_file(folder):
-        raise ModelNotFound(f"the folder {folder} is no model: it has no {missing}")
-    deciding = [path for pattern in DECIDING for path in sorted(folder.glob(pattern))]
-    return ModelFiles(model, folder, sha256_of(*deciding), "folder")
+        raise ModelNotFound(f"the directory {folder} is not a complete model: it has no {missing}")
+    relevant = [path for pattern in REVISION_FILES for path in sorted(folder.glob(pattern))]
+    return ModelFiles(model, folder, sha256_of(*relevant), "folder")
 
 
-def _from_gguf(path: Path, report: Report) -> ModelFiles:
-    """The model in a .gguf file, converted the first time that its content is seen."""
+def _from_gguf(path: Path, notify: Notify) -> ModelFiles:
+    """The model in a .gguf file, converted when this content is first seen."""
     name = f"gguf--{sha256_of(path)}"
     if found := stored(name):
         return found
-    with exclusively(name) as scratch:
-        return stored(name) or add_gguf(path, name, "gguf", scratch, report)
+    with locked_scratch(name) as scratch:
+        return stored(name) or add_gguf(path, name, "gguf", scratch, notify)

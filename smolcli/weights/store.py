@@ -1,4 +1,4 @@
-"""The model store: complete model folders under SMOL_HOME, each put there in one rename."""
+"""The model store: complete model directories under SMOL_HOME, each installed by one rename."""
 
 import hashlib
 import json
@@ -15,12 +15,19 @@ from smolcli.errors import ModelError, ModelNotFound
 
 RECORD = "smol.json"
 
-Report = Callable[[str], None]
+Notify = Callable[[str], None]  # receives one sentence about what is being waited for
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on this disk, complete; `revision` changes when its answers could."""
+    """A complete model on the local disk.
+
+    Args:
+        model: the name it is known by.
+        folder: the directory that holds its files.
+        revision: changes whenever the model's answers could change.
+        source: where it came from: `hub`, `pypi`, `gguf` or `folder`.
+    """
 
     model: str
     folder: Path
@@ -29,7 +36,11 @@ class ModelFiles:
 
 
 def missing_file(folder: Path) -> str | None:
-    """The first file that `folder` lacks to be a whole model, None if it is one."""
+    """The first file that `folder` needs to be a complete model but lacks; None if complete.
+
+    Raises:
+        ModelError: the index of a sharded checkpoint is malformed.
+    """
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             return name
@@ -39,15 +50,15 @@ def missing_file(folder: Path) -> str | None:
     try:
         shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise ModelError(f"{index} is not a list of weight files: {exc}") from exc
+        raise ModelError(f"{index} is not a valid checkpoint index: {exc}") from exc
     return next((shard for shard in shards if not (folder / shard).is_file()), None)
 
 
 def sha256_of(*paths: Path) -> str:
-    """The digest of the contents of files, one after the other.
+    """The SHA-256 digest of the concatenated contents of `paths`, in hex.
 
     Raises:
-        ModelError: if one cannot be read.
+        ModelError: a file cannot be read.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -55,12 +66,12 @@ def sha256_of(*paths: Path) -> str:
             with path.open("rb") as file:
                 hashlib.file_digest(file, lambda: digest)
         except OSError as exc:
-            raise ModelError(f"{path} cannot be read: {exc.strerror}") from exc
+            raise ModelError(f"cannot read {path}: {exc.strerror}") from exc
     return digest.hexdigest()
 
 
 def stored(name: str) -> ModelFiles | None:
-    """The model that the store keeps under `name`, None if there is no whole one."""
+    """The model stored under `name`; None if the store has no complete one."""
     folder = models_folder() / _folder_name(name)
     try:
         values = json.loads((folder / RECORD).read_text("utf-8"))
@@ -71,12 +82,16 @@ def stored(name: str) -> ModelFiles | None:
 
 
 @contextmanager
-def exclusively(name: str) -> Iterator[Path]:
-    """Hold the store's lock on `name`; gives an empty scratch folder that is gone afterwards.
+def locked_scratch(name: str) -> Iterator[Path]:
+    """Hold the store's lock on `name` and yield an empty scratch directory.
 
-    What a killed process left in it is cleared first.
+    The directory is deleted afterwards. Anything that a killed process left in it is deleted
+    first.
+
+    Raises:
+        ModelError: the store is not writable.
     """
-    from filelock import FileLock  # late: it brings asyncio
+    from filelock import FileLock  # late: it imports asyncio
 
     scratch = models_folder() / f".{_folder_name(name)}.partial"
     try:
@@ -89,13 +104,21 @@ def exclusively(name: str) -> Iterator[Path]:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as exc:
-        raise ModelError(f"the model store {models_folder()} cannot be written: {exc}") from exc
+        raise ModelError(f"cannot write to the model store {models_folder()}: {exc}") from exc
 
 
 def install(files: ModelFiles, created_with: dict[str, str], scratch: Path) -> ModelFiles:
-    """Move the finished `files.folder`, inside `scratch`, to its place in the store.
+    """Move the finished `files.folder` to its place in the store.
 
     The caller holds the store's lock on `files.model`.
+
+    Args:
+        files: the model; its folder lies inside `scratch`.
+        created_with: versions of the libraries that wrote the files.
+        scratch: the directory that `locked_scratch` yielded.
+
+    Returns:
+        The same model at its final location.
     """
     built, folder = files.folder, models_folder() / _folder_name(files.model)
     assert missing_file(built) is None, built
@@ -105,15 +128,15 @@ def install(files: ModelFiles, created_with: dict[str, str], scratch: Path) -> M
     text = json.dumps(whole_record, indent=2) + "\n"
     (built / RECORD).write_text(text, "utf-8")
     for path in built.iterdir():
-        _to_disk(path)
-    if folder.exists():  # a damaged one: an intact one is never rebuilt
+        _fsync(path)
+    if folder.exists():  # only a damaged model is ever rebuilt
         folder.rename(scratch / "damaged")
     built.rename(folder)
     return replace(files, folder=folder)
 
 
 def models_folder() -> Path:
-    """Where the store keeps models, a folder each."""
+    """The directory that holds the store's models, one subdirectory each."""
     return settings.smol_home() / "models"
 
 
@@ -121,23 +144,23 @@ def _folder_name(name: str) -> str:
     return name.replace("/", "--")
 
 
-def _to_disk(path: Path) -> None:
-    """After a power cut, a renamed folder must not hold empty files."""
+def _fsync(path: Path) -> None:
+    """Flush a file to disk, so that a power failure after the rename cannot leave it empty."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One folder of the store; `files` None: it is damaged."""
+class StoreEntry:
+    """One model directory of the store; `files` is None if the model is damaged."""
 
     name: str
     folder: Path
     files: ModelFiles | None
     num_bytes: int
 
-    def facts(self) -> dict[str, Any]:
-        """Name, size, source and revision; the last two None where it is damaged."""
+    def summary(self) -> dict[str, Any]:
+        """Name, size, source and revision; the last two are None for a damaged model."""
         return {
             "name": self.name,
             "bytes": self.num_bytes,
@@ -146,36 +169,36 @@ class Item:
         }
 
 
-def items() -> Iterator[Item]:
-    """Every model of the store, by name."""
+def entries() -> Iterator[StoreEntry]:
+    """All models in the store, sorted by directory name."""
     for folder in sorted(models_folder().glob("[!.]*")):
-        name = str(record(folder).get("model") or folder.name)
+        name = str(read_record(folder).get("model") or folder.name)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        yield Item(name, folder, stored(name), num_bytes)
+        yield StoreEntry(name, folder, stored(name), num_bytes)
 
 
-def find(name: str) -> Item:
-    """The model that the store holds under a name.
+def find_entry(name: str) -> StoreEntry:
+    """The store's entry for a model, by its name or its directory's name.
 
     Raises:
-        ModelNotFound: naming those that it holds.
+        ModelNotFound: there is none; the message lists the models in the store.
     """
-    held = list(items())
-    for item in held:
-        if name in (item.name, item.folder.name):
-            return item
-    names = ", ".join(item.name for item in held) or "none"
-    raise ModelNotFound(f"the store has no model {name!r}; it holds: {names}")
+    held = list(entries())
+    for entry in held:
+        if name in (entry.name, entry.folder.name):
+            return entry
+    names = ", ".join(entry.name for entry in held) or "none"
+    raise ModelNotFound(f"the store has no model {name!r}; models in the store: {names}")
 
 
-def remove(item: Item) -> None:
-    """Delete a model from the store, once nobody puts it there any more."""
-    with exclusively(item.name) as scratch:
-        item.folder.rename(scratch / "removed")
+def remove(entry: StoreEntry) -> None:
+    """Delete a model from the store, waiting for a process that is installing it."""
+    with locked_scratch(entry.name) as scratch:
+        entry.folder.rename(scratch / "removed")
 
 
-def record(folder: Path) -> dict[str, Any]:
-    """What was written down of a model when it was put into the store."""
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `install` recorded about the model in `folder`; empty if there is no valid record."""
     try:
         values = json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError):
@@ -183,24 +206,27 @@ def record(folder: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with a model's files, None if they are whole.
+def find_damage(folder: Path) -> str | None:
+    """Check a model's files.
 
-    In the store they must be those that were put there, size and sha256; elsewhere, weights of
-    the size that their header tells.
+    Files in the store must match the digests taken at installation. Elsewhere, the size of each
+    weight file must match its header.
+
+    Returns:
+        What is wrong, or None if the model is intact.
     """
     if missing := missing_file(folder):
         return f"{missing} is missing"
-    for name, digest in record(folder).get("sha256", {}).items():
+    for name, digest in read_record(folder).get("sha256", {}).items():
         try:
             if sha256_of(folder / name) != digest:
-                return f"{name} is not what was put there: its sha256 differs"
+                return f"{name} has changed since it was installed: its SHA-256 digest differs"
         except ModelError as exc:
             return str(exc)
-    return next(filter(None, map(_weights_fault, sorted(folder.glob("*.safetensors")))), None)
+    return next(filter(None, map(_weights_damage, sorted(folder.glob("*.safetensors")))), None)
 
 
-def _weights_fault(path: Path) -> str | None:
+def _weights_damage(path: Path) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -210,6 +236,6 @@ def _weights_fault(path: Path) -> str | None:
         return f"{path.name} is damaged: {exc}"
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file of a model."""
+def file_sizes(folder: Path) -> dict[str, int]:
+    """The size of each file of a model, in bytes."""
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}

@@ -15,7 +15,7 @@ from smolcli.errors import ModelError
 from smolcli.settings import EngineSettings
 from smolcli.types import Query, Result
 from smolcli.weights.resolve import on_disk
-from smolcli.weights.store import ModelFiles, exclusively, install, stored
+from smolcli.weights.store import ModelFiles, install, locked_scratch, stored
 
 LINGER_S = 0.05  # results of this long share a reply, so that there are few calls
 
@@ -129,7 +129,7 @@ def store_sent_model(files: ModelFiles, contents: Mapping[str, bytes]) -> ModelF
         The model in this machine's store.
     """
     name = _name_in_store(files)
-    with exclusively(name) as scratch:
+    with locked_scratch(name) as scratch:
         found = stored(name) or _write(replace(files, model=name), contents, scratch)
     return replace(files, folder=found.folder)
 

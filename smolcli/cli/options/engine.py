@@ -16,9 +16,9 @@ _cluster = functools.partial(option, panel="Cluster")
 
 def stored_models(incomplete: str) -> list[str]:
     """Names that the store holds, for a shell to complete."""
-    from smolcli.weights.store import items
+    from smolcli.weights.store import entries
 
-    return [item.name for item in items() if item.name.startswith(incomplete)]
+    return [entry.name for entry in entries() if entry.name.startswith(incomplete)]
 
 
 Model = Annotated[

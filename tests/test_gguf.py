@@ -1,4 +1,4 @@
-"""A GGUF file becomes the model that it was made from, once."""
+"""Converting a GGUF file restores the model it was made from."""
 
 import hashlib
 import json
@@ -19,18 +19,18 @@ pytestmark = pytest.mark.usefixtures("home")
 def converted(
     tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, list[str]]:
-    """The tiny .gguf file resolved once: the store's home, the folder, what was reported."""
+    """The tiny .gguf file, resolved once: SMOL_HOME, the converted directory, the notifications."""
     home, lines = tmp_path_factory.mktemp("home"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOL_HOME", str(home))
         return home, resolve(str(tiny_gguf), lines.append).folder, lines
 
 
-def test_a_gguf_file_is_converted_once(
+def test_gguf_file_is_converted_once(
     converted, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, folder, lines = converted
-    assert lines == ["converting tiny.gguf, once"]
+    assert lines == ["converting tiny.gguf (needed once)"]
     monkeypatch.setenv("SMOL_HOME", str(home))
     renamed = shutil.copy(tiny_gguf, tmp_path / "other.GGUF")
     again = resolve(str(renamed), lines.append)
@@ -39,7 +39,7 @@ def test_a_gguf_file_is_converted_once(
     assert entries(home) == [f"gguf--{again.revision}"]
 
 
-def test_converted_weights_are_the_originals_in_bfloat16(converted, tiny_folder: Path) -> None:
+def test_converted_weights_equal_the_originals_in_bfloat16(converted, tiny_folder: Path) -> None:
     from safetensors.torch import load_file
 
     original = load_file(tiny_folder / "model.safetensors")
@@ -49,8 +49,8 @@ def test_converted_weights_are_the_originals_in_bfloat16(converted, tiny_folder:
         assert weight.equal(original[name].bfloat16()), name
 
 
-def test_converted_settings_are_tidy(converted) -> None:
-    """A GGUF's float32 1e-05 came out as 9.999999747378752e-06, its title as a path."""
+def test_converted_config_is_clean(converted) -> None:
+    """A float32 1e-05 in GGUF once became 9.999999747378752e-06, and its title a path."""
     folder = converted[1]
     config = json.loads((folder / "config.json").read_text("utf-8"))
     assert config["rms_norm_eps"] == 1e-05
@@ -68,11 +68,11 @@ def test_converted_settings_are_tidy(converted) -> None:
     assert set(record) == {"model", "source", "revision", "sha256", "created_with"}
     assert set(record["created_with"]) == {"smolcli", "transformers", "gguf", "torch"}
     modes = {path.stat().st_mode for path in folder.iterdir()}
-    assert len(modes) == 1, "the weights are as readable as the rest"
+    assert len(modes) == 1, "all files have the same permissions"
 
 
-def test_converted_tokenizer_keeps_digits_apart(converted, tiny_folder: Path) -> None:
-    """transformers reads `tokenizer.ggml.pre` = smollm as gpt-2, which splits "a  1" elsewhere."""
+def test_converted_tokenizer_splits_digits(converted, tiny_folder: Path) -> None:
+    """transformers reads `tokenizer.ggml.pre` smollm as gpt-2, which splits "a  1" differently."""
     from tokenizers import Tokenizer
 
     original = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
@@ -83,14 +83,16 @@ def test_converted_tokenizer_keeps_digits_apart(converted, tiny_folder: Path) ->
     assert [piece for piece, _ in pieces] == ["a", "ĠĠ", "1", "2"]
 
 
-def test_a_broken_gguf_leaves_nothing_behind(
+def test_invalid_gguf_file_leaves_nothing_in_the_store(
     tiny_gguf: Path, tiny_folder: Path, tmp_path: Path, home: Path
 ) -> None:
-    cut, rubbish, partial = (tmp_path / f"{name}.gguf" for name in ("cut", "rubbish", "partial"))
-    cut.write_bytes(tiny_gguf.read_bytes()[: tiny_gguf.stat().st_size // 2])
-    rubbish.write_bytes(b"not a model" * 100)
+    truncated, garbage, partial = (
+        tmp_path / f"{name}.gguf" for name in ("truncated", "garbage", "partial")
+    )
+    truncated.write_bytes(tiny_gguf.read_bytes()[: tiny_gguf.stat().st_size // 2])
+    garbage.write_bytes(b"not a model" * 100)
     write_gguf(partial, tiny_folder, omit="layers.1.mlp.up_proj")
-    for path in (cut, rubbish, partial):
-        with pytest.raises(ModelError, match=f"{path.name} cannot be converted: "):
+    for path in (truncated, garbage, partial):
+        with pytest.raises(ModelError, match=f"cannot convert .*{path.name}: "):
             resolve(str(path))
     assert entries(home) == []

