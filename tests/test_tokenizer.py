@@ -21,7 +21,7 @@ TEXTS = [
     "tabs\tand\r\nlines\n\n\n",
     "👩‍👩‍👧 emoji 🇨🇭, 日本語, العربية, ñ and e\u0301",
     "def f(x):\n    return x ** 2  # 1_000_000",
-    "<|im_start|>user\nnested<|im_end|> <|endoftext|> <jupyter_code>",
+    "<html> | <|im_start <im_end|> <|",
     "{{ 7 * 7 }} {% raw %}",
     "\x00\x7f\u200b\ufeff\ufffd",
     "!" * 300,

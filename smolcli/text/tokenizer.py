@@ -1,7 +1,9 @@
 """The tokenizer and chat template of a model: messages to token ids, token ids to text."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -9,24 +11,42 @@ from typing import Any, NoReturn
 from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from smolcli.errors import ModelError, QueryError
 from smolcli.types import Message
 
+# Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
+PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
+IS_PRIVATE_USE_A = re.compile("[\U000f0000-\U000ffffd]")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
 class ChatTokenizer:
-    """Tokenizer and chat template of one model; thread-safe."""
+    """Tokenizer and chat template of one model; thread-safe.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        tokenizer_json: the same in the format of tokenizer.json.
+        template: renders messages to a prompt.
+        template_source: the template's source.
+        special_tokens: texts that the template may refer to, by name (`bos_token`, ...).
+    """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: Template, special_tokens: Mapping[str, str]
+        self,
+        tokenizer: Tokenizer,
+        tokenizer_json: str,
+        template: Template,
+        template_source: str,
+        special_tokens: Mapping[str, str],
     ) -> None:
         self._tokenizer = tokenizer
+        self._json = tokenizer_json
         self._template = template
         self._special_tokens = special_tokens
+        self._encoder = PromptEncoder(tokenizer, template_source, special_tokens)
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTokenizer":
@@ -37,40 +57,50 @@ class ChatTokenizer:
         Raises:
             ModelError: a file is missing or invalid.
         """
-        path = folder / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as exc:  # the library raises no narrower type
-            raise ModelError(f"{path} is not a valid tokenizer: {exc}") from exc
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer, tokenizer_json = _load_tokenizer(folder / "tokenizer.json")
         config_path = folder / "tokenizer_config.json"
         config = _read_json(config_path) if config_path.is_file() else {}
         special_tokens = {
             name: _token_text(config[name]) for name in SPECIAL_TOKENS if name in config
         }
-        return cls(tokenizer, _compile(_template_source(folder, config), folder), special_tokens)
+        source = _template_source(folder, config)
+        return cls(
+            tokenizer,
+            tokenizer_json,
+            _compile(source, folder),
+            source,
+            special_tokens,
+        )
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Encode a conversation as a prompt that ends where the assistant's answer begins.
+
+        The text of a message never becomes a control token.
+
+        Raises:
+            QueryError: the chat template rejects the messages.
+        """
+        return self._encoder.encode(messages, self.render)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Apply the chat template.
 
         Raises:
             QueryError: the chat template rejects the messages.
         """
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         try:
-            text = self._template.render(
+            return self._template.render(
                 messages=turns, add_generation_prompt=True, tools=None, **self._special_tokens
             )
         except TemplateError as exc:
             raise QueryError(
                 f"the model's chat template rejects these messages: {exc}", field="messages"
             ) from exc
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def tokenizer_json(self) -> str:
         """The tokenizer in the format of tokenizer.json."""
-        return self._tokenizer.to_str()
+        return self._json
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode token ids to text, skipping special tokens."""
@@ -103,6 +133,170 @@ class TextDecoder:
         piece = text[self._num_sent :]
         self._num_sent = len(text)
         return piece
+
+
+class PromptEncoder:
+    """Encodes rendered prompts without letting the text of a message become a control token.
+
+    `tokenizers` recognizes a control token by its text, no matter who wrote it. Therefore the
+    encoder gives every control token an alias, a token with the same properties and a secret
+    text, and makes the library treat the original text as ordinary text. To find out which
+    control tokens the template itself wrote, it renders the messages a second time with the
+    characters of their contents replaced by private ones, which no control token contains. Only
+    control tokens found in that rendering are replaced by their aliases. The prompt is then
+    encoded in one piece, so ordinary text gets exactly the tokens that it always gets.
+
+    A control token is an added token that is marked as special or that the template mentions.
+
+    Args:
+        tokenizer: the model's tokenizer; aliases are added to it, which decoding never meets.
+        template_source: the chat template.
+        special_tokens: texts that the template may refer to, by name.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template_source: str, special_tokens: Mapping[str, str]
+    ) -> None:
+        added = tokenizer.get_added_tokens_decoder()
+        mentioned = template_source + "\n".join(special_tokens.values())
+        control = {
+            token_id: token
+            for token_id, token in added.items()
+            if token.special or (token.content.strip() and token.content in mentioned)
+        }
+        if not all(token.special for token in control.values()):
+            tokenizer = Tokenizer.from_str(tokenizer.to_str())  # decoding needs the flags unchanged
+            tokenizer.add_special_tokens([_copied(t, t.content, True) for t in control.values()])
+        tokenizer.encode_special_tokens = True  # as ordinary text
+        secret = "".join(map(chr, secrets.SystemRandom().sample(PRIVATE_USE_B, 16)))
+        aliases = {token_id: f"{secret}{token_id}{secret}" for token_id in control}
+        tokenizer.add_tokens([_copied(t, aliases[i], False) for i, t in control.items()])
+        self._tokenizer = tokenizer
+        self._aliases = {token.content: aliases[token_id] for token_id, token in control.items()}
+        self._ids = {tokenizer.token_to_id(alias): i for i, alias in aliases.items()}
+        self._never = frozenset(control) - _harmless_unknown(tokenizer, mentioned)
+        self._patterns = [
+            _any_of([token for token in added.values() if token.normalized == is_normalized])
+            for is_normalized in (False, True)
+        ]
+        self._letters = _letters(token.content for token in control.values())
+
+    def encode(
+        self, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]
+    ) -> list[int]:
+        """Render and encode messages.
+
+        Args:
+            messages: the conversation.
+            render: the chat template; returns the prompt's text.
+
+        Raises:
+            QueryError: from `render`, or if the vocabulary itself turns text into a control token.
+        """
+        text = self._with_aliases(messages, render)
+        encoded = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not self._never.isdisjoint(encoded):
+            raise QueryError(
+                "the model's tokenizer cannot represent this text without a control token",
+                field="messages",
+            )
+        return [self._ids.get(token_id, token_id) for token_id in encoded]
+
+    def _with_aliases(
+        self, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]
+    ) -> str:
+        """The prompt's text, with aliases for the control tokens that the template wrote."""
+        text = render(messages)
+        hide = self._private_letters(text)
+        show = {ord(private): letter for letter, private in hide.items()}
+        table = str.maketrans(hide)
+        hidden = [Message(turn.role, turn.content.translate(table)) for turn in messages]
+        safe, control = self._aliased(render(hidden))
+        safe = safe.translate(show)
+        plain, plain_control = self._aliased(text)
+        # A template that looks at contents (to cut off a part, say) may render the hidden ones
+        # differently. What it makes of the plain ones counts unless they added control tokens.
+        return plain if plain_control == control and not self._occur_in(messages) else safe
+
+    def _aliased(self, text: str) -> tuple[str, list[str]]:
+        """Replace control tokens by their aliases; also returns the control tokens, in order."""
+        found: list[str] = []
+
+        def alias(match: re.Match[str]) -> str:
+            if match[0] not in self._aliases:
+                return match[0]
+            found.append(match[0])
+            return self._aliases[match[0]]
+
+        for pattern in self._patterns:
+            text = pattern.sub(alias, text)
+        return text, found
+
+    def _occur_in(self, messages: Sequence[Message]) -> bool:
+        return any(token in turn.content for token in self._aliases for turn in messages)
+
+    def _private_letters(self, text: str) -> dict[str, str]:
+        """A private-use character that is not in `text` for each letter of control tokens."""
+        used = set(IS_PRIVATE_USE_A.findall(text))
+        free = (char for code in PRIVATE_USE_A if (char := chr(code)) not in used)
+        return dict(zip(self._letters, free, strict=False))
+
+
+def _copied(token: AddedToken, content: str, special: bool) -> AddedToken:
+    """A token that is recognized in the same circumstances as `token`."""
+    return AddedToken(
+        content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=special,
+    )
+
+
+def _any_of(tokens: Sequence[AddedToken]) -> re.Pattern[str]:
+    """Matches where the library does: leftmost, longest, single words between word boundaries."""
+
+    def pattern(token: AddedToken) -> str:
+        text = re.escape(token.content)
+        return rf"(?<!\w){text}(?!\w)" if token.single_word else text
+
+    longest_first = sorted(tokens, key=lambda token: len(token.content), reverse=True)
+    return re.compile("|".join(map(pattern, longest_first)) or r"(?!)")
+
+
+def _letters(control_tokens: Iterable[str]) -> list[str]:
+    """The characters that control tokens consist of.
+
+    White space counts only for tokens that consist of nothing else, because templates strip it.
+    """
+    letters: set[str] = set()
+    for token in control_tokens:
+        letters.update(char for char in token if not char.isspace() or token.isspace())
+    return sorted(letters)
+
+
+def _harmless_unknown(tokenizer: Tokenizer, mentioned: str) -> set[int]:
+    """The id of the unknown token, which stands for any text, unless it has another meaning too."""
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    if not isinstance(unknown, str) or mentioned.count(unknown) > 1:
+        return set()
+    token_id = tokenizer.token_to_id(unknown)
+    return set() if token_id is None else {token_id}
+
+
+def _load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
+    """The tokenizer, and its JSON without truncation and padding."""
+    try:
+        text = path.read_text("utf-8")
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as exc:  # the library raises no narrower type
+        raise ModelError(f"{path} is not a valid tokenizer: {exc}") from exc
+    if tokenizer.truncation or tokenizer.padding:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        text = tokenizer.to_str()
+    return tokenizer, text
 
 
 def context_length(folder: Path) -> int:
