@@ -26,6 +26,7 @@ from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
 from smolcli.types import Query, Result
 
 MESSAGES = [{"role": "user", "content": "one two"}]
+TOOL = {"type": "function"}
 
 
 def request(custom_id: object = "a", **body: Any) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def request(custom_id: object = "a", **body: Any) -> dict[str, Any]:
 
 LINES = [
     request("a"),
-    request("b", tools=[]),
+    request("b", tools=[TOOL]),
     request("c", temperature=0.5),
     request("a"),
     request("d") | {"url": "/v1/embeddings"},
@@ -71,7 +72,7 @@ def test_every_request_gets_a_response(job: RunSettings) -> None:
         ("a", 200), ("b", 400), ("c", 200), ("a", 400), ("d", 400), (None, 400), ("e", 200),
     ]  # fmt: skip
     assert statistics.failed == {
-        "duplicate_chat_id": 1, "invalid_json": 1, "invalid_value": 1, "unknown_field": 1,
+        "duplicate_chat_id": 1, "invalid_json": 1, "invalid_value": 2,
     }  # fmt: skip
     assert all(record["error"] is None for record in results(job.output))
 
@@ -100,10 +101,10 @@ def test_error_names_line_and_parameter(job: RunSettings) -> None:
     answer(job)
     _, tools, _, duplicate, url, torn, _ = results(job.output)
     assert failure(tools) == {
-        "message": "'tools' is not supported here",
+        "message": "tools must be empty: tools are not supported",
         "type": "invalid_request_error",
         "param": "tools",
-        "code": "unknown_field",
+        "code": "invalid_value",
         "line": 2,
     }
     assert failure(duplicate)["message"] == "custom_id 'a' was already used on an earlier line"
@@ -138,7 +139,7 @@ def only_error(job: RunSettings, line: object) -> tuple[str | None, str, str | N
         ({"method": "GET"}, "method must be POST", "method"),
         ({"url": "/v1/completions"}, "url must be /v1/chat/completions", "url"),
         ({"body": "x"}, "body must be an object: a request for a chat completion", "body"),
-        ({"priority": 1}, "'priority' is not supported here", "priority"),
+        ({"priority": 1}, "priority is not supported", "priority"),
     ],
 )
 def test_invalid_line_fields_are_named(
@@ -156,7 +157,13 @@ def test_every_line_field_is_required(job: RunSettings, name: str) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [{"tools": []}, {"top_logprobs": 99}, {"temperature": -1}, {"messages": []}, {"max_tokens": 0}],
+    [
+        {"tools": [TOOL]},
+        {"top_logprobs": 99},
+        {"temperature": -1},
+        {"messages": []},
+        {"max_tokens": 0},
+    ],
 )
 def test_body_is_validated_like_a_server_request(job: RunSettings, body: dict[str, Any]) -> None:
     line = request("b", **body)
@@ -470,10 +477,10 @@ def test_split_run_can_be_extended(job: RunSettings, split: RunSettings) -> None
 
 def test_output_is_empty_if_every_line_failed(job: RunSettings) -> None:
     errors = job.output.with_name("bad.jsonl")
-    job = replace(write(job, [request("a", tools=[])]), errors=errors)
+    job = replace(write(job, [request("a", tools=[TOOL])]), errors=errors)
     answer(job)
     assert job.output.read_bytes() == b""
-    assert answer(job, no_backend).failed == {"unknown_field": 1}
+    assert answer(job, no_backend).failed == {"invalid_value": 1}
 
 
 def test_errors_file_must_not_be_left_behind(split: RunSettings) -> None:
@@ -530,7 +537,7 @@ def test_line_of_another_run_is_refused(job: RunSettings) -> None:
 
 def test_run_killed_repeatedly_ends_with_the_same_bytes(job: RunSettings) -> None:
     """Both files equal those of an undisturbed run."""
-    lines = [request(str(n)) if n % 9 else request(str(n), tools=[]) for n in range(400)]
+    lines = [request(str(n)) if n % 9 else request(str(n), tools=[TOOL]) for n in range(400)]
     job.input.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     whole = replace(job, output=job.output.with_name("whole"), errors=job.output.with_name("bad"))
     torn = replace(whole, output=job.output.with_name("torn"), errors=job.output.with_name("off"))

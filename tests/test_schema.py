@@ -1,4 +1,4 @@
-"""The one parser of a query: what it takes, and the code, field and sentence of what it refuses."""
+"""Parsing queries and chat completions: what is accepted, and how the rest is refused."""
 
 import json
 from contextlib import suppress
@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from openai.types.chat import ParsedChatCompletionMessage
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
-from smolcli.errors import QueryError
-from smolcli.protocol.query import FIELDS, chat_id_of, load_json, parse_query
+from smolcli.errors import PromptTooLong, QueryError
+from smolcli.protocol.openai import CompletionFields, error_code, error_object, parse_completion
+from smolcli.protocol.query import FIELDS, QueryFields, chat_id_of, load_json, parse_query
 from smolcli.settings import QueryDefaults
-from smolcli.types import Message, Sampling
+from smolcli.types import ErrorCode, Message, Query, Sampling
 
 HI = {"chat_id": "1", "user_prompt": "Hi"}
 
@@ -30,7 +34,7 @@ def json_refusal(text: bytes) -> str:
     return str(caught.value)
 
 
-def test_the_smallest_query_gets_the_defaults() -> None:
+def test_minimal_query_gets_the_defaults() -> None:
     query = parse_query(HI, QueryDefaults(), line=7)
     assert (query.chat_id, query.messages, query.line) == ("1", (Message("user", "Hi"),), 7)
     assert query.sampling.is_greedy
@@ -61,19 +65,19 @@ def test_every_field_reaches_the_query() -> None:
 
 
 @pytest.mark.parametrize("field", sorted(set(FIELDS) - {"chat_id", "user_prompt"}))
-def test_null_is_absent(field: str) -> None:
+def test_null_means_absent(field: str) -> None:
     assert parse_query(HI | {field: None}, QueryDefaults()) == parse_query(HI, QueryDefaults())
 
 
-def test_an_integer_id_is_its_decimal_string() -> None:
+def test_integer_id_becomes_its_decimal_string() -> None:
     assert parse_query(HI | {"chat_id": -7}, QueryDefaults()).chat_id == "-7"
 
 
-def test_one_stop_string_is_a_list_of_one() -> None:
+def test_single_stop_string_is_accepted() -> None:
     assert parse_query(HI | {"stop": "\n"}, QueryDefaults()).stop == ("\n",)
 
 
-def test_messages_take_the_default_system_prompt_unless_they_have_one() -> None:
+def test_default_system_prompt_applies_unless_messages_have_one() -> None:
     defaults = QueryDefaults(system_prompt="Be brief.")
     user = {"role": "user", "content": "Hi"}
     own = {"role": "system", "content": "Be long."}
@@ -83,12 +87,24 @@ def test_messages_take_the_default_system_prompt_unless_they_have_one() -> None:
     assert [turn.content for turn in with_own.messages] == ["Be long.", "Hi"]
 
 
-def test_an_empty_system_prompt_is_the_default() -> None:
+def test_empty_system_prompt_omits_the_default_one() -> None:
+    """It used to count as absent, so nothing could undo --system for one query."""
     query = parse_query(HI | {"system_prompt": ""}, QueryDefaults(system_prompt="Be brief."))
-    assert query.messages[0] == Message("system", "Be brief.")
+    assert query.messages == (Message("user", "Hi"),)
 
 
-def test_a_seed_depends_on_the_run_and_the_id_alone() -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("chat_id", 7.0), ("max_new_tokens", 8.0), ("top_k", 2.0), ("seed", 3.0), ("n", 1.0)],
+)
+def test_whole_float_is_a_whole_number(field: str, value: float) -> None:
+    """JSON has one number type, and pandas writes 1.0 where a column has missing values."""
+    assert parse_query(HI | {field: value}, QueryDefaults()) == parse_query(
+        HI | {field: int(value)}, QueryDefaults()
+    )
+
+
+def test_seed_depends_only_on_run_seed_and_id() -> None:
     def seed(run_seed: int, chat_id: str) -> int:
         defaults = QueryDefaults(Sampling(seed=run_seed))
         return parse_query(HI | {"chat_id": chat_id}, defaults).sampling.seed
@@ -108,12 +124,12 @@ def test_only_an_object_is_a_query(value: object, kind: str) -> None:
 
 @pytest.mark.parametrize("field", ["chat_id", "user_prompt"])
 @pytest.mark.parametrize("value", ["absent", None, ""])
-def test_what_is_required_cannot_be_empty(field: str, value: str | None) -> None:
+def test_required_fields_cannot_be_empty(field: str, value: str | None) -> None:
     query = {k: v for k, v in (HI | {field: value}).items() if v != "absent"}
     assert refusal(query) == ("missing_field", field, f"{field} is required and cannot be empty")
 
 
-def test_a_blank_prompt_is_no_prompt() -> None:
+def test_blank_prompt_is_refused() -> None:
     assert refusal(HI | {"user_prompt": " \n\t"})[:2] == ("missing_field", "user_prompt")
 
 
@@ -123,9 +139,14 @@ def test_a_blank_prompt_is_no_prompt() -> None:
         ("chat_id", 1.5, "chat_id must be a non-empty string or an integer"),
         ("chat_id", True, "chat_id must be a non-empty string or an integer"),
         ("user_prompt", 3, "user_prompt must be a string that is not blank"),
-        ("system_prompt", ["x"], "system_prompt must be a string"),
+        (
+            "system_prompt",
+            ["x"],
+            "system_prompt must be a string; an empty one omits the default system prompt",
+        ),
         ("max_new_tokens", 0, "max_new_tokens must be a whole number from 1"),
-        ("max_new_tokens", 1.0, "max_new_tokens must be a whole number from 1"),
+        ("max_new_tokens", 1.5, "max_new_tokens must be a whole number from 1"),
+        ("chat_id", 1e300, "chat_id must be a non-empty string or an integer"),
         ("max_new_tokens", "8", "max_new_tokens must be a whole number from 1"),
         ("temperature", -0.1, "temperature must be a number from 0 (greedy) to 100"),
         ("temperature", True, "temperature must be a number from 0 (greedy) to 100"),
@@ -141,7 +162,7 @@ def test_a_blank_prompt_is_no_prompt() -> None:
         ("metadata", [], "metadata must be an object"),
     ],
 )
-def test_a_bad_value_is_told_what_it_must_be(field: str, value: object, sentence: str) -> None:
+def test_invalid_value_names_the_valid_ones(field: str, value: object, sentence: str) -> None:
     assert refusal(HI | {field: value}) == ("invalid_value", field, sentence)
 
 
@@ -152,23 +173,23 @@ def test_a_bad_value_is_told_what_it_must_be(field: str, value: object, sentence
         ([{"role": "user"}], "(at messages[0].content)"),
         ([{"role": "robot", "content": "x"}], "(at messages[0].role)"),
         ([{"role": "user", "content": "x", "name": "y"}], "(at messages[0].name)"),
-        ([{"role": "assistant", "content": "x"}], "messages must end with a user's turn"),
-        ([{"role": "user", "content": " "}], "messages must end with a user's turn, not blank"),
+        ([{"role": "assistant", "content": "x"}], "messages must end with a message from the user"),
+        ([{"role": "user", "content": " "}], "from the user that is not blank"),
     ],
 )
-def test_bad_messages_say_where(messages: list[Any], sentence: str) -> None:
+def test_invalid_message_is_located(messages: list[Any], sentence: str) -> None:
     code, field, said = refusal({"chat_id": "1", "messages": messages})
     assert (code, field) == ("invalid_value", "messages")
     assert sentence in said
 
 
 @pytest.mark.parametrize("field", ["user_prompt", "system_prompt"])
-def test_messages_stand_alone(field: str) -> None:
+def test_messages_exclude_prompts(field: str) -> None:
     query = {"chat_id": "1", "messages": [{"role": "user", "content": "x"}], field: "y"}
-    assert refusal(query) == ("invalid_value", field, f"{field} cannot stand beside messages")
+    assert refusal(query) == ("invalid_value", field, f"{field} cannot be combined with messages")
 
 
-def test_a_slip_is_named_before_the_field_it_leaves_missing() -> None:
+def test_misspelled_field_is_reported_before_the_missing_one() -> None:
     assert refusal({"chat_id": "1", "user_promt": "Hi"}) == (
         "unknown_field",
         "user_promt",
@@ -202,11 +223,11 @@ def test_extra_fields_can_be_ignored_or_kept() -> None:
         (b"[" * 100_000, "nested more than 64 levels deep"),
     ],
 )
-def test_what_is_not_json_says_why(text: bytes, reason: str) -> None:
+def test_invalid_json_says_why(text: bytes, reason: str) -> None:
     assert json_refusal(text).startswith(f"invalid JSON: {reason}")
 
 
-def test_a_pair_of_surrogates_is_a_character() -> None:
+def test_surrogate_pair_is_one_character() -> None:
     assert load_json(b'"\\ud83d\\ude00"') == "\N{GRINNING FACE}"
 
 
@@ -214,12 +235,12 @@ def test_a_pair_of_surrogates_is_a_character() -> None:
     ("value", "chat_id"),
     [({"chat_id": 5}, "5"), ({"chat_id": ""}, ""), ({"chat_id": None}, None), ([], None)],
 )
-def test_an_id_is_read_from_what_is_no_query(value: object, chat_id: str | None) -> None:
+def test_id_is_read_from_an_invalid_query(value: object, chat_id: str | None) -> None:
     assert chat_id_of(value) == chat_id
 
 
 @given(st.binary() | st.text().map(str.encode))
-def test_any_bytes_are_json_or_refused(text: bytes) -> None:
+def test_any_bytes_are_parsed_or_refused(text: bytes) -> None:
     with suppress(QueryError):
         json.dumps(load_json(text), ensure_ascii=False, allow_nan=False).encode()
 
@@ -234,9 +255,239 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from([*FIELDS, "other"]), JSON))
-def test_any_object_is_a_query_or_refused(value: dict[str, Any]) -> None:
+def test_any_object_is_parsed_or_refused(value: dict[str, Any]) -> None:
     for extra_fields in ("error", "ignore", "keep"):
         with suppress(QueryError):
             query = parse_query(value, QueryDefaults(extra_fields=extra_fields))
             assert query.chat_id
             assert query.messages[-1].content.strip()
+
+
+# Chat completions.
+
+USER = {"role": "user", "content": "Hi"}
+
+
+def completion(messages: object = None, **parameters: object) -> Query:
+    body = {"model": "m", "messages": [USER] if messages is None else messages} | parameters
+    return parse_completion(body, QueryDefaults(), "1").query
+
+
+def completion_refusal(messages: object = None, **parameters: object) -> tuple[str | None, str]:
+    with pytest.raises(QueryError) as caught:
+        completion(messages, **parameters)
+    return caught.value.field, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", sorted({*CompletionCreateParamsBase.__annotations__} - {"model", "messages"})
+)
+@pytest.mark.parametrize("value", [None, "", [], {}])
+def test_empty_parameter_asks_for_nothing(name: str, value: object) -> None:
+    assert completion(**{name: value}) == completion()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tool_choice", "none"),
+        ("function_call", "auto"),
+        ("parallel_tool_calls", True),
+        ("logit_bias", {"50256": 0}),
+        ("store", False),
+        ("metadata", {"job": "7"}),
+        ("service_tier", "auto"),
+        ("safety_identifier", "u"),
+        ("modalities", ["text"]),
+        ("reasoning_effort", "none"),
+        ("verbosity", "medium"),
+        ("prediction", {"type": "content", "content": "Hi"}),
+        ("presence_penalty", 0),
+        ("frequency_penalty", 0.0),
+        ("top_logprobs", 0),
+        ("n", 1),
+        ("top_k", -1),
+        ("min_tokens", 0),
+        ("min_p", 0.0),
+        ("best_of", 1),
+        ("ignore_eos", False),
+        ("use_beam_search", False),
+        ("length_penalty", 1.0),
+        ("skip_special_tokens", True),
+        ("spaces_between_special_tokens", True),
+        ("add_generation_prompt", True),
+        ("stop_token_ids", []),
+        ("guided_json", None),
+        ("truncate_prompt_tokens", None),
+        ("priority", 0),
+        ("stream_options", {"include_usage": False}),
+    ],
+)
+def test_neutral_parameter_asks_for_nothing(name: str, value: object) -> None:
+    assert completion(**{name: value}) == completion()
+
+
+def test_stream_options_of_openai_and_vllm_are_accepted() -> None:
+    options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": True}
+    completion(stream=True, stream_options=options)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "path", "said"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools", "tools are not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "tools are not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias.5", "not supported"),
+        ({"store": True}, "store", "nothing is stored"),
+        ({"modalities": ["text", "audio"]}, "modalities[1]", "'audio' is not supported"),
+        ({"ignore_eos": True}, "ignore_eos", "not supported"),
+        ({"max_token": 5}, "max_token", "did you mean 'max_tokens'?"),
+        ({"max_new_tokens": 5}, "max_new_tokens", "did you mean 'max_tokens'?"),
+        ({"stop": ["a", ""]}, "stop[1]", "(at stop[1])"),
+        (
+            {"stream": True, "stream_options": {"include_usag": True}},
+            "stream_options.include_usag",
+            "did you mean 'include_usage'?",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+            "is required",
+        ),
+    ],
+)
+def test_unsupported_parameter_is_named_by_its_path(
+    parameters: dict[str, Any], path: str, said: str
+) -> None:
+    field, message = completion_refusal(**parameters)
+    assert field == path
+    assert said in message
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "path", "said"),
+    [
+        ({"role": "tool", "tool_call_id": "c", "content": "42"}, "role", "role 'tool' is not"),
+        ({"role": "user", "content": [IMAGE]}, "content[0].type", "type 'image_url' is not"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}, IMAGE]},
+            "content[1].type",
+            "type 'image_url' is not supported",
+        ),
+        ({"role": "user", "content": [{"type": "text"}]}, "content[0].text", "is required"),
+        ({"role": "user"}, "content", "is required"),
+        ({"role": "user", "content": None}, "content", "is required"),
+        ({"content": "Hi"}, "role", "is required"),
+        ({"role": "assistant", "tool_calls": [{}]}, "tool_calls", "is not supported"),
+        ({"role": "user", "content": "Hi", "nam": "x"}, "nam", "did you mean 'name'?"),
+    ],
+)
+def test_unsupported_part_of_a_message_is_named_by_its_path(
+    message: dict[str, Any], path: str, said: str
+) -> None:
+    """The parameter at fault used to be given as "messages", whatever was wrong in them."""
+    field, text = completion_refusal([USER, message, USER])
+    assert field == f"messages[1].{path}"
+    assert text.startswith(f"messages[1].{path} ")
+    assert said in text
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None},
+        {"role": "assistant", "content": "Hello", "annotations": [], "audio": None},
+        {"role": "assistant", "content": "Hello", "function_call": None, "parsed": None},
+        {"role": "assistant", "content": "Hello", "reasoning_content": None, "tool_calls": []},
+        {"role": "assistant", "content": "Hello", "name": "smol"},
+        {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]},
+        {"role": "assistant", "content": None, "refusal": "Hello"},
+        ParsedChatCompletionMessage(role="assistant", content="Hello").model_dump(),
+    ],
+)
+def test_earlier_answer_can_be_sent_back(message: dict[str, Any]) -> None:
+    """Clients send back each member that they know of, most of them null."""
+    query = completion([USER, message, USER | {"name": "bob", "audio": None}])
+    assert query.messages[1] == Message("assistant", "Hello")
+
+
+def test_assistant_message_may_be_empty() -> None:
+    for content in (None, "", []):
+        query = completion([USER, {"role": "assistant", "content": content}, USER])
+        assert query.messages[1] == Message("assistant", "")
+
+
+def test_prompt_too_long_is_what_openai_clients_recognise() -> None:
+    exc = PromptTooLong(600, 511)
+    error = error_object(400, str(exc), exc.code, None)
+    assert error["code"] == "context_length_exceeded"
+    assert "maximum context length is 512 tokens" in error["message"]
+    assert error_code(error["code"]) is ErrorCode.PROMPT_TOO_LONG
+    assert error_code("invalid_value") is ErrorCode.INVALID_VALUE
+
+
+def near(*values: object) -> Any:
+    """Values around the edge of what a field allows."""
+    return st.sampled_from([*values, None, "", [], {}, 0, 1, 1.0, 2, "x", " ", "a ", True, False])
+
+
+FORMATS = [{"type": "text"}, {"type": "json_object"}, {"type": "json"}]
+EITHER: dict[str, Any] = {
+    "temperature": near(0.5),
+    "top_k": near(-1),
+    "seed": near(2**63),
+    "stop": near(["x"], ["x", ""]),
+    "response_format": near(*FORMATS),
+    "choices": near(["a"], [""], ["a "], ["a\n"]),
+    "n": near(16, 17),
+    "logprobs": near(),
+    "top_logprobs": near(20, 21),
+    "metadata": near({"a": 1}),
+}
+MESSAGES = near([USER], [{"role": "user"}], [USER | {"refusal": None}], [USER | {"name": "x"}])
+
+
+@given(
+    st.fixed_dictionaries(
+        {"chat_id": near(7), "user_prompt": near("Hi")},
+        optional=EITHER | {"messages": MESSAGES, "system_prompt": near()},
+    )
+)
+def test_schema_of_a_query_allows_what_the_parser_accepts(value: dict[str, Any]) -> None:
+    """The schema used to allow `messages: null` alone, empty choices, and stop beside them."""
+    assert is_accepted(parse_query, value) == QUERY_SCHEMA.is_valid(value)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"model": st.just("m"), "messages": MESSAGES},
+        optional=EITHER
+        | {
+            "stream": near(),
+            "stream_options": near({"include_usage": True}, {"include_usage": None}),
+            "tools": near([1]),
+            "logit_bias": near({"5": 0}, {"5": 1}),
+            "other": near(),
+        },
+    )
+)
+def test_schema_of_a_completion_allows_what_the_parser_accepts(value: dict[str, Any]) -> None:
+    def parse(value: object, defaults: QueryDefaults) -> object:
+        return parse_completion(value, defaults, "1")
+
+    assert is_accepted(parse, value) == COMPLETION_SCHEMA.is_valid(value)
+
+
+QUERY_SCHEMA = Draft202012Validator(QueryFields.model_json_schema())
+COMPLETION_SCHEMA = Draft202012Validator(CompletionFields.model_json_schema())
+
+
+def is_accepted(parse: Any, value: object) -> bool:
+    try:
+        parse(value, QueryDefaults())
+    except QueryError:
+        return False
+    return True

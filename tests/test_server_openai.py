@@ -109,18 +109,18 @@ def test_text_parts_and_the_developer_role_are_supported(
         ({"logprobs": 2}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"response_format": {"type": "json"}}, "response_format"),
         ({"response_format": {"type": "json_object"}, "stop": "x"}, "stop"),
-        ({"choices": []}, "choices"),
+        ({"choices": [""]}, "choices[0]"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
-        ({"stop": ""}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"colour": "red"}, "colour"),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_prompt_that_is_too_long_fails_a_stream_with_a_status(
     messages: Any = [{"role": "user", "content": "word " * 600}]
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=tiny_folder.name, messages=messages, stream=True)
-    assert caught.value.code == "prompt_too_long"
+    assert caught.value.code == "context_length_exceeded"
 
 
 def test_an_engine_that_dies_ends_a_stream_with_an_error_event(tiny_folder: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_long_conversation_forgets_its_beginning(tiny_folder: Path) -> None:
         assert shown.strip()
         shown, said = talk(backend, "far too long " * 500)  # type: ignore[arg-type]
         assert (shown, len(said)) == ("", 1)
-        assert said[0].endswith("at most 511 leave room for an answer")
+        assert said[0].endswith("512 tokens, of which the answer needs at least 1")
 
 
 def test_a_question_without_an_answer_is_not_remembered() -> None:

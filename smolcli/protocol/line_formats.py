@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
 from smolcli.protocol.openai import (
     answer_fields,
+    error_code,
     error_object,
     parameter_error,
     parse_completion,
@@ -141,9 +142,7 @@ class RequestFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    custom_id: Annotated[
-        ChatId, BeforeValidator(decimal_id, json_schema_input_type=ChatId | int)
-    ] = Field(description="a non-empty string or an integer")
+    custom_id: ChatId = Field(description="a non-empty string or an integer")
     method: Literal["POST"] = Field(description="POST")
     url: Literal["/v1/chat/completions"] = Field(description="/v1/chat/completions")
     body: dict[str, Any] = Field(description="an object: a request for a chat completion")
@@ -167,7 +166,7 @@ class OpenAIBatchFormat(LineFormat):
         try:
             request = RequestFields.model_validate(value)
         except ValidationError as exc:
-            raise parameter_error(exc, RequestFields) from None
+            raise parameter_error(exc, RequestFields, value) from None
         body = {"model": ""} | request.body  # any model name is accepted: there is only one
         completion = parse_completion(body, defaults, request.custom_id, line)
         if completion.is_stream:
@@ -209,7 +208,7 @@ class OpenAIBatchFormat(LineFormat):
         if not isinstance(custom_id, str | None):
             raise TypeError
         if "error" in body:
-            code = ErrorCode(body["error"]["code"])
+            code = error_code(body["error"]["code"])
             return Result(custom_id, error_code=code, line=line)
         usage = body["usage"]
         tokens = Usage(usage["prompt_tokens"], usage["completion_tokens"])

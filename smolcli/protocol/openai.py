@@ -1,11 +1,25 @@
-"""OpenAI's chat completions as smol understands them: the request's parser, the answers' shapes."""
+"""OpenAI's chat completions: the parser of a request, and the format of its answers.
+
+The pydantic models here are the only description of a request: they parse it, and /openapi.json is
+generated from them.
+"""
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from smolcli.errors import QueryError
 from smolcli.protocol.query import (
@@ -17,58 +31,152 @@ from smolcli.protocol.query import (
     Count,
     Flag,
     NumAnswers,
+    NumLogprobs,
     Number,
     Penalty,
     ResponseFormat,
     Seed,
-    StopString,
-    StopStrings,
+    Stop,
     Temperature,
     Text,
-    TopK,
     TopP,
     Whole,
+    combinations,
+    did_you_mean,
+    json_path,
     parse_query,
+    shown,
 )
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, Usage
 
-Zero = Annotated[Number, Field(ge=0, le=0)]
-UNTOLD = Usage(0, 0)  # an upstream server may keep the tokens to itself
+UNKNOWN_USAGE = Usage(0, 0)  # for an upstream server that does not report it
+
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
-class TextPart(BaseModel):
-    """A piece of a message; only text is understood."""
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+class Lenient(BaseModel):
+    """An object in which an empty member asks for nothing, whatever its name.
+
+    Null, "", [] and {} count as absent, except in required members and those in `KEPT`.
+    """
 
     model_config = ConfigDict(extra="forbid")
+    KEPT: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return {k: v for k, v in values.items() if not _is_empty(v) or k in cls._kept()}
+
+    @classmethod
+    def _kept(cls) -> set[str]:
+        required = {name for name, info in cls.model_fields.items() if info.is_required()}
+        return required | cls.KEPT
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        empty = {"enum": list(_EMPTY)}
+        for name, definition in schema["properties"].items():
+            if name not in cls._kept():
+                described = {k: definition.pop(k) for k in ("description",) if k in definition}
+                schema["properties"][name] = described | {"anyOf": [definition, empty]}
+        schema["additionalProperties"] = empty
+        return schema
+
+
+class TextPart(Lenient):
+    """One part of a message's content; only text is supported."""
+
+    KEPT = frozenset({"text"})
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
-    """One turn."""
+_CONTENT = {"type": ["string", "array"]}
 
-    model_config = ConfigDict(extra="forbid")
+
+class ChatMessage(Lenient):
+    """One message. What the official clients send back of an earlier answer is accepted."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"role": {"const": "assistant"}}},
+                {"required": ["content"], "properties": {"content": _CONTENT}},
+            ]
+        }
+    )
+    KEPT = frozenset({"content"})
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | list[TextPart] | None = Field(
+        None, description="a string or a list of text parts; null only from the assistant"
+    )
+    name: Text | None = Field(None, description="a string; it has no effect")
+    refusal: Text | None = Field(
+        None, description="a string, taken as the content of a message that has none"
+    )
+    annotations: list[Any] | None = Field(None, description="a list; it has no effect")
+    parsed: Any = Field(None, description="any value; it has no effect")
+    reasoning: Text | None = Field(None, description="a string; it has no effect")
+    reasoning_content: Text | None = Field(None, description="a string; it has no effect")
+    provider_specific_fields: dict[str, Any] | None = Field(
+        None, description="an object; it has no effect"
+    )
 
 
-class StreamOptions(BaseModel):
-    """What a stream tells beside the text."""
+class StreamOptions(Lenient):
+    """What a stream reports besides the text."""
 
-    model_config = ConfigDict(extra="forbid")
+    include_usage: Flag = Field(False, description="true or false")
+    include_obfuscation: Flag = Field(False, description="true or false; it has no effect")
+    continuous_usage_stats: Flag = Field(
+        False, description="true or false; usage is reported once, at the end"
+    )
 
-    include_usage: Flag = False
+
+Zero = Annotated[Number, Field(ge=0, le=0)]
+One = Annotated[Number, Field(ge=1, le=1)]
+
+_STREAM: dict[str, Any] = {"required": ["stream"], "properties": {"stream": {"const": True}}}
+_STREAM_COMBINATIONS: list[dict[str, Any]] = [
+    {"anyOf": [_STREAM, {"properties": {"stream_options": {"not": {
+        "required": ["include_usage"], "properties": {"include_usage": {"const": True}},
+        "type": "object",
+    }}}}]},
+    {"anyOf": [{"not": _STREAM}, {"properties": {"n": {"enum": [*_EMPTY, 1]}}}]},
+]  # fmt: skip
+
+_ZERO = "0: it is not supported"
+_FALSE = "false: it is not supported"
+_NO_EFFECT = "a string; it has no effect"
+_NO_TOOLS = "empty: tools are not supported"
+_UNSUPPORTED = "empty: it is not supported"
 
 
-class CompletionFields(BaseModel):
-    """The parameters that are understood, and of others the values that ask for nothing."""
+class CompletionFields(Lenient):
+    """The parameters of a request; descriptions complete "<parameter> must be ...".
 
-    model_config = ConfigDict(extra="forbid")
+    Parameters of OpenAI and vLLM that smol does not support are listed with the values that ask
+    for nothing.
+    """
 
-    model: Text = Field(description="the name of the model, as GET /v1/models has it")
+    model_config = ConfigDict(
+        json_schema_extra={"allOf": [*combinations(list(_EMPTY), True), *_STREAM_COMBINATIONS]}
+    )
+
+    model: Text = Field(description="the name of the model, as listed by GET /v1/models")
     messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
         description="a non-empty list of {role, content} with text contents, the last from the user"
     )
@@ -76,39 +184,124 @@ class CompletionFields(BaseModel):
     max_completion_tokens: Count | None = Field(None, description="a whole number from 1")
     temperature: Temperature | None = Field(
         None,
-        description="a number from 0 (greedy) to 100; without one it is the server's, "
-        "or where that has none 0, and 1 for n above 1",
+        description="a number from 0 (greedy) to 100; the default is the server's, or else 0, "
+        "and 1 if n is above 1",
     )
     top_p: TopP | None = Field(None, description="a number above 0 and up to 1")
-    top_k: TopK | None = Field(None, description="a whole number from 0 (off); smol's own")
+    top_k: Annotated[Whole, Field(ge=-1)] | None = Field(
+        None, description="a whole number from 1, or 0 or -1 (off); an extension"
+    )
     repetition_penalty: Penalty | None = Field(
-        None, description="a number above 0 and up to 100; smol's own"
+        None, description="a number above 0 and up to 100; an extension"
     )
     seed: Seed | None = Field(None, description="a whole number from 0 to 2^63 - 1")
-    stop: StopString | StopStrings | None = Field(
-        None, description="a non-empty string or a list of up to 16 of them"
-    )
+    stop: Stop | None = Field(None, description="a non-empty string or a list of up to 16 of them")
     stream: Flag | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(
-        None, description="an object with include_usage, where stream is true"
+        None, description="an object with include_usage, if stream is true"
     )
-    user: Text | None = Field(None, description="a string; it changes nothing")
     n: NumAnswers | None = Field(
-        None, description=f"a whole number from 1 to {MAX_ANSWERS}, and 1 where stream is true"
+        None, description=f"a whole number from 1 to {MAX_ANSWERS}, and 1 if stream is true"
     )
-    presence_penalty: Zero | None = Field(None, description="0: it is not supported")
-    frequency_penalty: Zero | None = Field(None, description="0: it is not supported")
     logprobs: Flag | None = Field(None, description="true or false")
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
-        None, description=f"a whole number from 0 to {MAX_LOGPROBS}, where logprobs is true"
+    top_logprobs: NumLogprobs | None = Field(
+        None, description=f"a whole number from 0 to {MAX_LOGPROBS}, with logprobs true"
     )
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
-    choices: Choices | None = Field(None, description=f"{CHOICES_DESCRIPTION}; smol's own")
+    choices: Choices | None = Field(None, description=f"{CHOICES_DESCRIPTION}; an extension")
+
+    # OpenAI's parameters without an effect here.
+    user: Text | None = Field(None, description=_NO_EFFECT)
+    safety_identifier: Text | None = Field(None, description=_NO_EFFECT)
+    prompt_cache_key: Text | None = Field(None, description=_NO_EFFECT)
+    prompt_cache_retention: Text | None = Field(None, description=_NO_EFFECT)
+    prompt_cache_options: dict[str, Any] | None = Field(
+        None, description="an object; it has no effect"
+    )
+    service_tier: Text | None = Field(None, description=_NO_EFFECT)
+    metadata: dict[str, Any] | None = Field(None, description="an object; it has no effect")
+    prediction: dict[str, Any] | None = Field(None, description="an object; it has no effect")
+    parallel_tool_calls: Flag | None = Field(None, description="true or false; it has no effect")
+
+    # OpenAI's parameters that are not supported.
+    presence_penalty: Zero | None = Field(None, description=_ZERO)
+    frequency_penalty: Zero | None = Field(None, description=_ZERO)
+    logit_bias: dict[str, Zero] | None = Field(None, description="empty: it is not supported")
+    store: Literal[False] | None = Field(None, description="false: nothing is stored")
+    modalities: list[Literal["text"]] | None = Field(
+        None, description='["text"]: others are not supported'
+    )
+    reasoning_effort: Literal["none"] | None = Field(
+        None, description='"none": the model does not reason'
+    )
+    verbosity: Literal["medium"] | None = Field(
+        None, description='"medium": others are not supported'
+    )
+    tools: None = Field(None, description=_NO_TOOLS)
+    functions: None = Field(None, description=_NO_TOOLS)
+    tool_choice: Literal["none", "auto"] | None = Field(
+        None, description='"none" or "auto": tools are not supported'
+    )
+    function_call: Literal["none", "auto"] | None = Field(
+        None, description='"none" or "auto": tools are not supported'
+    )
+    audio: None = Field(None, description=_UNSUPPORTED)
+    moderation: None = Field(None, description=_UNSUPPORTED)
+    web_search_options: None = Field(None, description=_UNSUPPORTED)
+
+    # vLLM's parameters without an effect here.
+    priority: Whole | None = Field(None, description="a whole number; it has no effect")
+    request_id: Text | None = Field(None, description=_NO_EFFECT)
+    cache_salt: Text | None = Field(None, description=_NO_EFFECT)
+    guided_decoding_backend: Text | None = Field(None, description=_NO_EFFECT)
+    include_reasoning: Flag | None = Field(None, description="true or false; it has no effect")
+    spaces_between_special_tokens: Flag | None = Field(
+        None, description="true or false; it has no effect"
+    )
+
+    # vLLM's parameters that are not supported.
+    best_of: One | None = Field(None, description="1: it is not supported")
+    use_beam_search: Literal[False] | None = Field(None, description=_FALSE)
+    early_stopping: Literal[False] | None = Field(None, description=_FALSE)
+    length_penalty: One | None = Field(None, description="1: it is not supported")
+    min_p: Zero | None = Field(None, description=_ZERO)
+    min_tokens: Zero | None = Field(None, description=_ZERO)
+    ignore_eos: Literal[False] | None = Field(None, description=_FALSE)
+    stop_token_ids: None = Field(None, description=_UNSUPPORTED)
+    bad_words: None = Field(None, description=_UNSUPPORTED)
+    allowed_token_ids: None = Field(None, description=_UNSUPPORTED)
+    logits_processors: None = Field(None, description=_UNSUPPORTED)
+    include_stop_str_in_output: Literal[False] | None = Field(None, description=_FALSE)
+    skip_special_tokens: Literal[True] | None = Field(
+        None, description="true: special tokens are never part of an answer"
+    )
+    truncate_prompt_tokens: None = Field(None, description=_UNSUPPORTED)
+    prompt_logprobs: None = Field(None, description=_UNSUPPORTED)
+    return_tokens_as_token_ids: Literal[False] | None = Field(None, description=_FALSE)
+    return_token_ids: Literal[False] | None = Field(None, description=_FALSE)
+    echo: Literal[False] | None = Field(None, description=_FALSE)
+    add_generation_prompt: Literal[True] | None = Field(
+        None, description="true: false is not supported"
+    )
+    continue_final_message: Literal[False] | None = Field(None, description=_FALSE)
+    add_special_tokens: Literal[False] | None = Field(None, description=_FALSE)
+    documents: None = Field(None, description=_UNSUPPORTED)
+    chat_template: None = Field(None, description="empty: the model's own template is used")
+    chat_template_kwargs: None = Field(None, description=_UNSUPPORTED)
+    mm_processor_kwargs: None = Field(None, description=_UNSUPPORTED)
+    guided_json: None = Field(None, description="empty: use response_format")
+    guided_choice: None = Field(None, description="empty: use choices")
+    guided_regex: None = Field(None, description=_UNSUPPORTED)
+    guided_grammar: None = Field(None, description=_UNSUPPORTED)
+    guided_whitespace_pattern: None = Field(None, description=_UNSUPPORTED)
+    structured_outputs: None = Field(None, description="empty: use response_format or choices")
+    kv_transfer_params: None = Field(None, description=_UNSUPPORTED)
+    vllm_xargs: None = Field(None, description=_UNSUPPORTED)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One request for a completion, and the shapes of what answers it."""
+    """One request for a completion, and the JSON of what answers it."""
 
     query: Query
     model: str
@@ -117,11 +310,11 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def answer(self, result: Result) -> dict[str, Any]:
-        """The whole answer."""
+        """The body of the whole answer."""
         return self._head("chat.completion") | answer_fields(result)
 
     def chunk(self, delta: dict[str, str], result: Result | None = None) -> dict[str, Any]:
-        """A piece of an answer that is streamed; the last one has its result."""
+        """One chunk of a streamed answer; the last one is given the result."""
         choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None}
         choice["finish_reason"] = None
         if result is not None:
@@ -130,7 +323,7 @@ class Completion:
         return chunk | {"usage": None} if self.includes_usage else chunk
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        """The last piece, where the tokens are to be told."""
+        """The chunk after the last one, if usage was asked for."""
         return self._head("chat.completion.chunk") | {"choices": [], "usage": _usage(usage)}
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -139,7 +332,7 @@ class Completion:
 
 
 def answer_fields(result: Result) -> dict[str, Any]:
-    """What a whole answer says, without its head."""
+    """The members of an answer that depend on the result: `choices` and `usage`."""
     choices = [
         {
             "index": index,
@@ -149,13 +342,35 @@ def answer_fields(result: Result) -> dict[str, Any]:
         }
         for index, each in enumerate((result, *result.alternatives))
     ]
-    return {"choices": choices, "usage": _usage(result.usage or UNTOLD)}
+    return {"choices": choices, "usage": _usage(result.usage or UNKNOWN_USAGE)}
+
+
+# OpenAI's clients recognise this code.
+_OPENAI_CODES = {ErrorCode.PROMPT_TOO_LONG: "context_length_exceeded"}
 
 
 def error_object(status: int, message: str, code: str, field: str | None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """An error as OpenAI's clients read it.
+
+    Args:
+        status: HTTP status of the response.
+        message: a sentence for people.
+        code: an `ErrorCode`, which is translated if OpenAI has a code of its own, or another code.
+        field: path of the parameter, if any.
+    """
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"message": message, "type": kind, "param": field, "code": code}
+    openai_code = _OPENAI_CODES.get(code, code)  # type: ignore[call-overload]
+    return {"message": message, "type": kind, "param": field, "code": str(openai_code)}
+
+
+def error_code(name: str) -> ErrorCode:
+    """The error code of an error object: the inverse of `error_object`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    names = {openai_code: code for code, openai_code in _OPENAI_CODES.items()}
+    return names.get(name) or ErrorCode(name)
 
 
 def model_name(model: str) -> str:
@@ -167,52 +382,67 @@ def model_name(model: str) -> str:
 def parse_completion(
     value: object, defaults: QueryDefaults, chat_id: str, line: int | None = None
 ) -> Completion:
-    """Check the body of a request; its query gets `chat_id`, and the line it stands on.
+    """Validate the body of a request.
+
+    Args:
+        value: the parsed JSON body.
+        defaults: values for the parameters that it leaves out.
+        chat_id: of the query.
+        line: the line number that the query carries.
 
     Raises:
-        QueryError: naming the first parameter at fault.
+        QueryError: naming the first invalid parameter by its path.
     """
     if not isinstance(value, dict):
         raise QueryError("the body must be a JSON object", ErrorCode.NOT_AN_OBJECT)
     try:
         fields = CompletionFields.model_validate(value)
     except ValidationError as exc:
-        raise parameter_error(exc, CompletionFields) from None
-    if fields.stream_options and not fields.stream:
-        raise _refused("stream_options")
+        raise parameter_error(exc, CompletionFields, value) from None
+    options = fields.stream_options
+    if options and options.include_usage and not fields.stream:
+        raise _invalid("stream_options", CompletionFields)
     if fields.stream and (fields.n or 1) > 1:
-        raise _refused("n")
+        raise _invalid("n", CompletionFields)
     return Completion(
         query=parse_query(_query(fields, defaults) | {"chat_id": chat_id}, defaults, line),
         model=fields.model,
         is_stream=bool(fields.stream),
-        includes_usage=bool(fields.stream_options and fields.stream_options.include_usage),
+        includes_usage=bool(options and options.include_usage),
     )
 
 
-_AS_THEY_ARE = (
-    *("temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"),
+_SAME_NAME = (
+    *("temperature", "top_p", "repetition_penalty", "seed", "stop"),
     *("choices", "n", "logprobs", "top_logprobs"),
 )
 
 
 def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
-    values = {name: getattr(fields, name) for name in _AS_THEY_ARE}
+    """The fields of the query that a request stands for."""
+    values = {name: getattr(fields, name) for name in _SAME_NAME}
     if fields.temperature is None and (fields.n or 1) > 1:
         values["temperature"] = defaults.several_temperature
     if fields.response_format is not None:
         values["response_format"] = fields.response_format.model_dump(by_alias=True)
     return values | {
-        "messages": [_turn(message) for message in fields.messages],
+        "messages": [_message(index, each) for index, each in enumerate(fields.messages)],
         "max_new_tokens": fields.max_completion_tokens or fields.max_tokens,
+        "top_k": None if fields.top_k is None else max(fields.top_k, 0),
     }
 
 
-def _turn(message: ChatMessage) -> dict[str, str]:
+def _message(index: int, message: ChatMessage) -> dict[str, str]:
     role = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
-    return {"role": role, "content": "".join(part.text for part in message.content)}
+    content = message.refusal if message.content is None else message.content
+    if content is None:
+        if role != "assistant":
+            path = f"messages[{index}].content"
+            raise QueryError(f"{path} is required", ErrorCode.MISSING_FIELD, path)
+        content = ""
+    if not isinstance(content, str):
+        content = "".join(part.text for part in content)
+    return {"role": role, "content": content}
 
 
 def _logprobs(result: Result) -> dict[str, Any] | None:
@@ -227,22 +457,55 @@ def _usage(usage: Usage) -> dict[str, int]:
     }
 
 
-def parameter_error(exc: ValidationError, model: type[BaseModel]) -> QueryError:
-    """The first parameter at fault; one that is not known comes before the others."""
+def parameter_error(exc: ValidationError, model: type[BaseModel], value: object) -> QueryError:
+    """The error of the first invalid parameter; an unknown one comes before the others.
+
+    Args:
+        exc: what validating `value` raised.
+        model: of the whole object.
+        value: the object.
+    """
     faults = exc.errors(include_url=False, include_context=False)
-    fault = next((f for f in faults if len(f["loc"]) == 1 and _is_unknown(f["type"])), faults[0])
-    name = str(fault["loc"][0])[:100]
-    if fault["type"] == "missing" and len(fault["loc"]) == 1:
-        return QueryError(f"{name} is required", ErrorCode.MISSING_FIELD, name)
-    if name not in model.model_fields:
-        return QueryError(f"{name!r} is not supported here", ErrorCode.UNKNOWN_FIELD, name)
-    return _refused(name, model)
+    top = [f for f in faults if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or faults
+    same = [f for f in top if f["loc"][0] == top[0]["loc"][0]]
+    # A union reports a fault for each of its types; the one that got furthest was meant.
+    fault = max(same, key=lambda f: len(list(_location(value, f["loc"]))))
+    location = list(_location(value, fault["loc"]))
+    path, kind, given = json_path(location), fault["type"], fault["input"]
+    if kind == "missing":
+        return QueryError(f"{path} is required", ErrorCode.MISSING_FIELD, path)
+    if kind == "extra_forbidden":
+        hint = did_you_mean(str(location[-1]), _known(location, model))
+        message = f"{path} is not supported{hint}"
+        code = ErrorCode.UNKNOWN_FIELD if len(location) == 1 else ErrorCode.INVALID_VALUE
+        return QueryError(message, code, path)
+    if len(location) > 1 and kind == "literal_error" and isinstance(given, str):
+        message = f"{path} {shown(given)!r} is not supported"
+        return QueryError(message, ErrorCode.INVALID_VALUE, path)
+    return _invalid(str(location[0]), model, path)
 
 
-def _is_unknown(kind: str) -> bool:
-    return kind == "extra_forbidden"
+def _location(value: Any, location: Sequence[int | str]) -> Iterator[int | str]:
+    """The keys and indices of a location, without pydantic's names for the types of a union."""
+    for at, step in enumerate(location):
+        if isinstance(value, dict) and (step in value or at == len(location) - 1):
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int):
+            value = value[step]
+        else:
+            continue
+        yield step
 
 
-def _refused(name: str, model: type[BaseModel] = CompletionFields) -> QueryError:
+def _known(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
+    """The names that the object at a location may have."""
+    models = {1: model, 2: StreamOptions, 3: ChatMessage, 5: TextPart}
+    return list(models.get(len(location), model).model_fields)
+
+
+def _invalid(name: str, model: type[BaseModel], path: str | None = None) -> QueryError:
+    path = path or name
     description = model.model_fields[name].description
-    return QueryError(f"{name} must be {description}", ErrorCode.INVALID_VALUE, name)
+    where = f" (at {path})" if path != name else ""
+    message = f"{name} must be {description}{where}"
+    return QueryError(message, ErrorCode.INVALID_VALUE, path)

@@ -1,9 +1,14 @@
-"""The wire schema of a query, and its parser: JSON text to `Query`."""
+"""The fields of a query, and its parser: JSON text to `Query`.
+
+The pydantic models here are the only description of a query: they parse it, and /openapi.json is
+generated from them.
+"""
 
 import difflib
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -13,20 +18,83 @@ from smolcli.settings import QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
 
 JSON_OBJECT = '{"type": "object"}'
-SCHEMA_NAME = "answer"  # OpenAI's shape wants one
+SCHEMA_NAME = "answer"  # OpenAI's format requires a name
 MAX_CHOICES = 1000
+MAX_SEED = 2**63 - 1
+MAX_ANSWERS = 16
+MAX_LOGPROBS = 20
+MAX_DEPTH = 64  # nested arrays and objects
+MAX_EXACT_FLOAT = 2**53  # above it, a float no longer tells neighbouring integers apart
+MAX_SHOWN = 100  # characters of a user's text that an error message quotes
+
+SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 
 
-def _bare(value: object) -> object:
-    """Answers come without outer white space, so a choice cannot have any."""
-    if isinstance(value, str) and value != value.strip():
-        raise ValueError("outer white space")
+# Field types.
+
+
+def whole_number(value: object) -> object:
+    """A whole float, which JSON does not distinguish from an integer, as an int."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT_FLOAT:
+        return int(value)
     return value
 
 
-Choice = Annotated[
-    str, Field(strict=True, min_length=1, max_length=1000), BeforeValidator(_bare, str)
+def decimal_id(value: object) -> object:
+    """An integer id as its decimal string; any other value unchanged."""
+    value = whole_number(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _one_or_many(value: object) -> object:
+    """A single stop string as a list."""
+    return [value] if isinstance(value, str) else value
+
+
+def _stripped(value: object) -> object:
+    """Refuse a choice with outer white space: answers are stripped, so none could match it."""
+    if isinstance(value, str) and value != value.strip():
+        raise ValueError("leading or trailing white space")
+    return value
+
+
+Text = Annotated[str, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+Whole = Annotated[
+    int, Field(strict=True), BeforeValidator(whole_number, json_schema_input_type=int)
 ]
+Count = Annotated[Whole, Field(ge=1)]
+Temperature = Annotated[Number, Field(ge=0, le=100)]
+TopP = Annotated[Number, Field(gt=0, le=1)]
+TopK = Annotated[Whole, Field(ge=0)]
+Penalty = Annotated[Number, Field(gt=0, le=100)]
+Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
+NumAnswers = Annotated[Whole, Field(ge=1, le=MAX_ANSWERS)]
+NumLogprobs = Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)]
+StopString = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
+StopStrings = Annotated[list[StopString], Field(max_length=16)]
+Stop = Annotated[
+    StopStrings, BeforeValidator(_one_or_many, json_schema_input_type=StopStrings | StopString)
+]
+Id = Annotated[str, Field(strict=True, min_length=1)]
+ChatId = Annotated[Id, BeforeValidator(decimal_id, json_schema_input_type=Id | int)]
+# The lookahead is JSON Schema's portable way to say "end of text": $ also matches before "\n".
+_CHOICE_PATTERN = r"^\S(?:[\s\S]*\S)?(?![\s\S])"
+_ChoiceText = Annotated[
+    str,
+    Field(
+        strict=True,
+        min_length=1,
+        max_length=1000,
+        json_schema_extra={"pattern": _CHOICE_PATTERN},
+    ),
+]
+Choice = Annotated[_ChoiceText, BeforeValidator(_stripped, json_schema_input_type=_ChoiceText)]
+Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]
+
+
+# Answer formats.
 
 
 class _Exact(BaseModel):
@@ -34,11 +102,11 @@ class _Exact(BaseModel):
 
 
 class JsonSchemaFields(_Exact):
-    """A schema as OpenAI's API has it; only the schema itself changes anything."""
+    """A schema in OpenAI's format; only the schema itself has an effect."""
 
-    name: Annotated[str, Field(strict=True)] = SCHEMA_NAME
-    description: Annotated[str, Field(strict=True)] | None = None
-    strict: Annotated[bool, Field(strict=True)] | None = None
+    name: Text = SCHEMA_NAME
+    description: Text | None = None
+    strict: Flag | None = None
     definition: dict[str, Any] = Field(alias="schema", description="a JSON Schema")
 
 
@@ -55,7 +123,7 @@ class JsonObjectFormat(_Exact):
 
 
 class JsonSchemaFormat(_Exact):
-    """JSON that a schema allows."""
+    """JSON that conforms to a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchemaFields
@@ -64,19 +132,18 @@ class JsonSchemaFormat(_Exact):
 ResponseFormat = Annotated[
     TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
 ]
-Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]
 
 FORMAT_DESCRIPTION = (
     '{"type": "text"}, {"type": "json_object"}, '
     'or {"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
 )
 CHOICES_DESCRIPTION = (
-    f"a list of 1 to {MAX_CHOICES:,} strings, not empty and without white space around them"
+    f"a list of 1 to {MAX_CHOICES:,} non-empty strings without leading or trailing white space"
 )
 
 
 def schema_format(schema: dict[str, Any]) -> AnswerFormat:
-    """The format of answers that a schema allows."""
+    """The answer format of a JSON Schema."""
     return AnswerFormat(schema=json.dumps(schema, ensure_ascii=False))
 
 
@@ -85,14 +152,19 @@ def answer_format(
     choices: list[str] | None,
     default: AnswerFormat | None,
 ) -> AnswerFormat | None:
-    """What a query's answers are to be; None: any text.
+    """The answer format that a query asks for; None means any text.
+
+    Args:
+        response_format: the field of that name.
+        choices: the field of that name.
+        default: the format of a query that has neither field.
 
     Raises:
-        QueryError: where it says two things.
+        QueryError: both fields are given.
     """
     if choices is not None:
         if response_format is not None:
-            raise QueryError("choices cannot stand beside response_format", field="choices")
+            raise QueryError("choices cannot be combined with response_format", field="choices")
         return AnswerFormat(choices=tuple(dict.fromkeys(choices)))
     match response_format:
         case None:
@@ -106,7 +178,7 @@ def answer_format(
 
 
 def format_fields(answers: AnswerFormat | None) -> dict[str, Any]:
-    """The fields of a query that say what its answers are to be."""
+    """The query fields that ask for an answer format: the inverse of `answer_format`."""
     if answers is None:
         return {}
     if answers.choices:
@@ -117,55 +189,76 @@ def format_fields(answers: AnswerFormat | None) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
-MAX_SEED = 2**63 - 1
-MAX_ANSWERS = 16
-MAX_LOGPROBS = 20
+# The query.
 
-Text = Annotated[str, Field(strict=True)]
-Whole = Annotated[int, Field(strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-Number = Annotated[float, Field(strict=True)]
-StopString = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
-StopStrings = Annotated[list[StopString], Field(max_length=16)]
-ChatId = Annotated[str, Field(strict=True, min_length=1)]
-Count = Annotated[Whole, Field(ge=1)]
-Temperature = Annotated[Number, Field(ge=0, le=100)]
-TopP = Annotated[Number, Field(gt=0, le=1)]
-TopK = Annotated[Whole, Field(ge=0)]
-Penalty = Annotated[Number, Field(gt=0, le=100)]
-Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
-NumAnswers = Annotated[Whole, Field(ge=1, le=MAX_ANSWERS)]
+_NULL: dict[str, Any] = {"type": "null"}
+_WAYS_TO_ASK: list[dict[str, Any]] = [
+    {
+        "required": ["user_prompt"],
+        "properties": {"user_prompt": {"type": "string", "pattern": r"\S"}, "messages": _NULL},
+    },
+    {
+        "required": ["messages"],
+        "properties": {"messages": {"type": "array"}}
+        | dict.fromkeys(("user_prompt", "system_prompt"), _NULL),
+    },
+]
 
 
-def decimal_id(value: object) -> object:
-    """An integer id is taken as its decimal string."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def combinations(absent: list[Any], default_temperature: bool) -> list[dict[str, Any]]:
+    """The rules of `_check_combination` as JSON Schemas, all of which must hold.
 
-
-def _listed(value: object) -> object:
-    """One stop string is a list of one."""
-    return [value] if isinstance(value, str) else value
+    Args:
+        absent: the values of an optional field that count as absent.
+        default_temperature: whether sampling is the default when n is above 1.
+    """
+    empty = {"enum": absent}
+    sampled: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0}
+    temperature: dict[str, Any] = {"required": ["temperature"]}
+    if default_temperature:
+        sampled, temperature = {"anyOf": [sampled, empty]}, {}
+    text = {"type": "object", "properties": {"type": {"const": "text"}}}
+    rules: list[list[dict[str, Any]]] = [
+        [{"properties": {"choices": empty}}, {"properties": {"response_format": empty}}],
+        [
+            {"properties": {"stop": {"enum": [*absent, []]}}},
+            {"properties": {"response_format": {"anyOf": [empty, text]}, "choices": empty}},
+        ],
+        [
+            {"properties": {"top_logprobs": {"enum": [*absent, 0]}}},
+            {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
+        ],
+        [
+            {"properties": {"n": {"enum": [*absent, 1]}}},
+            temperature | {"properties": {"temperature": sampled}},
+        ],
+    ]
+    return [{"anyOf": options} for options in rules]
 
 
 class MessageFields(BaseModel):
-    """One turn of `messages`."""
+    """One message of `messages`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, None] = Field(init=False)
 
     role: Literal["system", "user", "assistant"]
     content: Text
 
 
 class QueryFields(BaseModel):
-    """The fields a query may have; a description reads on from "<field> must be"."""
+    """The fields of a query; descriptions complete "<field> must be ..."."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    chat_id: Annotated[ChatId, BeforeValidator(decimal_id, json_schema_input_type=ChatId | int)] = (
-        Field(description="a non-empty string or an integer")
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"anyOf": _WAYS_TO_ASK, "allOf": combinations([None], False)},
     )
+
+    chat_id: ChatId = Field(description="a non-empty string or an integer")
     user_prompt: Text | None = Field(None, description="a string that is not blank")
-    system_prompt: Text | None = Field(None, description="a string")
+    system_prompt: Text | None = Field(
+        None, description="a string; an empty one omits the default system prompt"
+    )
     messages: Annotated[list[MessageFields], Field(min_length=1)] | None = Field(
         None, description="a non-empty list of {role, content}, the last from the user"
     )
@@ -175,18 +268,13 @@ class QueryFields(BaseModel):
     top_k: TopK | None = Field(None, description="a whole number from 0 (off)")
     repetition_penalty: Penalty | None = Field(None, description="a number above 0 and up to 100")
     seed: Seed | None = Field(None, description="a whole number from 0 to 2^63 - 1")
-    stop: (
-        Annotated[
-            StopStrings, BeforeValidator(_listed, json_schema_input_type=StopStrings | StopString)
-        ]
-        | None
-    ) = Field(None, description="a non-empty string or a list of up to 16 of them")
+    stop: Stop | None = Field(None, description="a non-empty string or a list of up to 16 of them")
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=CHOICES_DESCRIPTION)
     n: NumAnswers | None = Field(None, description=f"a whole number from 1 to {MAX_ANSWERS}")
     logprobs: Flag | None = Field(None, description="true or false")
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
-        None, description=f"a whole number from 0 to {MAX_LOGPROBS}, where logprobs is true"
+    top_logprobs: NumLogprobs | None = Field(
+        None, description=f"a whole number from 0 to {MAX_LOGPROBS}, with logprobs true"
     )
     metadata: dict[str, Any] | None = Field(None, description="an object")
 
@@ -194,85 +282,23 @@ class QueryFields(BaseModel):
 FIELDS = QueryFields.model_fields
 
 
-MAX_DEPTH = 64
-SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
-
-
-def load_json(text: bytes) -> object:
-    """Parse one JSON value as I-JSON (RFC 7493) has it: no NaN, no infinity, no duplicate key,
-    no lone surrogate.
-
-    Raises:
-        QueryError: with code `invalid_json`, saying what is wrong and at which column.
-    """
-    try:
-        value: object = _DECODER.decode(text.decode())
-        if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-            raise RecursionError
-        if b"\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as exc:
-        _refuse_json(f"not UTF-8: byte {exc.start + 1} is 0x{text[exc.start]:02x}", exc)
-    except UnicodeEncodeError as exc:
-        _refuse_json("a string holds a lone surrogate (\\ud800 to \\udfff), which is no text", exc)
-    except json.JSONDecodeError as exc:
-        _refuse_json(f"{exc.msg.removesuffix(' at')} at column {exc.colno}", exc)
-    except RecursionError as exc:
-        _refuse_json(f"nested more than {MAX_DEPTH} levels deep", exc)
-    except ValueError as exc:
-        _refuse_json(str(exc).partition(";")[0], exc)
-    return value
-
-
-def _refuse_json(reason: str, cause: Exception) -> NoReturn:
-    raise QueryError(f"invalid JSON: {reason}", ErrorCode.INVALID_JSON) from cause
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)[:100]!r}")
-    return values
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _depth(value: object) -> int:
-    """How many arrays and objects stand inside one another."""
-    level, depth = [value], 0
-    while level := [v for v in level if isinstance(v, dict | list) and v]:
-        depth += 1
-        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
-    return depth
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise ValueError(f"the number {digits[:40]} is too large")
-    return value
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite
-)
-
-
 def chat_id_of(value: object) -> str | None:
-    """The id that `value` carries, as far as one can be read from it."""
+    """The id of a query that may be invalid; None if it has none."""
     chat_id = decimal_id(value.get("chat_id")) if isinstance(value, dict) else None
     return chat_id if isinstance(chat_id, str) else None
 
 
 def parse_query(value: object, defaults: QueryDefaults, line: int | None = None) -> Query:
-    """Check one parsed JSON value and complete it with the defaults.
+    """Validate a parsed JSON value and complete it with the defaults.
+
+    Args:
+        value: the JSON value.
+        defaults: values for the fields that it leaves out.
+        line: the line number that the query carries.
 
     Raises:
-        QueryError: naming the first field at fault; unknown fields come first, for they
-            are often the reason that another one is missing.
+        QueryError: naming the first invalid field. Unknown fields come first, because a
+            misspelled field is often why a required one is missing.
     """
     if not isinstance(value, dict):
         kind = {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(
@@ -298,44 +324,8 @@ def parse_query(value: object, defaults: QueryDefaults, line: int | None = None)
         metadata=_metadata(fields.metadata, extra if defaults.extra_fields == "keep" else {}),
         line=line,
     )
-    _check_together(fields, query)
+    _check_combination(fields, query)
     return query
-
-
-def _check_together(fields: QueryFields, query: Query) -> None:
-    """Refuse what is sound by itself and makes no sense with the rest."""
-    if query.format is not None and query.stop:
-        raise QueryError("stop cannot stand beside a format of the answer", field="stop")
-    if fields.top_logprobs is not None and query.top_logprobs is None:
-        raise QueryError("top_logprobs needs logprobs to be true", field="top_logprobs")
-    if query.n > 1 and query.sampling.is_greedy:
-        message = "n above 1 needs a temperature above 0: greedy answers are all the same"
-        raise QueryError(message, field="n")
-
-
-def _query_error(exc: ValidationError) -> QueryError:
-    faults = exc.errors(include_url=False, include_context=False)
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    field = str(fault["loc"][0])
-    if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
-        return _unknown_field(field)
-    if field == "chat_id" and (fault["type"] == "missing" or fault["input"] in (None, "")):
-        return _required("chat_id")
-    where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in fault["loc"][1:])
-    detail = f" (at {field}{where})" if where and field == "messages" else ""
-    message = f"{field} must be {FIELDS[field].description}{detail}"
-    return QueryError(message, ErrorCode.INVALID_VALUE, field)
-
-
-def _required(field: str) -> QueryError:
-    return QueryError(f"{field} is required and cannot be empty", ErrorCode.MISSING_FIELD, field)
-
-
-def _unknown_field(field: str) -> QueryError:
-    near = difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.7)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    shown = field if len(field) <= 100 else f"{field[:100]}..."
-    return QueryError(f"unknown field {shown!r}{hint}", ErrorCode.UNKNOWN_FIELD, shown)
 
 
 def _messages(fields: QueryFields, system_prompt: str | None) -> tuple[Message, ...]:
@@ -343,14 +333,15 @@ def _messages(fields: QueryFields, system_prompt: str | None) -> tuple[Message, 
         if fields.user_prompt is None or not fields.user_prompt.strip():
             raise _required("user_prompt")
         turns = [Message("user", fields.user_prompt)]
-        system = fields.system_prompt or system_prompt
+        system = system_prompt if fields.system_prompt is None else fields.system_prompt
     else:
         for other in ("user_prompt", "system_prompt"):
             if getattr(fields, other) is not None:
-                raise QueryError(f"{other} cannot stand beside messages", field=other)
+                raise QueryError(f"{other} cannot be combined with messages", field=other)
         turns = [Message(turn.role, turn.content) for turn in fields.messages]
         if turns[-1].role != "user" or not turns[-1].content.strip():
-            raise QueryError("messages must end with a user's turn, not blank", field="messages")
+            message = "messages must end with a message from the user that is not blank"
+            raise QueryError(message, field="messages")
         system = None if turns[0].role == "system" else system_prompt
     return (Message("system", system), *turns) if system else tuple(turns)
 
@@ -363,10 +354,127 @@ def _sampling(fields: QueryFields, defaults: Sampling) -> Sampling:
 
 
 def derived_seed(seed: int, name: str) -> int:
-    """A query's seed depends on the run's seed and its id alone, not on what shares its batch."""
+    """The seed of one query, which depends only on the run's seed and the query's id."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & MAX_SEED
 
 
 def _metadata(metadata: dict[str, Any] | None, extra: dict[str, Any]) -> dict[str, Any] | None:
     return {**extra, **(metadata or {})} if extra else metadata
+
+
+def _check_combination(fields: QueryFields, query: Query) -> None:
+    """Refuse fields that are valid by themselves but contradict each other."""
+    if query.format is not None and query.stop:
+        message = "stop cannot be combined with response_format, choices or --schema"
+        raise QueryError(message, field="stop")
+    if fields.top_logprobs and query.top_logprobs is None:
+        raise QueryError("top_logprobs requires logprobs to be true", field="top_logprobs")
+    if query.n > 1 and query.sampling.is_greedy:
+        message = "n above 1 requires a temperature above 0: greedy answers are all equal"
+        raise QueryError(message, field="n")
+
+
+# Errors.
+
+
+def _query_error(exc: ValidationError) -> QueryError:
+    faults = exc.errors(include_url=False, include_context=False)
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    field = str(fault["loc"][0])
+    if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
+        message = f"unknown field {shown(field)!r}{did_you_mean(field, FIELDS)}"
+        return QueryError(message, ErrorCode.UNKNOWN_FIELD, shown(field))
+    if field == "chat_id" and (fault["type"] == "missing" or fault["input"] in (None, "")):
+        return _required("chat_id")
+    where = json_path(fault["loc"])
+    detail = f" (at {where})" if where != field and field == "messages" else ""
+    message = f"{field} must be {FIELDS[field].description}{detail}"
+    return QueryError(message, ErrorCode.INVALID_VALUE, field)
+
+
+def _required(field: str) -> QueryError:
+    return QueryError(f"{field} is required and cannot be empty", ErrorCode.MISSING_FIELD, field)
+
+
+def json_path(location: Sequence[int | str]) -> str:
+    """A location inside a JSON value as text: `messages[1].content`."""
+    path = "".join(f"[{at}]" if isinstance(at, int) else f".{shown(at)}" for at in location)
+    return path.removeprefix(".")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known name that resembles an unknown one, if any."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def shown(text: str) -> str:
+    """Text from a user, short enough for an error message."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+# JSON.
+
+
+def load_json(text: bytes) -> object:
+    """Parse one I-JSON value (RFC 7493): no NaN, no infinities, no duplicate keys, no lone
+    surrogates.
+
+    Raises:
+        QueryError: with code `invalid_json`, saying what is wrong and at which column.
+    """
+    try:
+        value: object = _DECODER.decode(text.decode())
+        if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise RecursionError
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as exc:
+        _refuse_json(f"not UTF-8: byte {exc.start + 1} is 0x{text[exc.start]:02x}", exc)
+    except UnicodeEncodeError as exc:
+        _refuse_json("a string holds a lone surrogate (\\ud800 to \\udfff)", exc)
+    except json.JSONDecodeError as exc:
+        _refuse_json(f"{exc.msg.removesuffix(' at')} at column {exc.colno}", exc)
+    except RecursionError as exc:
+        _refuse_json(f"nested more than {MAX_DEPTH} levels deep", exc)
+    except ValueError as exc:
+        _refuse_json(str(exc).partition(";")[0], exc)
+    return value
+
+
+def _refuse_json(reason: str, cause: Exception) -> NoReturn:
+    raise QueryError(f"invalid JSON: {reason}", ErrorCode.INVALID_JSON) from cause
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)[:100]!r}")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return value
+
+
+def _depth(value: object) -> int:
+    """How many levels of arrays and objects a value nests."""
+    level, depth = [value], 0
+    while level := [v for v in level if isinstance(v, dict | list) and v]:
+        depth += 1
+        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite
+)

@@ -119,7 +119,7 @@ class OpenAIErrorDetail(Exact):
     message: str
     type: Literal["invalid_request_error", "server_error"]
     param: str | None
-    code: ErrorCode | HttpCode
+    code: ErrorCode | HttpCode | Literal["context_length_exceeded"]
 
 
 class OpenAIError(Exact):
