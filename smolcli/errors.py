@@ -1,23 +1,23 @@
-"""Every exception smol raises on purpose.
+"""The exceptions that smol raises.
 
 SmolError
-├── QueryError              the fault of one query: becomes its error line, never ends a run
+├── QueryError              one query is invalid: becomes its error record, never ends a run
 │   └── PromptTooLong
-├── UsageError              the command cannot be carried out as given (exit 2)
-│   └── ResumeRefused       the output on disk belongs to another run
-└── RunError                the work cannot go on (exit 1)
+├── UsageError              the command is wrong as given (exit code 2)
+│   └── ResumeRefused       the existing output belongs to another run
+└── RunError                the command failed (exit code 1)
     ├── InputError          the input cannot be read
-    ├── ModelError          no usable model
+    ├── ModelError          the model cannot be used
     │   ├── ModelNotFound
     │   └── HubUnreachable
-    └── BackendError        whatever computes the answers is gone
+    └── BackendError        the backend is gone
 """
 
 from smolcli.types import ErrorCode
 
 
 class SmolError(Exception):
-    """Base of all; its text is a sentence that a user can act on."""
+    """Base class; the message is a sentence that a user can act on."""
 
 
 class QueryError(SmolError):
@@ -25,8 +25,8 @@ class QueryError(SmolError):
 
     Args:
         message: a sentence for people.
-        code: what kind of fault it is.
-        field: the field at fault, where there is one.
+        code: the kind of error.
+        field: the field that is wrong, if any.
     """
 
     def __init__(
@@ -38,7 +38,12 @@ class QueryError(SmolError):
 
 
 class PromptTooLong(QueryError):
-    """The prompt alone leaves no room for a single new token."""
+    """The prompt leaves no room for a single token of the answer.
+
+    Args:
+        num_tokens: length of the prompt.
+        limit: the longest prompt allowed, in tokens: one less than the context length.
+    """
 
     def __init__(self, num_tokens: int, limit: int) -> None:
         super().__init__(
@@ -49,19 +54,19 @@ class PromptTooLong(QueryError):
 
 
 class UsageError(SmolError):
-    """The command cannot be carried out as it was given."""
+    """The command is wrong as given."""
 
 
 class ResumeRefused(UsageError):
-    """The output on disk was made by another run, and continuing it would mix the two."""
+    """The existing output was written by another run; resuming it would mix the two."""
 
 
 class RunError(SmolError):
-    """The work cannot go on; what is finished stays finished."""
+    """The command failed; what is already written stays."""
 
 
 class InputError(RunError):
-    """The input cannot be read, or not to its end."""
+    """The input cannot be read, or not completely."""
 
 
 class ModelError(RunError):
@@ -69,7 +74,7 @@ class ModelError(RunError):
 
 
 class ModelNotFound(ModelError):
-    """No model of that name or path is to be had."""
+    """There is no model with this name or path."""
 
 
 class HubUnreachable(ModelError):
@@ -77,4 +82,9 @@ class HubUnreachable(ModelError):
 
 
 class BackendError(RunError):
-    """Whatever computes the answers is gone."""
+    """The backend that computes the answers is gone."""
+
+
+def error_reason(exc: BaseException) -> str:
+    """Why a foreign call failed, in as few words as its exception has."""
+    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__

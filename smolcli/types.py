@@ -1,4 +1,4 @@
-"""The nouns of smol: what goes in, what comes out. Imports nothing of ours."""
+"""The types that every package shares: queries, results and sampling parameters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class ErrorCode(StrEnum):
-    """What kind of fault an error record reports."""
+    """The machine-readable kind of an error."""
 
     INVALID_JSON = "invalid_json"
     NOT_AN_OBJECT = "not_an_object"
@@ -28,7 +28,7 @@ class ErrorCode(StrEnum):
 
     @property
     def status(self) -> HTTPStatus:
-        """The HTTP status that goes with it."""
+        """The HTTP status of a response that reports it."""
         return _STATUSES.get(self, HTTPStatus.BAD_REQUEST)
 
     @property
@@ -53,7 +53,7 @@ _TRANSIENT = {
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended: the model or a stop string ended it, or there was no room for more."""
+    """Why an answer ended: an end token or stop string, or the token limit."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -61,7 +61,16 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the tokens of one answer are chosen; complete, nothing left to be guessed."""
+    """How the tokens of one answer are sampled.
+
+    Args:
+        max_new_tokens: token limit, the end token included.
+        temperature: 0 is greedy decoding.
+        top_p: sample from the most probable tokens whose probabilities add up to this.
+        top_k: sample from this many of the most probable tokens; 0 is all.
+        repetition_penalty: above 1, tokens that occurred before become less probable.
+        seed: of the random numbers of this answer.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -72,18 +81,18 @@ class Sampling:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the most likely token is taken as the model has it."""
+        """Whether decoding is greedy and leaves the logits unchanged."""
         return self.is_greedy and self.repetition_penalty == 1.0
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the most probable token is always taken."""
         return self.temperature == 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation; `role` is system, user or assistant."""
+    """One message of a conversation; `role` is system, user or assistant."""
 
     role: str
     content: str
@@ -91,9 +100,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """What every answer is: JSON that a schema allows, or one of some strings.
+    """What answers are constrained to: a JSON Schema, or a list of choices.
 
-    `schema` is JSON text, so that equal schemas are equal and a format can be a key.
+    Args:
+        schema: a JSON Schema as text, which makes formats hashable; "" if there is none.
+        choices: the only possible answers; () if there are none.
     """
 
     schema: str = ""
@@ -102,9 +113,18 @@ class AnswerFormat:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One question, checked and complete.
+    """One validated query, with every default filled in.
 
-    `top_logprobs` None: no likelihoods are told; `n`: how many answers there are to be.
+    Args:
+        chat_id: its id.
+        messages: the conversation, a system prompt included.
+        sampling: how tokens are sampled.
+        stop: strings that end the answer.
+        format: what the answer is constrained to; None is any text.
+        n: number of answers.
+        top_logprobs: alternatives to report for each token; None for no log probabilities.
+        metadata: echoed in the result.
+        line: its line number; None over HTTP.
     """
 
     chat_id: str
@@ -119,7 +139,7 @@ class Query:
 
     @property
     def num_chars(self) -> int:
-        """How long it is: its messages, and what its answer is to be."""
+        """Length of the messages and the answer format, in characters."""
         answers = self.format or AnswerFormat()
         texts = (answers.schema, *answers.choices, *(m.content for m in self.messages))
         return sum(map(len, texts))
@@ -127,7 +147,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one query's answers; `completion_tokens` counts the end token."""
+    """Token counts of one query; `completion_tokens` includes the end token."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -135,14 +155,20 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of one answer went, in seconds since it was submitted."""
+    """When things happened to one query, in seconds since it was submitted.
+
+    Args:
+        queue_s: when it was admitted to the batch.
+        first_token_s: when its first token was generated.
+        total_s: when it was finished.
+    """
 
     queue_s: float
     first_token_s: float
     total_s: float
 
     def record(self) -> dict[str, float]:
-        """The times as users see them."""
+        """The timings as a JSON object."""
         return {name: round(getattr(self, name), 4) for name in self.__slots__}
 
 
@@ -150,8 +176,19 @@ class Timings:
 class Result:
     """The outcome of one query: an answer, or an error in its place.
 
-    `logprobs` has an entry in OpenAI's shape for each token of the text; `alternatives` are the
-    answers after the first.
+    Args:
+        chat_id: of the query; None if it could not be read.
+        response: the text of the answer.
+        finish_reason: why it ended.
+        logprobs: one entry per token of the text, in OpenAI's format.
+        alternatives: the answers after the first, if several were asked for.
+        usage: token counts of all answers.
+        error: a sentence for people; None if there is an answer.
+        error_code: the kind of error.
+        field: the field that is wrong, if any.
+        metadata: of the query.
+        line: of the query.
+        timings: when things happened.
     """
 
     chat_id: str | None
@@ -169,18 +206,18 @@ class Result:
 
     @property
     def is_error(self) -> bool:
-        """Whether there is no answer."""
+        """Whether it is an error."""
         return self.error_code is not None
 
     @property
     def num_chars(self) -> int:
-        """About how long it is, likelihoods and further answers included."""
+        """Approximate length in characters, log probabilities and alternatives included."""
         texts = (self.chat_id, self.response, self.error, str(self.logprobs or ""))
         num_chars = sum(len(text) for text in texts if text is not None)
         return num_chars + sum(each.num_chars for each in self.alternatives)
 
     def record(self, with_timings: bool = False) -> dict[str, Any]:
-        """The result as users see it: JSON types in a fixed order, without what is absent."""
+        """The result as a JSON object, with its members in a fixed order and absent ones left out."""
         values: dict[str, Any] = {"chat_id": self.chat_id}
         if self.is_error:
             values |= {"error": self.error, "error_code": str(self.error_code)}
@@ -209,7 +246,14 @@ class Result:
 
 
 def failure(query: Query, message: str, code: ErrorCode, field: str | None = None) -> Result:
-    """The error result that takes the place of `query`'s answer."""
+    """The error result of a query.
+
+    Args:
+        query: the query that failed.
+        message: a sentence for people.
+        code: the kind of error.
+        field: the field that is wrong, if any.
+    """
     return Result(
         chat_id=query.chat_id,
         error=message,

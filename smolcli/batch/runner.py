@@ -44,13 +44,7 @@ from smolcli.errors import BackendError, ResumeRefused, RunError, UsageError
 from smolcli.protocol.line_formats import LineFormat, RunInfo
 from smolcli.protocol.openai import model_name
 from smolcli.settings import EngineSettings, RunSettings
-from smolcli.types import ErrorCode, Query, Result
-
-# Faults of the backend rather than of a query. A later run may succeed, so they end the run
-# instead of being written as results.
-_BACKEND_FAULTS = frozenset(
-    {ErrorCode.BACKEND_ERROR, ErrorCode.OVERLOADED, ErrorCode.TIMEOUT, ErrorCode.CANCELLED}
-)
+from smolcli.types import Query, Result
 
 OpenBackend = Callable[[EngineSettings], Backend]
 
@@ -368,7 +362,8 @@ class Run:
 def _answers(items: Iterable[Query | Result | None], backend: Backend) -> Generator[Result]:
     with closing(answer_all(items, backend)) as results:
         for result in results:
-            if result.error_code in _BACKEND_FAULTS:
+            # A later run may succeed, so these end the run instead of being written as results.
+            if result.error_code is not None and result.error_code.is_transient:
                 raise BackendError(f"line {result.line} was not answered: {result.error}")
             yield result
 
