@@ -217,7 +217,7 @@ class Result:
         return num_chars + sum(each.num_chars for each in self.alternatives)
 
     def record(self, with_timings: bool = False) -> dict[str, Any]:
-        """The result as a JSON object, with its members in a fixed order and absent ones left out."""
+        """The result as a JSON object, in a fixed order and without absent members."""
         values: dict[str, Any] = {"chat_id": self.chat_id}
         if self.is_error:
             values |= {"error": self.error, "error_code": str(self.error_code)}
