@@ -103,7 +103,7 @@ class TextPart(Lenient):
     text: Text
 
 
-_CONTENT = {"type": ["string", "array"]}
+_CONTENT: Any = {"type": ["string", "array"]}
 
 
 class ChatMessage(Lenient):
@@ -150,7 +150,7 @@ Zero = Annotated[Number, Field(ge=0, le=0)]
 One = Annotated[Number, Field(ge=1, le=1)]
 
 _STREAM: dict[str, Any] = {"required": ["stream"], "properties": {"stream": {"const": True}}}
-_STREAM_COMBINATIONS: list[dict[str, Any]] = [
+_STREAM_COMBINATIONS: list[Any] = [
     {"anyOf": [_STREAM, {"properties": {"stream_options": {"not": {
         "required": ["include_usage"], "properties": {"include_usage": {"const": True}},
         "type": "object",
@@ -499,7 +499,7 @@ def _location(value: Any, location: Sequence[int | str]) -> Iterator[int | str]:
 
 def _known(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
     """The names that the object at a location may have."""
-    models = {1: model, 2: StreamOptions, 3: ChatMessage, 5: TextPart}
+    models: dict[int, type[BaseModel]] = {1: model, 2: StreamOptions, 3: ChatMessage, 5: TextPart}
     return list(models.get(len(location), model).model_fields)
 
 

@@ -192,7 +192,7 @@ def format_fields(answers: AnswerFormat | None) -> dict[str, Any]:
 # The query.
 
 _NULL: dict[str, Any] = {"type": "null"}
-_WAYS_TO_ASK: list[dict[str, Any]] = [
+_WAYS_TO_ASK: list[Any] = [
     {
         "required": ["user_prompt"],
         "properties": {"user_prompt": {"type": "string", "pattern": r"\S"}, "messages": _NULL},
@@ -205,7 +205,7 @@ _WAYS_TO_ASK: list[dict[str, Any]] = [
 ]
 
 
-def combinations(absent: list[Any], default_temperature: bool) -> list[dict[str, Any]]:
+def combinations(absent: list[Any], default_temperature: bool) -> list[Any]:
     """The rules of `_check_combination` as JSON Schemas, all of which must hold.
 
     Args:
