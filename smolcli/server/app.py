@@ -1,6 +1,7 @@
 """The Flask application: the routes and what applies to all of them."""
 
 from flask import Flask, Response
+from flask.typing import ResponseReturnValue
 
 from smolcli.server.access_log import log_requests
 from smolcli.server.auth import allow_origins, require_key
@@ -12,10 +13,21 @@ from smolcli.server.page import page_routes
 from smolcli.server.service import Service
 
 
+class Application(Flask):
+    """A Flask application that also handles exceptions that are no `Exception`."""
+
+    def dispatch_request(self) -> ResponseReturnValue:
+        try:
+            return super().dispatch_request()
+        except Exception:
+            raise
+        except BaseException as exc:  # such as a Rust panic; Flask would send no response
+            raise RuntimeError(f"{type(exc).__name__} while handling a request") from exc
+
+
 def create_app(service: Service) -> Flask:
     """Create the application that serves `service`."""
-    app = Flask(__name__, static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = service.settings.max_body_bytes
+    app = Application(__name__, static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False  # Werkzeug would redirect with an HTML page
     log_requests(app, service.settings.log_prompts)

@@ -13,7 +13,7 @@ from typing import Any
 from flask import Response, request
 
 from smolcli.backends.base import Backend, Health
-from smolcli.errors import BackendError
+from smolcli.errors import BackendError, ModelError, SmolError
 from smolcli.protocol.openai import model_name
 from smolcli.protocol.query import load_json
 from smolcli.server.access_log import current_record
@@ -26,6 +26,7 @@ from smolcli.types import Message, Query, Result, Sampling
 
 logger = logging.getLogger(__name__)
 
+SEND_HEADERS = "smol.send_headers"  # WSGI key of a function that sends the headers at once
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # do not buffer in nginx
 WARM_UP = Query("warm-up", (Message("user", "Hello"),), Sampling(max_new_tokens=2))
 WARM_UP_TIMEOUT_S = 120.0
@@ -45,7 +46,7 @@ class BackendLoader:
         self._warms_up = warms_up
         self._backend: Backend | None = None
         self._thread = threading.Thread(target=self._load, name="smol-load", daemon=True)
-        self.error: Exception | None = None
+        self.error: SmolError | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -89,8 +90,13 @@ class BackendLoader:
             self._backend = _warm_up(backend) if self._warms_up else backend
             if self._warms_up:
                 logger.info("model loaded in %.1f s", time.perf_counter() - started)
-        except Exception as exc:
+        except SmolError as exc:
             self.error = exc
+        except BaseException as exc:  # including a Rust panic, which is no Exception
+            logger.error("cannot load the model", exc_info=exc)
+            self.error = ModelError(
+                "cannot load the model because of an internal error; see the log for details"
+            )
 
 
 def _warm_up(backend: Backend) -> Backend:
