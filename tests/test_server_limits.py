@@ -152,7 +152,6 @@ def test_a_request_times_out(tiny_folder: Path) -> None:
 
 
 def test_a_body_that_is_too_large_is_rejected(tiny_folder: Path) -> None:
-    """Flask rejects bodies above the limit, Waitress those far above it."""
     with serving(FaultyBackend().open, tiny_engine(tiny_folder), max_body_bytes=100_000) as server:
         for num_chars in (100_001, 500_000):
             response = server.ask("x" * num_chars)

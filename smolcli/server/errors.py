@@ -19,6 +19,8 @@ from smolcli.types import ErrorCode, Result
 logger = logging.getLogger(__name__)
 
 CLIENT_DISCONNECTED = 499  # nginx's status for it; only the access log ever shows it
+REJECTION = "smol.rejection"  # WSGI key of the HttpError of a request that Waitress rejected
+INTERNAL_ERROR = "internal error; see the server log for details"
 
 
 class HttpCode(StrEnum):
@@ -74,6 +76,11 @@ def code_of(status: int) -> HttpCode:
     return _CODES.get(HTTPStatus(status), HttpCode.BAD_REQUEST)
 
 
+def body_too_large(limit_bytes: int) -> str:
+    """The message for a request body above the limit."""
+    return f"the request body is larger than the limit of {limit_bytes:,} bytes"
+
+
 def error_body(error: HttpError, is_openai: bool) -> dict[str, Any]:
     """The JSON body of an error response.
 
@@ -104,7 +111,13 @@ def error_response(error: HttpError) -> Response:
 
 
 def handle_errors(app: Flask, metrics: Metrics) -> None:
-    """Turn every exception raised by a view into an error response, and count it."""
+    """Turn every exception, and every rejection by Waitress, into an error response; count it."""
+
+    @app.before_request
+    def reject() -> None:
+        rejection: HttpError | None = request.environ.get(REJECTION)
+        if rejection is not None:
+            raise rejection
 
     @app.errorhandler(Exception)
     def respond(exc: Exception) -> Response:
@@ -122,19 +135,13 @@ def _translate(exc: Exception) -> HttpError:
     if isinstance(exc, HTTPException) and exc.code is not None:
         return _translate_werkzeug(exc, exc.code)
     logger.error("request %s failed", current_record().request_id, exc_info=exc)
-    return HttpError(
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        "internal error; see the server log for details",
-        ErrorCode.INTERNAL,
-    )
+    return HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, INTERNAL_ERROR, ErrorCode.INTERNAL)
 
 
 def _translate_werkzeug(exc: HTTPException, status: int) -> HttpError:
     messages = {
         HTTPStatus.NOT_FOUND: f"no route for {request.path}",
         HTTPStatus.METHOD_NOT_ALLOWED: f"{request.method} is not allowed for {request.path}",
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "the request body is larger than the limit of "
-        f"{request.max_content_length or 0:,} bytes",
     }
     allowed: list[str] = getattr(exc, "valid_methods", None) or []
     headers = {"Allow": ", ".join(sorted(allowed))} if allowed else {}

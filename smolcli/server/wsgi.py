@@ -1,11 +1,12 @@
 """The Waitress server: connections with deadlines, a graceful shutdown, JSON for bad HTTP."""
 
-import json
 import logging
+import re
 import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from ipaddress import ip_address
 from types import FrameType
@@ -13,24 +14,32 @@ from typing import Any
 
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.parser import HTTPRequestParser, ParsingError, crack_first_line, split_uri
 from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ErrorTask
+from waitress.task import WSGITask
 
 from smolcli.backends.base import Backend
 from smolcli.errors import RunError
 from smolcli.server.admission import AdmissionLimit, request_limit
 from smolcli.server.app import create_app
-from smolcli.server.errors import HttpError, code_of, error_body
+from smolcli.server.errors import (
+    INTERNAL_ERROR,
+    REJECTION,
+    HttpError,
+    body_too_large,
+    code_of,
+)
 from smolcli.server.metrics import Metrics
-from smolcli.server.service import BackendLoader, Service
+from smolcli.server.service import SEND_HEADERS, BackendLoader, Service
 from smolcli.settings import EngineSettings, ServerSettings
+from smolcli.types import ErrorCode
 
 logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S = 120.0  # between two requests of a connection
 RECEIVE_TIMEOUT_S = 60.0  # from the first byte of a request to its last
 SEND_TIMEOUT_S = 300.0  # for the client to read a complete response
+LINGER_TIMEOUT_S = 10.0  # for the client to stop sending a rejected request
 SPARE_THREADS = 16  # for rejected requests and for probes
 SPARE_CONNECTIONS = 256  # for idle and slow clients
 POLL_S = 0.2
@@ -39,32 +48,112 @@ MAX_PAUSE_S = 0.02
 FLUSH_TIMEOUT_S = 1.0
 
 
-class JsonErrorTask(ErrorTask):
-    """Reports a malformed request, which never reaches the application, as JSON."""
-
-    def execute(self) -> None:
-        fault = self.request.error  # type: ignore[attr-defined]  # missing from the stubs
-        error = HttpError(fault.code, str(fault.body), code_of(fault.code))
-        body = (json.dumps(error_body(error, is_openai=False)) + "\n").encode()
-        self.status = f"{fault.code} {HTTPStatus(fault.code).phrase}"
-        self.response_headers = [("Content-Type", "application/json")]
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
+_HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
 
 
 class Parser(HTTPRequestParser):
-    """Gives malformed requests a path, which Waitress logs when an error task fails."""
+    """Parses a request, and rejects ambiguous framing and hosts that Waitress would accept."""
 
-    path = ""
+    # The application reports requests whose first line is malformed under these names.
+    command = "?"  # type: ignore[assignment]  # wrong in the stubs
+    path = request_uri = query = ""
+    url_scheme = "http"
+
+    def received(self, data: bytes) -> int:
+        num_consumed = super().received(data)
+        if self.error is not None:
+            self.expect_continue = False  # Waitress would still ask for the body
+            if self.error.code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+                self._read_target(self.header_plus + data)
+        return num_consumed
+
+    def parse_header(self, header_plus: bytes) -> None:
+        self._read_target(header_plus)
+        super().parse_header(header_plus)
+        fields = [line.partition(b":") for line in header_plus.split(b"\r\n")[1:]]
+        values: dict[bytes, list[bytes]] = {}
+        for name, _, value in fields:
+            values.setdefault(name.lower(), []).append(value.strip(b" \t"))
+        self._check_host(values.get(b"host", []))
+        if codings := values.get(b"transfer-encoding"):
+            if b"content-length" in values:
+                raise ParsingError("Transfer-Encoding and Content-Length must not be combined")
+            if self.version != "1.1" or len(b",".join(codings).split(b",")) > 1:
+                raise ParsingError("Transfer-Encoding must be chunked, once, in HTTP/1.1")
+
+    def _check_host(self, hosts: list[bytes]) -> None:
+        if len(hosts) > 1 or (self.version == "1.1" and not hosts):
+            raise ParsingError("a request must have exactly one Host header")
+        if hosts and not _HOST.fullmatch(hosts[0]):
+            raise ParsingError("the Host header is invalid")
+
+    def _read_target(self, header: bytes) -> None:
+        """Read method and path before anything that can fail, so that errors can report them."""
+        with suppress(ParsingError):
+            first_line: Any = header.partition(b"\r\n")[0].rstrip()
+            command, uri, _ = crack_first_line(first_line)
+            if uri:
+                self.command, self.path = command.decode("latin-1"), split_uri(uri)[2]  # type: ignore[assignment]  # wrong in the stubs
+
+
+class Task(WSGITask):
+    """Runs the application for one request."""
+
+    request: Any  # wrong in the stubs
+
+    def execute(self) -> None:
+        try:
+            super().execute()
+        except Exception:
+            raise
+        except BaseException as exc:
+            # Such as a Rust panic. Waitress would leave the connection open without a response.
+            raise RuntimeError(f"{type(exc).__name__} while sending a response") from exc
+
+    def get_environment(self) -> dict[str, Any]:
+        environ: dict[str, Any] = super().get_environment()
+        environ[SEND_HEADERS] = lambda: self.write(b"")
+        return environ
+
+    def set_close_on_finish(self) -> None:
+        """Keep the connection open after a chunked response, unlike Waitress."""
+        if self.wrote_header or not self.chunked_response or self.request.command == "HEAD":
+            super().set_close_on_finish()
+
+
+class RejectionTask(Task):
+    """Lets the application report an error that Waitress found, as it reports any other."""
+
+    def get_environment(self) -> dict[str, Any]:
+        environ = super().get_environment()
+        environ[REJECTION] = _rejection(self.request.error, self.channel.adj)
+        self.set_close_on_finish()
+        return environ
+
+
+def _rejection(fault: Any, limits: Any) -> HttpError:
+    """Translate an error of Waitress; `limits` are its adjustments."""
+    if fault.code == HTTPStatus.INTERNAL_SERVER_ERROR:  # the application itself failed
+        return HttpError(fault.code, INTERNAL_ERROR, ErrorCode.INTERNAL)
+    messages = {
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: body_too_large(limits.max_request_body_size - 1),
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the request headers are larger than the limit "
+        f"of {limits.max_request_header_size:,} bytes",
+        HTTPStatus.NOT_IMPLEMENTED: "this Transfer-Encoding is not supported; use chunked",
+    }
+    message = messages.get(fault.code, f"malformed HTTP request: {fault.body}")
+    return HttpError(fault.code, message, code_of(fault.code))
 
 
 class Channel(HTTPChannel):
     """A connection that is closed if its client is idle or slow for too long."""
 
     parser_class = Parser
-    error_task_class = JsonErrorTask
+    task_class = Task
+    error_task_class = RejectionTask  # type: ignore[assignment]  # wrong in the stubs
     _receiving_since = 0.0  # when the first byte of the current request arrived
+    _is_rejected = False  # whether to close the connection, because a request was malformed
+    _lingering_since: float | None = None  # when its response was sent, if it was
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,7 +166,39 @@ class Channel(HTTPChannel):
 
     def service(self) -> None:
         self._serving_until = time.monotonic()
+        self._is_rejected = bool(self.requests[0].error)
         super().service()
+
+    def handle_write(self) -> None:
+        """Send what is buffered; after a rejection, linger before closing the connection.
+
+        A client that is still sending its body would otherwise receive a reset, and might never
+        see the response.
+        """
+        if not (self._is_rejected and self.close_when_flushed):
+            super().handle_write()
+            return
+        self._flush_exception(self._flush_some)  # type: ignore[attr-defined]  # not in the stubs
+        if not self.total_outbufs_len and not self.will_close:
+            self.close_when_flushed = False
+            self._lingering_since = time.monotonic()
+            assert self.socket is not None
+            try:
+                self.socket.shutdown(socket.SHUT_WR)
+            except OSError:
+                self.will_close = True
+
+    def readable(self) -> bool:
+        return self._lingering_since is not None or bool(super().readable())
+
+    def handle_read(self) -> None:
+        if self._lingering_since is None:
+            super().handle_read()
+            return
+        try:
+            self.recv(self.adj.recv_bytes)  # discards the data; closes at the end of the stream
+        except OSError:
+            self.will_close = True
 
     def check_client_disconnected(self) -> bool:  # type: ignore[override]  # wrong in the stubs
         """Whether the client has disconnected.
@@ -116,6 +237,8 @@ class Channel(HTTPChannel):
             self.will_close = True
 
     def _is_overdue(self, now: float) -> bool:
+        if self._lingering_since is not None:
+            return now - self._lingering_since > LINGER_TIMEOUT_S
         if self.total_outbufs_len:
             return now - self._serving_until > SEND_TIMEOUT_S
         if self.request is None:
@@ -233,10 +356,7 @@ def serve(settings: ServerSettings, open_backend: Callable[[EngineSettings], Bac
 
 
 def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict[int, Any]) -> Any:
-    """Create the listening Waitress server.
-
-    Waitress's own limits lie above smol's, whose error responses are better.
-    """
+    """Create the listening Waitress server."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     try:
         server = create_server(
@@ -246,7 +366,7 @@ def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict
             threads=max_requests + SPARE_THREADS,
             connection_limit=max_requests + SPARE_CONNECTIONS,
             channel_request_lookahead=1,  # required to notice that a client has disconnected
-            max_request_body_size=4 * settings.max_body_bytes,
+            max_request_body_size=settings.max_body_bytes + 1,  # the first size that is rejected
             outbuf_high_watermark=1 << 30,  # never block a thread on a slow reader
             clear_untrusted_proxy_headers=True,
             ident="smol",
