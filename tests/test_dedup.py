@@ -148,3 +148,43 @@ def test_the_cache_holds_the_most_recent_answers() -> None:
     assert inner.model_calls == MAX_CACHED + 1
     backend.submit(replace(QUERY, messages=(Message("user", "What is 0?"),)))
     assert inner.model_calls == MAX_CACHED + 2
+
+
+def test_a_submit_that_raises_leaves_nothing_for_equal_queries_to_wait_for() -> None:
+    """They once joined a generation that had never started, and waited forever."""
+
+    class Refusing(HeldBackend):
+        def submit(self, query: Query, on_text: OnText | None = None, **_: Any) -> Future[Result]:
+            if len(self.futures) < 1:
+                self.futures.append(Future())
+                raise RuntimeError("can't start new thread")
+            return super().submit(query, on_text)
+
+    held = Refusing()
+    backend = DedupBackend(held)
+    with pytest.raises(RuntimeError):
+        backend.submit(QUERY)
+    second = backend.submit(SAME)
+    held.futures[1].set_result(echo(SAME))
+    assert second.done()
+    assert not second.result().is_error
+
+
+def test_a_failing_callback_affects_its_own_query_only() -> None:
+    """It once raised into the engine, and cost every query that shared the answer its result."""
+    held = StreamingBackend()
+    backend = DedupBackend(held)
+    pieces: list[str] = []
+
+    def fail(_: str) -> None:
+        raise ValueError("broken pipe")
+
+    bad, good = backend.submit(QUERY, fail), backend.submit(SAME, pieces.append)
+    emit = held.on_texts[0]
+    assert emit is not None
+    emit("It is")
+    held.futures[0].set_result(echo(QUERY))
+    assert (bad.result().error_code, good.result().is_error) == (ErrorCode.INTERNAL, False)
+    assert pieces == ["It is"]
+    late = backend.submit(QUERY, fail, is_interactive=True)
+    assert late.result().error == "internal error: ValueError: broken pipe"

@@ -152,6 +152,21 @@ def test_closing_completes_every_future(settings: EngineSettings) -> None:
         backend.submit(query()).result(WAIT_S)
 
 
+def test_queries_need_no_new_threads(
+    backend: LocalBackend, settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running out of threads was once reported as "the model is shut down", and ended a run."""
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    futures = [backend.submit(query(str(n))) for n in range(16)]
+    assert not any(future.result(WAIT_S).is_error for future in futures)
+    with pytest.raises(BackendError, match="can't start new thread; raise the limit"):
+        open_local(settings)
+
+
 def test_a_broken_engine_fails_every_query(settings: EngineSettings) -> None:
     backend = open_local(settings)
     backend._engine.model = None  # type: ignore[assignment]

@@ -1,5 +1,7 @@
 """The interface to whatever computes answers, and what its implementations share."""
 
+import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
@@ -7,10 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from smolcli.errors import SmolError
-from smolcli.types import Query, Result
+from smolcli.errors import BackendError, QueryError, SmolError
+from smolcli.types import ErrorCode, Query, Result, failure
 
 OnText = Callable[[str], None]
+
+logger = logging.getLogger(__name__)
 
 
 def complete_future(future: Future[Result], outcome: Result | BaseException) -> None:
@@ -20,6 +24,39 @@ def complete_future(future: Future[Result], outcome: Result | BaseException) -> 
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
+
+
+def failed_result(query: Query, exc: BaseException) -> Result:
+    """The error result of a query whose processing raised an exception."""
+    if isinstance(exc, QueryError):
+        return failure(query, str(exc), exc.code, exc.field)
+    is_debugging = logger.isEnabledFor(logging.DEBUG)
+    logger.error(
+        "query %.100r: %s", query.chat_id, one_line(exc), exc_info=exc if is_debugging else None
+    )
+    return failure(query, one_line(exc), ErrorCode.INTERNAL)
+
+
+def one_line(exc: BaseException) -> str:
+    """A foreign exception as one line, for an error message."""
+    first = (str(exc).splitlines() or [""])[0]
+    return f"internal error: {type(exc).__name__}: {first}"
+
+
+def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
+    """Start a daemon thread.
+
+    Raises:
+        BackendError: the process may not have more threads.
+    """
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as exc:
+        raise BackendError(
+            f"cannot start the thread {name!r}: {exc}; raise the limit on processes or threads"
+        ) from exc
+    return thread
 
 
 @dataclass(eq=False)

@@ -8,7 +8,15 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from smolcli.backends.base import Backend, Counters, Health, OnText, PendingQuery, complete_future
+from smolcli.backends.base import (
+    Backend,
+    Counters,
+    Health,
+    OnText,
+    PendingQuery,
+    complete_future,
+    failed_result,
+)
 from smolcli.settings import EngineSettings
 from smolcli.types import Query, Result, Timings
 
@@ -36,15 +44,13 @@ class Generation:
     def join(self, waiter: PendingQuery) -> None:
         """Add a waiter; it receives the text generated so far at once."""
         self.waiters.append(waiter)
-        if waiter.on_text and self._pieces:
-            waiter.on_text("".join(self._pieces))
+        _show(waiter, "".join(self._pieces))
 
     def extend(self, text: str) -> None:
         """Pass new text on to every waiter."""
         self._pieces.append(text)
-        for waiter in self.waiters:
-            if waiter.on_text:
-                waiter.on_text(text)
+        for waiter in tuple(self.waiters):  # one whose callback fails leaves
+            _show(waiter, text)
 
 
 class DedupBackend:
@@ -96,15 +102,14 @@ class DedupBackend:
             if cached := self._cached.get(key[0]):
                 self._cached.move_to_end(key[0])
                 self._num_shared += 1
-                if on_text and cached.response:
-                    on_text(cached.response)
+                _show(waiter, cached.response or "")
                 waiter.complete(_shared(cached, waiter))
             elif generation := self._running.get(key):
                 self._num_shared += 1
                 generation.join(waiter)
             else:
                 self._start(key, waiter)
-        waiter.future.add_done_callback(lambda future: self._leave(key, waiter, future))
+        waiter.future.add_done_callback(lambda _: self._leave(key, waiter))
         return waiter.future
 
     def _start(self, key: Key, first: PendingQuery) -> None:
@@ -114,9 +119,13 @@ class DedupBackend:
             with self._lock:
                 generation.extend(text)
 
-        inner = self._backend.submit(
-            first.query, extend if first.on_text else None, is_interactive=first.is_interactive
-        )
+        try:
+            inner = self._backend.submit(
+                first.query, extend if first.on_text else None, is_interactive=first.is_interactive
+            )
+        except BaseException:
+            del self._running[key]  # equal queries would wait forever for a result
+            raise
         generation.inner = inner
         inner.add_done_callback(lambda future: self._finish(key, generation, future))
 
@@ -152,10 +161,8 @@ class DedupBackend:
             if len(self._cached) > MAX_CACHED:
                 self._cached.popitem(last=False)
 
-    def _leave(self, key: Key, waiter: PendingQuery, future: Future[Result]) -> None:
-        """Cancel the generation when its last waiter has cancelled."""
-        if not future.cancelled():
-            return
+    def _leave(self, key: Key, waiter: PendingQuery) -> None:
+        """Cancel a generation that is still running when nobody waits for it any more."""
         with self._lock:
             generation = self._running.get(key)
             if generation is None or waiter not in generation.waiters:
@@ -165,6 +172,16 @@ class DedupBackend:
                 del self._running[key]
                 if generation.inner is not None:
                     generation.inner.cancel()
+
+
+def _show(waiter: PendingQuery, text: str) -> None:
+    """Pass text on to one waiter; a callback that raises is the error of its own query."""
+    if not (text and waiter.on_text and waiter.is_open):
+        return
+    try:
+        waiter.on_text(text)
+    except Exception as exc:
+        waiter.complete(failed_result(waiter.query, exc))
 
 
 def _canonical(query: Query) -> Query:

@@ -5,7 +5,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -15,7 +15,15 @@ import torch
 
 import smolcli
 from smolcli.backends.alternatives import submit_each
-from smolcli.backends.base import Counters, Health, OnText, PendingQuery
+from smolcli.backends.base import (
+    Counters,
+    Health,
+    OnText,
+    PendingQuery,
+    failed_result,
+    one_line,
+    start_thread,
+)
 from smolcli.engine.autoconfig import ResolvedConfig, resolve_config, resolve_dtype
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
@@ -24,7 +32,7 @@ from smolcli.settings import EngineSettings
 from smolcli.text.detokenizer import Detokenizer, incomplete_json, logprob_entries
 from smolcli.text.grammar import GrammarCompiler, GrammarMatcher
 from smolcli.text.tokenizer import ChatTokenizer
-from smolcli.types import ErrorCode, FinishReason, Query, Result, Timings, Usage, failure
+from smolcli.types import FinishReason, Query, Result, Timings, Usage
 from smolcli.weights.loader import load_config, load_model
 from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
@@ -133,14 +141,15 @@ class LocalBackend:
         self._queries: dict[Sequence, LocalQuery] = {}
         self._lock = threading.Lock()
         self._gone: BackendError | None = None
+        self._is_closed = False
         self._stepped_at = 0.0
-        self._tokenizing = ThreadPoolExecutor(max_concurrency, "smol-tokenize")
+        self._submitted: SimpleQueue[LocalQuery | None] = SimpleQueue()
+        self._tokenizing: list[threading.Thread] = []
         built: Future[Engine] = Future()
-        self._thread = threading.Thread(
-            target=self._run, args=(build_engine, built), name="smol-engine", daemon=True
-        )
-        self._thread.start()
+        self._thread = start_thread(lambda: self._run(build_engine, built), "smol-engine")
         try:
+            for _ in range(max_concurrency):  # now, so that `submit` never has to start one
+                self._tokenizing.append(start_thread(self._tokenize_all, "smol-tokenize"))
             self._tokenizer = load_tokenizer()
             config = built.result().model.config
             self._grammars = GrammarCompiler(
@@ -177,10 +186,9 @@ class LocalBackend:
             )
         detokenizer = Detokenizer(self._tokenizer.decoder(), query.stop)
         pending = LocalQuery(query, on_text, is_interactive, detokenizer=detokenizer)
-        try:
-            self._tokenizing.submit(self._tokenize, pending)
-        except RuntimeError:
-            pending.fail(BackendError("the model is shut down"))
+        self._submitted.put(pending)
+        if self._is_closed:
+            self._fail_submitted()
         return pending.future
 
     def health(self) -> Health:
@@ -197,16 +205,35 @@ class LocalBackend:
     def close(self) -> None:
         """See `Backend`."""
         self._give_up(BackendError("the model is shut down"))
-        self._tokenizing.shutdown()
+        for _ in self._tokenizing:
+            self._submitted.put(None)
+        for thread in self._tokenizing:
+            thread.join()
+        self._is_closed = True  # nobody tokenizes any more
+        self._fail_submitted()
         self._inbox.put(None)
         self._thread.join()
 
+    def _fail_submitted(self) -> None:
+        assert self._gone is not None
+        with suppress(Empty):
+            while True:
+                if pending := self._submitted.get_nowait():
+                    pending.fail(self._gone)
+
+    def _tokenize_all(self) -> None:
+        """One of the tokenizing threads."""
+        while pending := self._submitted.get():
+            self._tokenize(pending)
+
     def _tokenize(self, pending: LocalQuery) -> None:
-        """Turn a query into a sequence for the engine; runs on a thread of the pool."""
+        """Turn a query into a sequence for the engine."""
+        if not pending.is_open:
+            return
         try:
             sequence = self._sequence(pending)
         except BaseException as exc:  # a Rust panic is not an Exception, and a caller is waiting
-            pending.complete(_failed(pending.query, exc))
+            pending.complete(failed_result(pending.query, exc))
             return
         with self._lock:
             if self._gone is None:
@@ -245,7 +272,7 @@ class LocalBackend:
                     for sequence in self._engine.step():
                         self._deliver(sequence)
         except BaseException as exc:  # a Rust panic is not an Exception
-            reason = exc if isinstance(exc, BackendError) else BackendError(_one_line(exc))
+            reason = exc if isinstance(exc, BackendError) else BackendError(one_line(exc))
             logger.error("the engine stopped: %s", reason)
             self._give_up(reason)
         self._fail_all()
@@ -264,7 +291,7 @@ class LocalBackend:
                     self._engine.add(sequence)
                     self._queries[sequence] = pending
                 except QueryError as exc:
-                    pending.complete(_failed(pending.query, exc))
+                    pending.complete(failed_result(pending.query, exc))
 
     def _drop_cancelled(self) -> None:
         for sequence in [s for s, query in self._queries.items() if query.future.cancelled()]:
@@ -314,10 +341,10 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
     """The result of a sequence that has ended."""
     query, grammar, token_bytes = pending.query, pending.grammar, pending.token_bytes
     if sequence.error is not None:
-        return _failed(query, sequence.error)
+        return failed_result(query, sequence.error)
     if grammar is not None and not grammar.is_complete:
         fault = grammar.fault
-        return _failed(query, fault) if fault else incomplete_json(query, sequence.num_output)
+        return failed_result(query, fault) if fault else incomplete_json(query, sequence.num_output)
     now = time.perf_counter()
     assert sequence.admitted_at is not None
     is_stopped = pending.detokenizer.is_stopped
@@ -335,20 +362,3 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
             total_s=now - pending.submitted_at,
         ),
     )
-
-
-def _failed(query: Query, exc: BaseException) -> Result:
-    """The error result of a query that raised."""
-    if isinstance(exc, QueryError):
-        return failure(query, str(exc), exc.code, exc.field)
-    is_debugging = logger.isEnabledFor(logging.DEBUG)
-    logger.error(
-        "query %.100r: %s", query.chat_id, _one_line(exc), exc_info=exc if is_debugging else None
-    )
-    return failure(query, _one_line(exc), ErrorCode.INTERNAL)
-
-
-def _one_line(exc: BaseException) -> str:
-    """A foreign exception on one line."""
-    first = (str(exc).splitlines() or [""])[0]
-    return f"internal error: {type(exc).__name__}: {first}"

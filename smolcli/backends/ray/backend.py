@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from smolcli import __version__
-from smolcli.backends.base import Counters, Health, OnText
+from smolcli.backends.base import Counters, Health, OnText, start_thread
 from smolcli.backends.ray.cluster import (
     ModelUpload,
     WorkerHandle,
@@ -85,13 +85,14 @@ class RayBackend:
         self._none_since = time.monotonic()  # when the last worker was lost
         self._lost_counters = Counters()  # totals of workers that are gone
         self._lock = threading.Lock()  # guards all of these but the queue
-        self._threads = [
-            threading.Thread(target=self._keep_worker, name=f"smol-ray-{number}", daemon=True)
-            for number in range(plan.num_workers)
-        ]
-        self._num_kept = len(self._threads)
-        for thread in self._threads:
-            thread.start()
+        self._num_kept = plan.num_workers
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(plan.num_workers):
+                self._threads.append(start_thread(self._keep_worker, f"smol-ray-{number}"))
+        except BackendError:
+            self.close()
+            raise
 
     def await_first_worker(self) -> None:
         """Wait until a worker is ready.

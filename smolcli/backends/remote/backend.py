@@ -13,7 +13,7 @@ from typing import Any
 import httpx2 as httpx
 
 import smolcli
-from smolcli.backends.base import Counters, Health, OnText
+from smolcli.backends.base import Counters, Health, OnText, start_thread
 from smolcli.backends.remote.dispatch import RemoteQuery, send
 from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
 from smolcli.errors import BackendError, UsageError
@@ -76,8 +76,7 @@ class RemoteBackend:
         self._lock = threading.Lock()
         self._is_closed = False
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="smol-remote", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, "smol-remote")
 
     @property
     def window(self) -> int:
