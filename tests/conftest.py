@@ -65,6 +65,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with 30 layers, slow enough to observe requests while they run."""
+    folder = tmp_path_factory.mktemp("deep")
+    _save_tiny_llama(folder, _save_tiny_tokenizer(folder), num_layers=30)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_gguf(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a .gguf file."""
     from gguf_file import write_gguf
@@ -134,14 +142,14 @@ def _save_tiny_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def _save_tiny_llama(folder: Path, vocab_size: int) -> None:
+def _save_tiny_llama(folder: Path, vocab_size: int, num_layers: int = 3) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=96,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,

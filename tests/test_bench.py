@@ -80,8 +80,8 @@ def test_a_question_that_fails_ends_it() -> None:
 @pytest.mark.parametrize(
     ("args", "code", "sentence"),
     [
-        (("--sizes", "1,x"), 2, "--sizes must be whole numbers from 1"),
-        (("--prompts", "0"), 2, "--prompts must be whole numbers from 1"),
+        (("--sizes", "1,x"), 2, "--sizes must be a comma-separated list"),
+        (("--prompts", "0"), 2, "--prompts must be a comma-separated list"),
         (("--peers", "nothing"), 1, "nothing does not hold the lines"),
     ],
 )

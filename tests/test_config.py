@@ -88,18 +88,18 @@ def test_the_users_own_file_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("max_new_tokens = 3", "no option 'max_new_tokens'; did you mean 'max-new-tokens'?"),
-        ("[serv]\nport = 3", "there is no command 'serv'; did you mean 'serve'?"),
+        ("max_new_tokens = 3", "unknown option 'max_new_tokens'; did you mean 'max-new-tokens'?"),
+        ("[serv]\nport = 3", "unknown command 'serv'; did you mean 'serve'?"),
         ("[ask]\nport = 3", "smol ask has no option 'port'"),
-        ("help = true", "there is no option 'help'"),
+        ("help = true", "unknown option 'help'"),
         ('threads = "two"', "threads = 'two': Input should be a valid integer"),
         ("top-k = 1.5", "top-k = 1.5: Input should be a valid integer"),
         ("max-batch-size = -1", "greater than or equal to 0"),
         ('dtype = "float16"', "'float16' is not one of 'auto', 'float32', 'bfloat16'"),
         ('model = ["a", "b"]', "model takes one value, not a list"),
-        ("threads = x", "is no TOML: Invalid value (at line 1, column 11)"),
-        ("\udcff", "is no TOML"),
-        (None, "cannot be read: No such file or directory"),
+        ("threads = x", "is not valid TOML: Invalid value (at line 1, column 11)"),
+        ("\udcff", "is not valid TOML"),
+        (None, "cannot read the config file"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str | None, said: str) -> None:

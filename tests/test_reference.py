@@ -4,8 +4,8 @@ from dataclasses import fields
 
 import typer
 
+from smolcli.cli.commands.serve import ServeOptions
 from smolcli.cli.main import app
-from smolcli.cli.options.server import ServeOptions
 from smolcli.server.errors import HttpCode
 from smolcli.types import ErrorCode
 from tools.reference import PAGE, page

@@ -16,22 +16,21 @@ import pytest
 from server_tools import TIMEOUT_S, eventually, query, serve_process
 from typer.testing import CliRunner
 
+from smolcli.cli.commands.serve import ServeOptions
 from smolcli.cli.main import app
-from smolcli.cli.options.server import ServeOptions
 from smolcli.settings import EngineSettings, QueryDefaults
 
 LONG = query(max_new_tokens=450, repetition_penalty=1.3)
-SLOW = ("--kernels", "torch")  # keeps queries running while the test looks at them
 signals = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 
 
 @signals
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_shutdown_finishes_running_requests_and_rejects_new_ones(
-    tiny_folder: Path, number: signal.Signals
+    deep_folder: Path, number: signal.Signals
 ) -> None:
     """Every request is answered or rejected as documented, and the exit code is 0."""
-    args = ("--model", str(tiny_folder), "--drain-timeout", "300", "--no-dedupe", *SLOW)
+    args = ("--model", str(deep_folder), "--drain-timeout", "300", "--no-dedupe")
     with serve_process(*args) as process, ThreadPoolExecutor(24) as pool:
         asked = [pool.submit(process.ask, LONG | {"chat_id": str(n)}) for n in range(24)]
         eventually(lambda: "running 24.0" in process.get("/metrics").text)
@@ -47,8 +46,8 @@ def test_shutdown_finishes_running_requests_and_rejects_new_ones(
 
 
 @signals
-def test_requests_that_exceed_the_drain_timeout_fail(tiny_folder: Path) -> None:
-    args = ("--model", str(tiny_folder), "--drain-timeout", "0", *SLOW)
+def test_requests_that_exceed_the_drain_timeout_fail(deep_folder: Path) -> None:
+    args = ("--model", str(deep_folder), "--drain-timeout", "0")
     with serve_process(*args) as process, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(process.ask, LONG)
         eventually(lambda: "running 1.0" in process.get("/metrics").text)
@@ -59,9 +58,9 @@ def test_requests_that_exceed_the_drain_timeout_fail(tiny_folder: Path) -> None:
 
 
 @signals
-def test_a_second_ctrl_c_exits_at_once(tiny_folder: Path) -> None:
+def test_a_second_ctrl_c_exits_at_once(deep_folder: Path) -> None:
     with (
-        serve_process("--model", str(tiny_folder), *SLOW) as process,
+        serve_process("--model", str(deep_folder)) as process,
         socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2]))) as client,
     ):
         body = json.dumps({"queries": [LONG] * 900}).encode()

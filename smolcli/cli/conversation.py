@@ -1,4 +1,4 @@
-"""A conversation: its turns, the query that comes next, and the line that it is saved as."""
+"""The state of a conversation, which becomes the next query and can be saved as one."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from smolcli.types import Message, Query
 
 
 class Conversation:
-    """QueryReader and answers so far, and the system prompt before them.
+    """A system prompt and the exchanges so far.
 
     Args:
-        defaults: how answers are generated, and the system prompt to begin with.
+        defaults: sampling of the answers, and the initial system prompt.
     """
 
     def __init__(self, defaults: QueryDefaults) -> None:
@@ -26,35 +26,35 @@ class Conversation:
         self._exchanges: list[tuple[Message, Message]] = []  # question and answer
 
     def query(self, question: str) -> Query:
-        """The next question, with all that was said before."""
+        """A query for the next question that includes all earlier exchanges."""
         return Query("chat", (*self._messages(), Message("user", question)), self.sampling)
 
-    def keep(self, question: str, answer: str) -> None:
-        """Add an exchange."""
+    def add(self, question: str, answer: str) -> None:
+        """Add a question and its answer."""
         self._exchanges.append((Message("user", question), Message("assistant", answer)))
 
     def reset(self) -> None:
-        """Forget every exchange; the system prompt stays."""
+        """Remove all exchanges; the system prompt stays."""
         self._exchanges.clear()
 
-    def forget(self) -> int:
-        """Forget the older half of the exchanges; gives their number."""
-        num_forgotten = (len(self._exchanges) + 1) // 2
-        del self._exchanges[:num_forgotten]
-        return num_forgotten
+    def drop_oldest(self) -> int:
+        """Remove the older half of the exchanges and return their number."""
+        num_dropped = (len(self._exchanges) + 1) // 2
+        del self._exchanges[:num_dropped]
+        return num_dropped
 
     def save(self, path: Path) -> None:
-        """Append the conversation to a file of queries.
+        """Append the conversation to a JSON Lines file that `smol run` can answer.
 
         Raises:
-            RunError: where nothing was answered yet, or the file cannot be written.
+            RunError: there is nothing to save, or the file cannot be written.
         """
         if not self._exchanges:
-            raise RunError("there is no answer to save yet")
+            raise RunError("there is nothing to save yet")
         line = json.dumps(self._record(), ensure_ascii=False) + "\n"
         try:
             with path.open("ab+") as file:
-                if _is_torn(file):
+                if _lacks_newline(file):
                     file.write(b"\n")
                 file.write(line.encode())
         except OSError as exc:
@@ -65,7 +65,7 @@ class Conversation:
         return [*system, *(message for exchange in self._exchanges for message in exchange)]
 
     def _record(self) -> dict[str, Any]:
-        """A query that asks the last question again; `metadata` has the answer it got."""
+        """A query that repeats the last question, with its answer under `metadata`."""
         *messages, answer = self._messages()
         now = datetime.now()
         return {
@@ -76,8 +76,8 @@ class Conversation:
         }
 
 
-def _is_torn(file: BinaryIO) -> bool:
-    """Whether the last line of a file opened to append has no end."""
+def _lacks_newline(file: BinaryIO) -> bool:
+    """Whether the last line of a file opened for appending is unterminated."""
     if file.tell() == 0:
         return False
     file.seek(-1, os.SEEK_END)

@@ -1,5 +1,7 @@
-"""Lines as somebody types them."""
+"""The standard streams: log lines on stderr, and lines that a person or a pipe sends to stdin."""
 
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,21 +11,43 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
 
 
+def replace_closed_streams() -> None:
+    """Replace standard streams that are closed, so that none is None.
+
+    Opening something in their place also keeps files opened later from taking their descriptors.
+    """
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull)  # noqa: SIM115  read-only: losing data is an error
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def log_to_stderr(is_quiet: bool = False) -> None:
+    """Log progress and warnings to stderr, or errors only."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for name in ("smolcli.batch", "smolcli.weights", "smolcli.backends"):
+        logging.getLogger(name).setLevel(logging.ERROR if is_quiet else logging.INFO)
+
+
 def is_interactive() -> bool:
-    """Whether somebody sits at both ends."""
+    """Whether both stdin and stdout are terminals."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def piped_lines() -> Iterator[str]:
-    """The lines of stdin, whatever is not UTF-8 in them replaced."""
+    """The lines of stdin, with invalid UTF-8 replaced."""
     for line in sys.stdin.buffer:
         yield line.decode(errors="replace").rstrip("\r\n")
 
 
-def typed_lines(words: Sequence[str], history: Path, say: Callable[[str], None]) -> Iterator[str]:
-    """Lines edited on a terminal until Ctrl-D; Tab completes `words`, arrows bring old lines back.
+def typed_lines(
+    words: Sequence[str], history: Path, notify: Callable[[str], None]
+) -> Iterator[str]:
+    """Prompt for lines until Ctrl-D; pasted text of several lines counts as one.
 
-    Pasted text of several lines is one of ours.
+    Args:
+        words: what the Tab key completes.
+        history: file of earlier lines, which the arrow keys recall.
+        notify: shows a hint to the user.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -32,21 +56,21 @@ def typed_lines(words: Sequence[str], history: Path, say: Callable[[str], None])
         "> ",
         completer=WordCompleter(list(words), sentence=True),
         complete_while_typing=False,
-        history=_history(history),
+        history=_open_history(history),
     )
     while True:
         try:
             line = session.prompt()
         except KeyboardInterrupt:
-            say("Ctrl-D ends, /help lists what else there is")
+            notify("Ctrl-D quits, /help lists the commands")
             continue
         except EOFError:
             return
         yield line.encode(errors="replace").decode()
 
 
-def _history(path: Path) -> "History":
-    """What was typed before, on a disk that can be written for its owner's eyes only."""
+def _open_history(path: Path) -> "History":
+    """A history file that only its owner can read, or memory if the disk is not writable."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     try:

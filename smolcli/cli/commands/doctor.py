@@ -1,25 +1,24 @@
-"""`smol doctor`: whether `smol run` would work."""
+"""`smol doctor`: check whether smol works on this machine."""
 
 import json
 import textwrap
 
 import typer
 
-from smolcli.cli.commands import FAILED
-from smolcli.cli.options import grouped
+from smolcli.cli.exit_codes import ExitCode
+from smolcli.cli.options import AsJson, with_option_groups
 from smolcli.cli.options.engine import EngineOptions
-from smolcli.cli.options.files import AsJson
 
 EXAMPLES = (
-    "[bold]smol doctor[/bold] says what is well, and what to do where it is not.\n\n"
-    "[bold]smol doctor --device cuda[/bold] looks at what a run with that option would need."
+    "[bold]smol doctor[/bold] lists what works, and how to fix what does not.\n\n"
+    "[bold]smol doctor --device cuda[/bold] checks what a run with that option needs."
 )
 COLORS = {"ok": typer.colors.GREEN, "note": typer.colors.YELLOW, "bad": typer.colors.RED}
 
 
-@grouped
+@with_option_groups
 def doctor(*, ctx: typer.Context, as_json: AsJson = False, engine: EngineOptions) -> None:
-    """See whether smol run would work here: exit code 0 if so, else 1."""
+    """Check whether smol works on this machine. Exits with 1 if it does not."""
     from smolcli.cli.doctor import Finding, examine
 
     findings: list[Finding] = []
@@ -27,14 +26,14 @@ def doctor(*, ctx: typer.Context, as_json: AsJson = False, engine: EngineOptions
         findings.append(finding)
         if not as_json:
             _print(finding.status, finding.name, finding.detail, finding.remedy)
-    is_well = not any(finding.is_fatal for finding in findings)
+    is_ok = not any(finding.is_fatal for finding in findings)
     if as_json:
         checks = [
             {"name": f.name, "status": f.status, "detail": f.detail, "remedy": f.remedy}
             for f in findings
         ]
-        typer.echo(json.dumps({"ok": is_well, "checks": checks}, ensure_ascii=False, indent=2))
-    raise typer.Exit(0 if is_well else FAILED)
+        typer.echo(json.dumps({"ok": is_ok, "checks": checks}, ensure_ascii=False, indent=2))
+    raise typer.Exit(ExitCode.OK if is_ok else ExitCode.FAILED)
 
 
 def _print(status: str, name: str, detail: str, remedy: str | None) -> None:

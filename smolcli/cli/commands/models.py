@@ -1,60 +1,62 @@
-"""`smol models`: what the model store holds."""
+"""`smol models`: list, inspect and remove the models in the model store."""
 
 import json
 
 import typer
 
-from smolcli.cli.commands import FAILED
+from smolcli.cli.exit_codes import ExitCode
+from smolcli.cli.options import AsJson
 from smolcli.cli.options.engine import StoredModel, StoredModels
-from smolcli.cli.options.files import AsJson
 
-app = typer.Typer(no_args_is_help=True, help="List, show and remove the models of the store.")
+app = typer.Typer(
+    no_args_is_help=True, help="List, inspect and remove the models in the model store."
+)
 
 
 @app.command(
-    "list", epilog="[bold]smol models list --json[/bold] gives names, sizes, sources, revisions."
+    "list",
+    epilog="[bold]smol models list[/bold]\n\n"
+    "[bold]smol models list --json[/bold] prints names, sizes, sources and revisions as JSON.",
 )
 def list_models(as_json: AsJson = False) -> None:
-    """List the models of the store."""
+    """List the models in the model store with size, source and revision."""
     from smolcli.weights.store import entries
 
-    held = list(entries())
+    stored = list(entries())
     if as_json:
-        typer.echo(json.dumps([item.summary() for item in held], ensure_ascii=False, indent=2))
-    width = max((len(item.name) for item in held), default=0)
-    for item in [] if as_json else held:
-        facts = item.summary()
+        typer.echo(json.dumps([item.summary() for item in stored], ensure_ascii=False, indent=2))
+    width = max((len(item.name) for item in stored), default=0)
+    for item in [] if as_json else stored:
+        summary = item.summary()
         typer.echo(
-            f"{item.name:{width}}  {_mb(item.num_bytes):>8}  {facts['source'] or 'damaged':8}"
-            f"{str(facts['revision'] or '')[:12]}".rstrip()
+            f"{item.name:{width}}  {_mb(item.num_bytes):>8}  {summary['source'] or 'damaged':8}"
+            f"{str(summary['revision'] or '')[:12]}".rstrip()
         )
-    if not held:
-        typer.echo("the store is empty; smol pull puts a model there", err=True)
+    if not stored:
+        typer.echo("the model store is empty; smol pull downloads a model", err=True)
 
 
-@app.command(
-    epilog="[bold]smol models show HuggingFaceTB/SmolLM2-135M-Instruct[/bold] checks it, too."
-)
+@app.command(epilog="[bold]smol models show HuggingFaceTB/SmolLM2-135M-Instruct[/bold]")
 def show(model: StoredModel) -> None:
-    """Show where a model came from, what it was made with, and whether it is whole."""
+    """Show where a model came from and verify its checksums."""
     from smolcli.weights.store import file_sizes, find_damage, find_entry, read_record
 
     item = find_entry(model)
-    wrong = find_damage(item.folder)
-    written = {k: v for k, v in read_record(item.folder).items() if k != "sha256"}
-    shown = {"folder": str(item.folder), **written, "files": file_sizes(item.folder)}
-    typer.echo(json.dumps(shown | {"fault": wrong}, ensure_ascii=False, indent=2))
-    raise typer.Exit(FAILED if wrong else 0)
+    damage = find_damage(item.folder)
+    recorded = {k: v for k, v in read_record(item.folder).items() if k != "sha256"}
+    shown = {"folder": str(item.folder), **recorded, "files": file_sizes(item.folder)}
+    typer.echo(json.dumps(shown | {"fault": damage}, ensure_ascii=False, indent=2))
+    raise typer.Exit(ExitCode.FAILED if damage else ExitCode.OK)
 
 
 @app.command("rm", epilog="[bold]smol models rm HuggingFaceTB/SmolLM2-135M-Instruct[/bold]")
 def remove_models(models: StoredModels) -> None:
-    """Remove models from the store."""
+    """Remove models from the model store."""
     from smolcli.weights.store import find_entry, remove
 
     for item in [find_entry(model) for model in models]:
         remove(item)
-        typer.echo(f"removed {item.name}, {_mb(item.num_bytes)}", err=True)
+        typer.echo(f"removed {item.name} ({_mb(item.num_bytes)})", err=True)
 
 
 def _mb(num_bytes: int) -> str:

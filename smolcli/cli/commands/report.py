@@ -1,35 +1,54 @@
-"""`smol report`: a page that shows what came of a run."""
+"""`smol report`: an HTML report on the results of a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from smolcli.cli.options.report import Page, Picture, Results
+from smolcli.cli.options import option
 from smolcli.data.jsonl import is_stream
 from smolcli.data.rows import journal_path
 from smolcli.errors import RunError, UsageError
 
 EXAMPLES = (
-    "[bold]smol report queries.results.jsonl[/bold] writes queries.results.report.html; "
-    "results of [bold]smol run --timings[/bold] show the slowest lines, too."
+    "[bold]smol report queries.results.jsonl[/bold] writes queries.results.report.html. "
+    "If the run had --timings, the report lists the slowest lines."
 )
 
+Results = Annotated[
+    Path,
+    typer.Argument(metavar="RESULTS", help="Output of smol run: JSON Lines or a table."),
+]
+Output = Annotated[
+    Path | None,
+    option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="Where to write the report. Default: the name of RESULTS with .report.html.",
+    ),
+]
+Png = Annotated[
+    Path | None,
+    option("--png", metavar="FILE", help="Write the charts as a PNG image as well."),
+]
 
-def report(results: Results, output: Page = None, png: Picture = None) -> None:
-    """Show what came of a run as one HTML page; print where it is."""
+
+def report(results: Results, output: Output = None, png: Png = None) -> None:
+    """Turn the results of a run into an HTML report and print its path."""
     from smolcli.html_report.charts import charts_of, write_png
     from smolcli.html_report.facts import gather
     from smolcli.html_report.page import render
 
     if output is None and is_stream(results):
-        raise UsageError("where to? Give --output for a report on stdin")
+        raise UsageError("a report on stdin needs --output to say where to write it")
     if not results.name:
-        raise UsageError(f"{results} is a folder; give a file of results")
+        raise UsageError(f"{results} is a directory; give a file of results")
     page = output or results.with_name(f"{results.stem}.report.html")
     if {page, png} & {results, journal_path(results)}:
-        raise UsageError("the page would replace the results; give another name")
+        raise UsageError("the report would overwrite the results; choose another --output or --png")
     facts = gather(results)
     with _writing(page):
         page.write_text(render(facts), "utf-8")

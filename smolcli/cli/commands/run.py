@@ -1,45 +1,110 @@
-"""`smol run`: a file of questions."""
+"""`smol run`: answer a file of queries."""
 
+import functools
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
-from smolcli.cli.commands import SOME_FAILED, backend_opener, log_to_stderr
-from smolcli.cli.options import grouped
-from smolcli.cli.options.engine import ClusterOptions, EngineOptions
-from smolcli.cli.options.files import Input, RunOptions
-from smolcli.cli.options.generation import GenerationOptions
-from smolcli.cli.options.remote import ViaOptions
-from smolcli.cli.options.schema import Schema, read_format
+from smolcli.cli.exit_codes import ExitCode
+from smolcli.cli.options import option, with_option_groups
+from smolcli.cli.options.backend import ClusterOptions, ViaOptions, backend_opener
+from smolcli.cli.options.engine import Dedupe, EngineOptions
+from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
 from smolcli.cli.options.tables import TableOptions
+from smolcli.cli.terminal import log_to_stderr
 from smolcli.data.remote_files import fetched, here, is_elsewhere, put, refuse_foreign
 from smolcli.data.rows import format_of, journal_path
 from smolcli.settings import RunSettings
 from smolcli.types import Result
 
 EXAMPLES = (
-    "[bold]smol run queries.jsonl[/bold] writes queries.results.jsonl; "
-    "run again, it goes on where it was cut short.\n\n"
-    "[bold]smol run reviews.csv --prompt 'Summarize: {review}' -o out.csv[/bold] asks "
-    "of each row of a table.\n\n"
-    "[bold]zcat queries.jsonl.gz | smol run - > results.jsonl[/bold] reads and writes pipes."
+    "[bold]smol run queries.jsonl[/bold] writes queries.results.jsonl. "
+    "Run it again to resume after an interruption.\n\n"
+    "[bold]smol run reviews.csv --prompt 'Summarize: {review}' -o summaries.csv[/bold] "
+    "answers a prompt for every row of a table.\n\n"
+    "[bold]zcat queries.jsonl.gz | smol run - > results.jsonl[/bold] works in a pipeline."
 )
 
+Input = Annotated[
+    str,
+    typer.Argument(
+        metavar="INPUT",
+        help="Queries in JSON Lines (may be .gz), or a .csv, .tsv or .parquet table: a path, a "
+        "URL, or - for stdin.",
+    ),
+]
+_run = functools.partial(option, panel="Input and output")
 
-@grouped
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Where results go, and which lines to answer."""
+
+    output: Annotated[
+        str | None,
+        _run(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Where to write results: JSON Lines, or a .csv, .tsv or .parquet table. A path, a "
+            "URL, or - for stdout. Default: the name of INPUT with .results.jsonl.",
+        ),
+    ] = None
+    errors: Annotated[
+        Path | None,
+        _run(
+            "--errors",
+            metavar="FILE",
+            help="Move failed lines into this file when the run is finished.",
+        ),
+    ] = None
+    retry_errors: Annotated[
+        bool,
+        _run("--retry-errors", help="Answer only the failed lines of a finished output again."),
+    ] = False
+    check: Annotated[
+        bool,
+        _run("--check", help="Validate the input and list invalid lines without loading a model."),
+    ] = False
+    limit: Annotated[
+        int | None,
+        _run("--limit", metavar="N", help="Answer only the first N lines.", min=1),
+    ] = None
+    overwrite: Annotated[
+        bool,
+        _run("--overwrite", help="Replace an existing output instead of resuming it."),
+    ] = False
+    extra_fields: Annotated[
+        Literal["error", "ignore", "keep"],
+        _run(
+            "--extra-fields",
+            help="What to do with unknown fields of a query. keep: copy them to metadata.",
+        ),
+    ] = "error"
+    timings: Annotated[bool, _run("--timings", help="Add per-line timings to the results.")] = False
+    quiet: Annotated[bool, _run("--quiet", "-q", help="Print errors only.")] = False
+
+
+@with_option_groups
 def run(
     *,
     ctx: typer.Context,
     input: Input,
-    schema: Schema = None,
-    generation: GenerationOptions,
-    engine: EngineOptions,
-    cluster: ClusterOptions,
-    remote: ViaOptions,
-    tables: TableOptions,
     options: RunOptions,
+    tables: TableOptions,
+    generation: GenerationOptions,
+    schema: Schema = None,
+    engine: EngineOptions,
+    dedupe: Dedupe = True,
+    remote: ViaOptions,
+    cluster: ClusterOptions,
 ) -> None:
-    """Answer a file of questions, or each row of a table: one result for each, in order."""
+    """Answer every query of a file, or a prompt for every row of a table.
+
+    Results are written in input order. Running the same command again resumes an interrupted run.
+    """
     from smolcli.backends.dedup import deduplicated
     from smolcli.batch.progress import open_progress
     from smolcli.batch.runner import default_output, run_file
@@ -53,16 +118,16 @@ def run(
     log_to_stderr(options.quiet)
     if options.check:
         return _check(settings, options.quiet)
-    display = open_progress(options.quiet)
-    open_backend = ctx.obj or backend_opener(remote.settings(settings.engine), cluster)
-    report = run_file(
-        settings, deduplicated(open_backend) if options.dedupe else open_backend, display
+    progress = open_progress(options.quiet)
+    open_backend = ctx.obj or backend_opener(remote.settings(settings.engine), cluster.settings())
+    statistics = run_file(
+        settings, deduplicated(open_backend) if dedupe else open_backend, progress
     )
-    display.summary(report, output)
+    progress.summary(statistics, output)
     if is_elsewhere(target):
         put(output, target)
-        display.note(f"copied to {target}")
-    raise typer.Exit(SOME_FAILED if report.failed else 0)
+        progress.note(f"copied to {target}")
+    raise typer.Exit(ExitCode.SOME_FAILED if statistics.failed else ExitCode.OK)
 
 
 def _settings(
@@ -77,7 +142,7 @@ def _settings(
     return RunSettings(
         input=source,
         output=journal_path(output),
-        defaults=generation.query_defaults(options.extra_fields, read_format(schema)),
+        defaults=generation.query_defaults(options.extra_fields, read_schema(schema)),
         engine=engine.settings(),
         seed=generation.seed,
         limit=options.limit,
@@ -94,13 +159,13 @@ def _check(settings: RunSettings, is_quiet: bool) -> None:
     from smolcli.batch.validation import check_input, folder_on_disk, prompt_fits
 
     folder = folder_on_disk(settings.engine.model)
-    num_lines = num_bad = 0
+    num_lines = num_invalid = 0
     for item in check_input(settings, prompt_fits(folder) if folder else None):
         num_lines += 1
         if isinstance(item, Result):
-            num_bad += 1
+            num_invalid += 1
             typer.echo(f"line {item.line}: {item.error_code}: {item.error}")
     if not is_quiet:
-        lengths = "" if folder else "; prompt lengths unchecked: the model is not on this disk"
-        typer.echo(f"{num_lines:,} lines, {num_bad:,} bad{lengths}", err=True)
-    raise typer.Exit(SOME_FAILED if num_bad else 0)
+        note = "" if folder else "; prompt lengths not checked: the model is not downloaded"
+        typer.echo(f"{num_lines:,} lines, {num_invalid:,} invalid{note}", err=True)
+    raise typer.Exit(ExitCode.SOME_FAILED if num_invalid else ExitCode.OK)

@@ -1,59 +1,194 @@
-"""`smol serve`: the same pipeline over HTTP."""
+"""`smol serve`: the HTTP server."""
 
+import functools
+import re
 import sys
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from smolcli.cli.commands import log_to_stderr, open_local
-from smolcli.cli.options import grouped
-from smolcli.cli.options.engine import EngineOptions
-from smolcli.cli.options.generation import GenerationOptions
-from smolcli.cli.options.remote import UpstreamOptions
-from smolcli.cli.options.schema import Schema, read_format
-from smolcli.cli.options.server import ServeOptions
-from smolcli.settings import EngineSettings, RemoteSettings
+from smolcli.cli.options import option, with_option_groups
+from smolcli.cli.options.backend import UpstreamOptions, backend_opener
+from smolcli.cli.options.engine import Dedupe, EngineOptions
+from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
+from smolcli.cli.terminal import log_to_stderr
+from smolcli.errors import InputError, UsageError
+from smolcli.settings import EngineSettings, QueryDefaults, RemoteSettings, ServerSettings
 
 if TYPE_CHECKING:
     from smolcli.backends.base import Backend
 
-SWITCH_INTERVAL_S = 0.0005  # the engine's thread waits no longer for those of the requests
+EXAMPLES = (
+    "[bold]smol serve[/bold] listens on http://127.0.0.1:8000, which is also a chat page.\n\n"
+    "[bold]smol serve --host 0.0.0.0 --api-key-file keys.txt[/bold] requires an API key.\n\n"
+    "[bold]smol serve --upstream http://10.0.0.5:8000[/bold] is a gateway to another server."
+)
+SWITCH_INTERVAL_S = 0.0005  # bounds how long request threads can delay the engine thread
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 
-EXAMPLES = "[bold]smol serve[/bold] answers at http://127.0.0.1:8000, where there is a page, too."
+_DEFAULTS = ServerSettings()
+_serve = functools.partial(option, panel="Server")
 
 
-@grouped
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Where to listen, whom to answer, and how much work to admit."""
+
+    host: Annotated[str, _serve("--host", metavar="ADDRESS", help="Address to listen on.")] = (
+        _DEFAULTS.host
+    )
+    port: Annotated[
+        int,
+        _serve("--port", metavar="PORT", help="Port to listen on. 0: any free port.",
+               min=0, max=65535),
+    ] = _DEFAULTS.port  # fmt: skip
+    api_key: Annotated[
+        list[str] | None,
+        _serve("--api-key", metavar="KEY", help="API key that clients must send. Repeatable."),
+    ] = None
+    api_key_file: Annotated[
+        Path | None,
+        _serve("--api-key-file", metavar="FILE", help="File with accepted API keys, one per line."),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None,
+        _serve(
+            "--cors-origin",
+            metavar="ORIGIN",
+            help="Web origin that browsers may send requests from. *: any. Repeatable.",
+        ),
+    ] = None
+    max_body_mb: Annotated[
+        int,
+        _serve("--max-body-mb", metavar="MIB", help="Maximum size of a request body, in MiB.",
+               min=1),
+    ] = _DEFAULTS.max_body_bytes >> 20  # fmt: skip
+    max_batch_queries: Annotated[
+        int,
+        _serve("--max-batch-queries", metavar="N", help="Maximum number of queries in a request.",
+               min=1),
+    ] = _DEFAULTS.max_batch_queries  # fmt: skip
+    max_queue: Annotated[
+        int,
+        _serve(
+            "--max-queue",
+            metavar="N",
+            help="Maximum number of unfinished queries. Requests beyond it get status 503.",
+            min=1,
+        ),
+    ] = _DEFAULTS.max_queue
+    request_timeout: Annotated[
+        float,
+        _serve(
+            "--request-timeout",
+            metavar="SECONDS",
+            help="Time limit for a request, in seconds. Requests beyond it get status 504.",
+            min=1,
+        ),
+    ] = _DEFAULTS.request_timeout_s
+    drain_timeout: Annotated[
+        float,
+        _serve(
+            "--drain-timeout",
+            metavar="SECONDS",
+            help="How long a stopping server may take to finish running requests, in seconds.",
+            min=0,
+        ),
+    ] = _DEFAULTS.drain_timeout_s
+    log_format: Annotated[
+        Literal["plain", "json"], _serve("--log-format", help="Format of log lines.")
+    ] = "plain"
+    log_prompts: Annotated[
+        bool, _serve("--log-prompts", help="Include prompts in the access log.")
+    ] = _DEFAULTS.log_prompts
+
+    def settings(self, defaults: QueryDefaults, engine: EngineSettings) -> ServerSettings:
+        """The server settings that these options stand for.
+
+        Args:
+            defaults: for queries that leave fields out.
+            engine: of the model that answers.
+
+        Raises:
+            UsageError: an option is invalid, or two contradict each other.
+            InputError: the file of API keys cannot be used.
+        """
+        if self.max_batch_queries > self.max_queue:
+            raise UsageError("--max-queue must be at least as large as --max-batch-queries")
+        keys = list(self.api_key or ())
+        if self.api_key_file is not None:
+            keys += _read_keys(self.api_key_file)
+        if not all(keys):
+            raise UsageError("--api-key must not be empty")
+        for origin in self.cors_origin or ():
+            if not ORIGIN.fullmatch(origin):
+                raise UsageError(
+                    f"--cors-origin {origin!r} is not an origin; "
+                    "use a form like https://example.org, or *"
+                )
+        return ServerSettings(
+            host=self.host,
+            port=self.port,
+            defaults=defaults,
+            engine=engine,
+            api_keys=tuple(keys),
+            cors_origins=tuple(self.cors_origin or ()),
+            max_body_bytes=self.max_body_mb << 20,
+            max_batch_queries=self.max_batch_queries,
+            max_queue=self.max_queue,
+            request_timeout_s=self.request_timeout,
+            drain_timeout_s=self.drain_timeout,
+            log_prompts=self.log_prompts,
+        )
+
+
+@with_option_groups
 def serve(
     *,
     ctx: typer.Context,
-    schema: Schema = None,
-    generation: GenerationOptions,
-    engine: EngineOptions,
-    remote: UpstreamOptions,
     options: ServeOptions,
+    generation: GenerationOptions,
+    schema: Schema = None,
+    engine: EngineOptions,
+    dedupe: Dedupe = True,
+    remote: UpstreamOptions,
 ) -> None:
-    """Answer over HTTP: /chat, /chat/batched, OpenAI's API under /v1, and a page."""
+    """Serve the model over HTTP.
+
+    Routes: /chat, /chat/batched, an OpenAI-compatible API under /v1, and a chat page at /.
+    """
     from smolcli.backends.dedup import deduplicated
     from smolcli.server.access_log import configure_logging
     from smolcli.server.wsgi import serve as serve_http
 
     upstream = remote.settings(engine.settings())
-    defaults = generation.query_defaults(answers=read_format(schema))
+    defaults = generation.query_defaults(answers=read_schema(schema))
     settings = options.settings(defaults, engine.settings())
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     log_to_stderr()
     configure_logging(options.log_format)
-    open_backend = ctx.obj or open_local
+    open_backend = ctx.obj or backend_opener(None)
     if upstream is not None:
         settings = replace(settings, is_gateway=True)
         upstream = replace(upstream, timeout_s=settings.request_timeout_s)
-        open_backend = partial(_open_gateway, upstream)
-    serve_http(settings, deduplicated(open_backend) if options.dedupe else open_backend)
+        open_backend = functools.partial(_open_gateway, upstream)
+    serve_http(settings, deduplicated(open_backend) if dedupe else open_backend)
 
 
 def _open_gateway(remote: RemoteSettings, settings: EngineSettings) -> "Backend":
     from smolcli.backends.remote.backend import open_gateway
 
     return open_gateway(remote)
+
+
+def _read_keys(path: Path) -> list[str]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as exc:
+        raise InputError(f"cannot read API keys from {path}: {exc}") from exc
+    keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
+    if not keys:
+        raise InputError(f"{path} contains no API keys; write one per line")
+    return keys

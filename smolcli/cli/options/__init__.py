@@ -1,57 +1,74 @@
-"""Every option of every command, once: its flag, help, default and environment variable.
+"""Options that several commands share, each declared once: flag, help, default and variable.
 
-Options that belong together are a frozen group; a command takes a group as one parameter and
-`grouped` spreads it out on the command line.
+Related options form a frozen dataclass. A command takes such a group as one parameter, and
+`with_option_groups` expands it into the options of the command line. Options that only one command
+has are declared next to that command.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from smolcli.errors import UsageError
 
 
-def refuse_no_text(what: str, text: str | None) -> None:
-    """Refuse an argument with bytes that are no UTF-8, which Python hands on as lone surrogates.
+def require_utf8(name: str, text: str | None) -> None:
+    """Reject an argument that is not valid UTF-8; Python passes such bytes as lone surrogates.
+
+    Args:
+        name: what the error message calls the argument.
+        text: its value, if any.
 
     Raises:
-        UsageError: naming it.
+        UsageError: the argument contains invalid bytes.
     """
     try:
         (text or "").encode()
     except UnicodeEncodeError as exc:
-        raise UsageError(f"{what} is not UTF-8") from exc
+        raise UsageError(f"{name} is not UTF-8") from exc
 
 
 def option(
     *flags: str,
     help: str,
+    metavar: str | None = None,
     panel: str = "Options",
-    also: str | None = None,
-    least: int | None = None,
-    most: int | None = None,
-    complete: Callable[[str], list[str]] | None = None,
+    alias: str | None = None,
+    min: int | None = None,
+    max: int | None = None,
+    completion: Callable[[str], list[str]] | None = None,
 ) -> Any:
-    """An option that SMOL_<ITS NAME> sets too, and so does the variable `also`."""
+    """Declare an option that the environment variable `SMOL_<NAME>` sets as well.
+
+    Args:
+        flags: the long flag, then short ones.
+        help: one sentence, with the unit of the value.
+        metavar: what stands for the value in the help; by default its type.
+        panel: heading that the help lists the option under.
+        alias: another environment variable that sets the option.
+        min: smallest valid value.
+        max: largest valid value.
+        completion: returns completions of a partial value for the shell.
+    """
     variable = f"SMOL_{flags[0].partition('/')[0].removeprefix('--').replace('-', '_').upper()}"
-    envvar = [variable, also] if also else variable
     return typer.Option(
         *flags,
         help=help,
-        envvar=envvar,
-        min=least,
-        max=most,
+        metavar=metavar,
+        envvar=[variable, alias] if alias else variable,
+        min=min,
+        max=max,
         rich_help_panel=panel,
-        autocompletion=complete,
+        autocompletion=completion,
     )
 
 
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Spread each group among a command's parameters out into its options."""
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Expand every parameter whose type is a dataclass into one option per field."""
     parameters = inspect.signature(command).parameters.values()
     groups: dict[str, Any] = {
         p.name: p.annotation for p in parameters if is_dataclass(p.annotation)
@@ -63,12 +80,23 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
         command(**values)
 
-    spread = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.name not in groups] + [
+    expanded: list[inspect.Parameter] = []
+    for parameter in parameters:
+        if parameter.name in groups:
+            expanded += _parameters(groups[parameter.name])
+        else:
+            expanded.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    call.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
+    return call
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    return [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
         )
-        for group in groups.values()
         for field in fields(group)
     ]
-    call.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
-    return call
+
+
+AsJson = Annotated[bool, option("--json", help="Print the result as JSON.")]

@@ -1,11 +1,15 @@
-"""How answers are generated."""
+"""Options for how answers are generated, and for the schema that they must follow."""
 
 import functools
+import importlib
+import json
 import secrets
+import sys
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from smolcli.cli.options import option, refuse_no_text
+from smolcli.cli.options import option, require_utf8
 from smolcli.errors import QueryError, UsageError
 from smolcli.settings import OPENAI_TEMPERATURE, QueryDefaults
 from smolcli.types import AnswerFormat, Sampling
@@ -13,35 +17,65 @@ from smolcli.types import AnswerFormat, Sampling
 _DEFAULTS = Sampling()
 _generation = functools.partial(option, panel="Generation")
 
+Schema = Annotated[
+    str | None,
+    _generation(
+        "--schema",
+        metavar="SCHEMA",
+        help="JSON Schema that answers must follow: a file, or a pydantic model as module:Class.",
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """What a query that does not say for itself is answered with; named as a query's fields."""
+    """Defaults for queries that do not set these fields; fields are named as a query's."""
 
     max_new_tokens: Annotated[
-        int, _generation("--max-new-tokens", help="The most tokens an answer may have.")
+        int,
+        _generation("--max-new-tokens", metavar="N", help="Maximum length of an answer in tokens."),
     ] = _DEFAULTS.max_new_tokens
     temperature: Annotated[
         float | None,
-        _generation("--temperature", help="0, the default: always the likeliest token."),
+        _generation(
+            "--temperature",
+            metavar="T",
+            help="Sampling temperature. Default: 0, which is greedy decoding.",
+        ),
     ] = None
     top_p: Annotated[
         float,
-        _generation("--top-p", help="Draw from the likeliest tokens of this share."),
+        _generation(
+            "--top-p",
+            metavar="P",
+            help="Sample from the smallest set of tokens with this total probability.",
+        ),
     ] = _DEFAULTS.top_p
     top_k: Annotated[
         int,
-        _generation("--top-k", help="Draw from so many likeliest tokens; 0: all."),
+        _generation(
+            "--top-k", metavar="K", help="Sample from the K most likely tokens. 0: all tokens."
+        ),
     ] = _DEFAULTS.top_k
     repetition_penalty: Annotated[
         float,
-        _generation("--repetition-penalty", help="Above 1: fewer repetitions."),
+        _generation(
+            "--repetition-penalty",
+            metavar="X",
+            help="Penalty for tokens that already occurred. 1: none.",
+        ),
     ] = _DEFAULTS.repetition_penalty
     seed: Annotated[
-        int | None, _generation("--seed", help="Where randomness starts from; drawn if not given.")
+        int | None,
+        _generation("--seed", metavar="N", help="Random seed. Default: a new one for each run."),
     ] = None
     system_prompt: Annotated[
-        str | None, _generation("--system", help="System prompt; the model has its own default.")
+        str | None,
+        _generation(
+            "--system",
+            metavar="TEXT",
+            help="System prompt for queries without one. Default: the model's own.",
+        ),
     ] = None
 
     def query_defaults(
@@ -49,14 +83,18 @@ class GenerationOptions:
         extra_fields: Literal["error", "ignore", "keep"] = "error",
         answers: AnswerFormat | None = None,
     ) -> QueryDefaults:
-        """These options as settings; the schema of a query decides what they may be.
+        """The defaults that these options stand for, validated as the fields of a query.
+
+        Args:
+            extra_fields: what to do with unknown fields of a query.
+            answers: format of the answers, if any.
 
         Raises:
-            UsageError: naming the option at fault.
+            UsageError: a value is invalid; the message names the option.
         """
         from smolcli.protocol.query import parse_query  # late: imports pydantic
 
-        refuse_no_text("--system", self.system_prompt)
+        require_utf8("--system", self.system_prompt)
         query = {"chat_id": "-", "user_prompt": "-"} | asdict(self)
         try:
             sampling = parse_query(query, QueryDefaults()).sampling
@@ -71,3 +109,55 @@ class GenerationOptions:
             format=answers,
             several_temperature=several,
         )
+
+
+def read_schema(schema: str | None) -> AnswerFormat | None:
+    """The answer format that the value of --schema stands for; None without one.
+
+    Raises:
+        UsageError: the schema cannot be read, is invalid, or is not supported.
+    """
+    if schema is None:
+        return None
+    from smolcli.protocol.query import schema_format  # late: imports pydantic
+    from smolcli.text.grammar import check_format
+
+    definition = _from_model(schema) if _names_model(schema) else _from_file(Path(schema))
+    try:
+        check_format(answers := schema_format(definition))
+    except QueryError as exc:
+        raise UsageError(f"--schema {schema}: {exc}") from exc
+    return answers
+
+
+def _names_model(schema: str) -> bool:
+    module, _, name = schema.partition(":")
+    is_dotted = all(part.isidentifier() for part in module.split("."))
+    return is_dotted and name.isidentifier() and not Path(schema).exists()
+
+
+def _from_model(schema: str) -> dict[str, Any]:
+    """The schema of a pydantic model, or of any other type that pydantic supports."""
+    from pydantic import TypeAdapter
+
+    module, _, name = schema.partition(":")
+    sys.path.insert(0, str(Path.cwd()))  # as with python -m, unlike a console script
+    try:
+        return TypeAdapter(getattr(importlib.import_module(module), name)).json_schema()
+    except Exception as exc:  # the module is the user's code and may raise anything
+        reason = " ".join(str(exc).split())[:200]
+        raise UsageError(f"--schema {schema}: {type(exc).__name__}: {reason}") from exc
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        definition = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise UsageError(f"--schema {path}: cannot read the file: {exc.strerror or exc}") from exc
+    except ValueError as exc:
+        raise UsageError(f"--schema {path} is not valid JSON: {exc}") from exc
+    if not isinstance(definition, dict):
+        raise UsageError(f"--schema {path} must contain a JSON object")
+    return definition

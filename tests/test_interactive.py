@@ -65,8 +65,8 @@ def test_system_reset_and_quit() -> None:
     ]
     assert done.stderr.splitlines() == [
         "system prompt: Be brief.",
-        "what was said is forgotten",
-        "system prompt: the model has its own default",
+        "conversation cleared",
+        "system prompt: the default of the model",
     ]
 
 
@@ -75,8 +75,8 @@ def test_help_lists_every_command_and_a_slip_is_told_from_a_question() -> None:
     for command in ("/system", "/save", "/reset", "/help", "/quit"):
         assert command in said[0]
     assert said[1:] == [
-        "there is no command /sve; did you mean /save?",
-        "there is no command /xyz; /help lists them",
+        "unknown command /sve; did you mean /save?",
+        "unknown command /xyz; /help lists the commands",
     ]
     assert shown == "/etc is what? (0)\n"
 
@@ -90,7 +90,7 @@ def test_a_saved_conversation_is_a_query_that_gets_the_same_answer(
     model = ("--model", tiny_folder, "--dtype", "float32", "--threads", 1)
     sampling = ("--temperature", 1, "--top-k", 9, "--max-new-tokens", 9)
     done = smol("chat", *model, *sampling, "--system", "Be kind.", backend=None, input=lines)
-    assert "there is no answer to save yet" in done.stderr
+    assert "there is nothing to save yet" in done.stderr
     assert smol("run", path, "-o", output, *model, backend=None).exit_code == 0
     results = [json.loads(line) for line in output.read_bytes().splitlines()]
     assert len(results) == 3
@@ -112,7 +112,7 @@ def test_a_long_conversation_forgets_its_beginning(tiny_folder: Path) -> None:
     with closing(open_local(replace(tiny_engine(tiny_folder), threads=1))) as backend:
         questions = [f"Is it {number}? {'Say something. ' * 6}" for number in range(20)]
         shown, said = talk(backend, *questions, max_new_tokens=40)  # type: ignore[arg-type]
-        assert len([line for line in said if "forgotten" in line]) >= 2
+        assert len([line for line in said if "dropped" in line]) >= 2
         assert not [line for line in said if "tokens; at most" in line]
         assert shown.strip()
         shown, said = talk(backend, "far too long " * 500)  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ def test_via_a_server_the_answers_are_the_same(tiny_folder: Path) -> None:
 
 def test_from_a_pipe_bytes_that_are_no_text_are_replaced(tiny_folder: Path) -> None:
     done = process("chat", "--model", tiny_folder, "--max-new-tokens", 3, input=b"caf\xe9\n")
-    assert (done.returncode, done.stderr) == (0, b"cut short after 3 tokens\n")
+    assert (done.returncode, done.stderr) == (0, b"answer truncated after 3 tokens\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudoterminal")
@@ -198,7 +198,7 @@ def test_on_a_terminal(tiny_folder: Path, tmp_path: Path) -> None:
         os.write(ours, b"half a li\x03")
         shown += until(ours, "/help lists") + until(ours, READS)
         os.write(ours, b"Hxi\x1b[D\x7f\r")  # an arrow to the left, and backspace
-        shown += until(ours, "cut short") + until(ours, READS)
+        shown += until(ours, "truncated") + until(ours, READS)
         os.write(ours, b"\x04")
         assert running.wait(30) == 0
     os.close(ours)

@@ -28,9 +28,14 @@ def shell(
 @pytest.mark.parametrize(
     ("redirection", "args", "exit_code", "said"),
     [
-        (">&-", ["ask", "Hi"], 1, "smol: cannot write stdout: not writable\n"),
-        (">/dev/full", ["ask", "Hi"], 1, "smol: cannot write stdout: No space left on device\n"),
-        (">/dev/full", ["run", "bad.jsonl", "--check"], 1, "smol: cannot write stdout: No space"),
+        (">&-", ["ask", "Hi"], 1, "smol: cannot write to stdout: not writable\n"),
+        (">/dev/full", ["ask", "Hi"], 1, "smol: cannot write to stdout: No space left on device\n"),
+        (
+            ">/dev/full",
+            ["run", "bad.jsonl", "--check"],
+            1,
+            "smol: cannot write to stdout: No space",
+        ),
         (">&-", ["run", "good.jsonl", "-o", "-", "-q"], 1, "smol: cannot write -: Bad file"),
         (">&-", ["run", "good.jsonl", "-o", "out.jsonl", "-q"], 0, ""),
         ("<&-", ["ask"], 2, "smol: user_prompt is required and cannot be empty\n"),

@@ -1,0 +1,90 @@
+"""The config file, which sets options that neither a flag nor an environment variable sets."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from smolcli.errors import UsageError
+
+
+def find_config(given: Path | None) -> Path | None:
+    """The config file to read: the given one, else the user's `config.toml` if it exists."""
+    default = Path(typer.get_app_dir("smol")) / "config.toml"
+    return given or (default if default.is_file() else None)
+
+
+def load_config(path: Path, ctx: typer.Context) -> dict[str, dict[str, Any]]:
+    """Read a config file into option defaults for each command.
+
+    Top-level keys apply to every command that has the option; a table applies to the command of
+    the same name. Keys are flags without the leading dashes, values are what the flag takes.
+
+    Args:
+        path: a TOML file.
+        ctx: context of the `smol` group, which knows the commands.
+
+    Returns:
+        For each command, values by parameter name.
+
+    Raises:
+        UsageError: the file cannot be read, or a key or value is invalid.
+    """
+    values = _read(path)
+    commands = getattr(ctx.command, "commands", {})
+    options = {name: _options(command) for name, command in commands.items()}
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    shared = {key: value for key, value in values.items() if key not in tables}
+    _reject_unknown(tables, [n for n in options if options[n]], f"{path}: unknown command")
+    _reject_unknown(shared, {k for known in options.values() for k in known},
+                    f"{path}: unknown option")  # fmt: skip
+    defaults = {}
+    for name, known in options.items():
+        own = tables.get(name, {})
+        _reject_unknown(own, known, f"{path}: smol {name} has no option")
+        given = {key: value for key, value in shared.items() if key in known} | own
+        defaults[name] = {known[k].name: _validated(known[k], v, ctx, path)
+                          for k, v in given.items()}  # fmt: skip
+    return defaults
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as exc:
+        raise UsageError(f"cannot read the config file {path}: {exc.strerror}") from exc
+    except ValueError as exc:  # invalid TOML or invalid UTF-8
+        raise UsageError(f"the config file {path} is not valid TOML: {exc}") from exc
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """The parameters of a command that have an environment variable, by flag name."""
+    parameters = [p for p in command.params if p.envvar]
+    return {p.opts[0].removeprefix("--"): p for p in parameters}
+
+
+def _reject_unknown(given: Iterable[str], known: Iterable[str], message: str) -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{message} {key!r}{hint}")
+
+
+def _validated(option: Any, value: Any, ctx: typer.Context, path: Path) -> Any:
+    """A value as text, which is what flags take, after the option has accepted it."""
+    text = [str(item) for item in value] if isinstance(value, list) else str(value)
+    if option.multiple and isinstance(text, str):
+        text = [text]
+    key = option.opts[0].removeprefix("--")
+    if isinstance(text, list) and not option.multiple:
+        raise UsageError(f"{path}: {key} takes one value, not a list")
+    try:
+        option.process_value(ctx, text)
+    except typer.BadParameter as exc:
+        raise UsageError(f"{path}: {key} = {value!r}: {exc.message}") from exc
+    return text
