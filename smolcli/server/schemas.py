@@ -241,8 +241,6 @@ def openapi_document(requires_key: bool, model: str) -> Json:
     modes = [(schema, "validation") for schema in _MODELS]
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components: Json = {"schemas": schemas["$defs"]}
-    prompts = [{"required": ["user_prompt"]}, {"required": ["messages"]}]
-    components["schemas"]["QueryFields"]["anyOf"] = prompts
     components["schemas"]["CompletionFields"]["properties"]["model"]["enum"] = [model]
     document: Json = {
         "openapi": "3.1.0",
