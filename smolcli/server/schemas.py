@@ -45,7 +45,9 @@ class Alternative(Exact):
     """One of several answers to a query."""
 
     response: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None = Field(
+        description="Null if an upstream server does not report it."
+    )
     logprobs: list[TokenLogprob] = Field(
         default_factory=list, description="Present if the query requests log probabilities."
     )
@@ -153,7 +155,9 @@ class OpenAIChoice(Exact):
     index: int
     message: OpenAIMessage
     logprobs: OpenAILogprobs | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None = Field(
+        description="Null if an upstream server does not report it."
+    )
 
 
 class OpenAICompletion(Exact):
