@@ -46,7 +46,10 @@ def open_breakable(settings: EngineSettings, models: list[BreakableModel]) -> Lo
 
     def build_engine() -> Engine:
         models.append(
-            BreakableModel(load_model(folder, config.dtype, config.device, config.kernels), chat)
+            BreakableModel(
+                load_model(folder, config.dtype, config.device, config.kernels, config.threads),
+                chat,
+            )
         )
         return Engine(models[0], config.max_batch_size, config.kv_cache_bytes)
 

@@ -97,7 +97,7 @@ def main() -> None:
     settings = EngineSettings(dtype=args.dtype, kernels=args.kernels)
     config = resolve_config(settings, load_config(folder))
     torch.set_num_threads(config.threads)
-    loaded = load_model(folder, config.dtype, config.device, config.kernels)
+    loaded = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
     model, chat = TimedModel(loaded), ChatTokenizer.load(folder)
     table = Table("sequences", "ms a step", "layers", "head", "the rest", "tokens/s", box=None)
     for size in map(int, args.sizes.split(",")):

@@ -63,7 +63,7 @@ class Cost:
         folder = resolve(DEFAULT_MODEL).folder
         config = resolve_config(settings, load_config(folder))
         torch.set_num_threads(config.threads)
-        model = load_model(folder, config.dtype, config.device, config.kernels)
+        model = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
         chat, config = ChatTokenizer.load(folder), model.config
         self._vocabulary = GrammarCompiler(chat.tokenizer_json, config.vocab_size, config.eos_ids)
         model.config = replace(config, eos_ids=frozenset())

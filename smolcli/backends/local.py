@@ -16,7 +16,6 @@ import torch
 import smolcli
 from smolcli.backends.alternatives import submit_each
 from smolcli.backends.base import (
-    AnswerSource,
     Counters,
     Health,
     OnText,
@@ -61,7 +60,7 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
     def build_engine() -> Engine:
         torch.set_num_threads(config.threads)
         return Engine(
-            load_model(files.folder, config.dtype, config.device, config.kernels),
+            load_model(files.folder, config.dtype, config.device, config.kernels, config.threads),
             config.max_batch_size,
             kv_cache_bytes=config.kv_cache_bytes,
             prefix_cache_bytes=settings.prefix_cache_mb << 20,
@@ -173,10 +172,6 @@ class LocalBackend:
     def identity(self) -> dict[str, Any]:
         """See `Backend`."""
         return dict(self._identity)
-
-    def answer_source(self) -> AnswerSource:
-        """See `Backend`: the model never changes."""
-        return AnswerSource("", is_verified=True)
 
     def submit(
         self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False

@@ -7,8 +7,7 @@ import torch
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.hardware import memory_bytes, num_cores
-from smolcli.engine.native.bindings import Kernels
-from smolcli.engine.native.build import NoKernels, load_kernels
+from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
 from smolcli.engine.native.model import unsupported_reason
 from smolcli.errors import UsageError
 from smolcli.settings import MOST_SLOTS, EngineSettings
@@ -136,9 +135,9 @@ def _kernels(
     kernels, reason = None, "they are for the CPU"
     if device.type == "cpu":
         try:
-            kernels = load_kernels(dtype)
+            kernels = load_kernels(str(dtype).removeprefix("torch."))
             reason = unsupported_reason(config, kernels) or ""
-        except NoKernels as exc:
+        except KernelError as exc:
             reason = str(exc)
     if reason and name == "native":
         raise UsageError(f"--kernels native cannot be had: {reason}")

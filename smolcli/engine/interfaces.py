@@ -29,15 +29,15 @@ Batch = Any  # what a model's own cache makes and its `forward` takes
 class Head(Protocol):
     """From hidden states, (N, hidden), to the next tokens."""
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Any) -> Tensor:
         """(N, hidden) -> (N, vocab_size), float32, for the caller to change."""
         ...
 
-    def refine(self, x: Tensor, logits: Tensor, width: int) -> None:
+    def refine(self, x: Any, logits: Tensor, width: int) -> None:
         """See to it that the `width` largest logits of each row are as exact as float32."""
         ...
 
-    def best(self, x: Tensor, masks: Masks = ()) -> list[int]:
+    def best(self, x: Any, masks: Masks = ()) -> list[int]:
         """The most likely token for each row that its mask, if any, allows; of equals, the first.
 
         Raises:
@@ -109,6 +109,6 @@ class Model(Protocol):
         """Keys and values for this model's batches; so much memory for beginnings of prompts."""
         ...
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Any:
         """Hidden states, (N, hidden), of the works that complete, in their order."""
         ...

@@ -6,9 +6,9 @@ vLLM's automatic prefix caching (Kwon et al. 2023, arXiv:2309.06180).
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 BLOCK_TOKENS = 4
 
@@ -20,7 +20,7 @@ class Block:
     """One block's keys and values, (2, layers, kv_heads, BLOCK_TOKENS, head_dim)."""
 
     number: int
-    data: Tensor
+    data: Any
 
 
 class PrefixCache:
@@ -38,7 +38,7 @@ class PrefixCache:
         self._blocks: OrderedDict[BlockKey, Block] = OrderedDict()
         self._num_made = 0
 
-    def fill(self, prompt_ids: list[int], data: Tensor) -> int:
+    def fill(self, prompt_ids: list[int], data: Any) -> int:
         """Copy the longest known beginning of a prompt; its last token is always left to compute.
 
         Args:
@@ -58,13 +58,13 @@ class PrefixCache:
             found.append(block.data)
             before = block.number
         num_tokens = len(found) * BLOCK_TOKENS
-        if found:
-            data[..., :num_tokens, :] = torch.cat(found, dim=-2)
+        for index, block in enumerate(found):
+            data[..., index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS, :] = block
         self.num_hit_tokens += num_tokens
         self.num_asked_tokens += len(prompt_ids)
         return num_tokens
 
-    def keep(self, prompt_ids: list[int], data: Tensor) -> None:
+    def keep(self, prompt_ids: list[int], data: Any) -> None:
         """Remember the blocks of a prompt that is computed; shapes as in `fill`."""
         before = 0
         for index, tokens in enumerate(_cut(prompt_ids)):
@@ -76,8 +76,8 @@ class PrefixCache:
                     return
             before = block.number
 
-    def _add(self, key: BlockKey, data: Tensor) -> Block | None:
-        size = data.numel() * data.itemsize
+    def _add(self, key: BlockKey, data: Any) -> Block | None:
+        size = data.nbytes
         while self._blocks and self.num_bytes + size > self._max_bytes:
             self._blocks.popitem(last=False)
             self.num_bytes -= size
@@ -85,7 +85,9 @@ class PrefixCache:
             return None
         self._num_made += 1
         self.num_bytes += size
-        block = self._blocks[key] = Block(self._num_made, data.clone())
+        block = self._blocks[key] = Block(
+            self._num_made, data.copy() if isinstance(data, np.ndarray) else data.clone()
+        )
         return block
 
 

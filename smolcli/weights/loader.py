@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.interfaces import Model
-from smolcli.engine.native.bindings import Kernels
+from smolcli.engine.native.bindings import BFLOAT16, Array, Kernels
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.torch_ops.cuda_graphs import GraphedModel, record_cuda_graph
 from smolcli.engine.torch_ops.model import TorchModel
@@ -19,7 +19,11 @@ from smolcli.errors import ModelError
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: torch.device, kernels: Kernels | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: Kernels | None = None,
+    num_threads: int = 1,
 ) -> Model:
     """Load a Llama checkpoint in the layout of transformers' `save_pretrained`.
 
@@ -28,6 +32,7 @@ def load_model(
         dtype: to compute in.
         device: to compute on.
         kernels: to compute with, made for the dtype; None: torch's.
+        num_threads: how many threads compute with the kernels.
 
     Raises:
         ModelError: it is of another architecture, or its files are damaged.
@@ -36,7 +41,8 @@ def load_model(
     weights = _weights(folder)
     try:
         if kernels is not None:
-            return NativeModel(config, weights, kernels)
+            arrays = {name: _as_array(weight) for name, weight in weights.items()}
+            return NativeModel(config, arrays, kernels, num_threads)
         model = TorchModel(config, weights, dtype, device)
         if device.type == "cuda":
             return GraphedModel(model, partial(record_cuda_graph, device))
@@ -45,6 +51,14 @@ def load_model(
         raise ModelError(f"{folder}: the weights hold no {exc}") from exc
     except RuntimeError as exc:
         raise ModelError(f"{folder}: the weights do not fit config.json: {exc}") from exc
+
+
+def _as_array(weight: Tensor) -> Array:
+    """A tensor as a NumPy array that shares its memory."""
+    if weight.dtype is torch.bfloat16:
+        return weight.view(torch.int16).numpy().view(BFLOAT16)
+    array: Array = weight.numpy()
+    return array
 
 
 def load_config(folder: Path) -> LlamaConfig:
