@@ -8,8 +8,7 @@ import torch
 from tape import Tape
 
 from smolcli.engine.interfaces import Batch, Head, Model
-from smolcli.engine.native.bindings import Kernels
-from smolcli.engine.native.build import NoKernels, load_kernels
+from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
 from smolcli.engine.torch_ops.cuda_graphs import GraphedModel
 from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.weights.loader import load_model
@@ -22,8 +21,8 @@ WAYS = (*KERNELS, "graphs", *GPU)  # all that there are here to compute an answe
 def native_kernels(dtype: torch.dtype) -> Kernels:
     """Ours; the test is skipped where there are none."""
     try:
-        return load_kernels(dtype)
-    except NoKernels as exc:
+        return load_kernels(str(dtype).removeprefix("torch."))
+    except KernelError as exc:
         pytest.skip(str(exc))
 
 

@@ -22,8 +22,7 @@ class LegacyHost:
         has_batch: whether it has /generate_batch.
         delay_s: how long an answer takes, in seconds.
         bodies: path and body of each request so far.
-        faults: status, headers and body to respond with instead, for the next requests; a body that
-            is a string is sent as it is.
+        faults: status, headers and body to respond with instead, for the next requests.
     """
 
     has_batch: bool = True
@@ -76,8 +75,6 @@ class LegacyHost:
         try:
             if fault is not None:
                 status, headers, value = fault
-                if isinstance(value, str):
-                    return Response(value, status, headers, mimetype="application/json")
                 return jsonify(value), status, headers
             time.sleep(self.delay_s)
             return jsonify(answer(request.get_json()))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolcli.engine.native.build import NoKernels, load_kernels
+from smolcli.engine.native.bindings import KernelError, load_kernels
 
 NUM_LINES = 300
 NUM_KILLS = 11
@@ -44,8 +44,8 @@ def start(questions: Path, output: Path, model: Path, dtype: str) -> "subprocess
 def has_native_kernels(dtype: torch.dtype) -> bool:
     """Whether answers are batch-invariant in this dtype on this machine."""
     try:
-        return bool(load_kernels(dtype))
-    except NoKernels:
+        return bool(load_kernels(str(dtype).removeprefix("torch.")))
+    except KernelError:
         return False
 
 

@@ -150,7 +150,7 @@ def _chosen(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
     dtype = str(config.dtype).removeprefix("torch.")
     kernels = "native" if config.kernels else f"torch ({config.unsupported_reason})"
     is_slow = config.kernels is None and config.device.type == "cpu" and settings.kernels == "auto"
-    remedy = "native kernels are nearly twice as fast; they need a C compiler, such as gcc"
+    remedy = "native kernels are nearly twice as fast"
     yield Finding(
         "chosen",
         f"{dtype} on {config.device}; kernels: {kernels}, threads: {config.threads}, "

@@ -45,9 +45,7 @@ class Alternative(Exact):
     """One of several answers to a query."""
 
     response: str
-    finish_reason: FinishReason | None = Field(
-        description="Null if an upstream server does not report it."
-    )
+    finish_reason: FinishReason
     logprobs: list[TokenLogprob] = Field(
         default_factory=list, description="Present if the query requests log probabilities."
     )
@@ -155,9 +153,7 @@ class OpenAIChoice(Exact):
     index: int
     message: OpenAIMessage
     logprobs: OpenAILogprobs | None
-    finish_reason: FinishReason | None = Field(
-        description="Null if an upstream server does not report it."
-    )
+    finish_reason: FinishReason
 
 
 class OpenAICompletion(Exact):
@@ -245,6 +241,8 @@ def openapi_document(requires_key: bool, model: str) -> Json:
     modes = [(schema, "validation") for schema in _MODELS]
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components: Json = {"schemas": schemas["$defs"]}
+    prompts = [{"required": ["user_prompt"]}, {"required": ["messages"]}]
+    components["schemas"]["QueryFields"]["anyOf"] = prompts
     components["schemas"]["CompletionFields"]["properties"]["model"]["enum"] = [model]
     document: Json = {
         "openapi": "3.1.0",
