@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "smolcli"
 LAYERS = [  # top to bottom: a package imports only from the rows below its own
     ["__main__"],
     ["cli"],
-    ["html_report", "server", "bench"],
+    ["html_report", "server", "bench", "llm"],
     ["batch"],
     ["data", "backends"],
     ["weights", "text"],
