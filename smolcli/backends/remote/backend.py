@@ -92,14 +92,15 @@ class RemoteBackend:
         return dict(self._pool.identity)
 
     def connect(self) -> None:
-        """Wait until a server is healthy.
+        """Wait until a server is healthy; each is tried once even if the retry time is 0.
 
         Raises:
             BackendError: none is within the retry time.
         """
         deadline = time.monotonic() + self._settings.retry_s
         while not self._pool.is_healthy:
-            if time.monotonic() > deadline or self._pool.is_permanently_unusable:
+            is_late = time.monotonic() > deadline and self._pool.is_checked
+            if is_late or self._pool.is_permanently_unusable:
                 raise BackendError(self._pool.reason)
             time.sleep(POLL_S)
 

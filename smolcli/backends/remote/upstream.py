@@ -64,6 +64,7 @@ class Upstream:
         self.in_flight: set[PendingQuery] = set()
         self.num_requests = 0
         self.is_healthy = False
+        self.is_checked = False  # whether a health check has finished
         self.is_permanently_unusable = False  # retrying will not help
         self.unhealthy_since = time.monotonic()
         self.reason = f"{url} has not answered yet"
@@ -234,6 +235,7 @@ class UpstreamPool:
         """Check the health of one server forever."""
         while True:
             await self._check_health(upstream)
+            upstream.is_checked = True
             upstream.became_unhealthy.clear()
             try:
                 healthy = upstream.is_healthy
@@ -244,6 +246,11 @@ class UpstreamPool:
                 await asyncio.sleep(upstream.backoff_s)
             except TimeoutError:
                 pass
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the first health check of every server has finished."""
+        return all(upstream.is_checked for upstream in self.upstreams)
 
     def _unhealthy_deadline(self) -> float:
         """When to give up on servers that are all unhealthy."""
