@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test check format docs clean
+.PHONY: run test check format docs kernels wheels clean
 
-run: $(STAMP)
+run: kernels
 	$(BIN)/smol pull
 	$(BIN)/smol run sample_inputs/queries.jsonl
 	@echo "The answers are in sample_inputs/queries.results.jsonl"
 
-test: check
+test: check kernels
 	$(BIN)/pytest
 
 check: $(STAMP)
@@ -21,6 +21,16 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Compiles the kernels that this CPU can run, if their source has changed.
+kernels: $(STAMP)
+	$(BIN)/python -m tools.build_kernels
+
+# Wheels of all platforms, cross-compiled with ziglang.
+WHEELS := linux-x86_64 linux-aarch64 macos-arm64 macos-x86_64 windows-x86_64
+wheels: $(STAMP)
+	$(BIN)/pip install --quiet -c constraints.txt hatchling ziglang
+	for target in $(WHEELS); do SMOL_WHEEL_TARGET=$$target $(BIN)/hatchling build -t wheel || exit 1; done
 
 docs: $(STAMP)
 	$(BIN)/python -m tools.reference

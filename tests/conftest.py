@@ -12,6 +12,7 @@ import pytest
 
 from smolcli.settings import DEFAULT_MODEL
 from smolcli.weights.pull import pull
+from tools.build_kernels import build, host
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2 as in SmolLM2
 
@@ -32,6 +33,8 @@ CHAT_TEMPLATE = (
 )
 
 LEAK_GRACE_S = 2.0
+
+build(host(), runnable_only=True)  # compiles nothing if the kernels are up to date
 
 hypothesis.settings.register_profile("same-each-time", derandomize=True, database=None)
 hypothesis.settings.load_profile("same-each-time")

@@ -1,25 +1,38 @@
 """Kernels compiled here: when there are none, where they are kept, and what they compute."""
 
+import os
 import random
-import sys
+import shutil
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_tools import native_kernels
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from smolcli.cli.main import app
 from smolcli.engine.autoconfig import resolve_config
+from smolcli.engine.config import LlamaConfig
 from smolcli.engine.interfaces import Model
-from smolcli.engine.native import build
-from smolcli.engine.native.bindings import Kernels
-from smolcli.engine.native.build import load_kernels
-from smolcli.engine.native.model import NativeModel, interleaved, pack
+from smolcli.engine.native import library
+from smolcli.engine.native.bindings import (
+    BFLOAT16,
+    Array,
+    KernelError,
+    Kernels,
+    aligned_empty,
+    load_kernels,
+)
+from smolcli.engine.native.model import NativeModel
+from smolcli.engine.native.packing import interleave, pack_into, packed_layout, split_heads
 from smolcli.engine.sequence import ScheduledSequence, Sequence
-from smolcli.engine.torch_ops.model import TorchHead, TorchModel
+from smolcli.engine.torch_ops.head import TorchHead
+from smolcli.engine.torch_ops.model import TorchModel
+from smolcli.errors import UsageError
 from smolcli.settings import EngineSettings
 from smolcli.weights.loader import load_config, load_model
 
@@ -28,80 +41,82 @@ FLOAT = EngineSettings(dtype="float32")
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    return native_kernels("float32")
+    return native_kernels(torch.float32)
 
 
 @pytest.fixture
-def fresh(kernels: Kernels) -> Iterator[None]:
-    """Nothing is loaded yet, and afterwards nothing that the test loaded."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Libraries and sources of the test's own, copied from the real ones; nothing is loaded yet."""
+    for path in library.FOLDER.iterdir():
+        if path.suffix in (".c", ".h", ".so", ".dylib", ".dll"):
+            shutil.copy(path, tmp_path)
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
     load_kernels.cache_clear()
-    yield
+    yield tmp_path
     load_kernels.cache_clear()
 
 
-@pytest.mark.usefixtures("fresh", "home")
-def test_without_a_compiler_torch_computes(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+def find_library(folder: Path) -> Path:
+    [path] = folder.glob("libsmol-*-float32.*")
+    return path
+
+
+def test_missing_libraries_are_an_error_that_says_how_to_build_them(folder: Path) -> None:
+    find_library(folder).unlink()
+    with pytest.raises(KernelError, match=r"are not built .*: build them with `python -m tools"):
+        load_kernels("float32")
+
+
+def test_libraries_older_than_their_source_are_refused(folder: Path) -> None:
+    with (folder / "kernels.c").open("a") as source:
+        source.write("/* changed */\n")
+    with pytest.raises(KernelError, match="older than their source: build them with"):
+        load_kernels("float32")
+
+
+def test_a_library_that_cannot_be_loaded_is_an_error_that_says_why(folder: Path) -> None:
+    find_library(folder).write_bytes(b"not a library")
+    with pytest.raises(KernelError, match="cannot load the native kernels"):
+        load_kernels("float32")
+
+
+def test_an_installation_without_sources_loads_its_libraries(folder: Path) -> None:
+    for name in library.SOURCES:
+        (folder / name).unlink()
+    assert load_kernels("float32").weight_dtype == np.float32
+
+
+def test_a_variant_can_be_forced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.VARIANT_VARIABLE, "vax")
+    with pytest.raises(KernelError, match="SMOL_KERNEL_VARIANT=vax has no float32 kernels"):
+        load_kernels("float32")
+
+
+@pytest.mark.parametrize(
+    ("bits", "float32", "bfloat16"),
+    [
+        (1, "x86-64-v3", "x86-64-v3"),
+        (3, "x86-64-v4", "x86-64-v4"),
+        (7, "x86-64-v4", "x86-64-v4-bf16"),
+        (8, "aarch64", "aarch64"),
+        (24, "aarch64", "aarch64-bf16"),
+        (0, None, None),
+    ],
+)
+def test_the_best_variant_that_the_cpu_supports_is_selected(
+    bits: int, float32: str | None, bfloat16: str | None
 ) -> None:
-    monkeypatch.setenv("PATH", "")
-    config = resolve_config(FLOAT, load_config(tiny_folder))
-    assert (config.kernels, config.unsupported_reason) == (None, "there is no C compiler")
+    found = [library.best_variant(dtype, bits) for dtype in ("float32", "bfloat16")]
+    assert [variant and variant.name for variant in found] == [float32, bfloat16]
 
 
-@pytest.mark.usefixtures("fresh", "home")
-def test_the_doctor_says_what_is_slow(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    done = CliRunner().invoke(app, ["doctor", "--model", str(tiny_folder), "--dtype", "float32"])
-    assert "kernels: torch (there is no C compiler)" in " ".join(done.output.split())
-    assert "they need a C compiler" in " ".join(done.output.split())
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a script for a shell")
-@pytest.mark.usefixtures("fresh", "home")
-def test_a_compiler_that_fails_is_quoted(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'kernels.c:1: error: no such thing' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_without_kernels_torch_computes(folder: Path, tiny_folder: Path) -> None:
+    find_library(folder).unlink()
     config = resolve_config(FLOAT, load_config(tiny_folder))
     assert config.kernels is None
-    assert config.unsupported_reason == f"{compiler}: kernels.c:1: error: no such thing"
-
-
-@pytest.mark.usefixtures("fresh")
-def test_a_library_is_compiled_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load_kernels("float32")
-    [kept] = (home / "kernels").iterdir()
-    load_kernels.cache_clear()
-    monkeypatch.setenv("PATH", "")
-    load_kernels("float32")
-    assert [*(home / "kernels").iterdir()] == [kept]
-
-
-@pytest.mark.usefixtures("fresh")
-def test_a_home_that_cannot_be_written_to_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("SMOL_HOME", str(tmp_path / "file" / "home"))
-    assert load_kernels("float32").dtype is torch.float32
-
-
-@pytest.mark.usefixtures("fresh", "home")
-def test_where_no_library_may_be_run_torch_computes(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on disks that are mounted noexec."""
-
-    def refuse(path: str) -> None:
-        raise OSError(f"{path}: failed to map segment from shared object")
-
-    monkeypatch.setattr(build, "CDLL", refuse)
-    config = resolve_config(FLOAT, load_config(tiny_folder))
-    assert config.kernels is None
-    assert "failed to map segment" in config.unsupported_reason
+    assert "are not built" in config.unsupported_reason
+    with pytest.raises(UsageError, match="the native kernels are not built"):
+        resolve_config(EngineSettings(dtype="float32", kernels="native"), load_config(tiny_folder))
 
 
 def test_a_shape_that_does_not_fit_is_left_to_torch(
@@ -111,23 +126,158 @@ def test_a_shape_that_does_not_fit_is_left_to_torch(
     (tmp_path / "config.json").write_text(text.replace('"head_dim": 32', '"head_dim": 36'))
     config = resolve_config(FLOAT, load_config(tmp_path))
     assert config.kernels is None
-    assert config.unsupported_reason == f"head_dim 36 is no multiple of {2 * kernels.width}"
+    assert config.unsupported_reason == f"head_dim 36 is not a multiple of {2 * kernels.width}"
 
 
-def test_packing_keeps_every_weight(kernels: Kernels) -> None:
-    weight = torch.arange(70 * 6, dtype=torch.float32).view(70, 6)
-    packed = pack(weight, kernels)
-    panels = -(-70 // kernels.panel)
-    assert packed.shape == (panels, 6, kernels.panel, 1)
-    unpacked = packed.permute(0, 2, 1, 3).reshape(-1, 6)
-    assert torch.equal(unpacked[:70], weight)
+def tiny_config(tiny_folder: Path) -> LlamaConfig:
+    return replace(load_config(tiny_folder), vocab_size=70)
+
+
+def random_weights(config: LlamaConfig) -> dict[str, Array]:
+    """Weights of a Llama whose values bfloat16 represents exactly."""
+    source = np.random.default_rng(1)
+    inner, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config.vocab_size, hidden),
+        "norm.weight": (hidden,),
+    }
+    for index in range(config.num_layers):
+        layer = f"layers.{index}."
+        shapes |= {
+            f"{layer}self_attn.q_proj.weight": (inner, hidden),
+            f"{layer}self_attn.k_proj.weight": (kv, hidden),
+            f"{layer}self_attn.v_proj.weight": (kv, hidden),
+            f"{layer}self_attn.o_proj.weight": (hidden, inner),
+            f"{layer}mlp.gate_proj.weight": (intermediate, hidden),
+            f"{layer}mlp.up_proj.weight": (intermediate, hidden),
+            f"{layer}mlp.down_proj.weight": (hidden, intermediate),
+            f"{layer}input_layernorm.weight": (hidden,),
+            f"{layer}post_attention_layernorm.weight": (hidden,),
+        }
+    return {
+        name: (0.2 * source.standard_normal(shape)).astype(BFLOAT16).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def test_packing_keeps_every_weight(kernels: Kernels, tiny_folder: Path) -> None:
+    config = tiny_config(tiny_folder)
+    weights = random_weights(config)
+    layout = packed_layout(config, kernels)
+    buffer = aligned_empty((layout.num_bytes,), np.dtype(np.uint8))
+    pack_into(buffer, config, weights, kernels)
+    embed = layout.tensors["embed"].view(buffer)
+    unpacked = embed.transpose(0, 2, 1, 3).reshape(-1, config.hidden_size)
+    assert np.array_equal(unpacked[:70], weights["embed_tokens.weight"])
     assert not unpacked[70:].any()
+    layer = layout.tensors["layers.1.down"].view(buffer)
+    unpacked = layer.transpose(0, 2, 1, 3).reshape(-1, config.intermediate_size)
+    assert np.array_equal(unpacked, weights["layers.1.mlp.down_proj.weight"])
 
 
-def test_rows_of_gate_and_up_take_turns() -> None:
-    gate = torch.arange(8.0).view(4, 2)
-    rows = interleaved(gate, -gate, 2)
-    assert rows[:, 0].tolist() == [0, 2, 0, -2, 4, 6, -4, -6]
+def test_rows_of_gate_and_up_alternate() -> None:
+    gate = np.arange(8.0).reshape(4, 2)
+    assert interleave(gate, -gate, 2)[:, 0].tolist() == [0, 2, 0, -2, 4, 6, -4, -6]
+
+
+def test_the_halves_of_a_head_alternate() -> None:
+    rows = np.arange(16.0).reshape(16, 1)
+    expected = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert split_heads(rows, 8, 2)[:, 0].tolist() == expected
+
+
+def test_packed_weights_can_be_read_only_and_shared(kernels: Kernels, tiny_folder: Path) -> None:
+    """As memory-mapped from a file: the same answers as from weights in memory."""
+    config = tiny_config(tiny_folder)
+    weights = random_weights(config)
+    buffer = aligned_empty((packed_layout(config, kernels).num_bytes,), np.dtype(np.uint8))
+    pack_into(buffer, config, weights, kernels)
+    buffer.flags.writeable = False
+    mapped = NativeModel.from_packed(config, buffer, kernels)
+    expected = hidden_states(NativeModel(config, weights, kernels), list(range(3, 43)))
+    assert np.array_equal(hidden_states(mapped, list(range(3, 43))), expected)
+    with pytest.raises(KernelError, match="bytes instead of"):
+        NativeModel.from_packed(config, buffer[:-64], kernels)
+    shifted = aligned_empty((len(buffer) + 64,), np.dtype(np.uint8))[4:][: len(buffer)]
+    with pytest.raises(KernelError, match="not aligned"):
+        NativeModel.from_packed(config, shifted, kernels)
+
+
+def test_bfloat16_weights_with_float32_arithmetic_equal_float32_weights(tiny_folder: Path) -> None:
+    """Bit for bit, if bfloat16 represents the weights exactly."""
+    try:
+        wide, narrow = load_kernels("float32"), load_kernels("bfloat16")
+    except KernelError as exc:
+        pytest.skip(str(exc))
+    if narrow.dtype != np.float32:
+        pytest.skip("this CPU multiplies bfloat16")
+    config = tiny_config(tiny_folder)
+    weights = random_weights(config)
+    seen = [
+        hidden_states(NativeModel(config, weights, kernels), list(range(40)))
+        for kernels in (wide, narrow)
+    ]
+    assert np.array_equal(*seen)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batch_size_and_threads_change_no_bit(dtype: str, tiny_folder: Path) -> None:
+    """From 1 to 128 sequences, with 1, 2, 3 and 5 threads: one set of hidden states."""
+    kernels = native_kernels(getattr(torch, dtype))
+    config = tiny_config(tiny_folder)
+    weights = random_weights(config)
+    source = random.Random(2)
+    prompts = [source.choices(range(70), k=source.randint(1, 90)) for _ in range(128)]
+    alone = NativeModel(config, weights, kernels)
+    expected = np.stack([hidden_states(alone, prompt)[0] for prompt in prompts])
+    for num_threads in (1, 2, 3, 5):
+        model = NativeModel(config, weights, kernels, num_threads)
+        for size in (128, 33, 8):
+            rows = [
+                batch_states(model, prompts[start : start + size])
+                for start in range(0, len(prompts), size)
+            ]
+            assert np.array_equal(np.concatenate(rows), expected), (num_threads, size)
+
+
+def test_pieces_of_a_prompt_change_no_bit(kernels: Kernels, tiny_folder: Path) -> None:
+    """A long prompt read at once, in pieces, and token by token, across blocks of keys."""
+    config = tiny_config(tiny_folder)
+    model = NativeModel(config, random_weights(config), kernels, 2)
+    source = random.Random(3)
+    prompt = source.choices(range(70), k=211)
+    expected = hidden_states(model, prompt)
+    for size in (1, 7, 64, 100):
+        cache, sequence = model.make_kv_cache(0), Sequence(prompt)
+        cache.allocate(sequence)
+        for start in range(0, len(prompt), size):
+            stop = min(start + size, len(prompt))
+            work = ScheduledSequence(sequence, start, stop)
+            states = model.forward(cache.make_batch([work]))
+        assert np.array_equal(states, expected), size
+
+
+def batch_states(model: NativeModel, prompts: list[list[int]]) -> Array:
+    """Hidden states after the last token of each prompt, computed in one step."""
+    cache, works = model.make_kv_cache(0), []
+    for prompt in prompts:
+        cache.allocate(sequence := Sequence(prompt))
+        works.append(ScheduledSequence(sequence, 0, len(prompt)))
+    return model.forward(cache.make_batch(works))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+def test_a_forked_child_computes_with_a_new_team(kernels: Kernels, tiny_folder: Path) -> None:
+    config = tiny_config(tiny_folder)
+    model = NativeModel(config, random_weights(config), kernels, 2)
+    expected = hidden_states(model, [1, 2, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(hidden_states(model, [1, 2, 3]), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_activations_of_any_size_are_computed(kernels: Kernels, tiny_folder: Path) -> None:
@@ -135,13 +285,14 @@ def test_activations_of_any_size_are_computed(kernels: Kernels, tiny_folder: Pat
     config, weights = load_config(tiny_folder), load_file(tiny_folder / "model.safetensors")
     weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
     large = {n: w * 1000 if "gate_proj" in n else w for n, w in weights.items()}
-    ours = NativeModel(config, large, kernels)
+    ours = NativeModel(config, {n: w.numpy() for n, w in large.items()}, kernels)
     theirs = TorchModel(config, large, torch.float32, torch.device("cpu"))
-    seen = [hidden_states(model, list(range(5, 45))) for model in (ours, theirs)]
+    seen = [torch.as_tensor(hidden_states(model, list(range(5, 45)))) for model in (ours, theirs)]
     assert torch.allclose(*seen, rtol=1e-3, atol=1e-3 * seen[1].abs().max().item())
 
 
-def hidden_states(model: Model, token_ids: list[int]) -> torch.Tensor:
+@torch.inference_mode()
+def hidden_states(model: Model, token_ids: list[int]) -> Any:
     """After the last token."""
     cache, sequence = model.make_kv_cache(0), Sequence(token_ids)
     cache.allocate(sequence)
@@ -151,25 +302,45 @@ def hidden_states(model: Model, token_ids: list[int]) -> torch.Tensor:
 
 def test_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:
     """Scores of the whole vocabulary, and the best of them, are those that torch computes."""
-    ours = load_model(tiny_folder, "float32", "cpu", kernels)
+    cpu = torch.device("cpu")
+    ours = load_model(tiny_folder, torch.float32, cpu, kernels)
     assert isinstance(ours, NativeModel)
-    theirs = load_model(tiny_folder, "float32").head
+    theirs = load_model(tiny_folder, torch.float32, cpu).head
     assert isinstance(theirs, TorchHead)
     hidden = torch.randn(37, ours.config.hidden_size, generator=torch.Generator().manual_seed(1))
-    logits = torch.as_tensor(ours.head.logits(hidden))
-    assert torch.allclose(logits, torch.as_tensor(theirs.logits(hidden)), atol=1e-4)
-    best = ours.head.best(hidden)
+    logits = ours.head.logits(hidden.numpy())
+    assert torch.allclose(logits, theirs.logits(hidden), atol=1e-4)
+    best = ours.head.best(hidden.numpy())
     assert best == theirs.best(hidden) == logits.argmax(-1).tolist()
     masks = [None if n % 3 == 0 else random.Random(n).randbytes(48) for n in range(37)]
-    allowed = ours.head.best(hidden, masks)
+    allowed = ours.head.best(hidden.numpy(), masks)
     assert allowed == theirs.best(hidden, masks)
     assert allowed[::3] == best[::3]
     assert allowed != best
 
 
-def test_what_is_not_a_number_is_told(kernels: Kernels, tiny_folder: Path) -> None:
-    model = load_model(tiny_folder, "float32", "cpu", kernels)
-    hidden = torch.ones(3, model.config.hidden_size)
-    hidden[1] = torch.nan
+def test_nan_is_an_error(kernels: Kernels, tiny_folder: Path) -> None:
+    model = load_model(tiny_folder, torch.float32, torch.device("cpu"), kernels)
+    hidden = np.ones((3, model.config.hidden_size), np.float32)
+    hidden[1] = np.nan
     with pytest.raises(FloatingPointError):
         model.head.best(hidden)
+
+
+def test_a_single_nan_logit_is_an_error(kernels: Kernels, tiny_folder: Path) -> None:
+    """It once lost every comparison and vanished."""
+    config = tiny_config(tiny_folder)
+    weights = random_weights(config)
+    weights["embed_tokens.weight"][41, 0] = np.nan
+    model = NativeModel(config, weights, kernels)
+    with pytest.raises(FloatingPointError):
+        model.head.best(np.ones((1, config.hidden_size), np.float32))
+
+
+def test_a_nan_score_is_an_error(kernels: Kernels, tiny_folder: Path) -> None:
+    """exp(NaN) was 0 once, so that one key with NaN was left out of the softmax."""
+    config = tiny_config(tiny_folder)
+    weights = random_weights(config)
+    weights["layers.0.self_attn.k_proj.weight"][0] = np.nan
+    model = NativeModel(config, weights, kernels)
+    assert np.isnan(hidden_states(model, [1, 2, 3])).all()

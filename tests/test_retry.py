@@ -111,6 +111,65 @@ def test_retry_needs_a_complete_run(job: RunSettings) -> None:
     assert len(job.output.read_bytes().splitlines()) == 10
 
 
+def test_retry_with_a_limit_leaves_later_lines_alone(job: RunSettings) -> None:
+    """It blamed the input for failed lines beyond the limit, and advised `--overwrite`."""
+    answer(job, Flaky)
+    backend = Counting()
+    statistics = answer(replace(job, retry_errors=True, limit=10), lambda settings: backend)
+    assert backend.seen == ["0", "4", "8"]
+    assert statistics.num_lines == NUM_LINES
+    assert statistics.failed["internal"] == 6
+    answer(replace(job, retry_errors=True))
+    whole = replace(job, output=job.output.with_name("whole.jsonl"))
+    answer(whole)
+    assert job.output.read_bytes() == whole.output.read_bytes()
+
+
+def edit(job: RunSettings, changes: dict[int, str]) -> None:
+    """Replace lines of the input, by index."""
+    lines = job.input.read_text("utf-8").splitlines()
+    lines = [changes.get(n, line) for n, line in enumerate(lines)]
+    job.input.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def test_retry_asks_changed_lines_again(job: RunSettings) -> None:
+    """A corrected line could only be answered by starting over."""
+    answer(job)
+    run_id = load_manifest(job.output).run_id
+    lines = job.input.read_text("utf-8").splitlines()
+    edit(job, {9: lines[8].replace("8", "fixed"), 30: lines[30].replace("question", "request")})
+    with pytest.raises(ResumeRefused, match="changed at line 10 "):
+        answer(job, no_backend)
+    backend = Counting()
+    answer(replace(job, retry_errors=True), lambda settings: backend)
+    assert backend.seen == ["fixed", "30"]
+    records = [json.loads(line) for line in job.output.read_bytes().splitlines()]
+    assert "request 30" in json.dumps(records[30])
+    assert "error_code" not in records[9]
+    assert load_manifest(job.output).run_id == run_id
+    answer(job, no_backend)
+
+
+def test_retry_after_a_fix_and_appended_lines(job: RunSettings) -> None:
+    answer(replace(job, limit=20))
+    lines = job.input.read_text("utf-8").splitlines()
+    edit(job, {9: lines[8].replace("8", "fixed")})
+    with pytest.raises(UsageError, match="line 10 changed; run with --retry-errors --limit 20"):
+        answer(replace(job, retry_errors=True), no_backend)
+    answer(replace(job, retry_errors=True, limit=20))
+    answer(job)
+    assert len(job.output.read_bytes().splitlines()) == NUM_LINES
+
+
+def test_retry_refuses_inserted_lines(job: RunSettings) -> None:
+    answer(job, Flaky)
+    before = job.output.read_bytes()
+    job.input.write_text("\n" + job.input.read_text("utf-8"), "utf-8")
+    with pytest.raises(ResumeRefused, match="lines were inserted or removed"):
+        answer(replace(job, retry_errors=True), no_backend)
+    assert job.output.read_bytes() == before
+
+
 def test_retry_with_other_settings_is_refused(job: RunSettings) -> None:
     answer(job, Flaky)
     other = replace(job, defaults=QueryDefaults(system_prompt="x"), retry_errors=True)

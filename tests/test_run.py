@@ -254,11 +254,90 @@ def test_resume_with_other_settings_names_each_difference(
     answer(replace(job, **change, overwrite=True))
 
 
-def test_resume_with_a_changed_input_is_refused(job: RunSettings) -> None:
-    answer(job)
-    job.input.write_bytes(MIXED + b"\n")
-    with pytest.raises(ResumeRefused, match="input_sha256 was"):
+def test_appended_lines_are_answered_and_the_rest_is_kept(job: RunSettings) -> None:
+    """The digest of the whole input decided before, so a growing file could not be resumed."""
+    lines = MIXED.splitlines(keepends=True)
+    whole = replace(job, output=job.output.with_name("whole.jsonl"))
+    answer(whole)
+    for num_lines in (3, 6, 6, len(lines)):
+        job.input.write_bytes(b"".join(lines[:num_lines]))
         answer(job)
+        assert whole.output.read_bytes().startswith(job.output.read_bytes())
+    assert job.output.read_bytes() == whole.output.read_bytes()
+    assert len(results(job.output)) == 11
+
+
+def test_blank_lines_and_compression_do_not_change_an_input(job: RunSettings) -> None:
+    answer(job)
+    before = job.output.read_bytes()
+    job.input.write_bytes(gzip.compress(MIXED + b"\n\n"))
+    answer(job, no_backend)
+    assert job.output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (MIXED.replace(b'"one"', b'"two"'), "changed at line 1 "),
+        (MIXED.replace(b"nonsense", b"garbage"), "changed at line 4 "),
+        (MIXED.replace(b'{"row": 2}', b'{"row": 3}'), "changed at line 8 "),
+        (b"\n" + MIXED[3:], "changed at line 1 since .* lines were inserted"),
+        (MIXED[:-4], "it ends after 10 of 11 lines"),
+    ],
+)
+def test_resume_names_the_changed_line(job: RunSettings, changed: bytes, said: str) -> None:
+    answer(job)
+    before = job.output.read_bytes()
+    job.input.write_bytes(changed)
+    with pytest.raises(ResumeRefused, match=said):
+        answer(job, no_backend)
+    assert job.output.read_bytes() == before
+
+
+def test_unanswered_lines_may_change(job: RunSettings) -> None:
+    answer(replace(job, limit=3))
+    job.input.write_bytes(MIXED.replace(b"seven", b"eight"))
+    answer(job)
+    assert "eight" in results(job.output)[5]["response"]
+
+
+def test_smaller_limit_does_not_hide_a_later_change(job: RunSettings) -> None:
+    answer(job)
+    job.input.write_bytes(MIXED.replace(b'"seven"', b'"eight"'))
+    answer(replace(job, limit=2), no_backend)
+    with pytest.raises(ResumeRefused, match="changed at line 7 "):
+        answer(job, no_backend)
+
+
+OLD_MANIFEST = ("run_id", "rows")  # what the manifests of 0.1.0 lack
+
+
+@pytest.mark.parametrize("limit", [3, None])
+def test_run_of_0_1_0_can_be_resumed(job: RunSettings, limit: int | None) -> None:
+    answer(replace(job, output=job.output.with_name("whole.jsonl")))
+    answer(replace(job, limit=limit))
+    path = manifest_path(job.output)
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in values.items() if k not in OLD_MANIFEST}))
+    job.input.write_bytes(MIXED + b"\n")
+    with pytest.raises(ResumeRefused, match=r"in.jsonl changed since"):
+        answer(job, no_backend)
+    job.input.write_bytes(MIXED)
+    answer(job)
+    assert job.output.read_bytes() == job.output.with_name("whole.jsonl").read_bytes()
+
+
+def test_backend_values_are_not_confused_with_settings(job: RunSettings) -> None:
+    """One flat dictionary let a server's system prompt hide the difference of `--system`."""
+
+    class Server(EchoBackend):
+        def identity(self) -> dict[str, Any]:
+            return super().identity() | {"system_prompt": "the server's own"}
+
+    answer(replace(job, limit=3), Server)
+    other = replace(job, defaults=QueryDefaults(system_prompt="Be brief."))
+    with pytest.raises(ResumeRefused, match=r"system_prompt was null, is .Be brief"):
+        answer(other, Server)
 
 
 def test_overwrite_starts_over(job: RunSettings) -> None:

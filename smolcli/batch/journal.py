@@ -1,6 +1,8 @@
 """Reads back what an output already holds, so that a run can resume, split or rewrite it."""
 
 import json
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +33,28 @@ class Entry:
         return self.result.line
 
 
+class LineSet:
+    """Line numbers at 8 bytes each, added in increasing order."""
+
+    def __init__(self) -> None:
+        self._lines = array("Q")
+
+    def add(self, line: int) -> None:
+        """Add a number larger than all before it."""
+        self._lines.append(line)
+
+    def __contains__(self, line: object) -> bool:
+        assert isinstance(line, int)
+        at = bisect_left(self._lines, line)
+        return at < len(self._lines) and self._lines[at] == line
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._lines)
+
+
 class Journal:
     """A summary of the entries in an output.
 
@@ -44,7 +68,7 @@ class Journal:
         self.last_line = 0
         self.num_bytes = 0
         self.num_failed_bytes = 0
-        self.failed_lines: set[int] = set()
+        self.failed_lines = LineSet()
 
     def add(self, entry: Entry) -> None:
         """Account for one entry."""

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from smolcli.batch.input_scan import InputScan
+from smolcli.batch.input_scan import InputScan, RowDigests
 from smolcli.data.jsonl import replacing
 from smolcli.errors import ResumeRefused
 from smolcli.protocol.line_formats import SMOL
@@ -31,6 +31,8 @@ class Manifest:
         errors: path of the file that failed lines are moved to.
         backend: identity of the backend that answered; None if nothing had to be answered.
         statistics: what the run counted; None until it is complete.
+        run_id: part of the ids of answers in OpenAI's format; None before 0.2.
+        rows: digests of the rows that the output answers or is going to; None before 0.2.
     """
 
     input: str
@@ -44,9 +46,13 @@ class Manifest:
     errors: str | None = None
     backend: dict[str, Any] | None = None
     statistics: dict[str, Any] | None = None
+    run_id: str | None = None
+    rows: str | None = None
 
     @classmethod
-    def of(cls, settings: RunSettings, scan: InputScan, seed: int, created: int) -> Self:
+    def of(
+        cls, settings: RunSettings, scan: InputScan, seed: int, created: int, run_id: str
+    ) -> Self:
         """The manifest of a run whose backend is not open yet."""
         defaults = settings.defaults
         several = None if scan.format is SMOL else defaults.several_temperature
@@ -71,7 +77,14 @@ class Manifest:
             model=settings.engine.model,
             dtype=settings.engine.dtype,
             errors=str(settings.errors.resolve()) if settings.errors else None,
+            run_id=run_id,
+            rows=scan.rows.text if scan.rows is not None else None,
         )
+
+    @property
+    def digests(self) -> RowDigests | None:
+        """Digests of the input's rows, if they were recorded."""
+        return None if self.rows is None else RowDigests.from_text(self.rows)
 
     def has_model_of(self, engine: EngineSettings) -> bool:
         """Whether `--model` and `--dtype` were given in the same words."""
@@ -83,11 +96,9 @@ class Manifest:
         Raises:
             ResumeRefused: naming every setting that differs.
         """
-        old_values, new_values = self._identity(), new._identity()
         changes = [
-            f"{key} was {_shown(old_values.get(key))}, is {_shown(new_values.get(key))}"
-            for key in sorted(old_values | new_values)
-            if old_values.get(key) != new_values.get(key)
+            *_differences(self._settings(), new._settings(), ""),
+            *_differences(*_common(self._identity(), new._identity()), "the server's "),
         ]
         if changes:
             raise ResumeRefused(
@@ -105,9 +116,11 @@ class Manifest:
             if old_versions.get(name) != version
         )
 
+    def _settings(self) -> dict[str, Any]:
+        return {"seed": self.seed} | self.generation
+
     def _identity(self) -> dict[str, Any]:
-        backend = {k: v for k, v in (self.backend or {}).items() if k not in _MAY_DIFFER}
-        return {"input_sha256": self.input_sha256, "seed": self.seed} | self.generation | backend
+        return {k: v for k, v in (self.backend or {}).items() if k not in _MAY_DIFFER}
 
 
 def manifest_path(output: Path) -> Path:
@@ -144,6 +157,23 @@ def save_manifest(manifest: Manifest, output: Path) -> None:
     text = json.dumps(values, ensure_ascii=False, indent=2)
     with replacing(manifest_path(output)) as file:
         file.write(f"{text}\n".encode())
+
+
+def _common(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What both backends told; a server may say less than another, and a version less than the
+    next.
+    """
+    names = old.keys() & new.keys()
+    return {name: old[name] for name in names}, {name: new[name] for name in names}
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], owner: str) -> list[str]:
+    return [
+        f"{owner if key == 'system_prompt' else ''}{key} was {_shown(old.get(key))}, "
+        f"is {_shown(new.get(key))}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _shown(value: object) -> str:

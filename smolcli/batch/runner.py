@@ -15,7 +15,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from smolcli.batch.input_scan import InputScan, scan_input
 from smolcli.batch.journal import (
     Entry,
     Journal,
+    LineSet,
     is_split,
     merge_errors,
     output_lock,
@@ -102,14 +103,15 @@ def _run_to_file(
 ) -> RunStatistics:
     output, previous = settings.output, _previous_manifest(settings)
     run = _new_run(settings, previous)
-    manifest = Manifest.of(settings, run.scan, run.seed, run.created)
+    manifest = Manifest.of(settings, run.scan, run.seed, run.created, run.run_id)
     if previous is not None:
         previous.check_same(replace(manifest, backend=previous.backend), output)
         _check_errors_path(settings, previous, manifest)
         run = run.resume()
-    if settings.retry_errors and (previous is None or not run.is_answered):
-        raise UsageError(f"{output} is not complete; run without --retry-errors first")
-    is_retry = settings.retry_errors and run.has_failed_queries
+        run = replace(run, changed=_changed_lines(run, previous))
+        manifest = replace(manifest, rows=_extended(manifest, previous))
+    _check_changes(run, previous)
+    is_retry = settings.retry_errors and run.has_lines_to_retry
     has_same_model = previous is None or previous.has_model_of(settings.engine)
     if run.is_answered and not is_retry and has_same_model:
         progress.note(f"{settings.table or output} is complete; {_nothing_to_do(run)}")
@@ -120,8 +122,11 @@ def _run_to_file(
             previous.check_same(manifest, output)
             if changes := previous.version_changes(manifest):
                 progress.note(f"versions differ from those of the earlier session: {changes}")
-        answer = run.retry_failed if is_retry else run.answer_remaining
-        statistics = answer(backend, progress, manifest)
+        if is_retry:
+            assert previous is not None
+            statistics = run.retry_failed(backend, progress, replace(manifest, rows=previous.rows))
+        else:
+            statistics = run.answer_remaining(backend, progress, manifest)
     run.scan.check_unchanged(settings.input)
     run.finalize(is_new=True)
     save_manifest(replace(manifest, statistics=asdict(statistics)), output)
@@ -153,7 +158,66 @@ def _new_run(settings: RunSettings, previous: Manifest | None = None) -> "Run":
     else:
         seed = secrets.randbelow(2**31) if previous is None else previous.seed
     created = scan.modified if previous is None else previous.created
-    return Run(settings, scan, seed, created, Journal())
+    run_id = previous.run_id if previous is not None else None
+    if run_id is None:
+        sha256 = scan.sha256 if previous is None else previous.input_sha256
+        source = f"{sha256 or created}/{seed}"
+        run_id = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+    return Run(settings, scan, seed, created, run_id, Journal())
+
+
+def _changed_lines(run: "Run", previous: Manifest) -> LineSet:
+    """The lines that have a result, but differ from those that it answers.
+
+    Raises:
+        ResumeRefused: lines were inserted or removed, or it is unknown which ones differ.
+    """
+    settings, changed = run.settings, LineSet()
+    old, new = previous.digests, run.scan.rows
+    assert new is not None
+    if old is None:
+        if previous.input_sha256 != run.scan.sha256:
+            raise _input_changed(settings, "")
+        return changed
+    num_answered = run.journal.statistics.num_lines
+    numbers = row_numbers(settings.input, settings.rows)
+    index = -1
+    for index, number in enumerate(islice(numbers, min(num_answered, len(new)))):
+        if index >= len(old) or old[index] != new[index]:
+            changed.add(number)
+    is_limited = settings.limit is not None and len(new) == settings.limit
+    if index + 1 < num_answered and not is_limited:
+        raise _input_changed(settings, f": it ends after {index + 1:,} of {num_answered:,} lines")
+    if changed:
+        run.check_line_numbers()
+    return changed
+
+
+def _check_changes(run: "Run", previous: Manifest | None) -> None:
+    """Refuse to resume if an answered line changed, and to retry before every line is answered."""
+    settings = run.settings
+    first = next(iter(run.changed), None)
+    if settings.retry_errors and (previous is None or not run.is_answered):
+        num_answered = run.journal.statistics.num_lines
+        remedy = "run without --retry-errors first"
+        if first is not None:
+            remedy = f"line {first} changed; run with --retry-errors --limit {num_answered} first"
+        raise UsageError(f"{settings.output} is not complete; {remedy}")
+    if first is not None and not settings.retry_errors:
+        raise _input_changed(settings, f" at line {first}")
+
+
+def _input_changed(settings: RunSettings, where: str) -> ResumeRefused:
+    return ResumeRefused(
+        f"{settings.input} changed{where} since {settings.output} was written; restore it, "
+        "ask changed lines again with --retry-errors, or choose another --output"
+    )
+
+
+def _extended(manifest: Manifest, previous: Manifest) -> str | None:
+    """The digests of a run with a smaller `--limit` than before keep those beyond it."""
+    old, new = previous.digests, manifest.digests
+    return manifest.rows if old is None or new is None else new.extended(old).text
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +229,18 @@ class Run:
         scan: facts about the input.
         seed: the seed given, drawn, or taken from the manifest.
         created: `created` of answers in OpenAI's format, in seconds since the epoch.
+        run_id: part of the ids of answers in OpenAI's format.
         journal: the results that the output holds.
+        changed: lines of the input that changed after they were answered.
     """
 
     settings: RunSettings
     scan: InputScan
     seed: int
     created: int
+    run_id: str
     journal: Journal
+    changed: LineSet = field(default_factory=LineSet)
 
     @property
     def is_answered(self) -> bool:
@@ -181,11 +249,13 @@ class Run:
         return num_lines is not None and self.journal.statistics.num_lines >= num_lines
 
     @property
-    def has_failed_queries(self) -> bool:
-        """Whether any failed line is a valid query, which the model may answer this time."""
+    def has_lines_to_retry(self) -> bool:
+        """Whether any line changed, or failed and is a valid query that may succeed this time."""
         failed = self.journal.failed_lines
         items = self._read_queries(self._rows(), ChatIds())
-        return any(isinstance(item, Query) and item.line in failed for item in items)
+        return bool(self.changed) or any(
+            isinstance(item, Query) and item.line in failed for item in items
+        )
 
     def resume(self) -> "Run":
         """The same run with its output read.
@@ -221,7 +291,15 @@ class Run:
     def retry_failed(
         self, backend: Backend, progress: RunProgress, manifest: Manifest
     ) -> RunStatistics:
-        """Ask failed lines again and replace the output atomically once all are done."""
+        """Ask failed and changed lines again, and replace the output once all are done.
+
+        Lines beyond `--limit` keep their results.
+
+        Args:
+            backend: answers the queries.
+            progress: receives progress.
+            manifest: written before the output is replaced, with the digests of the old input.
+        """
         try:
             statistics = self._replace_failed(backend, progress, manifest)
         except (KeyboardInterrupt, RunError):
@@ -257,6 +335,23 @@ class Run:
                 "choose another --output, or start over with --overwrite"
             )
 
+    def check_line_numbers(self) -> None:
+        """Check that each result still stands for a line of the input.
+
+        Raises:
+            ResumeRefused: lines were inserted or removed.
+        """
+        settings = self.settings
+        for entry, number in zip(
+            self._entries(), row_numbers(settings.input, settings.rows), strict=False
+        ):
+            if entry.line != number:
+                raise ResumeRefused(
+                    f"{settings.input} changed at line {min(entry.line, number)} since "
+                    f"{settings.output} was written: lines were inserted or removed; restore it, "
+                    "or choose another --output"
+                )
+
     def _entries(self) -> Iterator[Entry]:
         return read_entries(self.settings.output, self.settings.errors, self._format)
 
@@ -286,11 +381,13 @@ class Run:
     def _replace_failed(
         self, backend: Backend, progress: RunProgress, manifest: Manifest
     ) -> StatisticsCollector:
-        failed, statistics = self.journal.failed_lines, self.journal.statistics
-        statistics.failed.clear()  # counted again below
+        retried, statistics = self._lines_to_retry(), StatisticsCollector()
+        for entry in self._entries():
+            if entry.line not in retried:
+                statistics.add(entry.result)
         reader = self._read_queries(self._rows(), ChatIds())
         format = reader.format.for_run(self._run_info(backend))
-        items = (item for item in reader if item.line in failed)
+        items = (item for item in reader if item.line in retried)
         with (
             self._shown(progress, statistics),
             closing(_answers(items, backend)) as results,
@@ -298,13 +395,10 @@ class Run:
         ):
             for entry in self._entries():
                 data = entry.data
-                if entry.result.is_error:
+                if entry.line in retried:
                     result = next(results, None)
-                    if result is None:
-                        raise ResumeRefused(
-                            f"{self.settings.output} has failed lines that the input lacks; "
-                            "start over with --overwrite"
-                        )
+                    if result is None or result.line != entry.line:
+                        raise _input_changed(self.settings, f" at line {entry.line}")
                     data = encode(format.record(result))
                     statistics.add(result)
                     progress.update()
@@ -312,10 +406,21 @@ class Run:
             save_manifest(manifest, self.settings.output)  # without statistics until finalized
         return statistics
 
+    def _lines_to_retry(self) -> LineSet:
+        lines = LineSet()
+        numbers = row_numbers(self.settings.input, self.settings.rows)
+        for number in islice(numbers, self.settings.limit):
+            if number in self.journal.failed_lines or number in self.changed:
+                lines.add(number)
+        return lines
+
     @contextmanager
     def _shown(self, progress: RunProgress, statistics: StatisticsCollector) -> Iterator[None]:
         statistics.begin()
-        progress.start(self.scan.num_lines, statistics)
+        num_lines = self.scan.num_lines
+        if num_lines is not None:
+            num_lines = max(num_lines, self.journal.statistics.num_lines)
+        progress.start(num_lines, statistics)
         try:
             yield
         finally:
@@ -341,9 +446,7 @@ class Run:
         model = self.settings.engine.model
         if backend is not None:
             model = backend.identity().get("model", model)
-        run = f"{self.scan.sha256 or self.created}/{self.seed}"
-        run_id = hashlib.blake2b(run.encode(), digest_size=8).hexdigest()
-        return RunInfo(run_id, self.created, model_name(model), self.settings.with_timings)
+        return RunInfo(self.run_id, self.created, model_name(model), self.settings.with_timings)
 
     @property
     def _format(self) -> LineFormat:

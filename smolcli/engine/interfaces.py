@@ -1,121 +1,114 @@
-"""What the engine requires of a model. `native` and `torch_ops` implement it."""
+"""What the engine needs of a model: the two in `eager` and `native` have it."""
 
 from collections import abc
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.prefix_cache import PrefixCache
 from smolcli.engine.sequence import ScheduledSequence, Sequence
 
-Array = np.ndarray[Any, Any]
-Masks = abc.Sequence[bytes | None]  # one per row, see Constraint.mask; None allows every token
-Batch = Any  # made by a model's own KV cache for its own `forward`
-Hidden = Any  # a model's own array of (N, hidden_size); `hidden[[0, 2]]` selects rows
+Masks = abc.Sequence[bytes | None]  # one for each row; None allows all
 
 
-def unpack_mask(mask: bytes, vocab_size: int) -> Array:
-    """A bit mask of allowed tokens as (vocab_size,) booleans."""
-    bits = np.frombuffer(mask, np.uint8)
-    return np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
+def forbid(logits: Tensor, masks: Masks) -> None:
+    """Set to minus infinity, in place, what the masks do not allow of (N, vocab_size)."""
+    for row, mask in zip(logits, masks, strict=True):
+        if mask is not None:
+            bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(row), bitorder="little")
+            allowed = torch.from_numpy(bits.view(np.bool_)).to(row.device)
+            row.masked_fill_(~allowed, -torch.inf)
+
+
+Batch = Any  # what a model's own cache makes and its `forward` takes
 
 
 class Head(Protocol):
-    """The final norm and the projection to the vocabulary."""
+    """From hidden states, (N, hidden), to the next tokens."""
 
-    def logits(self, hidden: Hidden) -> Array:
-        """Compute logits on the model's device and copy them to the host.
-
-        Args:
-            hidden: (N, hidden_size).
-
-        Returns:
-            (N, vocab_size), float32, summed in float32 whatever the model's dtype. The caller may
-            write to it.
-        """
+    def logits(self, x: Any) -> Tensor:
+        """(N, hidden) -> (N, vocab_size), float32, for the caller to change."""
         ...
 
-    def best(self, hidden: Hidden, masks: Masks = ()) -> list[int]:
-        """Find each row's most likely allowed token; the lowest id wins a tie.
+    def refine(self, x: Any, logits: Tensor, width: int) -> None:
+        """See to it that the `width` largest logits of each row are as exact as float32."""
+        ...
 
-        Args:
-            hidden: (N, hidden_size).
-            masks: the allowed tokens of each row; empty allows every token in every row.
+    def best(self, x: Any, masks: Masks = ()) -> list[int]:
+        """The most likely token for each row that its mask, if any, allows; of equals, the first.
 
         Raises:
-            FloatingPointError: a row's logits contain NaN.
+            FloatingPointError: a row has no largest logit, because it holds NaN.
         """
         ...
 
 
 class KVCache(Protocol):
-    """The keys and values of every running sequence."""
+    """Owner of all keys and values."""
 
     @property
-    def prefix_cache(self) -> PrefixCache[Any]:
-        """Keys and values of earlier prompts."""
+    def prefix_cache(self) -> PrefixCache:
+        """Beginnings of prompts, kept for prompts to come."""
         ...
 
     @property
     def num_sequences(self) -> int:
-        """The number of sequences that hold memory."""
+        """How many sequences hold something."""
         ...
 
     def bytes_needed(self, sequence: Sequence) -> int:
-        """The most bytes that the sequence can occupy, padding included."""
+        """The most bytes that the sequence will hold, padding included."""
         ...
 
     def max_length(self, num_bytes: int) -> int:
-        """The most tokens of one sequence that `num_bytes` and the model's positions allow."""
+        """The most tokens of one sequence: what the model was made for, and what so much holds."""
         ...
 
     def allocate(self, sequence: Sequence) -> None:
-        """Give a sequence memory and load its cached prefix; sets `num_cached`. Idempotent."""
+        """Give a new sequence a place, filled as far as its beginning is known."""
         ...
 
     def store_prefix(self, sequence: Sequence) -> None:
-        """Copy a fully computed prompt to the prefix cache."""
+        """Keep a prompt that is computed, for those that begin like it."""
         ...
 
     def ensure_capacity(self, sequence: Sequence) -> None:
-        """Make sure that there is room for every token of the sequence, the newest included."""
+        """See that all tokens of the sequence, the newest included, have a place."""
         ...
 
-    def batch_key(self, item: ScheduledSequence) -> tuple[int, int]:
-        """Sort key that puts the items of a batch in the cheapest order to compute."""
+    def batch_key(self, work: ScheduledSequence) -> tuple[int, int]:
+        """Works sorted by this make the cheapest batch."""
         ...
 
-    def make_batch(self, items: list[ScheduledSequence]) -> Batch:
-        """Build the input of `Model.forward` from sorted items that have capacity."""
+    def make_batch(self, works: list[ScheduledSequence]) -> Batch:
+        """The input of a forward pass over sorted works that have room."""
         ...
 
     def free(self, sequence: Sequence) -> None:
-        """Release the sequence's memory, if it holds any."""
+        """Drop what the sequence holds, if anything."""
         ...
 
 
 class Model(Protocol):
-    """The weights and the forward pass."""
+    """The weights, and how to compute with them."""
 
     @property
     def config(self) -> LlamaConfig:
-        """The model's shape."""
+        """The shapes."""
         ...
 
     @property
     def head(self) -> Head:
-        """Turns hidden states into logits or tokens."""
+        """What chooses the next tokens."""
         ...
 
     def make_kv_cache(self, prefix_cache_bytes: int) -> KVCache:
-        """Create an empty KV cache.
-
-        Args:
-            prefix_cache_bytes: memory for the prefix cache; 0 disables it.
-        """
+        """Keys and values for this model's batches; so much memory for beginnings of prompts."""
         ...
 
-    def forward(self, batch: Batch) -> Hidden:
-        """Compute the last hidden state of every item that completes, in batch order."""
+    def forward(self, batch: Batch) -> Any:
+        """Hidden states, (N, hidden), of the works that complete, in their order."""
         ...

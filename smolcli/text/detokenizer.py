@@ -10,10 +10,50 @@ from smolcli.types import ErrorCode, Query, Result, failure
 LOGPROB_DIGITS = 4  # after the decimal point; further digits are not batch-invariant on a GPU
 
 
+class StopString:
+    """Finds one stop string in a stream of text: Knuth, Morris & Pratt 1977.
+
+    The cost is at most two comparisons per character on average, whatever the text and the stop
+    string are.
+
+    Args:
+        text: the stop string, not empty.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.num_matched = 0  # length of the longest prefix that ends the text so far
+        self._fallbacks = [0]  # for each prefix, its longest proper prefix that is also a suffix
+        matched = 0
+        for char in text[1:]:
+            matched = self._next(matched, char)
+            self._fallbacks.append(matched)
+
+    def find(self, piece: str) -> int | None:
+        """Advance by a piece of text.
+
+        Returns:
+            Where in `piece` the stop string ends, or None. The search is over once it is found.
+        """
+        matched = self.num_matched
+        for end, char in enumerate(piece, 1):
+            matched = self._next(matched, char)
+            if matched == len(self.text):
+                return end
+        self.num_matched = matched
+        return None
+
+    def _next(self, matched: int, char: str) -> int:
+        while matched and self.text[matched] != char:
+            matched = self._fallbacks[matched - 1]
+        return matched + (self.text[matched] == char)
+
+
 class Detokenizer:
     """Turns the tokens of one answer into text, ending at the first stop string.
 
-    The text excludes the stop string and surrounding white space.
+    The text excludes the stop string and surrounding white space. Text that may be the start of
+    a stop string, and white space that may be the last, is held back until more is known.
 
     Args:
         decoder: a new decoder.
@@ -22,15 +62,16 @@ class Detokenizer:
 
     def __init__(self, decoder: TextDecoder, stop: tuple[str, ...]) -> None:
         self._decoder = decoder
-        self._stop = stop
-        self._text = ""
-        self._num_shown = 0
+        self._stop = [StopString(text) for text in stop]
+        self._shown: list[str] = []
+        self._space: list[str] = []  # white space after the text shown
+        self._tail = ""  # text that may be the start of a stop string
         self.is_stopped = False
 
     @property
     def text(self) -> str:
         """The text so far, stripped."""
-        return self._text.strip()
+        return "".join([*self._shown, *self._space, self._tail]).strip()
 
     def push(self, token_id: int) -> str:
         """Take one token; returns the text that has become final."""
@@ -39,32 +80,31 @@ class Detokenizer:
     def finish(self) -> str:
         """End the answer; returns the rest of the text."""
         piece = "" if self.is_stopped else self._extend(self._decoder.flush())
-        return piece + self._show(len(self._text))
+        tail, self._tail = self._tail, ""
+        return piece + self._show(tail)
 
     def _extend(self, piece: str) -> str:
-        searched = max(len(self._text) - max(map(len, self._stop), default=0), 0)
-        self._text += piece
-        found = [at for stop in self._stop if (at := self._text.find(stop, searched)) >= 0]
-        if found:
-            self._text = self._text[: min(found)]
+        text = self._tail + piece
+        ends = [(stop, end) for stop in self._stop if (end := stop.find(piece)) is not None]
+        if ends:
             self.is_stopped = True
-        return self._show(len(self._text) - self._held_length())
+            num_final = min(len(self._tail) + end - len(stop.text) for stop, end in ends)
+            text = text[:num_final]
+        else:
+            num_final = len(text) - max((stop.num_matched for stop in self._stop), default=0)
+        self._tail = text[num_final:]
+        return self._show(text[:num_final])
 
-    def _held_length(self) -> int:
-        """The length of the longest suffix that may be the start of a stop string."""
-        if self.is_stopped:
-            return 0
-        lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._ends(stop[:n]))
-        return max(lengths, default=0)
-
-    def _ends(self, prefix: str) -> bool:
-        return self._text.endswith(prefix)
-
-    def _show(self, num_final: int) -> str:
-        """Return new final text; trailing white space is held back because more text may follow."""
-        final = self._text[:num_final].strip()
-        piece = final[self._num_shown :]
-        self._num_shown = len(final)
+    def _show(self, text: str) -> str:
+        """Append final text; returns what can be shown of it, without trailing white space."""
+        visible = text.rstrip()
+        if not visible:
+            self._space.append(text)
+            return ""
+        piece = "".join(self._space) + visible
+        self._space = [text[len(visible) :]]
+        piece = piece if self._shown else piece.lstrip()
+        self._shown.append(piece)
         return piece
 
 

@@ -3,21 +3,25 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.interfaces import Model
-from smolcli.engine.native.bindings import Kernels
+from smolcli.engine.native.bindings import BFLOAT16, Array, Kernels
 from smolcli.engine.native.model import NativeModel
+from smolcli.engine.torch_ops.cuda_graphs import GraphedModel, record_cuda_graph
+from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.errors import ModelError
 
 
 def load_model(
     folder: Path,
-    dtype: Literal["float32", "bfloat16"],
-    device: str = "cpu",
+    dtype: torch.dtype,
+    device: torch.device,
     kernels: Kernels | None = None,
     num_threads: int = 1,
 ) -> Model:
@@ -27,8 +31,8 @@ def load_model(
         folder: where it is.
         dtype: to compute in.
         device: to compute on.
-        kernels: the native kernels of the dtype; None computes with torch.
-        num_threads: CPU threads to compute with.
+        kernels: to compute with, made for the dtype; None: torch's.
+        num_threads: how many threads compute with the kernels.
 
     Raises:
         ModelError: it is of another architecture, or its files are damaged.
@@ -37,28 +41,24 @@ def load_model(
     weights = _weights(folder)
     try:
         if kernels is not None:
-            return NativeModel(config, weights, kernels, num_threads)
-        return _torch_model(config, weights, dtype, device, num_threads)
+            arrays = {name: _as_array(weight) for name, weight in weights.items()}
+            return NativeModel(config, arrays, kernels, num_threads)
+        model = TorchModel(config, weights, dtype, device)
+        if device.type == "cuda":
+            return GraphedModel(model, partial(record_cuda_graph, device))
+        return model
     except KeyError as exc:
         raise ModelError(f"{folder}: the weights hold no {exc}") from exc
     except RuntimeError as exc:
         raise ModelError(f"{folder}: the weights do not fit config.json: {exc}") from exc
 
 
-def _torch_model(
-    config: LlamaConfig, weights: dict[str, Any], dtype: str, device: str, num_threads: int
-) -> Model:
-    import torch
-
-    from smolcli.engine.torch_ops.cuda_graphs import GraphedModel, record_cuda_graph
-    from smolcli.engine.torch_ops.model import TorchModel
-
-    if device == "cpu":
-        torch.set_num_threads(num_threads)
-    model = TorchModel(config, weights, getattr(torch, dtype), torch.device(device))
-    if device == "cpu":
-        return model
-    return GraphedModel(model, partial(record_cuda_graph, model.device))
+def _as_array(weight: Tensor) -> Array:
+    """A tensor as a NumPy array that shares its memory."""
+    if weight.dtype is torch.bfloat16:
+        return weight.view(torch.int16).numpy().view(BFLOAT16)
+    array: Array = weight.numpy()
+    return array
 
 
 def load_config(folder: Path) -> LlamaConfig:
@@ -126,9 +126,9 @@ def _eos_ids(folder: Path, values: dict[str, Any]) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _weights(folder: Path) -> dict[str, Any]:
+def _weights(folder: Path) -> dict[str, Tensor]:
     """Tensors by name, without the leading "model."; memory-mapped, not copied."""
-    weights: dict[str, Any] = {}
+    weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:

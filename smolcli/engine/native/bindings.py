@@ -1,12 +1,22 @@
-"""The structures and functions of kernels.c in Python's words."""
+"""The structures and functions of kernels.c and team.c in Python."""
 
 import ctypes
-from collections.abc import Callable
+import os
+import weakref
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-import torch
+
+from smolcli.engine.native import library
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT32 = np.dtype(np.float32)
+ALIGNMENT = 64  # bytes, of weights and scratch: one cache line and the widest vector
+
+Array = np.ndarray[Any, Any]
 
 SPAN = np.dtype(
     [
@@ -28,57 +38,186 @@ class LayerStruct(ctypes.Structure):
 
 
 class ModelStruct(ctypes.Structure):
-    """Shapes and weights."""
+    """Shapes and weights of a model."""
 
     _fields_ = [
         *((name, c_int32) for name in ("num_layers", "hidden", "intermediate", "num_heads")),
-        *((name, c_int32) for name in ("num_kv_heads", "head_dim", "vocab", "num_threads")),
-        ("eps", c_float),
+        *((name, c_int32) for name in ("num_kv_heads", "head_dim", "vocab", "padding")),
+        *((name, c_float) for name in ("eps", "padding_2")),
         *((name, c_void_p) for name in ("layers", "embed", "head", "norm", "cos", "sin")),
     ]
 
 
 class SpaceStruct(ctypes.Structure):
-    """Where intermediate values go."""
+    """Buffers for the intermediate values of a step."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("x", "normed", "qkv", "queries", "mixed", "act", "scores")),
-        ("scores_stride", c_int64),
+        *((name, c_void_p) for name in ("x", "normed", "squares", "queries", "attended", "act")),
+        ("squares_stride", c_int64),
     ]
 
 
-class Kernels:
-    """One library; arguments that are tensors or arrays are passed by `address`.
+class KernelError(Exception):
+    """A kernel library that cannot be loaded or used; the text says why."""
 
-    `width` numbers are computed with at a time, up to `tile_rows` rows of a batch, and weights are
-    laid out in panels of `panel` columns and lanes of `lane` elements.
+
+class Kernels:
+    """A kernel library: one CPU variant and one format of weights.
+
+    Args:
+        opened: the shared library.
+        name: its variant and format, as in "x86-64-v3-bfloat16".
+
+    Attributes:
+        width: float32 values of one vector.
+        panel: output columns of one panel of packed weights.
+        task_rows: query rows of one KV head that attend together.
+        weight_dtype: of packed weights.
+        dtype: of activations and the KV cache.
+
+    Raises:
+        KernelError: the library does not match these bindings.
     """
 
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.width = c_int32.in_dll(library, "width").value
-        self.tile_rows = c_int32.in_dll(library, "tile_rows").value
+    def __init__(self, opened: ctypes.CDLL, name: str) -> None:
+        self.name = name
+        self.width = c_int32.in_dll(opened, "smol_width").value
         self.panel = 2 * self.width
-        self.lane = 4 // dtype.itemsize
-        model, space = ctypes.POINTER(ModelStruct), ctypes.POINTER(SpaceStruct)
-        self.forward = _typed(
-            library.forward, model, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_int32, space
+        self.task_rows = c_int32.in_dll(opened, "smol_task_rows").value
+        has_bf16_weights, has_bf16_products = (c_int32 * 2).in_dll(opened, "smol_formats")
+        self.weight_dtype = BFLOAT16 if has_bf16_weights else FLOAT32
+        self.dtype = BFLOAT16 if has_bf16_products else FLOAT32
+        *sizes, self.best_bytes = (c_int32 * 5).in_dll(opened, "smol_struct_sizes")
+        structs = (LayerStruct, ModelStruct, SpaceStruct)
+        layer, model, space = map(ctypes.sizeof, structs)
+        if sizes != [layer, model, SPAN.itemsize, space]:
+            raise KernelError(f"{name}: structure sizes {sizes} differ from those of bindings.py")
+        pointer, number = c_void_p, c_int32
+        self._create = _typed(opened.smol_team_create, c_void_p, number)
+        self._destroy = _typed(opened.smol_team_destroy, None, pointer)
+        self._forward = _typed(
+            opened.smol_forward,
+            *(number, pointer, ctypes.POINTER(ModelStruct), pointer, pointer, number),
+            *(pointer, pointer, number, ctypes.POINTER(SpaceStruct)),
         )
-        self.logits = _typed(library.logits, model, c_void_p, c_int32, c_void_p, c_void_p)
-        self.best = _typed(
-            library.best, model, c_void_p, c_int32, c_void_p, c_void_p, c_void_p, c_void_p
+        head = (pointer, ctypes.POINTER(ModelStruct), pointer, number)
+        self._logits = _typed(
+            opened.smol_logits, number, *head, ctypes.POINTER(SpaceStruct), pointer
+        )
+        self._best = _typed(
+            opened.smol_best, number, *head, pointer, ctypes.POINTER(SpaceStruct), pointer, pointer
         )
 
 
-def address(array: "torch.Tensor | np.ndarray[Any, Any]") -> int:
-    """Where the values of a tensor or an array lie, one after the other."""
-    if isinstance(array, torch.Tensor):
-        assert array.is_contiguous()
-        return array.data_ptr()
+@cache
+def load_kernels(dtype: str) -> Kernels:
+    """Load the fastest kernels for a format that this CPU can run.
+
+    The environment variable SMOL_KERNEL_VARIANT selects another variant, for tests.
+
+    Args:
+        dtype: format of the weights, "float32" or "bfloat16".
+
+    Raises:
+        KernelError: there are none for this CPU, or they are not built, or out of date.
+    """
+    machine, forced = library.machine_name(), library.forced_variant()
+    if not any(variant.machine == machine for variant in library.VARIANTS.values()):
+        raise KernelError(f"there are no native kernels for {machine}")
+    cpu_variants: int = _open_library(library.CPU_LIBRARY).smol_cpu_variants()
+    variant = library.best_variant(dtype, cpu_variants, forced)
+    if variant is None and forced:
+        raise KernelError(
+            f"{library.VARIANT_VARIABLE}={forced} has no {dtype} kernels for this CPU"
+        )
+    if variant is None:
+        needed = {"x86_64": "AVX2 and FMA"}.get(machine, "NEON")
+        raise KernelError(f"the CPU lacks {needed}, which the native kernels need")
+    name = f"{variant.name}-{dtype}"
+    return Kernels(_open_library(name), name)
+
+
+def _open_library(name: str) -> ctypes.CDLL:
+    """Open a library and check that it was built from the sources beside it, if there are any."""
+    path = library.library_path(name, library.system_name(), library.FOLDER)
+    advice = f"build them with `{library.BUILD_COMMAND}`"
+    if not path.exists():
+        raise KernelError(f"the native kernels are not built ({path.name} is missing): {advice}")
+    try:
+        opened = ctypes.CDLL(str(path))
+    except OSError as exc:
+        raise KernelError(f"cannot load the native kernels: {exc}") from exc
+    expected = library.source_hash(library.FOLDER)
+    if expected and f"smol-source-{expected}" != _text(opened, "smol_source"):
+        raise KernelError(f"the native kernels are older than their source: {advice}")
+    return opened
+
+
+def _text(opened: ctypes.CDLL, name: str) -> str:
+    return ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(opened, name))).decode()
+
+
+class ThreadTeam:
+    """The threads that compute the steps of one model, see team.c.
+
+    Threads do not survive `fork`; in a child process the team is replaced by a new one on first
+    use. Threads end with the object.
+
+    Args:
+        kernels: the library.
+        num_threads: how many compute, the calling thread included.
+
+    Raises:
+        KernelError: the threads cannot be started.
+    """
+
+    def __init__(self, kernels: Kernels, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._kernels = kernels
+        self._start()
+
+    def forward(self, *arguments: Any) -> None:
+        """Call smol_forward; arguments as in kernels.c, without the team."""
+        self._call(self._kernels._forward, arguments)
+
+    def logits(self, *arguments: Any) -> None:
+        """Call smol_logits; arguments as in kernels.c, without the team."""
+        self._call(self._kernels._logits, arguments)
+
+    def best(self, *arguments: Any) -> None:
+        """Call smol_best; arguments as in kernels.c, without the team."""
+        self._call(self._kernels._best, arguments)
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._handle = self._kernels._create(self.num_threads)
+        if not self._handle:
+            raise KernelError(f"cannot start {self.num_threads} threads")
+        weakref.finalize(self, self._kernels._destroy, self._handle)
+
+    def _call(self, function: Any, arguments: tuple[Any, ...]) -> None:
+        if self._pid != os.getpid():
+            self._start()
+        status = function(self._handle, *arguments)
+        if status:
+            reasons = {1: "forked since", 2: "in use by another thread", 3: "weights not aligned"}
+            raise KernelError(f"{self._kernels.name}: {reasons[status]}")
+
+
+def address(array: Array) -> int:
+    """Address of the first value of a contiguous array."""
     assert array.flags.c_contiguous
     return array.ctypes.data
 
 
-def _typed(function: Any, *arguments: Any) -> Callable[..., None]:
-    function.argtypes, function.restype = arguments, None
-    return function  # type: ignore[no-any-return]
+def aligned_empty(shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Array:
+    """An uninitialized array whose address is a multiple of ALIGNMENT."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def _typed(function: Any, result: Any, *arguments: Any) -> Any:
+    function.argtypes, function.restype = arguments, result
+    return function

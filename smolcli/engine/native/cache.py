@@ -1,15 +1,12 @@
 """Keys and values, a buffer for each sequence, as long as the sequence may become."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.native.bindings import SPAN, Kernels, address
-from smolcli.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
+from smolcli.engine.native.bindings import SPAN, Array, Kernels, address, aligned_empty
+from smolcli.engine.prefix_cache import PrefixCache
 from smolcli.engine.sequence import ScheduledSequence, Sequence
 
 
@@ -17,9 +14,9 @@ from smolcli.engine.sequence import ScheduledSequence, Sequence
 class NativeBatch:
     """The tokens of one step: (T,) ids, which sequence has which, and whose next one is wanted."""
 
-    token_ids: "np.ndarray[Any, np.dtype[np.int32]]"
-    spans: "np.ndarray[Any, Any]"  # of SPAN
-    last_rows: Tensor  # (N,)
+    token_ids: Array  # int32
+    spans: Array  # of SPAN
+    last_rows: Array  # (N,)
 
 
 class BufferCache:
@@ -32,11 +29,10 @@ class BufferCache:
     """
 
     def __init__(self, config: LlamaConfig, kernels: Kernels, prefix_cache_bytes: int) -> None:
-        block_bytes = config.kv_cache_bytes(BLOCK_TOKENS, kernels.dtype.itemsize)
-        self.prefix_cache: PrefixCache[Tensor] = PrefixCache(prefix_cache_bytes, block_bytes)
+        self.prefix_cache = PrefixCache(prefix_cache_bytes)
         self._config = config
         self._kernels = kernels
-        self._buffers: dict[Sequence, Tensor] = {}  # (2, layers, kv_heads, length, head_dim)
+        self._buffers: dict[Sequence, Array] = {}  # (2, layers, kv_heads, length, head_dim)
 
     @property
     def num_sequences(self) -> int:
@@ -50,8 +46,8 @@ class BufferCache:
 
     def max_length(self, num_bytes: int) -> int:
         """See `model.Cache`."""
-        width = self._kernels.width
-        most = num_bytes // self._config.kv_cache_bytes(width, self._kernels.dtype.itemsize) * width
+        panel = self._kernels.panel
+        most = num_bytes // self._config.kv_cache_bytes(panel, self._kernels.dtype.itemsize) * panel
         return min(most, self._config.max_positions)
 
     def allocate(self, sequence: Sequence) -> None:
@@ -60,20 +56,13 @@ class BufferCache:
             return
         config, length = self._config, self._padded(sequence.max_tokens)
         shape = (2, config.num_layers, config.num_kv_heads, length, config.head_dim)
-        buffer = torch.empty(shape, dtype=self._kernels.dtype)
-        blocks = self.prefix_cache.match(sequence.prompt_ids)
-        for index, block in enumerate(blocks):
-            start = index * BLOCK_TOKENS
-            buffer[..., start : start + BLOCK_TOKENS, :] = block
-        sequence.num_cached = len(blocks) * BLOCK_TOKENS
+        buffer = aligned_empty(shape, self._kernels.dtype)
+        sequence.num_cached = self.prefix_cache.fill(sequence.prompt_ids, buffer)
         self._buffers[sequence] = buffer
 
     def store_prefix(self, sequence: Sequence) -> None:
         """See `model.Cache`."""
-        buffer = self._buffers[sequence]
-        self.prefix_cache.insert(
-            sequence.prompt_ids, lambda start, stop: buffer[..., start:stop, :].clone()
-        )
+        self.prefix_cache.keep(sequence.prompt_ids, self._buffers[sequence])
 
     def ensure_capacity(self, sequence: Sequence) -> None:
         """See `model.Cache`; there is room from the beginning."""
@@ -93,12 +82,12 @@ class BufferCache:
             at = address(buffer)
             spans[index] = (end - num_rows, num_rows, work.start, buffer.shape[3], at)
         completed = np.array([w.completes for w in works])
-        return NativeBatch(np.array(ids, np.int32), spans, torch.from_numpy(ends[completed] - 1))
+        return NativeBatch(np.array(ids, np.int32), spans, ends[completed] - 1)
 
     def free(self, sequence: Sequence) -> None:
         """See `model.Cache`."""
         self._buffers.pop(sequence, None)
 
     def _padded(self, num_tokens: int) -> int:
-        """Whole vectors of scores: the kernels look at that many keys at a time."""
-        return -(-num_tokens // self._kernels.width) * self._kernels.width
+        """Rounded up to the number of keys that the kernels read at a time."""
+        return -(-num_tokens // self._kernels.panel) * self._kernels.panel

@@ -4,65 +4,86 @@ import ctypes
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from smolcli.engine.interfaces import Array, Masks
-from smolcli.engine.native.bindings import Kernels, ModelStruct, address
+from smolcli.engine.interfaces import Masks
+from smolcli.engine.native.bindings import (
+    FLOAT32,
+    Array,
+    Kernels,
+    ModelStruct,
+    SpaceStruct,
+    ThreadTeam,
+    address,
+    aligned_empty,
+)
 
 
 class NativeHead:
-    """See `model.Head`; logits are summed in float32 and never rounded to less.
+    """See `interfaces.Head`. Logits are float32 sums, never rounded to less.
 
     Args:
-        kernels: what computes.
+        kernels: the library.
+        team: the threads that compute.
         struct: the model.
     """
 
-    def __init__(self, kernels: Kernels, struct: ModelStruct) -> None:
+    def __init__(self, kernels: Kernels, team: ThreadTeam, struct: ModelStruct) -> None:
         self._kernels = kernels
+        self._team = team
         self._struct = struct
-        self._best_bytes = struct.num_threads * 8 * kernels.width
+        self._num_panels = -(-struct.vocab // kernels.panel)
 
-    def logits(self, x: Tensor) -> Array:
-        """See `model.Head`."""
-        vocab, panel = self._struct.vocab, self._kernels.panel
-        x, normed = self._inputs(x)
-        out = torch.empty(len(x), -(-vocab // panel) * panel)
-        self._kernels.logits(
-            ctypes.byref(self._struct), address(x), len(x), address(normed), address(out)
-        )
-        logits: Array = out[:, :vocab].numpy()
-        return logits
+    def logits(self, x: Array) -> Any:
+        """See `interfaces.Head`."""
+        import torch
 
-    def best(self, x: Tensor, masks: Masks = ()) -> list[int]:
-        """See `model.Head`; no logit is written to memory."""
-        x, normed = self._inputs(x)
-        found = torch.empty(len(x) * self._best_bytes, dtype=torch.uint8)
-        ids = torch.empty(len(x), dtype=torch.int32)
+        x = np.ascontiguousarray(x, np.float32)
+        out = np.empty((len(x), self._num_panels * self._kernels.panel), np.float32)
+        scratch, space = self._space(len(x))
+        self._team.logits(self._struct, address(x), len(x), ctypes.byref(space), address(out))
+        del scratch
+        return torch.from_numpy(out[:, : self._struct.vocab])
+
+    def refine(self, x: Array, logits: Any, width: int) -> None:
+        """See `interfaces.Head`; they are exact."""
+
+    def best(self, x: Array, masks: Masks = ()) -> list[int]:
+        """See `interfaces.Head`. No logit is written to memory."""
+        x = np.ascontiguousarray(x, np.float32)
+        num_rows = len(x)
+        num_bytes = num_rows * self._team.num_threads * self._kernels.best_bytes
+        best = aligned_empty((num_bytes,), np.dtype(np.uint8))
+        ids = np.empty(num_rows, np.int32)
         bits = self._bits(masks) if any(masks) else None
-        self._kernels.best(
-            ctypes.byref(self._struct),
+        scratch, space = self._space(num_rows)
+        self._team.best(
+            self._struct,
             address(x),
-            len(x),
+            num_rows,
             None if bits is None else address(bits),
-            address(normed),
-            address(found),
+            ctypes.byref(space),
+            address(best),
             address(ids),
         )
+        del scratch
         if (ids < 0).any():
             raise FloatingPointError("the model computed logits that are not numbers")
-        return ids.tolist()
+        return [int(token_id) for token_id in ids]
 
-    def _bits(self, masks: Masks) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-        """The masks side by side, in whole panels."""
-        panel = self._kernels.panel
-        bits = np.full((len(masks), -(-self._struct.vocab // panel) * panel // 8), 255, np.uint8)
+    def _bits(self, masks: Masks) -> Array:
+        """The masks as rows of whole panels; tokens beyond a mask are allowed."""
+        bits = np.full((len(masks), self._num_panels * self._kernels.panel // 8), 255, np.uint8)
         for row, mask in zip(bits, masks, strict=True):
             if mask is not None:
                 row[: len(mask)] = np.frombuffer(mask, np.uint8)[: len(row)]
         return bits
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x without gaps, and space for what the last norm makes of it."""
-        return x.contiguous(), torch.empty(x.shape, dtype=self._kernels.dtype)
+    def _space(self, num_rows: int) -> tuple[tuple[Array, Array], SpaceStruct]:
+        """Scratch for the norm of `num_rows` rows, and the structure that points to it."""
+        hidden, stride = self._struct.hidden, num_rows + self._kernels.width
+        normed = aligned_empty((num_rows, hidden), self._kernels.dtype)
+        squares = aligned_empty((hidden // self._kernels.panel, stride), FLOAT32)
+        struct = SpaceStruct(
+            normed=address(normed), squares=address(squares), squares_stride=stride
+        )
+        return (normed, squares), struct

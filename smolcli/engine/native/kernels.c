@@ -1,109 +1,220 @@
 /* One forward pass of a Llama over the tokens of many sequences, and the choice of the next token.
 
-   Built for this machine when first needed (build.py), once with BF16=1 and once with BF16=0. All
-   matrices are packed into panels of PANEL columns, so that a step reads each weight once, in order.
+   Compiled ahead of time, once for each CPU variant and format (tools/build_kernels.py):
 
-   Whatever shares a batch changes no bit of a row: every sum runs over its terms in one order, however
-   many rows are computed together. Softmax and norms are in float32, and so is what layers add to.
+     BF16_WEIGHTS   weights are stored in bfloat16, otherwise in float32
+     BF16_PRODUCTS  activations and the KV cache are bfloat16 too and are multiplied by the CPU's
+                    bfloat16 instructions; otherwise they are float32 and so is the arithmetic
 
-   "Elements" are what weights and the cache hold, bfloat16 or float32; "lanes" are 4 bytes of them. */
+   All matrices are packed into panels of PANEL output columns, so that a step reads each weight once,
+   in order. Softmax, norms and the residual stream are float32 in every format.
+
+   Outputs are batch-invariant: every sum runs over its terms in one order, however many rows are
+   computed together and whichever thread computes them. All multiply-adds that matter are written as
+   such (`fma_of`), and the compiler is told not to contract others (-ffp-contract=off), so every tile
+   height rounds in the same way.
+
+   Dimensions in comments: R rows (tokens) of the step, H hidden size, I intermediate size, D head
+   dimension. "Elements" are what activations and the KV cache hold, bfloat16 or float32; "lanes" are 4
+   bytes of them. */
 
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
-#if BF16
-#ifndef __AVX512BF16__
-#error "no instructions for bfloat16"
+#include "team.h"
+
+#if BF16_PRODUCTS && !BF16_WEIGHTS
+#error "bfloat16 products need bfloat16 weights"
 #endif
+#if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#else
+#error "no kernels for this architecture"
+#endif
+#if BF16_PRODUCTS && !defined(EMULATE_BF16) && !defined(__AVX512BF16__) && \
+    !defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#error "this variant has no instructions for bfloat16"
+#endif
+
+#if BF16_PRODUCTS
 typedef uint16_t elem;
 #else
 typedef float elem;
 #endif
 
+#ifndef WIDTH /* tests compile the 16-wide code for CPUs with 8-wide vectors */
 #ifdef __AVX512F__
-enum { WIDTH = 16, TILE_ROWS = 12 };
+#define WIDTH 16
 #else
-enum { WIDTH = 8, TILE_ROWS = 6 };
+#define WIDTH 8 /* on aarch64 a pair of NEON registers */
 #endif
-enum { PANEL = 2 * WIDTH, ELEMS = 4 / sizeof(elem), VALUE_ROWS = TILE_ROWS / 2 };
+#endif
 
-typedef uint32_t lane;
-typedef float vec __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t ivec __attribute__((vector_size(4 * WIDTH)));
+enum {
+    TILE_ROWS = WIDTH == 16 ? 12 : 6, /* rows of a product that fit into registers, with 2 vectors each */
+    PANEL = 2 * WIDTH,                /* output columns of a panel */
+    ELEMS = 4 / sizeof(elem),         /* elements of a lane */
+    WEIGHTS = BF16_WEIGHTS ? 2 : 1,   /* weights of a lane */
+    VALUE_ROWS = TILE_ROWS / 2,       /* rows of the weighted sum, with 4 vectors each */
+    KEY_BLOCK = 64,                   /* keys between two updates of the online softmax */
+    TASK_ROWS = 48,                   /* query rows that share the transposed keys */
+    MAX_HEAD_DIM = 256,
+    ALIGNMENT = 64, /* bytes, of packed weights */
+    OPS_PER_LAYER = 5
+};
+
+typedef uint32_t lane __attribute__((may_alias));
+typedef float vec __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef vec loose __attribute__((aligned(4))); /* a vec anywhere in an array */
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The weights of one layer; matrices are packed, norms are float32. */
+/* The weights of one layer; matrices are packed, norms are (H,) float32. */
 typedef struct {
     const lane *qkv, *out, *gate_up, *down;
     const float *input_norm, *mlp_norm;
 } Layer;
 
 typedef struct {
-    int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab, num_threads;
-    float eps;
+    int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab, padding;
+    float eps, padding_2;
     const Layer *layers;
-    const lane *embed, *head; /* packed, the same where they are tied */
+    const lane *embed, *head; /* packed, the same if they are tied */
     const float *norm;
-    const float *cos, *sin; /* (positions, head_dim / 2) */
+    const float *cos, *sin; /* (positions, D / 2) */
 } Model;
 
-/* Neighbouring rows of the batch that are tokens of one sequence, from position `start` on.
-   cache is (2, layers, kv_heads, length, head_dim), keys first. */
+/* Consecutive rows of the step that are tokens of one sequence, from position `start` on.
+   cache is (2, layers, kv_heads, length, D), keys first; length is a multiple of PANEL. */
 typedef struct {
     int32_t first_row, num_rows, start, length;
     elem *cache;
 } Span;
 
-/* Space for the intermediate values of R rows; scores is (threads, TILE_ROWS, the longest length). */
+/* Space for the intermediate values of R rows. */
 typedef struct {
-    float *x;      /* (R, hidden), what layers add to */
-    elem *normed;  /* (R, hidden) */
-    float *qkv;    /* (R, panels of q, k and v) */
-    elem *queries; /* (R, num_heads, head_dim) */
-    elem *mixed;   /* (R, num_heads, head_dim) */
-    elem *act;     /* (R, intermediate) */
-    float *scores;
-    int64_t scores_stride; /* of one thread */
+    float *x;         /* (R, H), the residual stream */
+    elem *normed;     /* (R, H), x times the weight of the norm, not yet divided by its RMS */
+    float *squares;   /* (H / PANEL, squares_stride), sums of squares of PANEL columns of x */
+    elem *queries;    /* (R, num_heads, D) */
+    elem *attended;   /* (R, num_heads, D) */
+    elem *act;        /* (R, I) */
+    int64_t squares_stride; /* at least R + WIDTH */
 } Space;
 
-const int32_t width = WIDTH;
-const int32_t tile_rows = TILE_ROWS;
+/* The best logit of each of WIDTH lanes so far, whose it is, and whether a logit was NaN. */
+typedef struct {
+    vec value;
+    ivec id, is_nan;
+} Best;
+
+EXPORT const char smol_source[] = "smol-source-" SOURCE_HASH;
+EXPORT const int32_t smol_width = WIDTH;
+EXPORT const int32_t smol_task_rows = TASK_ROWS;
+EXPORT const int32_t smol_formats[2] = {BF16_WEIGHTS, BF16_PRODUCTS};
+/* Compared with the structures of bindings.py when the library is loaded. */
+EXPORT const int32_t smol_struct_sizes[5] = {sizeof(Layer), sizeof(Model), sizeof(Span), sizeof(Space),
+                                             sizeof(Best)};
+
+/* What the exported functions return; the first three are TeamStatus. */
+enum { OK = TEAM_OK, FORKED = TEAM_FORKED, BUSY = TEAM_BUSY, MISALIGNED = 3 };
+
+/* ---- Vectors ---- */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
-INLINE vec spread(float value) { return (vec){} + value; }
+INLINE vec broadcast(float value) { return (vec){} + value; }
 
-INLINE vec spread_lane(lane value) { return (vec)((ivec){} + (int32_t)value); }
+INLINE vec broadcast_lane(lane value) { return (vec)((uvec){} + value); }
 
-INLINE vec pick(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+INLINE vec select_lanes(ivec mask, vec yes, vec no) {
+    return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
+}
 
-/* The sum of acc and the products of two lanes' elements. */
-INLINE vec dot(vec acc, vec a, vec b) {
-#if BF16
-    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+/* a * b + c, rounded once. */
+INLINE vec fma_of(vec a, vec b, vec c) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && WIDTH == 8
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-    return acc + a * b;
+    union {
+        vec whole;
+#if defined(__aarch64__)
+        float32x4_t parts[WIDTH / 4];
+#else
+        __m256 parts[WIDTH / 8];
+#endif
+    } x = {a}, y = {b}, sum = {c};
+    for (unsigned i = 0; i < sizeof(vec) / sizeof sum.parts[0]; i++)
+#if defined(__aarch64__)
+        sum.parts[i] = vfmaq_f32(sum.parts[i], x.parts[i], y.parts[i]);
+#else
+        sum.parts[i] = _mm256_fmadd_ps(x.parts[i], y.parts[i], sum.parts[i]);
+#endif
+    return sum.whole;
+#endif
+}
+
+#if BF16_PRODUCTS
+/* The float32 of lanes that hold bfloat16 in their lower or upper halves. */
+INLINE vec low_half(uvec lanes) { return (vec)(lanes << 16); }
+INLINE vec high_half(uvec lanes) { return (vec)(lanes & 0xffff0000u); }
+#elif BF16_WEIGHTS
+INLINE vec low_half(uvec lanes) { return (vec)(lanes << 16); }
+INLINE vec high_half(uvec lanes) { return (vec)(lanes & 0xffff0000u); }
+#endif
+
+/* acc plus the products of the elements of two lanes. */
+INLINE vec dot(vec acc, vec a, vec b) {
+#if !BF16_PRODUCTS
+    return fma_of(a, b, acc);
+#elif defined(EMULATE_BF16)
+    acc = fma_of(high_half((uvec)a), high_half((uvec)b), acc);
+    return fma_of(low_half((uvec)a), low_half((uvec)b), acc);
+#elif defined(__aarch64__)
+    union {
+        vec whole;
+        float32x4_t sums[WIDTH / 4];
+        bfloat16x8_t pairs[WIDTH / 4];
+    } x = {a}, y = {b}, sum = {acc};
+    for (int i = 0; i < WIDTH / 4; i++)
+        sum.sums[i] = vbfdotq_f32(sum.sums[i], x.pairs[i], y.pairs[i]);
+    return sum.whole;
+#else
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #endif
 }
 
 INLINE vec load(const elem *from) {
-#if BF16
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_epi16(from)), 16);
-#else
+#if !BF16_PRODUCTS
     return *(const loose *)from;
+#elif defined(__AVX512BF16__) && !defined(EMULATE_BF16)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#else
+    uvec lanes;
+    for (int i = 0; i < WIDTH; i++) lanes[i] = (uint32_t)from[i] << 16;
+    return (vec)lanes;
 #endif
 }
 
+/* Rounds to the nearest element, ties to even; NaN stays NaN. */
 INLINE void store(elem *to, vec value) {
-#if BF16
-    _mm256_storeu_epi16(to, (__m256i)_mm512_cvtneps_pbh((__m512)value)); /* ties to even */
-#else
+#if !BF16_PRODUCTS
     *(loose *)to = value;
+#elif defined(__AVX512BF16__) && !defined(EMULATE_BF16)
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)value));
+#else
+    uvec bits = (uvec)value;
+    uvec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    uvec is_nan = (uvec)(value != value);
+    rounded = (is_nan & (bits >> 16 | 0x40)) | (~is_nan & rounded);
+    for (int i = 0; i < WIDTH; i++) to[i] = (uint16_t)rounded[i];
 #endif
 }
 
@@ -119,37 +230,55 @@ INLINE float max_of(vec value) {
     return max;
 }
 
-/* e^x, 0 below -87 and e^88 above 88; to 2 units in the last place (Cephes, S. Moshier). */
+/* e^x: 0 below -87, e^88 above 88, NaN of NaN; to 2 units in the last place (Cephes, S. Moshier). */
 INLINE vec exp_of(vec x) {
     const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    x = pick(x > 88.0f, spread(88.0f), x);
-    vec shifted = x * 1.44269504f + round, n = shifted - round;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = spread(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    ivec exponent = ((ivec)shifted - (ivec)spread(round)) << 23;
-    return pick(x > -87.0f, (vec)((ivec)p + exponent), (vec){});
+    vec bounded = select_lanes(x > 88.0f, broadcast(88.0f), x);
+    vec shifted = fma_of(bounded, broadcast(1.44269504f), broadcast(round)), n = shifted - round;
+    vec r = fma_of(n, broadcast(-0.693359375f), bounded);
+    r = fma_of(n, broadcast(2.12194440e-4f), r);
+    vec p = broadcast(1.9875691500e-4f);
+    p = fma_of(p, r, broadcast(1.3981999507e-3f));
+    p = fma_of(p, r, broadcast(8.3334519073e-3f));
+    p = fma_of(p, r, broadcast(4.1665795894e-2f));
+    p = fma_of(p, r, broadcast(1.6666665459e-1f));
+    p = fma_of(p, r, broadcast(5.0000001201e-1f));
+    p = fma_of(p, r * r, r) + 1.0f;
+    ivec exponent = ((ivec)shifted - (ivec)broadcast(round)) << 23;
+    vec power = select_lanes(x < -87.0f, (vec){}, (vec)((ivec)p + exponent));
+    return select_lanes(x == x, power, x);
 }
 
-/* Products of up to TILE_ROWS rows of x with one panel; prefetches a share of what comes next. */
-INLINE void tile(int rows, const lane *panel, int depth, const lane *x, const char *next,
-                 int next_step, vec acc[][2]) {
+/* ---- Products with packed weights ---- */
+
+/* Products of `rows` rows of x with the two vectors of columns of one panel.
+
+   panel is (depth, PANEL) lanes, WEIGHTS input features each. x is (rows, depth * WEIGHTS) elements.
+   Prefetches a share of the panel that comes next. */
+INLINE void tile(int rows, const lane *panel, int depth, const elem *x, const char *next, int next_step,
+                 vec acc[][2]) {
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
     for (int k = 0; k < depth; k++) {
-        vec first = *(const vec *)(panel + k * PANEL);
-        vec second = *(const vec *)(panel + k * PANEL + WIDTH);
+        const vec *columns = (const vec *)(panel + k * PANEL);
         __builtin_prefetch(next + ((k * next_step) >> 8) * 64, 0, 2);
-        for (int r = 0; r < rows; r++) {
-            vec value = spread_lane(x[r * depth + k]);
-            sum[r][0] = dot(sum[r][0], first, value);
-            sum[r][1] = dot(sum[r][1], second, value);
+#if BF16_WEIGHTS && !BF16_PRODUCTS
+        for (int half = 0; half < 2; half++) { /* input features 2 * k and 2 * k + 1 */
+            vec first = half ? high_half((uvec)columns[0]) : low_half((uvec)columns[0]);
+            vec second = half ? high_half((uvec)columns[1]) : low_half((uvec)columns[1]);
+            for (int r = 0; r < rows; r++) {
+                vec value = broadcast(x[(r * depth + k) * 2 + half]);
+                sum[r][0] = fma_of(first, value, sum[r][0]);
+                sum[r][1] = fma_of(second, value, sum[r][1]);
+            }
         }
+#else
+        for (int r = 0; r < rows; r++) {
+            vec value = broadcast_lane(((const lane *)x)[r * depth + k]);
+            sum[r][0] = dot(sum[r][0], columns[0], value);
+            sum[r][1] = dot(sum[r][1], columns[1], value);
+        }
+#endif
     }
     for (int r = 0; r < rows; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
 }
@@ -167,321 +296,575 @@ INLINE void tile(int rows, const lane *panel, int depth, const lane *x, const ch
         CASE(7, call) CASE(8, call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call) \
     }
 
-static void any_tile(int rows, const lane *panel, int depth, const lane *x, const char *next,
+static void any_tile(int rows, const lane *panel, int depth, const elem *x, const char *next,
                      int next_step, vec acc[][2]) {
     FOR_ROWS(rows, tile(ROWS, panel, depth, x, next, next_step, acc))
 }
 
-/* The best logit of each of a thread's WIDTH lanes so far, and whose it is. */
+/* A packed matrix and the rows that it is multiplied with. */
 typedef struct {
-    vec value;
-    ivec id;
-} Best;
+    const lane *weight; /* (num_panels, depth, PANEL) */
+    int num_panels, depth;
+    const elem *x; /* (rows, depth * WEIGHTS) */
+    int rows;
+} Product;
 
-/* What becomes of the products. */
-typedef enum { STORE, ADD, SWIGLU, BEST } Use;
-
+/* One panel of columns and a few rows: an item of a product. */
 typedef struct {
-    Use use;
-    float *out; /* STORE, ADD: (rows, stride) */
-    elem *act;  /* SWIGLU: (rows, stride) */
-    Best *best; /* BEST: (rows,) of this thread */
-    const uint8_t *allowed; /* BEST: a bit for each token, (rows, stride bytes), or none */
-    int64_t stride;
-    int32_t vocab;
-} Target;
+    int panel, first_row, end_row;
+    vec acc[TILE_ROWS][2];
+} Tile;
 
-INLINE void keep_best(const Target *to, int row, vec value, int first_id) {
-    Best *best = to->best + row;
-    ivec places = {};
-    for (int i = 0; i < WIDTH; i++) places[i] = i;
-    ivec ids = places + first_id;
-    ivec better = (value > best->value) & (ids < to->vocab);
-    if (to->allowed) {
-        const uint8_t *bytes = to->allowed + row * to->stride + first_id / 8;
-        int32_t bits = WIDTH == 16 ? bytes[0] | bytes[1] << 8 : bytes[0];
-        better &= (((ivec){} + bits) >> places & 1) != 0;
-    }
-    best->value = pick(better, value, best->value);
-    best->id = (better & ids) | (~better & best->id);
+INLINE int num_tiles(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+INLINE int num_product_items(int num_panels, int rows) { return num_panels * num_tiles(rows); }
+
+/* Item by item, each panel is read once; its tiles follow one another. */
+static void compute_tile(const Product *product, int item, Tile *out) {
+    int tiles = num_tiles(product->rows), number = item % tiles, depth = product->depth;
+    out->panel = item / tiles;
+    out->first_row = (int64_t)number * product->rows / tiles;
+    out->end_row = (int64_t)(number + 1) * product->rows / tiles;
+    const lane *panel = product->weight + (int64_t)out->panel * depth * PANEL;
+    int next_step = (2 * WIDTH * 4 << 8) / 64 / tiles; /* lines of the next panel for each k */
+    const char *next = (const char *)(panel + (int64_t)depth * PANEL);
+    next += ((int64_t)number * depth * next_step >> 8) * 64;
+    any_tile(out->end_row - out->first_row, panel, depth,
+             product->x + (int64_t)out->first_row * depth * WEIGHTS, next, next_step, out->acc);
 }
 
-INLINE void put(const Target *to, int row, int panel, vec first, vec second) {
-    if (to->use == SWIGLU) {
-        vec gate = first / (exp_of(-first) + 1.0f);
-        store(to->act + row * to->stride + panel * WIDTH, gate * second);
-    } else if (to->use == BEST) {
-        keep_best(to, row, first, panel * PANEL);
-        keep_best(to, row, second, panel * PANEL + WIDTH);
+/* ---- RMSNorm ----
+
+   norm(x) = x / rms(x) * weight. Who writes x also writes x * weight and sums of squares, one for each
+   PANEL columns; the product behind the norm divides its result by the RMS, so there is no pass over x
+   in between. */
+
+INLINE void prepare_norm(const Space *space, int hidden, const float *weight, int row, int panel,
+                         vec first, vec second) {
+    const loose *weights = (const loose *)(weight + panel * PANEL);
+    elem *normed = space->normed + (int64_t)row * hidden + panel * PANEL;
+    store(normed, first * weights[0]);
+    store(normed + WIDTH, second * weights[1]);
+    space->squares[panel * space->squares_stride + row] =
+        sum_of(fma_of(second, second, first * first));
+}
+
+/* 1 / rms of the rows of a tile. */
+INLINE void inverse_rms(const Space *space, int hidden, float eps, const Tile *tile, float out[]) {
+    const float *squares = space->squares + tile->first_row;
+    vec sum = {};
+    for (int panel = 0; panel < hidden / PANEL; panel++)
+        sum += *(const loose *)(squares + panel * space->squares_stride);
+    for (int r = 0; r < tile->end_row - tile->first_row; r++)
+        out[r] = 1.0f / sqrtf(sum[r] / hidden + eps);
+}
+
+/* ---- The operations of a step; see `step_items` for their order. ---- */
+
+/* A forward pass: rows of the step, the spans that they belong to, and the attention's tasks, each a
+   span and a range of its rows. */
+typedef struct {
+    const Model *model;
+    const int32_t *token_ids, *span_of_row; /* (R,) */
+    int rows;
+    const Span *spans;
+    const int32_t *tasks; /* (num_tasks, 3) */
+    int num_tasks;
+    const Space *space;
+} Step;
+
+/* x[row] = embedding of its token, an item for each row. */
+static void embed(const Step *step, int row) {
+    const Model *model = step->model;
+    int depth = model->hidden / WEIGHTS, id = step->token_ids[row];
+    const lane *from = model->embed + (int64_t)(id / PANEL) * depth * PANEL + id % PANEL;
+    float *x = step->space->x + (int64_t)row * model->hidden;
+    for (int k = 0; k < depth; k++) {
+        lane value = from[(int64_t)k * PANEL];
+        for (int e = 0; e < WEIGHTS; e++) {
+            uint32_t bits = WEIGHTS == 2 ? (value >> (16 * e)) << 16 : value;
+            memcpy(x + k * WEIGHTS + e, &bits, 4);
+        }
+    }
+    for (int panel = 0; panel < model->hidden / PANEL; panel++) {
+        const loose *values = (const loose *)(x + panel * PANEL);
+        prepare_norm(step->space, model->hidden, model->layers[0].input_norm, row, panel, values[0],
+                     values[1]);
+    }
+}
+
+/* One row of a tile of q, k and v: rotated queries to their place, rotated keys and values to the KV
+   cache.
+
+   Weights are packed so that the two vectors of a panel are dimensions i.. and D / 2 + i.. of one
+   head, the pairs that the rotation turns. */
+INLINE void put_qkv(const Step *step, int layer, int row, int panel, vec first, vec second) {
+    const Model *model = step->model;
+    const Span *span = step->spans + step->span_of_row[row];
+    int dim = model->head_dim, half = dim / 2, heads = model->num_heads;
+    int head = panel / (dim / PANEL), i = panel % (dim / PANEL) * WIDTH;
+    int64_t position = span->start + row - span->first_row;
+    elem *to;
+    if (head < heads) {
+        to = step->space->queries + ((int64_t)row * heads + head) * dim;
     } else {
-        loose *out = (loose *)(to->out + row * to->stride + panel * PANEL);
-        if (to->use == ADD) first += out[0], second += out[1];
-        out[0] = first, out[1] = second;
+        int is_value = head >= heads + model->num_kv_heads;
+        int kv_head = (head - heads) % model->num_kv_heads;
+        int64_t plane = (int64_t)is_value * model->num_layers + layer;
+        to = span->cache + ((plane * model->num_kv_heads + kv_head) * span->length + position) * dim;
+    }
+    if (head < heads + model->num_kv_heads) {
+        vec cos = *(const loose *)(model->cos + position * half + i);
+        vec sin = *(const loose *)(model->sin + position * half + i);
+        vec turned = first * cos - second * sin;
+        second = second * cos + first * sin;
+        first = turned;
+    }
+    if (head < heads) {
+        float scale = 1.0f / sqrtf(dim);
+        first *= scale, second *= scale;
+    }
+    store(to + i, first);
+    store(to + half + i, second);
+}
+
+/* q, k, v = norm(x) @ weight.T */
+static void project_qkv(const Step *step, int layer, const Product *product, int item) {
+    Tile tile;
+    float scale[TILE_ROWS];
+    compute_tile(product, item, &tile);
+    inverse_rms(step->space, step->model->hidden, step->model->eps, &tile, scale);
+    for (int r = 0; r < tile.end_row - tile.first_row; r++)
+        put_qkv(step, layer, tile.first_row + r, tile.panel, tile.acc[r][0] * scale[r],
+                tile.acc[r][1] * scale[r]);
+}
+
+/* x += rows @ weight.T, and what the next norm needs of x. */
+static void add_product(const Step *step, const Product *product, const float *next_norm, int item) {
+    Tile tile;
+    int hidden = step->model->hidden;
+    compute_tile(product, item, &tile);
+    for (int r = 0; r < tile.end_row - tile.first_row; r++) {
+        int row = tile.first_row + r;
+        loose *x = (loose *)(step->space->x + (int64_t)row * hidden + tile.panel * PANEL);
+        vec first = x[0] + tile.acc[r][0], second = x[1] + tile.acc[r][1];
+        x[0] = first, x[1] = second;
+        prepare_norm(step->space, hidden, next_norm, row, tile.panel, first, second);
     }
 }
 
-/* x @ weight.T for (rows, depth lanes) and packed weights, on all threads of the region. */
-static void multiply(const lane *weight, int num_panels, int depth, const elem *x, int rows,
-                     const Target *to) {
-    int num_tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    int next_step = (2 * WIDTH * 4 << 8) / 64 / num_tiles; /* lines of the next panel for each k */
-#pragma omp for schedule(static)
-    for (int item = 0; item < num_panels * num_tiles; item++) {
-        int panel = item / num_tiles, number = item % num_tiles;
-        int first = number * rows / num_tiles, end = (number + 1) * rows / num_tiles;
-        const lane *at = weight + (int64_t)panel * depth * PANEL;
-        const char *next = (const char *)(at + (int64_t)depth * PANEL);
-        next += ((int64_t)number * depth * next_step >> 8) * 64;
-        vec acc[TILE_ROWS][2];
-        any_tile(end - first, at, depth, (const lane *)x + (int64_t)first * depth, next, next_step,
-                 acc);
-        for (int r = first; r < end; r++) put(to, r, panel, acc[r - first][0], acc[r - first][1]);
+/* act = silu(norm(x) @ gate.T) * (norm(x) @ up.T); a panel is WIDTH columns of each. */
+static void activate(const Step *step, const Product *product, int item) {
+    Tile tile;
+    float scale[TILE_ROWS];
+    const Model *model = step->model;
+    compute_tile(product, item, &tile);
+    inverse_rms(step->space, model->hidden, model->eps, &tile, scale);
+    for (int r = 0; r < tile.end_row - tile.first_row; r++) {
+        vec gate = tile.acc[r][0] * scale[r], up = tile.acc[r][1] * scale[r];
+        int64_t row = tile.first_row + r;
+        store(step->space->act + row * model->intermediate + tile.panel * WIDTH,
+              gate / (exp_of(-gate) + 1.0f) * up);
     }
 }
 
-/* RMSNorm of (rows, hidden). */
-static void norm(const float *x, const float *weight, int rows, int hidden, float eps, elem *out) {
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; row++) {
-        const float *from = x + (int64_t)row * hidden;
-        vec squares = {};
-        for (int i = 0; i < hidden; i += WIDTH) {
-            vec value = *(const loose *)(from + i);
-            squares += value * value;
-        }
-        float scale = 1.0f / sqrtf(sum_of(squares) / hidden + eps);
-        for (int i = 0; i < hidden; i += WIDTH)
-            store(out + (int64_t)row * hidden + i,
-                  *(const loose *)(from + i) * scale * *(const loose *)(weight + i));
-    }
-}
+/* ---- Attention ----
 
-static void embed(const Model *model, const int32_t *token_ids, int rows, float *x) {
-    int depth = model->hidden / ELEMS;
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; row++) {
-        int id = token_ids[row];
-        const lane *from = model->embed + (int64_t)(id / PANEL) * depth * PANEL + id % PANEL;
-        for (int k = 0; k < depth; k++) {
-            lane value = from[(int64_t)k * PANEL];
-            for (int e = 0; e < ELEMS; e++) {
-                lane bits = ELEMS == 2 ? (value >> (16 * e)) << 16 : value;
-                memcpy(x + (int64_t)row * model->hidden + k * ELEMS + e, &bits, 4);
-            }
-        }
-    }
-}
+   softmax(q @ k.T) @ v in blocks of KEY_BLOCK keys with an online softmax (FlashAttention-2, Dao 2023,
+   arXiv:2307.08691). Blocks begin at multiples of KEY_BLOCK from position 0, whatever the step, so a
+   query's sums run in the same order alone, in a batch, and with its prompt read in any pieces. A key
+   that a query may not see has the weight 0, which changes no bit of its sums. */
 
-/* Rotate one head by its position: pairs are (i, i + head_dim / 2). */
-INLINE void rotate(const float *from, const float *cos, const float *sin, int half, float scale,
-                   elem *to) {
-    for (int i = 0; i < half; i += WIDTH) {
-        vec a = *(const loose *)(from + i), b = *(const loose *)(from + half + i);
-        vec c = *(const loose *)(cos + i) * scale, s = *(const loose *)(sin + i) * scale;
-        store(to + i, a * c - b * s);
-        store(to + half + i, b * c + a * s);
-    }
-}
-
-/* Rotated queries to their place, rotated keys and values to the cache. */
-static void place(const Model *model, int layer, const Span *spans, const int32_t *span_of_row,
-                  int rows, const Space *space, int64_t qkv_stride) {
-    int dim = model->head_dim, heads = model->num_heads, kv_heads = model->num_kv_heads;
-    float scale = 1.0f / sqrtf(dim);
-#pragma omp for schedule(static)
-    for (int row = 0; row < rows; row++) {
-        const Span *span = spans + span_of_row[row];
-        int64_t position = span->start + row - span->first_row;
-        const float *cos = model->cos + position * (dim / 2), *sin = model->sin + position * (dim / 2);
-        const float *from = space->qkv + row * qkv_stride;
-        for (int h = 0; h < heads; h++)
-            rotate(from + h * dim, cos, sin, dim / 2, scale, space->queries + (row * heads + h) * dim);
-        int64_t values = (int64_t)model->num_layers * kv_heads * span->length * dim;
-        for (int h = 0; h < kv_heads; h++) {
-            int64_t at = (((int64_t)layer * kv_heads + h) * span->length + position) * dim;
-            rotate(from + (heads + h) * dim, cos, sin, dim / 2, 1.0f, span->cache + at);
-            const float *value = from + (heads + kv_heads + h) * dim;
-            for (int i = 0; i < dim; i += WIDTH)
-                store(span->cache + values + at + i, *(const loose *)(value + i));
-        }
-    }
-}
-
-/* Up to TILE_ROWS queries of one sequence and one head of keys and values. */
+/* Up to TASK_ROWS query rows of one sequence and one KV head; later rows see at least as much. */
 typedef struct {
-    const elem *keys, *values; /* (length, head_dim) */
-    int num_keys, num_rows;
-    const elem *queries[TILE_ROWS]; /* (head_dim,) each */
-    elem *out[TILE_ROWS];
-    int visible[TILE_ROWS]; /* how many keys each may see */
+    const elem *keys, *values; /* (length, D) */
+    int num_keys, num_rows, dim;
+    const elem *queries[TASK_ROWS]; /* (D,) each */
+    elem *out[TASK_ROWS];           /* (D,) each */
+    int visible[TASK_ROWS];         /* number of keys that the row sees */
 } Task;
 
-/* WIDTH keys, so that the same lane of all is one vector. */
-INLINE void transpose(const elem *keys, int depth, vec out[]) {
-    const lane *from = (const lane *)keys;
-    for (int k = 0; k < depth; k++)
-        for (int i = 0; i < WIDTH; i++) ((lane *)(out + k))[i] = from[i * depth + k];
+/* The state of the online softmax, and scratch for one block. */
+typedef struct {
+    vec keys[KEY_BLOCK / WIDTH][MAX_HEAD_DIM]; /* transposed: one lane of WIDTH keys each */
+    vec sums[TASK_ROWS][MAX_HEAD_DIM / WIDTH]; /* of weighted values */
+    vec weights[TILE_ROWS][KEY_BLOCK / WIDTH];
+    float highest[TASK_ROWS], total[TASK_ROWS]; /* score, sum of weights */
+} Attention;
+
+/* Transposes WIDTH rows of WIDTH lanes; `stride` lanes from row to row. */
+INLINE void transpose_square(const lane *from, int stride, vec out[]) {
+#define ROW(i) (*(const loose *)(from + (int64_t)(i) * stride))
+#define SHUFFLE __builtin_shufflevector
+#if WIDTH == 8
+    vec quads[2][4]; /* columns c and c + 4 of rows 0 to 3 or 4 to 7 */
+    for (int g = 0; g < 2; g++) {
+        vec a = ROW(4 * g), b = ROW(4 * g + 1), c = ROW(4 * g + 2), d = ROW(4 * g + 3);
+        vec ab = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), ab2 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+        vec cd = SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), cd2 = SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+        quads[g][0] = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13);
+        quads[g][1] = SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+        quads[g][2] = SHUFFLE(ab2, cd2, 0, 1, 8, 9, 4, 5, 12, 13);
+        quads[g][3] = SHUFFLE(ab2, cd2, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    for (int c = 0; c < 4; c++) {
+        out[c] = SHUFFLE(quads[0][c], quads[1][c], 0, 1, 2, 3, 8, 9, 10, 11);
+        out[c + 4] = SHUFFLE(quads[0][c], quads[1][c], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#else
+    vec quads[4][4]; /* columns c, c + 4, c + 8, c + 12 of rows 4 * g to 4 * g + 3 */
+    for (int g = 0; g < 4; g++) {
+        vec a = ROW(4 * g), b = ROW(4 * g + 1), c = ROW(4 * g + 2), d = ROW(4 * g + 3);
+#define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define LOW_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+        vec ab = SHUFFLE(a, b, LOW), ab2 = SHUFFLE(a, b, HIGH);
+        vec cd = SHUFFLE(c, d, LOW), cd2 = SHUFFLE(c, d, HIGH);
+        quads[g][0] = SHUFFLE(ab, cd, LOW_PAIRS), quads[g][1] = SHUFFLE(ab, cd, HIGH_PAIRS);
+        quads[g][2] = SHUFFLE(ab2, cd2, LOW_PAIRS), quads[g][3] = SHUFFLE(ab2, cd2, HIGH_PAIRS);
+    }
+#define LOW_HALVES 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_HALVES 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define EVEN_QUARTERS 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define ODD_QUARTERS 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+    for (int c = 0; c < 4; c++) {
+        vec low = SHUFFLE(quads[0][c], quads[1][c], LOW_HALVES);
+        vec low_2 = SHUFFLE(quads[2][c], quads[3][c], LOW_HALVES);
+        vec high = SHUFFLE(quads[0][c], quads[1][c], HIGH_HALVES);
+        vec high_2 = SHUFFLE(quads[2][c], quads[3][c], HIGH_HALVES);
+        out[c] = SHUFFLE(low, low_2, EVEN_QUARTERS), out[c + 4] = SHUFFLE(low, low_2, ODD_QUARTERS);
+        out[c + 8] = SHUFFLE(high, high_2, EVEN_QUARTERS);
+        out[c + 12] = SHUFFLE(high, high_2, ODD_QUARTERS);
+    }
+#endif
 }
 
-INLINE void score(int rows, const Task *task, int depth, int64_t stride, float *scores) {
-    vec block[256];
-    for (int at = 0; at < task->num_keys; at += WIDTH) {
-        transpose(task->keys + (int64_t)at * depth * ELEMS, depth, block);
-        vec sum[TILE_ROWS];
-        for (int r = 0; r < rows; r++) sum[r] = (vec){};
+/* Transposes the keys of a block, PANEL keys at a time; the last ones may not be written yet. */
+static void transpose_keys(const elem *keys, int num_keys, int depth, Attention *state) {
+    for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group++)
+        for (int k = 0; k < depth; k += WIDTH)
+            transpose_square((const lane *)keys + (int64_t)group * WIDTH * depth + k, depth,
+                             state->keys[group] + k);
+}
+
+/* Scores of `rows` queries, from row `first` of the task, for a block of keys. */
+INLINE void score(int rows, const Task *task, int first, int num_keys, int depth, Attention *state) {
+    for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group += 2) {
+        vec sum[TILE_ROWS][2];
+        for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
         for (int k = 0; k < depth; k++)
-            for (int r = 0; r < rows; r++)
-                sum[r] = dot(sum[r], block[k], spread_lane(((const lane *)task->queries[r])[k]));
-        for (int r = 0; r < rows; r++) *(loose *)(scores + r * stride + at) = sum[r];
+            for (int r = 0; r < rows; r++) {
+                vec query = broadcast_lane(((const lane *)task->queries[first + r])[k]);
+                sum[r][0] = dot(sum[r][0], state->keys[group][k], query);
+                sum[r][1] = dot(sum[r][1], state->keys[group + 1][k], query);
+            }
+        for (int r = 0; r < rows; r++) {
+            state->weights[r][group] = sum[r][0];
+            state->weights[r][group + 1] = sum[r][1];
+        }
     }
 }
 
-/* Scores to weights that are not divided by their sum yet; returns the sum. */
-INLINE float soften(float *scores, int visible, int num_keys) {
-    for (int i = visible; i < num_keys || i % WIDTH; i++) scores[i] = -INFINITY;
-    vec highest = spread(-INFINITY), sum = {};
-    for (int i = 0; i < visible; i += WIDTH) {
-        vec value = *(loose *)(scores + i);
-        highest = pick(value > highest, value, highest);
+/* Turns the scores of one row for a block into weights, exp(score - highest so far), and returns by
+   how much the sums so far shrink. `visible` of the keys of the block may be seen. */
+INLINE float update_softmax(vec weights[], int visible, int num_keys, float *highest, float *total) {
+    int num_vecs = (num_keys + WIDTH - 1) / WIDTH;
+    ivec places = {};
+    for (int i = 0; i < WIDTH; i++) places[i] = i;
+    vec top = broadcast(*highest);
+    for (int v = 0; v < num_vecs; v++) {
+        ivec is_visible = places + v * WIDTH < visible;
+        weights[v] = select_lanes(is_visible, weights[v], broadcast(-INFINITY));
+        top = select_lanes(weights[v] > top, weights[v], top);
     }
-    float top = max_of(highest);
-    for (int i = 0; i < num_keys; i += WIDTH) {
-        vec value = exp_of(*(loose *)(scores + i) - top);
-        *(loose *)(scores + i) = value;
-        sum += value;
+    float before = *highest, now = max_of(top);
+    vec sum = {};
+    for (int v = 0; v < num_vecs; v++) {
+        weights[v] = exp_of(weights[v] - now);
+        sum += weights[v];
     }
-    return sum_of(sum);
+    float shrink = exp_of(broadcast(before - now))[0];
+    *highest = now;
+    *total = *total * shrink + sum_of(sum);
+    return shrink;
 }
 
-/* Weighted sums of `vecs` vectors of each value, for some of the task's rows. */
-INLINE void mix(int rows, int vecs, const Task *task, int first, int dim, int from, int64_t stride,
-                const float *scores, const float *sums) {
+/* sums = sums * shrink + weights @ values, for `rows` rows and `vecs` vectors of D from `at` on. */
+INLINE void weighted_sum(int rows, int vecs, const elem *values, int num_keys, int dim, int at,
+                         const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[],
+                         vec (*sums)[MAX_HEAD_DIM / WIDTH]) {
     vec acc[VALUE_ROWS][4];
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vecs; v++) acc[r][v] = (vec){};
-    for (int s = 0; s < task->num_keys; s++) {
-        for (int v = 0; v < vecs; v++) {
-            vec value = load(task->values + (int64_t)s * dim + from + v * WIDTH);
-            for (int r = 0; r < rows; r++) acc[r][v] += value * scores[(first + r) * stride + s];
+        for (int v = 0; v < vecs; v++) acc[r][v] = sums[r][at + v] * shrink[r];
+    for (int s = 0; s < num_keys; s++) {
+        vec value[4];
+        for (int v = 0; v < vecs; v++) value[v] = load(values + (int64_t)s * dim + (at + v) * WIDTH);
+        for (int r = 0; r < rows; r++) {
+            vec weight = broadcast(((const float *)weights[r])[s]);
+            for (int v = 0; v < vecs; v++) acc[r][v] = fma_of(value[v], weight, acc[r][v]);
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vecs; v++)
-            store(task->out[first + r] + from + v * WIDTH, acc[r][v] * (1.0f / sums[first + r]));
+        for (int v = 0; v < vecs; v++) sums[r][at + v] = acc[r][v];
 }
 
-static void mix_rows(int rows, const Task *task, int first, int dim, int64_t stride,
-                     const float *scores, const float *sums) {
-    int from = 0;
-    for (; from + 4 * WIDTH <= dim; from += 4 * WIDTH)
-        FOR_ROWS(rows, mix(ROWS <= VALUE_ROWS ? ROWS : 1, 4, task, first, dim, from, stride, scores, sums))
-    for (; from < dim; from += WIDTH)
-        FOR_ROWS(rows, mix(ROWS <= VALUE_ROWS ? ROWS : 1, 1, task, first, dim, from, stride, scores, sums))
+static void add_values(int rows, const Task *task, int first, const elem *values, int num_keys,
+                       const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[],
+                       Attention *state) {
+    vec(*sums)[MAX_HEAD_DIM / WIDTH] = state->sums + first;
+    int at = 0, num_vecs = task->dim / WIDTH;
+#define VALUE_CASE(vecs) \
+    FOR_ROWS(rows, weighted_sum(ROWS <= VALUE_ROWS ? ROWS : 1, vecs, values, num_keys, task->dim, at, \
+                                weights, shrink, sums))
+    for (; at + 4 <= num_vecs; at += 4) VALUE_CASE(4)
+    for (; at < num_vecs; at += 1) VALUE_CASE(1)
 }
 
-static void attend_task(const Task *task, int dim, int64_t stride, float *scores) {
-    float sums[TILE_ROWS];
-    FOR_ROWS(task->num_rows, score(ROWS, task, dim / ELEMS, stride, scores))
-    for (int r = 0; r < task->num_rows; r++)
-        sums[r] = soften(scores + r * stride, task->visible[r], task->num_keys);
-    for (int first = 0; first < task->num_rows; first += VALUE_ROWS)
-        mix_rows(min_int(VALUE_ROWS, task->num_rows - first), task, first, dim, stride, scores, sums);
+/* A block of keys and values for up to TILE_ROWS rows. */
+static void attend_block(const Task *task, int first, int rows, int block, int num_keys,
+                         Attention *state) {
+    float shrink[TILE_ROWS];
+    FOR_ROWS(rows, score(ROWS, task, first, num_keys, task->dim / ELEMS, state))
+    for (int r = 0; r < rows; r++)
+        shrink[r] = update_softmax(state->weights[r], task->visible[first + r] - block, num_keys,
+                                   state->highest + first + r, state->total + first + r);
+    const elem *values = task->values + (int64_t)block * task->dim;
+    for (int r = 0; r < rows; r += VALUE_ROWS)
+        add_values(min_int(VALUE_ROWS, rows - r), task, first + r, values, num_keys,
+                   (const vec(*)[KEY_BLOCK / WIDTH])state->weights + r, shrink + r, state);
 }
 
-static void attend(const Model *model, int layer, const Span *spans, const int32_t *tasks,
-                   int num_tasks, const Space *space) {
-    int dim = model->head_dim, heads = model->num_heads, kv_heads = model->num_kv_heads;
-    int group = heads / kv_heads;
-    float *scores = space->scores + omp_get_thread_num() * space->scores_stride;
-    int chunk = num_tasks < 4 * model->num_threads ? 1 : kv_heads; /* neighbours in memory */
-#pragma omp for schedule(dynamic, chunk)
-    for (int item = 0; item < num_tasks * kv_heads; item++) {
-        const int32_t *which = tasks + 3 * (item / kv_heads); /* span, its first and end row here */
-        const Span *span = spans + which[0];
-        int head = item % kv_heads;
-        Task task = {.num_keys = span->start + which[2]};
-        task.keys = span->cache + ((int64_t)layer * kv_heads + head) * span->length * dim;
-        task.values = task.keys + (int64_t)model->num_layers * kv_heads * span->length * dim;
-        for (int row = which[1]; row < which[2]; row++)
-            for (int h = head * group; h < (head + 1) * group; h++) {
-                int64_t at = ((int64_t)(span->first_row + row) * heads + h) * dim;
-                task.queries[task.num_rows] = space->queries + at;
-                task.out[task.num_rows] = space->mixed + at;
-                task.visible[task.num_rows++] = span->start + row + 1;
-            }
-        int64_t stride = space->scores_stride / TILE_ROWS;
-        attend_task(&task, dim, stride, scores);
+static void attend_task(const Task *task) {
+    Attention state;
+    int num_vecs = task->dim / WIDTH;
+    for (int r = 0; r < task->num_rows; r++) {
+        state.highest[r] = -INFINITY, state.total[r] = 0;
+        for (int v = 0; v < num_vecs; v++) state.sums[r][v] = (vec){};
     }
+    for (int block = 0; block < task->num_keys; block += KEY_BLOCK) {
+        int num_keys = min_int(KEY_BLOCK, task->num_keys - block);
+        transpose_keys(task->keys + (int64_t)block * task->dim, num_keys, task->dim / ELEMS, &state);
+        for (int first = 0; first < task->num_rows; first += TILE_ROWS) {
+            int rows = min_int(TILE_ROWS, task->num_rows - first);
+            int seen = min_int(num_keys, task->visible[first + rows - 1] - block);
+            if (seen > 0) attend_block(task, first, rows, block, seen, &state); /* below the diagonal */
+        }
+    }
+    for (int r = 0; r < task->num_rows; r++)
+        for (int v = 0; v < num_vecs; v++)
+            store(task->out[r] + v * WIDTH, state.sums[r][v] * (1.0f / state.total[r]));
+}
+
+/* Attention of the rows of a task over one KV head; `item` selects both. */
+static void attend(const Step *step, int layer, int item) {
+    const Model *model = step->model;
+    int dim = model->head_dim, heads = model->num_heads, kv_heads = model->num_kv_heads;
+    int group = heads / kv_heads, head = item % kv_heads;
+    const int32_t *which = step->tasks + 3 * (item / kv_heads); /* span, its first and end row here */
+    const Span *span = step->spans + which[0];
+    Task task = {.num_keys = span->start + which[2], .dim = dim};
+    task.keys = span->cache + ((int64_t)layer * kv_heads + head) * span->length * dim;
+    task.values = task.keys + (int64_t)model->num_layers * kv_heads * span->length * dim;
+    for (int row = which[1]; row < which[2]; row++)
+        for (int h = head * group; h < (head + 1) * group; h++) {
+            int64_t at = ((int64_t)(span->first_row + row) * heads + h) * dim;
+            task.queries[task.num_rows] = step->space->queries + at;
+            task.out[task.num_rows] = step->space->attended + at;
+            task.visible[task.num_rows++] = span->start + row + 1;
+        }
+    attend_task(&task);
+}
+
+/* ---- The forward pass ---- */
+
+/* An operation of a layer: its number in the layer. */
+enum { QKV, ATTEND, OUT, GATE_UP, DOWN };
+
+static Product layer_product(const Step *step, const Layer *layer, int kind) {
+    const Model *model = step->model;
+    const Space *space = step->space;
+    int hidden = model->hidden, inner = model->num_heads * model->head_dim;
+    int qkv = inner + 2 * model->num_kv_heads * model->head_dim;
+    switch (kind) {
+        case QKV: return (Product){layer->qkv, qkv / PANEL, hidden / WEIGHTS, space->normed, step->rows};
+        case OUT: return (Product){layer->out, hidden / PANEL, inner / WEIGHTS, space->attended, step->rows};
+        case GATE_UP:
+            return (Product){layer->gate_up, model->intermediate / WIDTH, hidden / WEIGHTS, space->normed,
+                             step->rows};
+        default:
+            return (Product){layer->down, hidden / PANEL, model->intermediate / WEIGHTS, space->act,
+                             step->rows};
+    }
+}
+
+/* Operation 0 is the embedding; then OPS_PER_LAYER for each layer. */
+static int step_items(const void *work, int op) {
+    const Step *step = work;
+    if (op == 0) return step->rows;
+    int layer = (op - 1) / OPS_PER_LAYER, kind = (op - 1) % OPS_PER_LAYER;
+    if (layer >= step->model->num_layers) return -1;
+    if (kind == ATTEND) return step->num_tasks * step->model->num_kv_heads;
+    return num_product_items(layer_product(step, step->model->layers + layer, kind).num_panels, step->rows);
+}
+
+static void compute_step(const void *work, int op, int item, int worker) {
+    (void)worker;
+    const Step *step = work;
+    const Model *model = step->model;
+    if (op == 0) {
+        embed(step, item);
+        return;
+    }
+    int number = (op - 1) / OPS_PER_LAYER, kind = (op - 1) % OPS_PER_LAYER;
+    const Layer *layer = model->layers + number;
+    const float *next_norm = number + 1 < model->num_layers ? layer[1].input_norm : model->norm;
+    Product product = layer_product(step, layer, kind);
+    switch (kind) {
+        case QKV: project_qkv(step, number, &product, item); break;
+        case ATTEND: attend(step, number, item); break;
+        case OUT: add_product(step, &product, layer->mlp_norm, item); break;
+        case GATE_UP: activate(step, &product, item); break;
+        default: add_product(step, &product, next_norm, item); break;
+    }
+}
+
+static int is_aligned(const void *weights) { return (uintptr_t)weights % ALIGNMENT == 0; }
+
+static int has_aligned_weights(const Model *model) {
+    int aligned = is_aligned(model->embed) && is_aligned(model->head);
+    for (int i = 0; i < model->num_layers; i++) {
+        const Layer *layer = model->layers + i;
+        aligned = aligned && is_aligned(layer->qkv) && is_aligned(layer->out) &&
+                  is_aligned(layer->gate_up) && is_aligned(layer->down);
+    }
+    return aligned;
 }
 
 /* The hidden states of all rows after the last layer, into space->x.
 
-   tasks is (num_tasks, 3): a span, and from which to which of its rows, at most TILE_ROWS / group. */
-void forward(const Model *model, const int32_t *token_ids, const int32_t *span_of_row, int rows,
-             const Span *spans, const int32_t *tasks, int num_tasks, const Space *space) {
-    int hidden = model->hidden, depth = hidden / ELEMS, inner = model->num_heads * model->head_dim;
-    int qkv_panels =
-        ((model->num_heads + 2 * model->num_kv_heads) * model->head_dim + PANEL - 1) / PANEL;
-    Target qkv = {STORE, .out = space->qkv, .stride = (int64_t)qkv_panels * PANEL};
-    Target residual = {ADD, .out = space->x, .stride = hidden};
-    Target act = {SWIGLU, .act = space->act, .stride = model->intermediate};
-#pragma omp parallel num_threads(model->num_threads)
-    {
-        embed(model, token_ids, rows, space->x);
-        for (int i = 0; i < model->num_layers; i++) {
-            const Layer *layer = model->layers + i;
-            norm(space->x, layer->input_norm, rows, hidden, model->eps, space->normed);
-            multiply(layer->qkv, qkv_panels, depth, space->normed, rows, &qkv);
-            place(model, i, spans, span_of_row, rows, space, qkv.stride);
-            attend(model, i, spans, tasks, num_tasks, space);
-            multiply(layer->out, hidden / PANEL, inner / ELEMS, space->mixed, rows, &residual);
-            norm(space->x, layer->mlp_norm, rows, hidden, model->eps, space->normed);
-            multiply(layer->gate_up, model->intermediate / WIDTH, depth, space->normed, rows, &act);
-            multiply(layer->down, hidden / PANEL, model->intermediate / ELEMS, space->act, rows,
-                     &residual);
+   token_ids and span_of_row are (rows,). tasks is (num_tasks, 3): a span, and from which to which of
+   its rows, at most TASK_ROWS / (query heads of a KV head). */
+EXPORT int smol_forward(Team *team, const Model *model, const int32_t *token_ids,
+                        const int32_t *span_of_row, int rows, const Span *spans, const int32_t *tasks,
+                        int num_tasks, const Space *space) {
+    if (!has_aligned_weights(model)) return MISALIGNED;
+    static const Program program = {step_items, compute_step};
+    Step step = {model, token_ids, span_of_row, rows, spans, tasks, num_tasks, space};
+    return team_run(team, &program, &step);
+}
+
+/* ---- The head ---- */
+
+/* Logits, or the best of them, of (rows, H) hidden states. space needs only normed and squares. */
+typedef struct {
+    const Model *model;
+    const float *hidden;
+    int rows;
+    const Space *space;
+    float *logits;          /* (rows, vocab rounded up to panels), or NULL */
+    Best *best;             /* (threads, rows) */
+    const uint8_t *allowed; /* a bit for each token, (rows, whole panels), or NULL */
+} HeadStep;
+
+INLINE int num_head_panels(const Model *model) { return (model->vocab + PANEL - 1) / PANEL; }
+
+/* The larger logit wins, the smaller id among equals, in whichever order they come. */
+INLINE void keep_best(const HeadStep *step, int row, vec value, int first_id, Best *best) {
+    ivec places = {};
+    for (int i = 0; i < WIDTH; i++) places[i] = i;
+    ivec ids = places + first_id;
+    ivec is_real = ids < step->model->vocab;
+    ivec better = (value > best->value) | ((value == best->value) & (ids < best->id));
+    better &= is_real;
+    if (step->allowed) {
+        const uint8_t *bytes = step->allowed +
+                               (int64_t)row * num_head_panels(step->model) * (PANEL / 8) + first_id / 8;
+        int32_t bits = WIDTH == 16 ? bytes[0] | bytes[1] << 8 : bytes[0];
+        better &= (((ivec){} + bits) >> places & 1) != 0;
+    }
+    best->value = select_lanes(better, value, best->value);
+    best->id = (better & ids) | (~better & best->id);
+    best->is_nan |= (value != value) & is_real;
+}
+
+static int head_items(const void *work, int op) {
+    const HeadStep *step = work;
+    if (op == 0) return step->rows;
+    return op == 1 ? num_product_items(num_head_panels(step->model), step->rows) : -1;
+}
+
+static void compute_head(const void *work, int op, int item, int worker) {
+    const HeadStep *step = work;
+    const Model *model = step->model;
+    int hidden = model->hidden, num_panels = num_head_panels(model);
+    if (op == 0) {
+        const float *x = step->hidden + (int64_t)item * hidden;
+        for (int panel = 0; panel < hidden / PANEL; panel++) {
+            const loose *values = (const loose *)(x + panel * PANEL);
+            prepare_norm(step->space, hidden, model->norm, item, panel, values[0], values[1]);
+        }
+        return;
+    }
+    Product product = {model->head, num_panels, hidden / WEIGHTS, step->space->normed, step->rows};
+    Tile tile;
+    float scale[TILE_ROWS];
+    compute_tile(&product, item, &tile);
+    inverse_rms(step->space, hidden, model->eps, &tile, scale);
+    for (int r = 0; r < tile.end_row - tile.first_row; r++) {
+        int row = tile.first_row + r;
+        vec first = tile.acc[r][0] * scale[r], second = tile.acc[r][1] * scale[r];
+        if (step->logits) {
+            loose *out = (loose *)(step->logits + ((int64_t)row * num_panels + tile.panel) * PANEL);
+            out[0] = first, out[1] = second;
+        } else {
+            Best *best = step->best + (int64_t)worker * step->rows + row;
+            keep_best(step, row, first, tile.panel * PANEL, best);
+            keep_best(step, row, second, tile.panel * PANEL + WIDTH, best);
         }
     }
 }
 
-/* Scores of the whole vocabulary for (rows, hidden), into (rows, vocab rounded up to panels). */
-void logits(const Model *model, const float *hidden, int rows, elem *normed, float *out) {
-    int num_panels = (model->vocab + PANEL - 1) / PANEL;
-    Target to = {STORE, .out = out, .stride = (int64_t)num_panels * PANEL};
-#pragma omp parallel num_threads(model->num_threads)
-    {
-        norm(hidden, model->norm, rows, model->hidden, model->eps, normed);
-        multiply(model->head, num_panels, model->hidden / ELEMS, normed, rows, &to);
-    }
+static const Program HEAD_PROGRAM = {head_items, compute_head};
+
+/* Logits of the whole vocabulary for (rows, H), into (rows, vocab rounded up to panels). */
+EXPORT int smol_logits(Team *team, const Model *model, const float *hidden, int rows,
+                       const Space *space, float *out) {
+    if (!is_aligned(model->head)) return MISALIGNED;
+    HeadStep step = {model, hidden, rows, space, out, NULL, NULL};
+    return team_run(team, &HEAD_PROGRAM, &step);
 }
 
-/* The most likely token of each row, of equals the first, -1 where no logit is a number.
+/* The most likely token of each row, into (rows,) ids: of equals the first, -1 if a logit is NaN or
+   none is allowed.
 
-   allowed has a bit for each token, (rows, whole panels), or is null; best has (threads, rows) of
-   Best's size. */
-void best(const Model *model, const float *hidden, int rows, const uint8_t *allowed, elem *normed,
-          Best *best, int32_t *ids) {
-    int num_panels = (model->vocab + PANEL - 1) / PANEL;
-    for (int64_t i = 0; i < (int64_t)rows * model->num_threads; i++)
-        best[i] = (Best){spread(-INFINITY), (ivec){} - 1};
-#pragma omp parallel num_threads(model->num_threads)
-    {
-        Target to = {BEST, .allowed = allowed, .stride = num_panels * PANEL / 8, .vocab = model->vocab};
-        to.best = best + (int64_t)omp_get_thread_num() * rows;
-        norm(hidden, model->norm, rows, model->hidden, model->eps, normed);
-        multiply(model->head, num_panels, model->hidden / ELEMS, normed, rows, &to);
-    }
+   allowed has a bit for each token, (rows, whole panels), or is NULL; best is scratch,
+   (threads, rows), aligned like weights. */
+EXPORT int smol_best(Team *team, const Model *model, const float *hidden, int rows,
+                     const uint8_t *allowed, const Space *space, Best *best, int32_t *ids) {
+    if (!is_aligned(model->head) || !is_aligned(best)) return MISALIGNED;
+    int num_threads = team_num_threads(team);
+    for (int64_t i = 0; i < (int64_t)rows * num_threads; i++)
+        best[i] = (Best){broadcast(-INFINITY), (ivec){} - 1, (ivec){}};
+    HeadStep step = {model, hidden, rows, space, NULL, best, allowed};
+    int status = team_run(team, &HEAD_PROGRAM, &step);
+    if (status != OK) return status;
     for (int row = 0; row < rows; row++) {
         float top = -INFINITY;
+        int is_nan = 0;
         ids[row] = -1;
-        for (int t = 0; t < model->num_threads; t++) {
+        for (int t = 0; t < num_threads; t++) {
             const Best *found = best + (int64_t)t * rows + row;
             for (int i = 0; i < WIDTH; i++) {
                 int is_first = found->value[i] == top && found->id[i] < ids[row];
+                is_nan |= found->is_nan[i];
                 if (found->id[i] >= 0 && (found->value[i] > top || is_first)) {
                     top = found->value[i];
                     ids[row] = found->id[i];
                 }
             }
         }
+        if (is_nan) ids[row] = -1;
     }
+    return OK;
 }

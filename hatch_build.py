@@ -1,0 +1,53 @@
+"""Build hook: compiles the kernels into every wheel and for editable installs."""
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Runs tools/build_kernels.py.
+
+    SMOL_WHEEL_TARGET selects another platform (cross-compiled with ziglang), see `make wheels`.
+    """
+
+    def dependencies(self) -> list[str]:
+        """The `ziglang` package if it is what compiles."""
+        from_here(self.root)
+        from tools.build_kernels import system_compiler
+
+        needs_zig = "SMOL_WHEEL_TARGET" in os.environ or system_compiler() is None
+        return ["ziglang>=0.13"] if needs_zig else []
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and name the platform that the wheel is for."""
+        if self.target_name != "wheel":
+            return
+        from_here(self.root)
+        from tools.build_kernels import WHEEL_TARGETS, build, host
+
+        name = os.environ.get("SMOL_WHEEL_TARGET")
+        target = WHEEL_TARGETS[name] if name else host()
+        if version == "editable":
+            build(target, runnable_only=True)
+            return
+        folder = Path(self.root) / "build" / "kernels" / (name or "host")
+        libraries = build(target, folder)
+        if not libraries:
+            self.app.display_warning(f"no native kernels for {target.machine}: torch computes")
+            return
+        tag = target.tag or sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{tag}"
+        for path in libraries:
+            build_data["force_include"][str(path)] = f"smolcli/engine/native/{path.name}"
+
+
+def from_here(root: str) -> None:
+    """Let `tools` and `smolcli` be imported from the source tree."""
+    if root not in sys.path:
+        sys.path.insert(0, root)

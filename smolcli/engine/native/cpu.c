@@ -1,0 +1,66 @@
+/* What the CPU and the operating system support, to select a variant of the kernels. Compiled for the
+   baseline of the architecture, so that it runs everywhere. */
+
+#include <stdint.h>
+
+#include "team.h" /* EXPORT */
+
+EXPORT const char smol_source[] = "smol-source-" SOURCE_HASH;
+
+enum { X86_64_V3 = 1, X86_64_V4 = 2, X86_64_V4_BF16 = 4, AARCH64 = 8, AARCH64_BF16 = 16 };
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+
+static int has_all(uint32_t value, uint32_t bits) { return (value & bits) == bits; }
+
+/* The register states that the operating system saves and restores. */
+static uint64_t saved_states(void) {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low | (uint64_t)high << 32;
+}
+
+EXPORT int smol_cpu_variants(void) {
+    enum { SSE_AVX = 0x6, AVX512_STATES = 0xe6 };
+    const uint32_t fma = 1u << 12, movbe = 1u << 22, xsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    const uint32_t bmi1 = 1u << 3, avx2 = 1u << 5, bmi2 = 1u << 8, lzcnt = 1u << 5;
+    const uint32_t avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31; /* F DQ CD BW VL */
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !has_all(c, fma | movbe | xsave | avx | f16c)) return 0;
+    uint64_t states = saved_states();
+    if ((states & SSE_AVX) != SSE_AVX) return 0;
+    if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !has_all(c, lzcnt)) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has_all(b, bmi1 | avx2 | bmi2)) return 0;
+    int found = X86_64_V3;
+    if (!has_all(b, avx512) || (states & AVX512_STATES) != AVX512_STATES) return found;
+    found |= X86_64_V4;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_all(a, 1u << 5))
+        found |= X86_64_V4_BF16;
+    return found;
+}
+
+#elif defined(__aarch64__)
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+EXPORT int smol_cpu_variants(void) {
+    int found = AARCH64;
+#if defined(__linux__)
+    const unsigned long hwcap2_bf16 = 1ul << 14;
+    if (getauxval(AT_HWCAP2) & hwcap2_bf16) found |= AARCH64_BF16;
+#elif defined(__APPLE__)
+    int has_bf16 = 0;
+    size_t size = sizeof has_bf16;
+    if (sysctlbyname("hw.optional.arm.FEAT_BF16", &has_bf16, &size, 0, 0) == 0 && has_bf16)
+        found |= AARCH64_BF16;
+#endif
+    return found;
+}
+
+#else
+EXPORT int smol_cpu_variants(void) { return 0; }
+#endif

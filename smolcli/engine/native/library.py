@@ -1,0 +1,132 @@
+"""Which kernel library to load on this machine.
+
+Libraries are compiled ahead of time (tools/build_kernels.py); nothing is compiled here. Imports
+only the standard library, so that the build can use it too.
+"""
+
+import hashlib
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+FOLDER = Path(__file__).parent
+SOURCES = ("kernels.c", "team.c", "team.h", "cpu.c")
+CPU_LIBRARY = "cpu"
+VARIANT_VARIABLE = "SMOL_KERNEL_VARIANT"
+BUILD_COMMAND = "python -m tools.build_kernels"
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Kernels for one level of CPU features.
+
+    Args:
+        name: as in file names and SMOL_KERNEL_VARIANT.
+        machine: architecture.
+        bit: of `smol_cpu_variants` in cpu.c.
+        gcc_flag: selects the features for gcc and clang.
+        zig_flag: the same for zig.
+        products: the weight formats that it is built for, each with whether products are computed
+            by bfloat16 instructions.
+    """
+
+    name: str
+    machine: str
+    bit: int
+    gcc_flag: str
+    zig_flag: str
+    products: Mapping[str, bool]
+
+
+_FLOAT32_PRODUCTS = MappingProxyType({"float32": False, "bfloat16": False})
+_BFLOAT16_PRODUCTS = MappingProxyType({"bfloat16": True})
+
+# The best variant for a format is the last one that the CPU supports.
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {
+        variant.name: variant
+        for variant in (
+            Variant(
+                *("x86-64-v3", "x86_64", 1, "-march=x86-64-v3", "-mcpu=x86_64_v3"),
+                _FLOAT32_PRODUCTS,
+            ),
+            Variant(
+                *("x86-64-v4", "x86_64", 2, "-march=x86-64-v4", "-mcpu=x86_64_v4"),
+                _FLOAT32_PRODUCTS,
+            ),
+            Variant(
+                *("x86-64-v4-bf16", "x86_64", 4, "-march=cooperlake", "-mcpu=x86_64_v4+avx512bf16"),
+                _BFLOAT16_PRODUCTS,
+            ),
+            Variant(
+                *("aarch64", "aarch64", 8, "-march=armv8-a", "-mcpu=generic"),
+                _FLOAT32_PRODUCTS,
+            ),
+            Variant(
+                *("aarch64-bf16", "aarch64", 16, "-march=armv8.2-a+bf16", "-mcpu=generic+bf16"),
+                _BFLOAT16_PRODUCTS,
+            ),
+        )
+    }
+)
+
+
+def library_path(name: str, system: str, folder: Path = FOLDER) -> Path:
+    """Where the library of a variant and format lies.
+
+    Args:
+        name: as in "x86-64-v3-float32".
+        system: "linux", "darwin" or "windows".
+        folder: where all of them are.
+    """
+    suffix = {"darwin": ".dylib", "windows": ".dll"}.get(system, ".so")
+    return folder / f"libsmol-{name}{suffix}"
+
+
+def machine_name() -> str:
+    """The architecture of this machine, as `Variant.machine` has it."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def source_hash(folder: Path = FOLDER) -> str:
+    """Of the C sources; "" in an installation without them."""
+    if not (folder / SOURCES[0]).exists():
+        return ""
+    text = b"".join((folder / name).read_bytes() for name in SOURCES)
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def best_variant(dtype: str, cpu_variants: int, forced: str | None = None) -> Variant | None:
+    """The fastest variant for a format.
+
+    Args:
+        dtype: format of the weights, "float32" or "bfloat16".
+        cpu_variants: bits of the variants that the CPU supports.
+        forced: name of the only variant to consider.
+
+    Returns:
+        None if there is none.
+    """
+    usable = [
+        variant
+        for variant in VARIANTS.values()
+        if dtype in variant.products and variant.bit & cpu_variants
+    ]
+    if forced:
+        usable = [variant for variant in usable if variant.name == forced]
+    return usable[-1] if usable else None
+
+
+def forced_variant() -> str | None:
+    """What SMOL_KERNEL_VARIANT says."""
+    return os.environ.get(VARIANT_VARIABLE) or None
+
+
+def system_name() -> str:
+    """This operating system, as `library_path` takes it."""
+    return {"win32": "windows"}.get(sys.platform, sys.platform)
