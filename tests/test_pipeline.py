@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from smolcli.backends.base import OnText
 from smolcli.batch.pipeline import answer_all, read_ahead
-from smolcli.errors import BackendError, InputError
+from smolcli.errors import BackendError, InputError, RunError
 from smolcli.types import ErrorCode, Message, Query, Result
 
 
@@ -145,3 +145,19 @@ def test_input_error_is_raised_after_the_items_before_it() -> None:
     assert next(drawn) == 1
     with pytest.raises(InputError, match="cut"):
         next(drawn)
+
+
+def test_panic_while_reading_ends_the_run() -> None:
+    """A Rust panic is a BaseException; the reading thread died of it and the run hung."""
+
+    class PanicError(BaseException):
+        pass
+
+    def items() -> Iterator[int]:
+        yield 1
+        raise PanicError("index out of bounds")
+
+    read = read_ahead(items())
+    assert next(read) == 1
+    with pytest.raises(RunError, match=r"reading the input failed: PanicError: index out"):
+        next(item for item in read if item is not None)

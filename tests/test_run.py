@@ -489,6 +489,53 @@ def test_second_run_on_an_output_is_refused(job: RunSettings) -> None:
         answer(job)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
+def test_second_run_through_another_name_of_the_output_is_refused(job: RunSettings) -> None:
+    link = job.output.with_name("link.jsonl")
+    link.symlink_to(job.output)
+    with output_lock(job.output), pytest.raises(UsageError, match="another run is writing"):
+        answer(replace(job, output=link), no_backend)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
+@pytest.mark.parametrize("retry", [False, True])
+def test_symbolic_link_as_output_stays_one(job: RunSettings, tmp_path: Path, retry: bool) -> None:
+    """Replacing the output at the end of the run replaced the link by a file."""
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("out.jsonl", "bad.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
+    job = replace(job, errors=tmp_path / "bad.jsonl")
+    answer(job)
+    if retry:
+        job.input.write_bytes(MIXED.replace(b"nonsense", b'{"chat_id": "n", "user_prompt": "n"}'))
+        answer(replace(job, retry_errors=True))
+    assert (tmp_path / "out.jsonl").is_symlink()
+    assert (tmp_path / "bad.jsonl").is_symlink()
+    assert len(results(tmp_path / "elsewhere" / "out.jsonl")) == 3 + retry
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX file names")
+@pytest.mark.parametrize("name", ["x" * 245, "y" * 300, "loop"])
+def test_impossible_output_names_are_usage_errors(job: RunSettings, name: str) -> None:
+    """They ended in a traceback; the longest name next to the output counts."""
+    job.output.with_name("loop").symlink_to("loop")
+    path = job.output.with_name(name)
+    for change in ({"output": path}, {"errors": path}, {"table": path, "output": path}):
+        with pytest.raises(UsageError, match="cannot write"):
+            answer(replace(job, **change), no_backend)
+    with pytest.raises(InputError):
+        answer(replace(job, input=path), no_backend)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+def test_file_names_need_not_be_utf8(job: RunSettings) -> None:
+    job.input.rename(source := job.input.with_name(os.fsdecode(b"caf\xe9.jsonl")))
+    job = replace(job, input=source, output=default_output(source))
+    answer(job)
+    answer(job, no_backend)
+    assert load_manifest(job.output).input == str(source)
+
+
 @pytest.mark.parametrize(
     ("input", "output"),
     [

@@ -1,6 +1,7 @@
 """Reads back what an output already holds, so that a run can resume, split or rewrite it."""
 
 import json
+import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
@@ -171,11 +172,15 @@ def _read_file(path: Path, format: LineFormat) -> Iterator[Entry]:
 def output_lock(output: Path) -> Iterator[None]:
     """Hold an exclusive lock on an output; the operating system releases it if the process dies.
 
+    The lock file lies next to the real file, so that runs through different symbolic links to one
+    output exclude each other.
+
     Raises:
         UsageError: another run holds the lock.
         RunError: the lock file cannot be created.
     """
-    path = output.with_name(f".{output.name}.lock")
+    target = Path(os.path.realpath(output))
+    path = target.with_name(f".{target.name}.lock")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

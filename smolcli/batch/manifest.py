@@ -1,6 +1,7 @@
 """The record of how an output was made, which decides whether a run may resume it."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -76,7 +77,7 @@ class Manifest:
             generation=generation,
             model=settings.engine.model,
             dtype=settings.engine.dtype,
-            errors=str(settings.errors.resolve()) if settings.errors else None,
+            errors=os.path.realpath(settings.errors) if settings.errors else None,
             run_id=run_id,
             rows=scan.rows.text if scan.rows is not None else None,
         )
@@ -156,7 +157,7 @@ def save_manifest(manifest: Manifest, output: Path) -> None:
     values["report"] = values.pop("statistics")
     text = json.dumps(values, ensure_ascii=False, indent=2)
     with replacing(manifest_path(output)) as file:
-        file.write(f"{text}\n".encode())
+        file.write(f"{text}\n".encode(errors="backslashreplace"))  # paths may not be UTF-8
 
 
 def _common(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

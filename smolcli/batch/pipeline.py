@@ -10,7 +10,7 @@ from queue import Empty, Queue, SimpleQueue
 from typing import TypeVar
 
 from smolcli.backends.base import Backend
-from smolcli.errors import BackendError
+from smolcli.errors import BackendError, RunError
 from smolcli.types import Query, Result
 
 MAX_HELD_RESULTS = 10_000
@@ -57,6 +57,10 @@ def read_ahead(items: Iterable[T]) -> Iterator[T | None]:
 
     Yields None whenever no item arrives within WAKE_INTERVAL_S. An exception from `items` is
     raised after the items before it.
+
+    Raises:
+        RunError: reading failed with an exception that is not an `Exception`, such as a panic in
+            a native library.
     """
     received: Queue[T | _End] = Queue(MAX_READ_AHEAD)
 
@@ -65,7 +69,7 @@ def read_ahead(items: Iterable[T]) -> Iterator[T | None]:
         try:
             for item in items:
                 received.put(item)
-        except Exception as exc:
+        except BaseException as exc:  # the caller must learn of any end, or it waits forever
             error = exc
         received.put(_End(error))
 
@@ -78,8 +82,11 @@ def read_ahead(items: Iterable[T]) -> Iterator[T | None]:
             yield None
             continue
         if isinstance(item, _End):
-            if item.error is not None:
+            if isinstance(item.error, Exception):
                 raise item.error
+            if item.error is not None:
+                reason = f"{type(item.error).__name__}: {item.error}"
+                raise RunError(f"reading the input failed: {reason}") from item.error
             return
         yield item
 
@@ -88,7 +95,7 @@ def read_ahead(items: Iterable[T]) -> Iterator[T | None]:
 class _End:
     """Marks the end of the items, with the exception that ended them, if any."""
 
-    error: Exception | None
+    error: BaseException | None
 
 
 class _Pending:

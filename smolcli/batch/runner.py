@@ -12,6 +12,7 @@ between any two steps leaves a state that the same command continues from.
 """
 
 import hashlib
+import os
 import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -493,16 +494,27 @@ def _check_paths(settings: RunSettings) -> None:
     if errors is not None:
         written.append((errors, "--errors"))
     for path, option in written:
-        if path.is_dir() or not path.parent.is_dir():
-            raise UsageError(
-                f"cannot write {path}: it is a directory, or its parent directory does not exist"
-            )
-        if path.exists() and settings.input.exists() and path.samefile(settings.input):
-            raise UsageError(f"{path} is the input; choose another {option}")
-    if len({path.resolve() for path, _ in written}) < len(written):
+        try:
+            _check_path(path, option, settings.input)
+        except OSError as exc:
+            raise UsageError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    if len({os.path.realpath(path) for path, _ in written}) < len(written):
         raise UsageError(f"{errors} is the output or its manifest; choose another --errors")
     if table is not None:
         check_table(table, output, settings.rows.fields, settings.overwrite)
+
+
+def _check_path(path: Path, option: str, input: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(
+            f"cannot write {path}: it is a directory, or its parent directory does not exist"
+        )
+    if path.exists() and os.path.exists(input) and path.samefile(input):
+        raise UsageError(f"{path} is the input; choose another {option}")
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise UsageError(f"cannot write {path}: it is a symbolic link to itself")
+    target.with_name(f".{target.name}.lock").exists()  # OSError if a name next to it is too long
 
 
 def _previous_manifest(settings: RunSettings) -> Manifest | None:

@@ -106,6 +106,7 @@ def replacing(path: Path) -> Iterator[BufferedIOBase]:
     Raises:
         RunError: where it cannot be written.
     """
+    path = Path(os.path.realpath(path))  # a symbolic link stays one
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         try:
