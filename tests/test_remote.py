@@ -13,6 +13,7 @@ import pytest
 from flask import Flask, Response, jsonify, request
 from legacy_host import legacy_host, listening
 from server_tools import PATIENCE_S, FaultyBackend, RunningServer, eventually, serving, tiny_engine
+from typer.testing import CliRunner
 
 from smolcli.backends.base import OnText
 from smolcli.backends.local import open_local
@@ -23,9 +24,10 @@ from smolcli.backends.remote.backend import (
     open_remote,
 )
 from smolcli.backends.remote.wire import MalformedAnswer, load_object
+from smolcli.cli.main import app
 from smolcli.errors import BackendError, UsageError
 from smolcli.protocol.query import JSON_OBJECT, schema_format
-from smolcli.settings import QueryDefaults, RemoteSettings
+from smolcli.settings import DEFAULT_MODEL, QueryDefaults, RemoteSettings
 from smolcli.types import (
     AnswerFormat,
     ErrorCode,
@@ -132,6 +134,15 @@ class TestSmol:
     ) -> None:
         with pytest.raises(BackendError, match=r"has the (model|dtype) '.*', not '"):
             open_remote(RemoteSettings((smol.url,), **wanted))
+
+    @pytest.mark.parametrize("options", [[], ["--model", DEFAULT_MODEL]])
+    def test_the_default_model_counts_if_it_is_given(
+        self, smol: RunningServer, options: list[str]
+    ) -> None:
+        """Naming the default model was taken for naming none."""
+        done = CliRunner().invoke(app, ["ask", "Hi", "--via", smol.url, *options])
+        assert done.exit_code == (1 if options else 0)
+        assert ("has the model" in done.stderr) == bool(options)
 
     def test_cancelling_frees_the_slot(self, tiny_folder: Path) -> None:
         faulty = FaultyBackend(delay_s=0.02)

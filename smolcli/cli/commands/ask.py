@@ -46,7 +46,7 @@ def ask(
     """Answer one question. The answer is streamed if stdout is a terminal."""
     query = _query(question, generation.query_defaults(answers=read_schema(schema)))
     log_to_stderr()
-    open_backend = ctx.obj or backend_opener(remote.settings(engine.settings()))
+    open_backend = ctx.obj or backend_opener(remote.settings(ctx, engine.settings()))
     with closing(open_backend(engine.settings())) as backend:
         is_streaming = sys.stdout.isatty() and not as_json
         future = backend.submit(query, _print_text if is_streaming else None)

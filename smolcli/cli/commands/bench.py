@@ -84,7 +84,7 @@ def bench(
     log_to_stderr(is_quiet=True)
     plan, peers = options.plan(), read_peers(options.peers) if options.peers else []
     settings = engine.settings()
-    session = Session(settings, ctx.obj or backend_opener(remote.settings(settings)), plan)
+    session = Session(settings, ctx.obj or backend_opener(remote.settings(ctx, settings)), plan)
     readings = session.run(options.runs, options.compare == "transformers", _show_progress) + peers
     print_table(readings, session.identity, sys.stdout)
     if options.json:

@@ -32,7 +32,7 @@ def chat(
 
     conversation = Conversation(generation.query_defaults())
     log_to_stderr()
-    open_backend = ctx.obj or backend_opener(remote.settings(engine.settings()))
+    open_backend = ctx.obj or backend_opener(remote.settings(ctx, engine.settings()))
     lines = piped_lines()
     if is_typed := is_interactive():
         _print_notice("loading the model")

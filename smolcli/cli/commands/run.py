@@ -119,7 +119,9 @@ def run(
     if options.check:
         return _check(settings, options.quiet)
     progress = open_progress(options.quiet)
-    open_backend = ctx.obj or backend_opener(remote.settings(settings.engine), cluster.settings())
+    open_backend = ctx.obj or backend_opener(
+        remote.settings(ctx, settings.engine), cluster.settings()
+    )
     statistics = run_file(
         settings, deduplicated(open_backend) if dedupe else open_backend, progress
     )

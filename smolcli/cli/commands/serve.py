@@ -163,7 +163,7 @@ def serve(
     from smolcli.server.access_log import configure_logging
     from smolcli.server.wsgi import serve as serve_http
 
-    upstream = remote.settings(engine.settings())
+    upstream = remote.settings(ctx, engine.settings())
     defaults = generation.query_defaults(answers=read_schema(schema))
     settings = options.settings(defaults, engine.settings())
     sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import typer
+
 from smolcli.cli.options import option
 from smolcli.errors import UsageError
-from smolcli.settings import DEFAULT_MODEL, EngineSettings, RaySettings, RemoteSettings
+from smolcli.settings import EngineSettings, RaySettings, RemoteSettings
 
 if TYPE_CHECKING:
     from smolcli.backends.base import Backend
@@ -50,9 +52,9 @@ class ViaOptions:
     upstream_api: UpstreamApi = _DEFAULTS.api
     retry_for: RetryFor = _DEFAULTS.retry_s
 
-    def settings(self, engine: EngineSettings) -> RemoteSettings | None:
+    def settings(self, ctx: typer.Context, engine: EngineSettings) -> RemoteSettings | None:
         """The remote settings that these options stand for; None without servers."""
-        return _settings(self.via, self.api_key, self.upstream_api, self.retry_for, engine)
+        return _settings(ctx, self.via, self.api_key, self.upstream_api, self.retry_for, engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +77,10 @@ class UpstreamOptions:
     upstream_api: UpstreamApi = _DEFAULTS.api
     retry_for: RetryFor = _DEFAULTS.retry_s
 
-    def settings(self, engine: EngineSettings) -> RemoteSettings | None:
+    def settings(self, ctx: typer.Context, engine: EngineSettings) -> RemoteSettings | None:
         """The remote settings that these options stand for; None without upstreams."""
         return _settings(
-            self.upstream, self.upstream_api_key, self.upstream_api, self.retry_for, engine
+            ctx, self.upstream, self.upstream_api_key, self.upstream_api, self.retry_for, engine
         )
 
 
@@ -156,6 +158,7 @@ def backend_opener(
 
 
 def _settings(
+    ctx: typer.Context,
     urls: Sequence[str] | None,
     api_key: str | None,
     api: Literal["auto", "smol", "openai"],
@@ -170,8 +173,14 @@ def _settings(
         urls=tuple(urls),
         api=api,
         api_key=api_key,
-        model=None if engine.model == DEFAULT_MODEL else engine.model,
+        model=engine.model if _is_given(ctx, "model") else None,
         dtype=engine.dtype,
         max_concurrency=engine.max_concurrency,
         retry_s=retry_s,
     )
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    """Whether a parameter was set by its option, environment variable or the config file."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
