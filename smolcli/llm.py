@@ -21,7 +21,7 @@ from smolcli.settings import (
 from smolcli.types import ErrorCode, Message, Query, Result, Sampling
 
 if TYPE_CHECKING:
-    from smolcli.backends.base import Backend, Counters, Health, OnText
+    from smolcli.backends.base import AnswerSource, Backend, Counters, Health, OnText
     from smolcli.batch.statistics import RunStatistics
 
 _DEFAULTS = EngineSettings()
@@ -328,6 +328,9 @@ class _Borrowed:
 
     def identity(self) -> dict[str, Any]:
         return self._backend.identity()
+
+    def answer_source(self) -> "AnswerSource | None":
+        return self._backend.answer_source()
 
     def counters(self) -> "Counters":
         return self._backend.counters()

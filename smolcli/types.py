@@ -53,10 +53,17 @@ _TRANSIENT = {
 
 
 class FinishReason(StrEnum):
-    """Why an answer ended: an end token or stop string, or the token limit."""
+    """Why an answer ended.
+
+    A local model ends with an end token or stop string, or at the token limit. The other reasons
+    are those of upstream servers.
+    """
 
     STOP = "stop"
     LENGTH = "length"
+    CONTENT_FILTER = "content_filter"
+    TOOL_CALLS = "tool_calls"
+    FUNCTION_CALL = "function_call"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +186,7 @@ class Result:
     Args:
         chat_id: of the query; None if it could not be read.
         response: the text of the answer.
-        finish_reason: why it ended.
+        finish_reason: why it ended; None if an upstream server did not say.
         logprobs: one entry per token of the text, in OpenAI's format.
         alternatives: the answers after the first, if several were asked for.
         usage: token counts of all answers.

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from smolcli.backends.base import Counters, Health, OnText
+from smolcli.backends.base import AnswerSource, Counters, Health, OnText
 from smolcli.errors import BackendError
 from smolcli.settings import EngineSettings
 from smolcli.types import FinishReason, Query, Result, Timings, Usage
@@ -59,6 +59,9 @@ class EchoBackend:
             "threads": self.settings.threads,
             "versions": {"torch": "0"},
         }
+
+    def answer_source(self) -> AnswerSource | None:
+        return AnswerSource(self.settings.model, is_verified=True)
 
     def health(self) -> Health:
         return Health(not self.is_closed, is_stuck=False, num_running=0, num_waiting=0)

@@ -22,7 +22,8 @@ class LegacyHost:
         has_batch: whether it has /generate_batch.
         delay_s: how long an answer takes, in seconds.
         bodies: path and body of each request so far.
-        faults: status, headers and body to respond with instead, for the next requests.
+        faults: status, headers and body to respond with instead, for the next requests; a body that
+            is a string is sent as it is.
     """
 
     has_batch: bool = True
@@ -75,6 +76,8 @@ class LegacyHost:
         try:
             if fault is not None:
                 status, headers, value = fault
+                if isinstance(value, str):
+                    return Response(value, status, headers, mimetype="application/json")
                 return jsonify(value), status, headers
             time.sleep(self.delay_s)
             return jsonify(answer(request.get_json()))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fakes import EchoBackend, HeldBackend, echo
 
-from smolcli.backends.base import OnText
+from smolcli.backends.base import AnswerSource, OnText
 from smolcli.backends.dedup import MAX_CACHED, DedupBackend
 from smolcli.errors import BackendError
 from smolcli.types import ErrorCode, Message, Query, Result, Sampling, failure
@@ -59,6 +59,51 @@ def test_a_change_of_model_clears_the_cache() -> None:
     assert inner.model_calls == 2
     backend.submit(SAME).result()
     assert inner.model_calls == 2
+
+
+class SourcedBackend(HeldBackend):
+    """A `HeldBackend` whose answers come from the `source` that the test sets."""
+
+    source: AnswerSource | None = None
+
+    def answer_source(self) -> AnswerSource | None:
+        return self.source
+
+
+def test_nothing_is_shared_while_the_model_is_unknown() -> None:
+    """A server that ignores settings and samples once gave one answer to everybody, forever."""
+    backend = DedupBackend(held := SourcedBackend())
+    first, second = backend.submit(QUERY), backend.submit(SAME)
+    held.futures[0].set_result(echo(QUERY))
+    assert len(held.futures) == 2
+    assert first.done()
+    assert not second.done()
+    assert backend.counters().shared_queries == 0
+
+
+def test_a_model_known_by_name_only_shares_greedy_answers_in_flight() -> None:
+    backend = DedupBackend(held := SourcedBackend())
+    held.source = AnswerSource("name", is_verified=False)
+    backend.submit(QUERY)
+    backend.submit(SAME)
+    assert len(held.futures) == 1
+    held.futures[0].set_result(echo(QUERY))
+    backend.submit(SAME)
+    assert len(held.futures) == 2, "its answers are not cached"
+    sampled = replace(QUERY, sampling=Sampling(temperature=1.0, seed=4))
+    for _ in range(2):
+        backend.submit(sampled)
+    assert len(held.futures) == 4, "it may ignore the seed"
+
+
+def test_an_answer_is_not_cached_if_the_model_changed_meanwhile() -> None:
+    backend = DedupBackend(held := SourcedBackend())
+    held.source = AnswerSource("first", is_verified=True)
+    backend.submit(QUERY)
+    held.source = AnswerSource("second", is_verified=True)
+    held.futures[0].set_result(echo(QUERY))
+    backend.submit(SAME)
+    assert len(held.futures) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from legacy_host import legacy_host
 from server_tools import RunningServer, eventually, query, serve_process, serving, tiny_engine
 from typer.testing import CliRunner, Result
 
+from smolcli.backends.dedup import deduplicated
 from smolcli.backends.local import open_local
 from smolcli.backends.remote.backend import open_gateway
 from smolcli.cli.main import app
@@ -247,6 +249,17 @@ def test_an_upstream_that_goes_down_and_comes_back(
             eventually(lambda: front.client.get("/ready").status_code == 200, 10)
             eventually(lambda: "ready at" in caplog.text)
             assert front.ask().json()["response"] == "Indeed 1."
+
+
+def test_a_gateway_does_not_share_answers_of_an_unidentified_server() -> None:
+    """It once gave the answers of a server that had been replaced, to everybody, forever."""
+    remote = RemoteSettings(("",), retry_s=0.5)
+    with legacy_host() as host:
+        open_backend = deduplicated(lambda _: open_gateway(replace(remote, urls=(host.url,))))
+        with serving(open_backend, EngineSettings(), is_gateway=True) as front:
+            answers = [front.ask(chat_id=name).json() for name in ("a", "b")]
+    assert [answer["response"] for answer in answers] == ["Indeed a.", "Indeed b."]
+    assert [answer["finish_reason"] for answer in answers] == [None, None]
 
 
 def test_a_disconnecting_client_frees_the_slot_at_the_upstream(tiny_folder: Path) -> None:

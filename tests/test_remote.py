@@ -1,5 +1,6 @@
 """The remote backend: queries to other servers, in batches, through failures of every kind."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -9,10 +10,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from flask import Flask, Response, jsonify, request
 from legacy_host import legacy_host, listening
-from server_tools import PATIENCE_S, FaultyBackend, RunningServer, eventually, serving, tiny_engine
+from server_tools import TIMEOUT_S, FaultyBackend, RunningServer, eventually, serving, tiny_engine
 from typer.testing import CliRunner
 
 from smolcli.backends.base import OnText
@@ -23,6 +25,7 @@ from smolcli.backends.remote.backend import (
     open_gateway,
     open_remote,
 )
+from smolcli.backends.remote.upstream import Upstream, UpstreamPool
 from smolcli.backends.remote.wire import MalformedAnswer, load_object
 from smolcli.cli.main import app
 from smolcli.errors import BackendError, UsageError
@@ -58,7 +61,7 @@ def turns(*texts: str) -> tuple[Message, ...]:
 
 def answers(backend: RemoteBackend, queries: list[Query]) -> list[Result]:
     futures = [backend.submit(query) for query in queries]
-    return [future.result(PATIENCE_S) for future in futures]
+    return [future.result(TIMEOUT_S) for future in futures]
 
 
 @pytest.fixture
@@ -90,7 +93,7 @@ class TestSmol:
         self, smol: RunningServer, tiny_folder: Path, how: str
     ) -> None:
         with closing(open_local(tiny_engine(tiny_folder))) as local, remote(smol.url) as backend:
-            expected = [local.submit(q).result(PATIENCE_S) for q in self.QUERIES]
+            expected = [local.submit(q).result(TIMEOUT_S) for q in self.QUERIES]
             shown: list[list[str]] = [[] for _ in self.QUERIES]
             futures = [
                 backend.submit(
@@ -98,7 +101,7 @@ class TestSmol:
                 )
                 for i, q in enumerate(self.QUERIES)
             ]
-            results = [future.result(PATIENCE_S) for future in futures]
+            results = [future.result(TIMEOUT_S) for future in futures]
         assert [r.record() for r in results] == [r.record() for r in expected]
         assert expected[5].error_code is ErrorCode.PROMPT_TOO_LONG
         if how == "stream":
@@ -114,8 +117,8 @@ class TestSmol:
         with serving(open_local, engine, defaults=digit) as server, remote(server.url) as backend:
             assert server.ask().json()["response"].isdecimal()
             with closing(open_local(engine)) as local:
-                expected = local.submit(query()).result(PATIENCE_S)
-            assert backend.submit(query(), on_text).result(PATIENCE_S).record() == expected.record()
+                expected = local.submit(query()).result(TIMEOUT_S)
+            assert backend.submit(query(), on_text).result(TIMEOUT_S).record() == expected.record()
 
     def test_queries_that_arrive_together_share_a_batch(self, smol: RunningServer) -> None:
         with remote(smol.url) as backend:
@@ -170,7 +173,7 @@ class TestSmol:
         engine = tiny_engine(tiny_folder)
         with serving(open_local, engine, api_keys=("secret",)) as server:
             with remote(server.url, api_key="secret") as backend:
-                assert not backend.submit(query()).result(PATIENCE_S).is_error
+                assert not backend.submit(query()).result(TIMEOUT_S).is_error
             started = time.monotonic()
             with pytest.raises(BackendError, match="answered 401: check the API key"):
                 open_remote(RemoteSettings((server.url,), api_key="wrong", retry_s=30))
@@ -184,7 +187,7 @@ class TestSmol:
         ):
             faulty.backends[0].close()
             with pytest.raises(BackendError):
-                backend.submit(query()).result(PATIENCE_S)
+                backend.submit(query()).result(TIMEOUT_S)
 
 
 class TestLegacyHost:
@@ -196,9 +199,7 @@ class TestLegacyHost:
             queries = [query("a", "Hi", line=3), query("b", messages=system), query("b", "So")]
             results = answers(backend, queries)
             assert [r.response for r in results] == ["Indeed a.", "Indeed b.", "Indeed b."]
-            assert results[0] == Result(
-                "a", "Indeed a.", FinishReason.STOP, line=3, timings=results[0].timings
-            )
+            assert results[0] == Result("a", "Indeed a.", None, line=3, timings=results[0].timings)
             expected = {"user_prompt": "What?", "chat_id": "b", "system_prompt": "Be kind."}
             assert host.paths == ["/generate_batch"]
             assert host.bodies[0][1]["queries"][1] == expected
@@ -207,8 +208,8 @@ class TestLegacyHost:
     def test_an_interactive_query_is_sent_alone_and_its_text_arrives_in_one_piece(self) -> None:
         with legacy_host() as host, remote(host.url) as backend:
             pieces: list[str] = []
-            backend.submit(query(), pieces.append).result(PATIENCE_S)
-            backend.submit(query(), is_interactive=True).result(PATIENCE_S)
+            backend.submit(query(), pieces.append).result(TIMEOUT_S)
+            backend.submit(query(), is_interactive=True).result(TIMEOUT_S)
             assert (pieces, host.paths) == (["Indeed 1."], ["/chat", "/chat"])
 
     def test_a_missing_batch_route_is_remembered_and_queries_are_sent_one_by_one(self) -> None:
@@ -231,8 +232,8 @@ class TestLegacyHost:
             (500, {"detail": "no batch today"}, False),
             (200, [1], True),
             (200, {"responses": []}, True),
-            (200, {"responses": [{"chat_id": "other", "response": "x"}] * 2}, True),
-            (200, {"responses": [{"chat_id": "0"}, 5]}, True),
+            (200, {"responses": [{"chat_id": "other", "response": "x"}] * 2}, False),
+            (200, {"responses": [{"chat_id": "0"}, 5]}, False),
         ],
     )
     def test_queries_of_a_failed_batch_are_sent_one_by_one(
@@ -284,7 +285,7 @@ class TestFailures:
         with legacy_host() as host, remote(host.url, retry_s=0.3) as backend:
             host.faults += [(503, {}, {})] * 50
             with pytest.raises(BackendError, match="answered 503"):
-                backend.submit(query()).result(PATIENCE_S)
+                backend.submit(query()).result(TIMEOUT_S)
             assert 1 < len(host.bodies) < 8
 
     def test_a_busy_server_is_waited_for_beyond_the_retry_time(self) -> None:
@@ -296,7 +297,7 @@ class TestFailures:
     def test_a_timeout_is_not_retried(self) -> None:
         with legacy_host(delay_s=0.5) as host, remote(host.url, timeout_s=0.1) as backend:
             with pytest.raises(BackendError, match="did not respond in time"):
-                backend.submit(query()).result(PATIENCE_S)
+                backend.submit(query()).result(TIMEOUT_S)
             assert len(host.bodies) == 1
 
     def test_a_server_that_goes_down_and_comes_back(self) -> None:
@@ -309,14 +310,14 @@ class TestFailures:
             eventually(lambda: not backend.health().is_ready)
             assert backend.health().is_alive
             with pytest.raises(BackendError, match="cannot be reached"):
-                waiting.result(PATIENCE_S)
+                waiting.result(TIMEOUT_S)
             started = time.monotonic()
             with pytest.raises(BackendError, match="cannot be reached"):
-                backend.submit(query()).result(PATIENCE_S)
+                backend.submit(query()).result(TIMEOUT_S)
             assert time.monotonic() - started < 0.5  # nobody waits for what has long been gone
             with legacy_host(port):
                 eventually(lambda: backend.health().is_ready, 10)
-                assert backend.submit(query()).result(PATIENCE_S).response == "Indeed 1."
+                assert backend.submit(query()).result(TIMEOUT_S).response == "Indeed 1."
 
     def test_a_short_outage_loses_nothing(self) -> None:
         with legacy_host() as host:
@@ -326,7 +327,7 @@ class TestFailures:
             futures = [backend.submit(query(str(n))) for n in range(5)]
             time.sleep(0.3)
             with legacy_host(port):
-                assert [f.result(PATIENCE_S).response for f in futures] == [
+                assert [f.result(TIMEOUT_S).response for f in futures] == [
                     f"Indeed {n}." for n in range(5)
                 ]
 
@@ -346,7 +347,7 @@ class TestFailures:
                 sizes = [len(host.bodies[0][1]["queries"]) for host in (one, other)]
                 assert sizes == [5, 5]
                 first = [backend.submit(query("a"), is_interactive=True) for _ in range(4)]
-                [f.result(PATIENCE_S) for f in first]
+                [f.result(TIMEOUT_S) for f in first]
                 assert [host.paths[1:] for host in (one, other)] == [["/chat"] * 2] * 2
 
     def test_queries_of_a_failing_server_are_retried_on_another(self) -> None:
@@ -364,7 +365,7 @@ class TestFailures:
             backend.close()
             for late in (future, backend.submit(query())):
                 with pytest.raises(BackendError, match="closed"):
-                    late.result(PATIENCE_S)
+                    late.result(TIMEOUT_S)
             assert not backend.health().is_alive
 
 
@@ -433,7 +434,7 @@ class TestOpenAI:
     def test_streaming(self) -> None:
         pieces: list[str] = []
         with listening(self.app([])) as url, remote(url) as backend:
-            result = backend.submit(query(), pieces.append).result(PATIENCE_S)
+            result = backend.submit(query(), pieces.append).result(TIMEOUT_S)
             assert pieces == [" It", " is\u2028so."]
             assert (result.response, result.finish_reason) == ("It is\u2028so.", "length")
             assert result.usage == Usage(3, 2)
@@ -442,7 +443,7 @@ class TestOpenAI:
         bodies: list[Any] = []
         with listening(self.app(bodies)) as url, remote(url) as backend:
             with pytest.raises(BackendError, match="was interrupted"):
-                backend.submit(query(prompt="torn"), lambda _: None).result(PATIENCE_S)
+                backend.submit(query(prompt="torn"), lambda _: None).result(TIMEOUT_S)
             assert len(bodies) == 1
 
     def test_formats_log_probabilities_and_n_are_requested(self) -> None:
@@ -472,15 +473,144 @@ class TestOpenAI:
         assert torn.error_code is ErrorCode.INCOMPLETE_JSON
         assert (choice.error_code, choice.field) == (ErrorCode.INVALID_VALUE, "choices")
 
+    @pytest.mark.parametrize(
+        ("message", "finish_reason", "expected"),
+        [
+            ({"content": "part"}, "content_filter", ("part", FinishReason.CONTENT_FILTER)),
+            ({"content": "hi"}, None, ("hi", None)),
+            ({"content": "hi"}, "eos_token", ("hi", None)),
+            ({"content": "hi"}, ["stop"], ("hi", None)),
+            ({"content": None}, "content_filter", "no text (finish_reason 'content_filter')"),
+            ({"content": None, "tool_calls": []}, "tool_calls", "(finish_reason 'tool_calls')"),
+            ({}, "stop", "no text (finish_reason 'stop')"),
+            ({"content": [{"type": "text", "text": "hi"}]}, "stop", "malformed answer"),
+            ({"content": 5}, "stop", "malformed answer"),
+            ({"content": "lone \ud800"}, "stop", "malformed answer"),
+            (None, "stop", "malformed answer"),
+        ],
+    )
+    def test_an_odd_answer_is_passed_on_or_the_error_of_its_query(
+        self, message: Any, finish_reason: Any, expected: Any
+    ) -> None:
+        """Such answers once became "stop", or ended the run and every resume of it."""
+        choice = {"message": message, "finish_reason": finish_reason}
+        odd = {"choices": [choice | {"logprobs": None}], "usage": None}
+        with listening(odd_server(json.dumps(odd))) as url, remote(url) as backend:
+            result, sound = answers(backend, [query(prompt="odd"), query()])
+        assert (sound.response, sound.finish_reason) == ("fine", FinishReason.STOP)
+        if isinstance(expected, tuple):
+            assert (result.response, result.finish_reason, result.usage) == (*expected, None)
+        else:
+            assert result.error_code is ErrorCode.INTERNAL
+            assert expected in str(result.error)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "<html>",
+            "[]",
+            '{"choices": [], "usage": NaN}',
+            '{"choices": []}',
+            '{"choices": [{"message": {"content": "x"}, "score": 1e999}]}',
+            '{"choices": [{"message": {"content": "x"}}], "choices": []}',
+        ],
+    )
+    def test_a_malformed_body_is_the_error_of_its_query(self, body: str) -> None:
+        with listening(odd_server(body)) as url, remote(url) as backend:
+            result, sound = answers(backend, [query(prompt="odd"), query()])
+        assert (result.error_code, sound.response) == (ErrorCode.INTERNAL, "fine")
+
+    @pytest.mark.parametrize(
+        ("chunk", "expected"),
+        [
+            ('{"choices": [{"delta": {"content": ["x"]}}]}', "malformed answer"),
+            ('{"choices": [{"delta": {"content": "x"}, "p": NaN}]}', "malformed answer"),
+            ('{"choices": [{"finish_reason": "tool_calls"}]}', "(finish_reason 'tool_calls')"),
+        ],
+    )
+    def test_an_odd_stream_is_the_error_of_its_query(self, chunk: str, expected: str) -> None:
+        body = f"data: {chunk}\n\ndata: [DONE]\n\n"
+        with listening(odd_server(body)) as url, remote(url) as backend:
+            result = backend.submit(query(prompt="odd"), lambda _: None).result(TIMEOUT_S)
+        assert result.error_code is ErrorCode.INTERNAL
+        assert expected in str(result.error)
+
     def test_error_codes_are_translated(self) -> None:
         with listening(self.app([])) as url, remote(url) as backend:
-            result = backend.submit(query(prompt="long")).result(PATIENCE_S)
+            result = backend.submit(query(prompt="long")).result(TIMEOUT_S)
             assert result.error_code is ErrorCode.PROMPT_TOO_LONG
+
+
+def test_a_server_that_was_unhealthy_is_another_source_of_answers() -> None:
+    """A gateway once went on giving cached answers of a server that had been replaced."""
+    upstream = Upstream("http://a", httpx2.AsyncClient())
+    pool = UpstreamPool([upstream], RemoteSettings((upstream.url,)), is_pinned=False)
+    assert pool.answer_source() is None
+    upstream.identity = {"model": "m", "revision": "abc"}
+    upstream.mark_healthy()
+    first = pool.answer_source()
+    assert first is not None
+    assert first.is_verified
+    assert pool.answer_source() == first
+    upstream.mark_unhealthy("it is gone")
+    assert pool.answer_source() is None
+    upstream.mark_healthy()
+    assert pool.answer_source() not in (None, first)
+
+
+@pytest.mark.parametrize(
+    ("identities", "is_verified"),
+    [
+        ([{"revision": "abc"}, {"revision": "abc"}], True),
+        ([{"revision": "abc"}, {"api": "openai", "revision": None}], False),
+        ([{"model": "m", "revision": None}], False),
+        ([{"api": "chat", "model": "unknown", "revision": None}], None),
+        ([{"revision": "abc"}, {"api": "chat"}], None),
+    ],
+)
+def test_only_a_smol_server_identifies_its_model(
+    identities: list[dict[str, Any]], is_verified: bool | None
+) -> None:
+    upstreams = [Upstream(f"http://{n}", httpx2.AsyncClient()) for n in range(len(identities))]
+    for upstream, identity in zip(upstreams, identities, strict=True):
+        upstream.identity = identity
+        upstream.mark_healthy()
+    source = UpstreamPool(upstreams, RemoteSettings(()), is_pinned=False).answer_source()
+    assert (source.is_verified if source else None) is is_verified
+
+
+def odd_server(body: str) -> Flask:
+    """An OpenAI-compatible server that answers the question "odd" with a body of the test's."""
+    app = Flask(__name__)
+
+    @app.get("/v1/models")
+    def models() -> Any:
+        return jsonify(data=[{"id": "m"}])
+
+    @app.post("/v1/chat/completions")
+    def completions() -> Any:
+        if request.get_json()["messages"][-1]["content"] == "odd":
+            return Response(body, mimetype="application/json")
+        message = {"role": "assistant", "content": "fine"}
+        return jsonify(choices=[{"message": message, "finish_reason": "stop"}])
+
+    return app
+
+
+def test_one_malformed_response_spoils_neither_its_batch_nor_later_ones() -> None:
+    poison = '{"responses": [{"chat_id": "0", "response": "a"}, {"chat_id": "1", "response": "b",'
+    with legacy_host() as host, remote(host.url) as backend:
+        host.faults.append((200, {}, poison + ' "score": NaN}]}'))
+        results = answers(backend, [query("0"), query("1")])
+        assert [r.response for r in results] == ["a", "Indeed 1."]
+        assert host.paths == ["/generate_batch", "/chat"]
+        answers(backend, [query("2"), query("3")])
+        assert host.paths[2:] == ["/generate_batch"]
 
 
 def test_an_answer_nested_too_deep_is_malformed() -> None:
     with pytest.raises(MalformedAnswer, match="not JSON"):
-        load_object('{"a":' * 100_000)
+        load_object(b'{"a":' * 100_000)
 
 
 def test_submitting_from_many_threads(smol: RunningServer) -> None:
@@ -496,4 +626,4 @@ def test_submitting_from_many_threads(smol: RunningServer) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert all(not future.result(PATIENCE_S).is_error for future in futures)
+        assert all(not future.result(TIMEOUT_S).is_error for future in futures)

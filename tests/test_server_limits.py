@@ -24,7 +24,7 @@ from server_tools import (
     tiny_engine,
 )
 
-from smolcli.server.admission import AdmissionLimit
+from smolcli.server.admission import AdmissionLimit, spread_retry_s
 from smolcli.server.errors import HttpError
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message
@@ -63,21 +63,18 @@ def test_exactly_the_queries_above_the_limit_are_rejected(tiny_folder: Path) -> 
         ready = server.client.get("/ready")
         barrier = threading.Barrier(40)
 
-        def ask(number: int) -> tuple[int, str | None, str]:
+        def ask(number: int) -> tuple[int, str]:
             barrier.wait()
             response = server.ask(chat_id=str(number), max_new_tokens=60)
             body = response.json()
             assert body.get("chat_id", str(number)) == str(number)
-            return (
-                response.status_code,
-                response.headers.get("Retry-After"),
-                body.get("error_code", "answered"),
-            )
+            assert 2 <= int(response.headers.get("Retry-After", 2)) <= 60
+            return response.status_code, body.get("error_code", "answered")
 
         with ThreadPoolExecutor(40) as pool:
             outcomes = Counter(pool.map(ask, range(40)))
         assert ready.status_code == 200
-        assert outcomes == {(200, None, "answered"): 10, (503, "2", "overloaded"): 30}
+        assert outcomes == {(200, "answered"): 10, (503, "overloaded"): 30}
 
 
 def test_a_batch_is_admitted_whole_or_not_at_all(tiny_folder: Path) -> None:
@@ -120,6 +117,33 @@ def test_the_admission_limit_is_thread_safe() -> None:
     for _ in range(25):
         limit.leave()
     limit.enter(100)
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "query_s", "expected"),
+    [(0, 1.0, [2, 2, 2]), (10, 0.0, [2, 2, 2]), (20, 1.0, [2, 12, 21]), (2000, 1.0, [2, 60, 60])],
+)
+def test_retries_are_spread_over_the_time_that_the_queue_needs(
+    num_queries: int, query_s: float, expected: list[int]
+) -> None:
+    fractions = (0.0, 0.5, 0.99)
+    assert [spread_retry_s(num_queries, query_s, each) for each in fractions] == expected
+
+
+def test_rejected_clients_retry_at_different_times() -> None:
+    """All of them used to be told to come back after 2 s, together."""
+    limit = AdmissionLimit(max_queries=100, max_requests=10)
+    limit.enter(100)
+    time.sleep(0.2)  # so that the queue needs at least 20 s
+    limit.finish_query()
+    retries = set()
+    for _ in range(100):
+        with pytest.raises(HttpError) as caught:
+            limit.enter(2)
+        retries.add(int(caught.value.headers["Retry-After"]))
+    assert len(retries) > 10
+    assert min(retries) >= 2
+    assert max(retries) <= 60
 
 
 def test_a_full_server_is_not_ready(tiny_folder: Path) -> None:

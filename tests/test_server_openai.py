@@ -211,7 +211,16 @@ def test_several_choices_are_sampled_at_openais_default_temperature(
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-4", messages=MESSAGES)
-    assert caught.value.param == "model"
+    assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("gpt-4")
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_missing_route_is_not_a_missing_model(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.embeddings.create(model="m", input="x")
+    assert (caught.value.code, caught.value.param) == ("not_found", None)
 
 
 def test_a_prompt_that_is_too_long_fails_a_stream_with_a_status(

@@ -160,11 +160,16 @@ def test_options_become_settings(tmp_path: Path) -> None:
     assert settings.max_body_bytes == 2 << 20
 
 
+def test_max_queue_limits_batches_by_itself() -> None:
+    settings = ServeOptions(max_queue=4).settings(QueryDefaults(), EngineSettings())
+    assert (settings.max_queue, settings.max_batch_queries) == (4, 4)
+
+
 @pytest.mark.parametrize("args", [
-    ("--max-queue", "5"), ("--api-key", ""), ("--port", "-1"),
+    ("--max-queue", "5", "--max-batch-queries", "6"), ("--api-key", ""), ("--port", "-1"),
     ("--cors-origin", "example.org"), ("--cors-origin", "https://example.org/"),
 ])  # fmt: skip
-def test_invalid_options_are_rejected(args: tuple[str, str]) -> None:
+def test_invalid_options_are_rejected(args: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, ["serve", *args]).exit_code == 2
 
 

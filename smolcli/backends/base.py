@@ -128,6 +128,23 @@ class Counters:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerSource:
+    """What gives a backend's answers at the moment.
+
+    As long as it stays equal, equal queries may share an answer: any of them if the model is
+    verified, otherwise only greedy ones, and only while they are in flight together.
+
+    Args:
+        key: changes when another model may have taken over.
+        is_verified: whether the model is known by its revision, rather than by the name that a
+            foreign server gives it, and honors seeds.
+    """
+
+    key: str
+    is_verified: bool
+
+
 class Backend(Protocol):
     """Answers queries. Every method may be called from any thread."""
 
@@ -163,6 +180,10 @@ class Backend(Protocol):
     def identity(self) -> dict[str, Any]:
         """What determines the answers: model, revision, source, dtype, versions. Goes into the
         manifest."""
+        ...
+
+    def answer_source(self) -> AnswerSource | None:
+        """What answers at the moment; None if that is unknown, so that no answer may be shared."""
         ...
 
     def counters(self) -> Counters:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from smolcli.backends.base import (
+    AnswerSource,
     Backend,
     Counters,
     Health,
@@ -57,9 +58,9 @@ class DedupBackend:
     """Answers equal queries of another backend once; see `Backend`.
 
     Queries are equal if they differ in nothing but id, line and metadata. The seed counts if the
-    answer is sampled, and differs between ids unless the query sets it. The most recent answers
-    are cached. An interactive or streamed query joins a generation only if that one is
-    interactive or streamed too.
+    answer is sampled, and differs between ids unless the query sets it. An interactive or streamed
+    query joins a generation only if that one is interactive or streamed too. The most recent
+    answers of a verified model are cached; see `AnswerSource` for what may be shared.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -68,7 +69,7 @@ class DedupBackend:
         self._lock = threading.RLock()  # an inner future may be done when `submit` returns it
         self._running: dict[Key, Generation] = {}
         self._cached: OrderedDict[Query, Result] = OrderedDict()
-        self._cached_from: dict[str, Any] = {}  # identity of what gave the cached answers
+        self._source: AnswerSource | None = None  # of everything cached and running
 
     @property
     def window(self) -> int:
@@ -82,6 +83,10 @@ class DedupBackend:
     def identity(self) -> dict[str, Any]:
         """See `Backend`."""
         return self._backend.identity()
+
+    def answer_source(self) -> AnswerSource | None:
+        """See `Backend`."""
+        return self._backend.answer_source()
 
     def health(self) -> Health:
         """See `Backend`."""
@@ -98,7 +103,9 @@ class DedupBackend:
         waiter = PendingQuery(query, on_text, is_interactive)
         key = (_canonical(query), is_interactive, on_text is not None)
         with self._lock:
-            self._forget_others()
+            self._check_source()
+            if not self._is_shareable(query):
+                return self._backend.submit(query, on_text, is_interactive=is_interactive)
             if cached := self._cached.get(key[0]):
                 self._cached.move_to_end(key[0])
                 self._num_shared += 1
@@ -131,6 +138,7 @@ class DedupBackend:
 
     def _finish(self, key: Key, generation: Generation, inner: Future[Result]) -> None:
         with self._lock:
+            self._check_source()
             is_current = self._running.get(key) is generation
             if is_current:
                 del self._running[key]
@@ -147,15 +155,21 @@ class DedupBackend:
             else:
                 waiter.future.cancel()
 
-    def _forget_others(self) -> None:
-        """Drop cached answers if another model answers now: a server may come back different."""
-        identity = self._backend.identity()
-        if identity != self._cached_from:
+    def _check_source(self) -> None:
+        """Forget all answers if another model may have taken over."""
+        source = self._backend.answer_source()
+        if source != self._source:
             self._cached.clear()
             self._running.clear()  # those who wait get their answer, but nobody joins them
-            self._cached_from = identity
+            self._source = source
+
+    def _is_shareable(self, query: Query) -> bool:
+        source = self._source
+        return source is not None and (source.is_verified or query.sampling.is_greedy)
 
     def _cache(self, canonical: Query, result: Result) -> None:
+        if self._source is None or not self._source.is_verified:
+            return
         if canonical.num_chars + result.num_chars <= MAX_CACHED_CHARS:
             self._cached[canonical] = result
             if len(self._cached) > MAX_CACHED:

@@ -81,7 +81,7 @@ class Facts:
         usage = record["usage"]
         self.prompt_tokens[int(usage["prompt_tokens"])] += 1
         self.completion_tokens[int(usage["completion_tokens"])] += 1
-        self.finish_reasons[record["finish_reason"]] += 1
+        self.finish_reasons[record["finish_reason"] or "not reported"] += 1
         if "timings" in record:
             self._add_timings(record)
 

@@ -1,12 +1,16 @@
 """The admission limit: how many requests and queries the server accepts at once."""
 
+import random
 import threading
+import time
 from http import HTTPStatus
 
 from smolcli.server.errors import HttpError
 from smolcli.types import ErrorCode
 
-RETRY_AFTER_S = 2
+MIN_RETRY_AFTER_S = 2
+MAX_RETRY_AFTER_S = 60
+RATE_SMOOTHING = 0.1  # weight of the latest query in the mean time between finished queries
 REQUESTS_PER_SLOT = 4  # in-flight requests for each slot of the batch
 MIN_REQUESTS = 64
 
@@ -16,10 +20,30 @@ def request_limit(max_slots: int, max_queue: int) -> int:
     return min(max(REQUESTS_PER_SLOT * max_slots, MIN_REQUESTS), max_queue)
 
 
-def unavailable(message: str) -> HttpError:
-    """A 503 response that asks the client to retry."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)}
+def unavailable(message: str, retry_after_s: int = MIN_RETRY_AFTER_S) -> HttpError:
+    """A 503 response that asks the client to retry.
+
+    Args:
+        message: why the request is rejected.
+        retry_after_s: when to retry, in seconds.
+    """
+    headers = {"Retry-After": str(retry_after_s)}
     return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, message, ErrorCode.OVERLOADED, headers=headers)
+
+
+def spread_retry_s(num_queries: int, query_s: float, fraction: float) -> int:
+    """When a rejected client should retry: at some moment while the queue drains.
+
+    Args:
+        num_queries: number of unfinished queries.
+        query_s: mean time between two finished queries, in seconds.
+        fraction: from 0 to 1, the moment to choose.
+
+    Returns:
+        A time in whole seconds, as `Retry-After` requires.
+    """
+    drain_s = num_queries * query_s
+    return min(MIN_RETRY_AFTER_S + int(drain_s * fraction), MAX_RETRY_AFTER_S)
 
 
 class AdmissionLimit:
@@ -35,6 +59,8 @@ class AdmissionLimit:
         self._max_requests = max_requests
         self._num_queries = 0
         self._num_requests = 0
+        self._query_s = 0.0  # mean time between two finished queries
+        self._last_finished_at = 0.0
         self._lock = threading.Lock()
         self.is_closed = False
 
@@ -48,6 +74,11 @@ class AdmissionLimit:
         """Number of unfinished requests."""
         return self._num_requests
 
+    @property
+    def retry_after_s(self) -> int:
+        """When a rejected client should retry, chosen at random to spread the retries."""
+        return spread_retry_s(self._num_queries, self._query_s, random.random())
+
     def enter(self, num_queries: int) -> None:
         """Admit a request with all of its queries, or none of them.
 
@@ -59,13 +90,20 @@ class AdmissionLimit:
                 raise unavailable("the server is shutting down; retry later")
             has_room = self._num_queries + num_queries <= self._max_queries
             if not has_room or self._num_requests >= self._max_requests:
-                raise unavailable("the queue is full; retry later")
+                raise unavailable("the queue is full; retry later", self.retry_after_s)
+            if self._num_queries == 0:  # do not count the time spent idle
+                self._last_finished_at = time.monotonic()
             self._num_queries += num_queries
             self._num_requests += 1
 
     def finish_query(self) -> None:
         """Release one query of a request that is still in flight."""
         with self._lock:
+            now = time.monotonic()
+            elapsed_s = now - self._last_finished_at
+            weight = RATE_SMOOTHING if self._query_s else 1.0
+            self._query_s += weight * (elapsed_s - self._query_s)
+            self._last_finished_at = now
             self._num_queries -= 1
 
     def leave(self) -> None:

@@ -1,6 +1,6 @@
 """smol's own API: /chat, /chat/batched and its alias /generate_batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from http import HTTPStatus
 from itertools import chain
@@ -12,16 +12,21 @@ from smolcli.errors import QueryError
 from smolcli.protocol.query import chat_id_of, parse_query
 from smolcli.server.errors import HttpCode, HttpError, error_response, result_error
 from smolcli.server.in_flight import InFlightRequest
-from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json, to_json
+from smolcli.server.service import (
+    SEND_HEADERS,
+    STREAM_HEADERS,
+    Service,
+    json_response,
+    read_json,
+    to_json,
+)
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result
 
 NDJSON = "application/x-ndjson"
 # The wire format of the service that smol replaces.
-PARTIAL_SUCCESS = {
-    "partial_success": True,
-    "message": "Some queries failed but others succeeded",
-}
+SOME_FAILED = "Some queries failed but others succeeded"
+ALL_FAILED = "All queries failed"
 
 
 def chat_routes(service: Service) -> Blueprint:
@@ -83,17 +88,25 @@ def _parse(value: object, defaults: QueryDefaults) -> Query | Result:
 
 def _batch_body(results: list[Result]) -> dict[str, Any]:
     body: dict[str, Any] = {"responses": [result.record() for result in results]}
-    return body | PARTIAL_SUCCESS if any(result.is_error for result in results) else body
+    num_failed = sum(result.is_error for result in results)
+    if num_failed:
+        message = ALL_FAILED if num_failed == len(results) else SOME_FAILED
+        body |= {"partial_success": True, "message": message}
+    return body
 
 
 def _stream(invalid: dict[int, Result], in_flight: InFlightRequest) -> Response:
-    """Send each result as a line of NDJSON as soon as it is finished."""
-    response = Response(_lines(invalid, in_flight), headers=STREAM_HEADERS, mimetype=NDJSON)
+    """Send the headers at once, and each result as a line of NDJSON when it is finished."""
+    lines = _lines(invalid, in_flight, request.environ[SEND_HEADERS])
+    response = Response(lines, headers=STREAM_HEADERS, mimetype=NDJSON)
     response.call_on_close(in_flight.close)
     return response
 
 
-def _lines(invalid: dict[int, Result], in_flight: InFlightRequest) -> Iterator[str]:
+def _lines(
+    invalid: dict[int, Result], in_flight: InFlightRequest, send_headers: Callable[[], None]
+) -> Iterator[str]:
+    send_headers()
     try:
         for index, result in chain(invalid.items(), in_flight.results()):
             yield to_json({"index": index} | result.record()) + "\n"

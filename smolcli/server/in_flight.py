@@ -69,8 +69,10 @@ class InFlightRequest:
     def _text_callback(self, index: int) -> Callable[[str], None]:
         return lambda text: self._events.put((index, text))
 
-    def events(self) -> Iterator[tuple[int, str | Result]]:
+    def events(self) -> Iterator[tuple[int, str | Result] | None]:
         """Yield pieces of text, if requested, and results, each with its query's index.
+
+        Also yields None several times a second while nothing happens.
 
         Raises:
             HttpError: the client has disconnected.
@@ -84,6 +86,8 @@ class InFlightRequest:
             elif event := self._next_event():
                 index, text = event
                 yield index, self._settle(index) if text is None else text
+            else:
+                yield None
 
     def results(self) -> Iterator[tuple[int, Result]]:
         """Yield results in the order in which they finish, each with its query's index.
@@ -91,9 +95,9 @@ class InFlightRequest:
         Raises:
             HttpError: the client has disconnected.
         """
-        for index, event in self.events():
-            if isinstance(event, Result):
-                yield index, event
+        for event in self.events():
+            if event is not None and isinstance(event[1], Result):
+                yield event[0], event[1]
 
     def close(self) -> None:
         """Cancel what is unfinished and release the request's place in the admission limit."""

@@ -22,6 +22,11 @@ from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json, to_json
 from smolcli.types import Result
 
+HEADERS_TIMEOUT_S = 1.0  # how long an error can still set the status of a stream
+KEEP_ALIVE_S = 5.0  # silence after which a stream sends a comment
+
+Event = str | Result | None
+
 
 def openai_routes(service: Service) -> Blueprint:
     """The routes under /v1."""
@@ -69,7 +74,7 @@ def _check_model(requested: str, served: str) -> None:
         raise HttpError(
             HTTPStatus.NOT_FOUND,
             f"model {requested[:100]!r} not found; this server serves {served!r}",
-            HttpCode.NOT_FOUND,
+            HttpCode.MODEL_NOT_FOUND,
             "model",
         )
 
@@ -77,11 +82,12 @@ def _check_model(requested: str, served: str) -> None:
 def _stream(completion: Completion, in_flight: InFlightRequest) -> Response:
     """Stream the answer as server-sent events.
 
-    An error before the first event still gets an HTTP status of its own.
+    An error within the first second still gets an HTTP status of its own, as long as there is no
+    text. After that, the stream begins even if the query is waiting for a slot.
     """
-    events = (event for _, event in in_flight.events())
+    events = (event and event[1] for event in in_flight.events())
     try:
-        first = next(events)
+        first = _first_event(events)
     except HttpError:
         in_flight.close()
         raise
@@ -94,14 +100,28 @@ def _stream(completion: Completion, in_flight: InFlightRequest) -> Response:
     return response
 
 
-def _sse_lines(completion: Completion, events: Iterator[str | Result]) -> Iterator[str]:
+def _first_event(events: Iterator[Event]) -> Event:
+    """Wait for the first event; None if there is none in time."""
+    deadline = time.monotonic() + HEADERS_TIMEOUT_S
+    while (event := next(events)) is None and time.monotonic() < deadline:
+        pass
+    return event
+
+
+def _sse_lines(completion: Completion, events: Iterator[Event]) -> Iterator[str]:
     yield _sse_line(completion.chunk({"role": "assistant", "content": ""}))
+    sent_at = time.monotonic()
     try:
         for event in events:
-            if isinstance(event, str):
+            if event is None:
+                if time.monotonic() - sent_at < KEEP_ALIVE_S:
+                    continue
+                yield ": keep-alive\n\n"
+            elif isinstance(event, str):
                 yield _sse_line(completion.chunk({"content": event}))
             else:
                 yield _final_lines(completion, event)
+            sent_at = time.monotonic()
     except HttpError:
         return  # the client disconnected
 

@@ -6,7 +6,6 @@ from flask import Blueprint, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from smolcli.backends.base import Health
-from smolcli.server.admission import RETRY_AFTER_S
 from smolcli.server.schemas import openapi_document
 from smolcli.server.service import Service, json_response
 
@@ -27,7 +26,7 @@ def ops_routes(service: Service) -> Blueprint:
         if reason is None:
             return json_response({"status": "ready"})
         response = json_response({"status": reason}, HTTPStatus.SERVICE_UNAVAILABLE)
-        response.headers["Retry-After"] = str(RETRY_AFTER_S)
+        response.headers["Retry-After"] = str(service.admission.retry_after_s)
         return response
 
     @routes.get("/metrics")

@@ -45,7 +45,9 @@ class Alternative(Exact):
     """One of several answers to a query."""
 
     response: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None = Field(
+        description="Null if an upstream server does not report it."
+    )
     logprobs: list[TokenLogprob] = Field(
         default_factory=list, description="Present if the query requests log probabilities."
     )
@@ -153,7 +155,9 @@ class OpenAIChoice(Exact):
     index: int
     message: OpenAIMessage
     logprobs: OpenAILogprobs | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None = Field(
+        description="Null if an upstream server does not report it."
+    )
 
 
 class OpenAICompletion(Exact):
@@ -241,8 +245,6 @@ def openapi_document(requires_key: bool, model: str) -> Json:
     modes = [(schema, "validation") for schema in _MODELS]
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components: Json = {"schemas": schemas["$defs"]}
-    prompts = [{"required": ["user_prompt"]}, {"required": ["messages"]}]
-    components["schemas"]["QueryFields"]["anyOf"] = prompts
     components["schemas"]["CompletionFields"]["properties"]["model"]["enum"] = [model]
     document: Json = {
         "openapi": "3.1.0",

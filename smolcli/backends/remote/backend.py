@@ -13,7 +13,7 @@ from typing import Any
 import httpx2 as httpx
 
 import smolcli
-from smolcli.backends.base import Counters, Health, OnText, start_thread
+from smolcli.backends.base import AnswerSource, Counters, Health, OnText, start_thread
 from smolcli.backends.remote.dispatch import RemoteQuery, send
 from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
 from smolcli.errors import BackendError, UsageError
@@ -90,6 +90,10 @@ class RemoteBackend:
     def identity(self) -> dict[str, Any]:
         """What the servers are, as far as they report it; empty until one has been healthy."""
         return dict(self._pool.identity)
+
+    def answer_source(self) -> AnswerSource | None:
+        """See `Backend`."""
+        return self._pool.answer_source()
 
     def connect(self) -> None:
         """Wait until a server is healthy; each is tried once even if the retry time is 0.

@@ -25,7 +25,7 @@ from smolcli.backends.remote.wire import (
     to_result,
 )
 from smolcli.errors import BackendError, QueryError
-from smolcli.types import Result, Timings, failure
+from smolcli.types import ErrorCode, FinishReason, Result, Timings, failure
 
 NDJSON = "application/x-ndjson"
 _NO_SUCH_ROUTE = (404, 405, 501)
@@ -60,7 +60,7 @@ class RemoteQuery(PendingQuery):
 
 
 class BatchFailed(Exception):
-    """Queries could not be answered as one batch.
+    """Queries that are still open must be sent one by one.
 
     Args:
         is_route_missing: whether the server takes no batches at all.
@@ -114,6 +114,8 @@ async def _try_batch(upstream: Upstream, queries: list[RemoteQuery]) -> None:
     """Answer what can be answered as a batch, and remember if the server takes none."""
     try:
         await _send_batch(upstream, queries)
+    except MalformedAnswer:
+        pass  # the body cannot be decoded: send queries one by one
     except BatchFailed as exc:
         if exc.is_route_missing:
             upstream.mark_batch_route_missing()
@@ -129,26 +131,37 @@ async def _send_batch(upstream: Upstream, queries: list[RemoteQuery]) -> None:
             raise BatchFailed(response.status_code in _NO_SUCH_ROUTE)
         check_status(response, upstream.url)
         try:
-            await _read_batch(upstream, response, queries)
+            has_malformed = await _read_batch(upstream, response, queries)
         except MalformedAnswer as exc:
             raise BatchFailed(is_route_missing=True) from exc
+    if has_malformed:
+        raise BatchFailed(is_route_missing=False)
     if left := next((pending for pending in queries if pending.is_open), None):
         raise Unavailable(f"{upstream.url}: {left.fault}")
 
 
 async def _read_batch(
     upstream: Upstream, response: httpx.Response, queries: list[RemoteQuery]
-) -> None:
+) -> bool:
+    """Complete the queries of a batch; returns whether any result is malformed."""
+    has_malformed = False
     if response.headers.get("Content-Type", "").partition(";")[0] == NDJSON:
         async for line in _lines(response):
-            record = load_object(line)
-            pending = _at(queries, record.pop("index", None))
-            _settle(upstream, pending, parse_record(record, pending.query, upstream.dialect))
-        return
-    body = load_object(await response.aread())
-    results = parse_batch(body, [pending.query for pending in queries], upstream.dialect)
-    for pending, result in zip(queries, results, strict=True):
-        _settle(upstream, pending, result)
+            try:
+                record = load_object(line)
+                pending = _at(queries, record.pop("index", None))
+                result = parse_record(record, pending.query, upstream.dialect)
+            except MalformedAnswer:
+                has_malformed = True
+            else:
+                _settle(upstream, pending, result)
+        return has_malformed
+    batch = [pending.query for pending in queries]
+    results = parse_batch(await response.aread(), batch, upstream.dialect)
+    for pending, parsed in zip(queries, results, strict=True):
+        if parsed is not None:
+            _settle(upstream, pending, parsed)
+    return None in results
 
 
 def _at(queries: list[RemoteQuery], index: object) -> RemoteQuery:
@@ -184,7 +197,10 @@ async def _send_one(upstream: Upstream, pending: RemoteQuery, slots: asyncio.Sem
                 raise Unavailable(upstream.reason)
             if pending.is_open:
                 pending.complete(await _result(upstream, pending))
-    except (BackendError, MalformedAnswer) as exc:
+    except MalformedAnswer as exc:
+        message = f"malformed answer from {upstream.url}: {exc}"
+        pending.complete(failure(pending.query, message, ErrorCode.INTERNAL))
+    except BackendError as exc:
         pending.fail(BackendError(f"{upstream.url}: {exc}"))
     except Unavailable as exc:
         upstream.back_off(exc)
@@ -244,7 +260,7 @@ async def _error_body(response: httpx.Response) -> dict[str, Any]:
 async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result:
     """Pass on the pieces of an answer as they arrive."""
     pieces: list[str] = []
-    logprobs: list[dict[str, Any]] = []
+    logprobs: list[Any] | None = None
     finish_reason = usage = None
     is_done = False
     try:
@@ -257,17 +273,20 @@ async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result
             if "error" in chunk:
                 return parse_error(chunk, pending.query)
             usage = chunk.get("usage") or usage
-            for choice in chunk["choices"]:
+            for choice in chunk.get("choices") or []:
                 finish_reason = choice.get("finish_reason") or finish_reason
-                logprobs += logprobs_of(choice)
-                pieces.append(choice["delta"].get("content") or "")
-                pending.show(pieces[-1])
+                if entries := logprobs_of(choice):
+                    logprobs = [*(logprobs or []), *entries]
+                if text := (choice.get("delta") or {}).get("content"):
+                    pieces.append(text + "")  # a TypeError unless it is a string
+                    pending.show(text)
     except (LookupError, TypeError, AttributeError) as exc:
         raise MalformedAnswer("the stream does not consist of chat completion chunks") from exc
     if not is_done:
         raise Unavailable("the stream ended early")
-    text = "".join(pieces).strip()
-    record = {"response": text, "finish_reason": finish_reason, "logprobs": logprobs}
+    has_text = bool(pieces) or finish_reason in (None, FinishReason.STOP, FinishReason.LENGTH)
+    response_text = "".join(pieces) if has_text else None
+    record = {"response": response_text, "finish_reason": finish_reason, "logprobs": logprobs}
     return to_result(pending.query, [record], usage)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import httpx2 as httpx
 
-from smolcli.backends.base import PendingQuery
+from smolcli.backends.base import AnswerSource, PendingQuery
 from smolcli.backends.remote.wire import Dialect, MalformedAnswer, load_object
 from smolcli.errors import BackendError
 from smolcli.settings import RemoteSettings
@@ -60,9 +60,11 @@ class Upstream:
         self.url = url
         self.dialect = Dialect.PLAIN
         self.model = ""
+        self.identity: dict[str, Any] = {}  # as the server last reported it
         self.window = 0  # as the server reports it
         self.in_flight: set[PendingQuery] = set()
         self.num_requests = 0
+        self.num_transitions = 0  # between healthy and unhealthy
         self.is_healthy = False
         self.is_checked = False  # whether a health check has finished
         self.is_permanently_unusable = False  # retrying will not help
@@ -96,6 +98,7 @@ class Upstream:
 
     def mark_healthy(self) -> None:
         """A health check succeeded."""
+        self.num_transitions += not self.is_healthy
         self.is_healthy, self.is_permanently_unusable = True, False
         self._num_failures = 0
 
@@ -108,6 +111,7 @@ class Upstream:
         """
         if self.is_healthy:
             logger.warning("upstream unhealthy: %s", reason)
+            self.num_transitions += 1
             self.unhealthy_since = time.monotonic()
         self.is_healthy, self.is_permanently_unusable = False, is_permanent
         self.reason = reason
@@ -200,6 +204,19 @@ class UpstreamPool:
     def reason(self) -> str:
         """Why no server answers."""
         return "; ".join(upstream.reason for upstream in self.upstreams)
+
+    def answer_source(self) -> AnswerSource | None:
+        """See `Backend`. Only a smol server tells which model it runs and honors seeds.
+
+        A server that was unhealthy may have been replaced, whatever it reports.
+        """
+        identities = [u.identity for u in self.upstreams if u.is_healthy]
+        apis = {identity.get("api", Dialect.SMOL) for identity in identities}
+        if not identities or Dialect.PLAIN in apis:
+            return None
+        state = [(u.url, u.is_healthy, u.num_transitions, u.identity) for u in self.upstreams]
+        is_verified = apis == {Dialect.SMOL} and all(each.get("revision") for each in identities)
+        return AnswerSource(json.dumps(state, sort_keys=True), is_verified)
 
     @property
     def window(self) -> int:
@@ -312,6 +329,7 @@ class UpstreamPool:
         for name in DECIDING:
             if identity.get(name) != self.identity.get(name):
                 _refuse(upstream, name, identity.get(name), self.identity.get(name))
+        upstream.identity = identity
 
 
 def check_status(response: httpx.Response, url: str) -> None:
@@ -340,6 +358,7 @@ def _translated_errors(url: str) -> Iterator[None]:
 
     Raises:
         Unavailable: the connection failed.
+        MalformedAnswer: the response is not encoded as it says.
         BackendError: the server does not respond, or the request cannot be made.
     """
     try:
@@ -347,6 +366,8 @@ def _translated_errors(url: str) -> Iterator[None]:
     except _FAILED_CONNECTION as exc:
         reason = str(exc) or type(exc).__name__
         raise Unavailable(f"{url} cannot be reached: {reason}", is_unreachable=True) from exc
+    except httpx.DecodingError as exc:
+        raise MalformedAnswer(f"the answer cannot be decoded: {exc}") from exc
     except httpx.TimeoutException as exc:
         raise BackendError(f"{url} did not respond in time") from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:

@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeGuard
 
 from smolcli.errors import QueryError
-from smolcli.protocol.query import format_fields
+from smolcli.protocol.query import format_fields, load_json
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage, failure
 
+MAX_ERROR_CHARS = 1000
 _TOO_LONG = ("context_length_exceeded", "maximum context length", "prompt_too_long")
 _PLAIN_ROLES = (["user"], ["system", "user"])
 
@@ -107,31 +108,47 @@ def _options(query: Query, dialect: Dialect) -> dict[str, Any]:
     return fields
 
 
-def load_object(data: bytes | str) -> dict[str, Any]:
-    """Parse a body or a line that holds one JSON object.
+def load_object(data: bytes) -> dict[str, Any]:
+    """Parse a body or a line that holds one JSON object, without NaN or lone surrogates.
 
     Raises:
         MalformedAnswer: it does not.
     """
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as exc:
-        raise MalformedAnswer("the answer is not JSON") from exc
+        value = load_json(data)
+    except QueryError as exc:
+        raise MalformedAnswer(f"the answer is not JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise MalformedAnswer("the answer is not a JSON object")
     return value
 
 
-def parse_batch(body: Mapping[str, Any], queries: list[Query], dialect: Dialect) -> list[Result]:
+def parse_batch(data: bytes, queries: list[Query], dialect: Dialect) -> list[Result | None]:
     """The results in the body of a batch, in the order of its queries.
 
+    Returns:
+        One result for each query; None for a query whose result is malformed.
+
     Raises:
-        MalformedAnswer: the body does not hold one result for each query.
+        MalformedAnswer: the body does not hold one response for each query.
     """
-    records = body.get("responses")
-    if not isinstance(records, list) or len(records) != len(queries):
-        raise MalformedAnswer(f"the answer does not have the responses of {len(queries)} queries")
-    return [parse_record(r, query, dialect) for r, query in zip(records, queries, strict=True)]
+    try:
+        body = json.loads(data)  # lenient, so that one response does not spoil the others
+        records = body["responses"]
+        if not isinstance(records, list) or len(records) != len(queries):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, RecursionError) as exc:
+        message = f"the answer does not have the responses of {len(queries)} queries"
+        raise MalformedAnswer(message) from exc
+    pairs = zip(records, queries, strict=True)
+    return [_parse_item(record, query, dialect) for record, query in pairs]
+
+
+def _parse_item(record: object, query: Query, dialect: Dialect) -> Result | None:
+    try:
+        return parse_record(load_object(json.dumps(record).encode()), query, dialect)
+    except (MalformedAnswer, RecursionError):
+        return None
 
 
 def parse_record(record: Any, query: Query, dialect: Dialect) -> Result:
@@ -142,12 +159,14 @@ def parse_record(record: Any, query: Query, dialect: Dialect) -> Result:
     """
     if not isinstance(record, dict):
         raise MalformedAnswer("a response is not an object")
-    if "response" not in record and ("error" in record or "detail" in record):
-        return parse_error(record, query)
-    text, chat_id = record.get("response"), record.get("chat_id", query.chat_id)
-    if not isinstance(text, str) or str(chat_id) != query.chat_id:
-        raise MalformedAnswer("a response has no text or belongs to another query")
-    if dialect is Dialect.PLAIN:
+    if "response" not in record:
+        if "error" in record or "detail" in record:
+            return parse_error(record, query)
+        raise MalformedAnswer("a response has no text")
+    text, chat_id = record["response"], record.get("chat_id", query.chat_id)
+    if str(chat_id) != query.chat_id:
+        raise MalformedAnswer("a response belongs to another query")
+    if dialect is Dialect.PLAIN and isinstance(text, str):
         record = {**record, "response": _without_prompt(text, query)}
     others = record.get("alternatives")
     records = [record, *others] if isinstance(others, list) else [record]
@@ -163,7 +182,7 @@ def parse_completion(body: Mapping[str, Any], query: Query) -> Result:
     try:
         records = [
             {
-                "response": (choice["message"]["content"] or "").strip(),
+                "response": choice["message"].get("content"),
                 "finish_reason": choice.get("finish_reason"),
                 "logprobs": logprobs_of(choice),
             }
@@ -174,9 +193,9 @@ def parse_completion(body: Mapping[str, Any], query: Query) -> Result:
         raise MalformedAnswer("the answer is not a chat completion") from exc
 
 
-def logprobs_of(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The log probabilities in a choice, or in a chunk of a stream."""
-    return (choice.get("logprobs") or {}).get("content") or []
+def logprobs_of(choice: Mapping[str, Any]) -> Any:
+    """The log probabilities in a choice, or in a chunk of a stream; None if it has none."""
+    return (choice.get("logprobs") or {}).get("content")
 
 
 def to_result(query: Query, records: Sequence[Mapping[str, Any]], usage: object) -> Result:
@@ -196,25 +215,48 @@ def to_result(query: Query, records: Sequence[Mapping[str, Any]], usage: object)
     try:
         first, *others = [_answer(query, record) for record in records[: query.n]]
     except (LookupError, TypeError, AttributeError) as exc:
-        raise MalformedAnswer("an answer has no text") from exc
+        raise MalformedAnswer("an answer is not an object") from exc
     if failed := next((each for each in (first, *others) if each.is_error), None):
         return failed
     return replace(first, alternatives=tuple(others), usage=_usage(usage))
 
 
 def _answer(query: Query, record: Mapping[str, Any]) -> Result:
-    text, is_cut_off = record["response"], record.get("finish_reason") == "length"
+    text, finish_reason = record["response"], _finish_reason(record.get("finish_reason"))
+    if text is None:
+        message = "the upstream server gave no text"
+        if finish_reason is not None:
+            message += f" (finish_reason {str(finish_reason)!r})"
+        return failure(query, message, ErrorCode.INTERNAL)
+    if not isinstance(text, str):
+        raise MalformedAnswer("the text of an answer is not a string")
+    text, logprobs = text.strip(), record.get("logprobs")
+    is_cut_off = finish_reason is FinishReason.LENGTH
     if query.format is not None and query.format.schema and not _is_json(text):
         message = "the answer is not complete JSON" + (": it was cut off" if is_cut_off else "")
         return failure(query, message, ErrorCode.INCOMPLETE_JSON)
     return Result(
         chat_id=query.chat_id,
         response=text,
-        finish_reason=FinishReason.LENGTH if is_cut_off else FinishReason.STOP,
-        logprobs=None if query.top_logprobs is None else record.get("logprobs", []),
+        finish_reason=finish_reason,
+        logprobs=_logprobs(logprobs) if query.top_logprobs is not None else None,
         metadata=query.metadata,
         line=query.line,
     )
+
+
+def _finish_reason(value: object) -> FinishReason | None:
+    """Why an answer ended; None if the server did not say, or not in OpenAI's words."""
+    is_known = isinstance(value, str) and value in set(FinishReason)
+    return FinishReason(str(value)) if is_known else None
+
+
+def _logprobs(value: object) -> list[dict[str, Any]] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise MalformedAnswer("the log probabilities of an answer are not a list of objects")
+    return value
 
 
 def _is_json(text: str) -> bool:
@@ -235,10 +277,12 @@ def parse_error(body: Mapping[str, Any], query: Query, status: int = 500) -> Res
     """
     error = body.get("error", body)
     detail = error if isinstance(error, dict) else body
-    message = error if isinstance(error, str) else detail.get("message", detail.get("detail"))
-    code = _error_code(detail.get("error_code", detail.get("code")), str(message), status)
+    reason = error if isinstance(error, str) else detail.get("message", detail.get("detail"))
+    message = reason if isinstance(reason, str) else json.dumps(detail, ensure_ascii=False)
+    code = _error_code(detail.get("error_code", detail.get("code")), message, status)
     field = detail.get("field", detail.get("param"))
-    return failure(query, str(message), code, field if isinstance(field, str) else None)
+    field = field if isinstance(field, str) else None
+    return failure(query, message[:MAX_ERROR_CHARS], code, field)
 
 
 def _error_code(code: object, message: str, status: int) -> ErrorCode:
@@ -252,8 +296,14 @@ def _error_code(code: object, message: str, status: int) -> ErrorCode:
 def _usage(usage: object) -> Usage | None:
     if not isinstance(usage, dict):
         return None
-    counts = [usage.get(name) for name in Usage.__slots__]
-    return Usage(*counts) if all(isinstance(n, int) for n in counts) else None  # type: ignore[arg-type]
+    prompt_tokens, completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not (_is_count(prompt_tokens) and _is_count(completion_tokens)):
+        return None
+    return Usage(prompt_tokens, completion_tokens)
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _without_prompt(text: str, query: Query) -> str:

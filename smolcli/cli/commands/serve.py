@@ -115,8 +115,9 @@ class ServeOptions:
             UsageError: an option is invalid, or two contradict each other.
             InputError: the file of API keys cannot be used.
         """
-        if self.max_batch_queries > self.max_queue:
-            raise UsageError("--max-queue must be at least as large as --max-batch-queries")
+        is_default = self.max_batch_queries == _DEFAULTS.max_batch_queries
+        if self.max_batch_queries > self.max_queue and not is_default:
+            raise UsageError("--max-batch-queries must not exceed --max-queue")
         keys = list(self.api_key or ())
         if self.api_key_file is not None:
             keys += _read_keys(self.api_key_file)
@@ -136,7 +137,7 @@ class ServeOptions:
             api_keys=tuple(keys),
             cors_origins=tuple(self.cors_origin or ()),
             max_body_bytes=self.max_body_mb << 20,
-            max_batch_queries=self.max_batch_queries,
+            max_batch_queries=min(self.max_batch_queries, self.max_queue),
             max_queue=self.max_queue,
             request_timeout_s=self.request_timeout,
             drain_timeout_s=self.drain_timeout,
