@@ -196,6 +196,7 @@ class Result:
         metadata: of the query.
         line: of the query.
         timings: when things happened.
+        is_deduplicated: whether it is the answer to an equal query, so that nothing was generated.
     """
 
     chat_id: str | None
@@ -210,6 +211,7 @@ class Result:
     metadata: Mapping[str, Any] | None = None
     line: int | None = None
     timings: Timings | None = None
+    is_deduplicated: bool = False
 
     @property
     def is_error(self) -> bool:

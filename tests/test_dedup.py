@@ -38,6 +38,7 @@ def test_equal_queries_in_flight_are_generated_once() -> None:
     other = second.result()
     assert (other.chat_id, other.line, other.metadata) == ("2", 7, {"row": 2})
     assert (other.response, other.usage) == (answer.response, answer.usage)
+    assert (first.result().is_deduplicated, other.is_deduplicated) == (False, True)
     assert backend.counters().shared_queries == 1
 
 

@@ -122,6 +122,20 @@ def test_cancelling_frees_the_slot(backend: LocalBackend) -> None:
     assert (health.is_alive, health.num_running, health.num_waiting) == (True, 0, 0)
 
 
+def test_tokens_of_cancelled_queries_are_counted(backend: LocalBackend) -> None:
+    first = answer(backend, query()).usage
+    counters = backend.counters()
+    assert counters.prompt_tokens == first.prompt_tokens
+    assert counters.generated_tokens == first.completion_tokens
+    started = threading.Event()
+    long = backend.submit(query(max_new_tokens=400), lambda _: started.set())
+    assert started.wait(WAIT_S)
+    assert long.cancel()
+    second = answer(backend, query()).usage
+    cancelled = backend.counters().generated_tokens - 2 * second.completion_tokens
+    assert 1 <= cancelled < 400
+
+
 def test_a_prompt_that_does_not_fit_is_the_error_of_its_query(backend: LocalBackend) -> None:
     result = answer(backend, query("word " * 2000))
     assert result.error_code == ErrorCode.PROMPT_TOO_LONG

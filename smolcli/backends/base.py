@@ -1,12 +1,13 @@
 """The interface to whatever computes answers, and what its implementations share."""
 
 import logging
+import operator
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
 from smolcli.errors import BackendError, QueryError, SmolError
@@ -114,18 +115,19 @@ class Counters:
         model_calls: forward passes or, for a remote backend, HTTP requests.
         cached_tokens: prompt tokens found in the prefix cache.
         shared_queries: deduplicated queries, which received the answer of an equal one.
+        prompt_tokens: tokens of the prompts that were processed, cached ones included.
+        generated_tokens: tokens generated, also for queries that were cancelled or failed later.
+            A remote backend knows only what its servers report of complete answers.
     """
 
     model_calls: int = 0
     cached_tokens: int = 0
     shared_queries: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
 
     def __add__(self, other: "Counters") -> "Counters":
-        return Counters(
-            self.model_calls + other.model_calls,
-            self.cached_tokens + other.cached_tokens,
-            self.shared_queries + other.shared_queries,
-        )
+        return Counters(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)

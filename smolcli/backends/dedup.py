@@ -214,4 +214,5 @@ def _shared(result: Result, waiter: PendingQuery) -> Result:
         metadata=query.metadata,
         line=query.line,
         timings=Timings(queue_s=0.0, first_token_s=total_s, total_s=total_s),
+        is_deduplicated=True,
     )

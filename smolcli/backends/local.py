@@ -144,6 +144,7 @@ class LocalBackend:
         self._gone: BackendError | None = None
         self._is_closed = False
         self._stepped_at = 0.0
+        self._num_prompt_tokens = self._num_generated_tokens = 0
         self._submitted: SimpleQueue[LocalQuery | None] = SimpleQueue()
         self._tokenizing: list[threading.Thread] = []
         built: Future[Engine] = Future()
@@ -168,7 +169,12 @@ class LocalBackend:
     def counters(self) -> Counters:
         """See `Backend`."""
         engine = self._engine
-        return Counters(engine.num_steps, engine.kv_cache.prefix_cache.num_hit_tokens)
+        return Counters(
+            engine.num_steps,
+            engine.kv_cache.prefix_cache.num_hit_tokens,
+            prompt_tokens=self._num_prompt_tokens,
+            generated_tokens=self._num_generated_tokens,
+        )
 
     def identity(self) -> dict[str, Any]:
         """See `Backend`."""
@@ -318,7 +324,10 @@ class LocalBackend:
 
     def _advance(self, pending: LocalQuery, sequence: Sequence) -> bool:
         """Append the newest token to the answer's text; returns whether it was the last one."""
-        pending.first_token_at = pending.first_token_at or time.perf_counter()
+        if not pending.first_token_at:
+            pending.first_token_at = time.perf_counter()
+            self._num_prompt_tokens += len(sequence.prompt_ids)
+        self._num_generated_tokens += 1
         text = pending.detokenizer.push(sequence.token_ids[-1])
         is_finished = sequence.is_finished or pending.detokenizer.is_stopped
         if is_finished:

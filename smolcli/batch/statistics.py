@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -179,7 +179,9 @@ class StatisticsCollector:
             resumed_lines=self._resumed_lines,
             seconds=round(self.seconds, 3),
             tokens_per_second=None if rate is None else round(rate, 3),
-            **asdict(counters),
+            model_calls=counters.model_calls,
+            cached_tokens=counters.cached_tokens,
+            shared_queries=counters.shared_queries,
             latency_p50_s=self._latencies.quantile(0.50),
             latency_p95_s=self._latencies.quantile(0.95),
             pace=self._throughput.record(),

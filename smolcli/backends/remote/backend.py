@@ -72,6 +72,7 @@ class RemoteBackend:
         self._batcher = Batcher(self._pool, self._open)
         self._sending: dict[asyncio.Task[None], list[RemoteQuery]] = {}
         self._num_interactive = 0
+        self._token_counters = Counters()
         self._stopping = asyncio.Event()
         self._lock = threading.Lock()
         self._is_closed = False
@@ -84,8 +85,9 @@ class RemoteBackend:
         return self._pool.window
 
     def counters(self) -> Counters:
-        """Requests sent so far; the servers keep their own token counts."""
-        return Counters(sum(upstream.num_requests for upstream in self._pool.upstreams))
+        """Requests sent so far, and the tokens that the servers reported."""
+        num_requests = sum(upstream.num_requests for upstream in self._pool.upstreams)
+        return self._token_counters + Counters(num_requests)
 
     def identity(self) -> dict[str, Any]:
         """What the servers are, as far as they report it; empty until one has been healthy."""
@@ -182,6 +184,10 @@ class RemoteBackend:
                 self._loop.call_soon_threadsafe(self._drop, pending)
         else:
             self._open.discard(pending)
+            if not pending.future.exception() and (usage := pending.future.result().usage):
+                self._token_counters += Counters(
+                    prompt_tokens=usage.prompt_tokens, generated_tokens=usage.completion_tokens
+                )
 
     def _drop(self, pending: RemoteQuery) -> None:
         """End the request of a cancelled query, unless others depend on it."""
