@@ -132,6 +132,7 @@ class Query:
         top_logprobs: alternatives to report for each token; None for no log probabilities.
         metadata: echoed in the result.
         line: its line number; None over HTTP.
+        request_id: of the HTTP request that it came with, passed on to an upstream server.
     """
 
     chat_id: str
@@ -143,6 +144,7 @@ class Query:
     top_logprobs: int | None = None
     metadata: Mapping[str, Any] | None = None
     line: int | None = None
+    request_id: str | None = None
 
     @property
     def num_chars(self) -> int:

@@ -22,6 +22,7 @@ class LegacyHost:
         has_batch: whether it has /generate_batch.
         delay_s: how long an answer takes, in seconds.
         bodies: path and body of each request so far.
+        request_ids: X-Request-Id of each request so far.
         faults: status, headers and body to respond with instead, for the next requests; a body that
             is a string is sent as it is.
     """
@@ -29,6 +30,7 @@ class LegacyHost:
     has_batch: bool = True
     delay_s: float = 0.0
     bodies: list[tuple[str, Any]] = field(default_factory=list)
+    request_ids: list[str | None] = field(default_factory=list)
     faults: list[tuple[int, dict[str, str], Any]] = field(default_factory=list)
     max_concurrent: int = 0
     url: str = ""
@@ -70,6 +72,7 @@ class LegacyHost:
     def _serve(self, answer: Callable[[Any], Any]) -> Any:
         with self._lock:
             self.bodies.append((request.path, request.get_json()))
+            self.request_ids.append(request.headers.get("X-Request-Id"))
             fault = self.faults.pop(0) if self.faults else None
             self._num_running += 1
             self.max_concurrent = max(self.max_concurrent, self._num_running)

@@ -262,6 +262,14 @@ def test_a_gateway_does_not_share_answers_of_an_unidentified_server() -> None:
     assert [answer["finish_reason"] for answer in answers] == [None, None]
 
 
+def test_the_request_id_is_passed_on_to_the_upstream() -> None:
+    with legacy_host() as host, gateway(host.url) as front:
+        front.post("/chat", query(), **{"X-Request-Id": "mine"})
+        front.post("/chat/batched", {"queries": [query(), query()]}, **{"X-Request-Id": "batch"})
+        made_up = front.ask().headers["X-Request-Id"]
+        assert host.request_ids == ["mine", "batch", made_up]
+
+
 def test_a_disconnecting_client_frees_the_slot_at_the_upstream(tiny_folder: Path) -> None:
     with legacy_host(delay_s=0.3) as host, gateway(host.url) as front:
         with pytest.raises(httpx2.ReadTimeout):

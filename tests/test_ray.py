@@ -265,7 +265,7 @@ def test_a_node_with_other_kernels_is_refused() -> None:
     from smolcli.backends.ray.backend import check_kernels
 
     check_kernels("b", {"kernels": "native"}, {"kernels": "native"})
-    with pytest.raises(BackendError, match="node b computes with torch kernels, and another"):
+    with pytest.raises(BackendError, match="node b computes with torch kernels and another"):
         check_kernels("b", {"kernels": "torch"}, {"kernels": "native"})
 
 

@@ -212,6 +212,12 @@ class TestLegacyHost:
             backend.submit(query(), is_interactive=True).result(TIMEOUT_S)
             assert (pieces, host.paths) == (["Indeed 1."], ["/chat", "/chat"])
 
+    def test_a_batch_names_the_requests_that_it_serves(self) -> None:
+        ids = ["a", "a", None, "b", "x" * 126]
+        with legacy_host() as host, remote(host.url) as backend:
+            answers(backend, [query(str(n), request_id=each) for n, each in enumerate(ids)])
+            assert host.request_ids == ["a,b"]
+
     def test_a_missing_batch_route_is_remembered_and_queries_are_sent_one_by_one(self) -> None:
         with (
             legacy_host(has_batch=False, delay_s=0.02) as host,
@@ -330,6 +336,17 @@ class TestFailures:
                 assert [f.result(TIMEOUT_S).response for f in futures] == [
                     f"Indeed {n}." for n in range(5)
                 ]
+
+    def test_without_retries_a_server_is_still_given_one_chance(self) -> None:
+        """A retry time of 0 was over before the first health check, so nothing ever connected."""
+        with legacy_host() as host, remote(host.url, retry_s=0) as backend:
+            assert answers(backend, [query("0")])[0].response == "Indeed 0."
+            host.faults.append((503, {}, {}))
+            with pytest.raises(BackendError, match="answered 503"):
+                backend.submit(query()).result(TIMEOUT_S)
+            assert len(host.bodies) == 2
+        with pytest.raises(BackendError, match="cannot be reached"):
+            open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0))
 
     def test_no_server_at_the_url(self) -> None:
         with pytest.raises(BackendError, match="cannot be reached"):

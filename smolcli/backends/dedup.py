@@ -202,7 +202,7 @@ def _canonical(query: Query) -> Query:
     """The query without anything that does not affect its answer."""
     seed = 0 if query.sampling.is_greedy else query.sampling.seed
     sampling = replace(query.sampling, seed=seed)
-    return replace(query, chat_id="", metadata=None, line=None, sampling=sampling)
+    return replace(query, chat_id="", metadata=None, line=None, request_id=None, sampling=sampling)
 
 
 def _shared(result: Result, waiter: PendingQuery) -> Result:

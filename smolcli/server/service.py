@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -138,8 +138,9 @@ class Service:
         Raises:
             HttpError: 503 if the queue is full, or the model is loading.
         """
+        request_id = current_record().request_id
         in_flight = InFlightRequest(
-            queries,
+            {index: replace(query, request_id=request_id) for index, query in queries.items()},
             self.loader.backend,
             self.admission,
             self.settings.request_timeout_s,

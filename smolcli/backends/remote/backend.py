@@ -98,14 +98,14 @@ class RemoteBackend:
         return self._pool.answer_source()
 
     def connect(self) -> None:
-        """Wait until a server is healthy; each is tried once even if the retry time is 0.
+        """Wait until a server is healthy; each is checked at least once.
 
         Raises:
             BackendError: none is within the retry time.
         """
         deadline = time.monotonic() + self._settings.retry_s
         while not self._pool.is_healthy:
-            is_late = time.monotonic() > deadline and self._pool.is_checked
+            is_late = self._pool.is_checked and time.monotonic() >= deadline
             if is_late or self._pool.is_permanently_unusable:
                 raise BackendError(self._pool.reason)
             time.sleep(POLL_S)

@@ -28,6 +28,7 @@ from smolcli.errors import BackendError, QueryError
 from smolcli.types import ErrorCode, FinishReason, Result, Timings, failure
 
 NDJSON = "application/x-ndjson"
+MAX_REQUEST_ID_CHARS = 128  # that a smol server accepts
 _NO_SUCH_ROUTE = (404, 405, 501)
 _BATCH_FAILED = (*_NO_SUCH_ROUTE, 400, 413, 415, 422, 500)
 
@@ -126,7 +127,8 @@ async def _try_batch(upstream: Upstream, queries: list[RemoteQuery]) -> None:
 
 async def _send_batch(upstream: Upstream, queries: list[RemoteQuery]) -> None:
     body = {"queries": [chat_body(pending.query, upstream.dialect) for pending in queries]}
-    async with upstream.post("/generate_batch", body, f"{NDJSON}, */*;q=0.5") as response:
+    accept = f"{NDJSON}, */*;q=0.5"
+    async with upstream.post("/generate_batch", body, _request_id(queries), accept) as response:
         if response.status_code in _BATCH_FAILED:
             raise BatchFailed(response.status_code in _NO_SUCH_ROUTE)
         check_status(response, upstream.url)
@@ -162,6 +164,18 @@ async def _read_batch(
         if parsed is not None:
             _settle(upstream, pending, parsed)
     return None in results
+
+
+def _request_id(queries: list[RemoteQuery]) -> str:
+    """The ids of the HTTP requests that these queries came with, as many as fit into one id."""
+    request_ids = dict.fromkeys(pending.query.request_id or "" for pending in queries)
+    joined = ""
+    for request_id in filter(None, request_ids):
+        longer = f"{joined},{request_id}" if joined else request_id
+        if len(longer) > MAX_REQUEST_ID_CHARS:
+            break
+        joined = longer
+    return joined
 
 
 def _at(queries: list[RemoteQuery], index: object) -> RemoteQuery:
@@ -229,7 +243,7 @@ async def _result(upstream: Upstream, pending: RemoteQuery) -> Result:
     else:
         body = chat_body(query, dialect)
     path = "/v1/chat/completions" if is_completion else "/chat"
-    async with upstream.post(path, body) as response:
+    async with upstream.post(path, body, _request_id([pending])) as response:
         check_status(response, upstream.url)
         if response.status_code in _NO_SUCH_ROUTE:
             raise BackendError(f"{path} answered {response.status_code}; is it a model server?")

@@ -66,7 +66,7 @@ class Upstream:
         self.num_requests = 0
         self.num_transitions = 0  # between healthy and unhealthy
         self.is_healthy = False
-        self.is_checked = False  # whether a health check has finished
+        self.is_checked = False  # whether the first health check is over
         self.is_permanently_unusable = False  # retrying will not help
         self.unhealthy_since = time.monotonic()
         self.reason = f"{url} has not answered yet"
@@ -149,13 +149,14 @@ class Upstream:
 
     @asynccontextmanager
     async def post(
-        self, path: str, body: Any, accept: str = "*/*"
+        self, path: str, body: Any, request_id: str = "", accept: str = "*/*"
     ) -> AsyncIterator[httpx.Response]:
         """Send JSON; the body of the response is still to be read.
 
         Args:
             path: of the route.
             body: JSON value to send.
+            request_id: sent as X-Request-Id unless empty.
             accept: media types that the response may have.
 
         Raises:
@@ -164,6 +165,8 @@ class Upstream:
         """
         content = json.dumps(body, ensure_ascii=False).encode()
         headers = {"Content-Type": "application/json", "Accept": accept}
+        if request_id:
+            headers["X-Request-Id"] = request_id
         url = self.url + path
         self.num_requests += 1
         with _translated_errors(self.url):
@@ -199,6 +202,11 @@ class UpstreamPool:
     def is_permanently_unusable(self) -> bool:
         """Whether retrying will not help with any server."""
         return all(upstream.is_permanently_unusable for upstream in self.upstreams)
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the first health check of every server is over."""
+        return all(upstream.is_checked for upstream in self.upstreams)
 
     @property
     def reason(self) -> str:
@@ -264,11 +272,6 @@ class UpstreamPool:
             except TimeoutError:
                 pass
 
-    @property
-    def is_checked(self) -> bool:
-        """Whether the first health check of every server has finished."""
-        return all(upstream.is_checked for upstream in self.upstreams)
-
     def _unhealthy_deadline(self) -> float:
         """When to give up on servers that are all unhealthy."""
         if self.is_healthy:
@@ -276,6 +279,7 @@ class UpstreamPool:
         return max(u.unhealthy_since for u in self.upstreams) + self._settings.retry_s
 
     async def _check_health(self, upstream: Upstream) -> None:
+        """Check once, and mark the server accordingly."""
         was_healthy = upstream.is_healthy
         try:
             self._admit(upstream, await self._identify(upstream))
