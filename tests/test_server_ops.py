@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import EchoBackend
@@ -21,9 +22,12 @@ from server_tools import (
 )
 
 from smolcli.backends.base import Backend, Health
+from smolcli.backends.dedup import deduplicated
 from smolcli.backends.local import open_local
+from smolcli.backends.remote.backend import open_gateway
 from smolcli.server.access_log import JsonFormatter, PlainFormatter
-from smolcli.settings import EngineSettings
+from smolcli.settings import EngineSettings, RemoteSettings
+from smolcli.types import Query, Result
 
 SECRET = "the password is swordfish"
 
@@ -87,11 +91,7 @@ def test_metrics_count_outcomes_tokens_and_latencies(server: RunningServer) -> N
     server.client.get("/nope")
     response = server.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
-    samples = {
-        (s.name, *s.labels.values()): s.value
-        for family in text_string_to_metric_families(response.text)
-        for s in family.samples
-    }
+    samples = metrics(server)
     usages = [r["usage"] for r in answers.json()["responses"] if "usage" in r]
     assert samples["smol_prompt_tokens_total",] == sum(u["prompt_tokens"] for u in usages)
     assert samples["smol_generation_tokens_total",] == sum(u["completion_tokens"] for u in usages)
@@ -103,6 +103,86 @@ def test_metrics_count_outcomes_tokens_and_latencies(server: RunningServer) -> N
         assert samples[f"smol_{name}_seconds_count",] == 2
     assert samples["smol_inter_token_latency_seconds_count",] == 2
     assert samples["smol_requests_running",] == samples["smol_requests_waiting",] == 0
+
+
+def metrics(server: RunningServer) -> dict[tuple[str, ...], float]:
+    """The value of each metric by its name and labels."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(server.client.get("/metrics").text)
+        for sample in family.samples
+    }
+
+
+def test_deduplicated_answers_are_counted_apart(tiny_folder: Path) -> None:
+    """They used to count as generated tokens, with latencies of nearly 0."""
+    with serving(deduplicated(open_local), tiny_engine(tiny_folder)) as server:
+        with captured_log("/chat") as log:
+            usages = [server.ask().json()["usage"] for _ in range(4)]
+            assert log.wait(4).fields["deduplicated"] == 1
+        samples = metrics(server)
+    assert samples["smol_generation_tokens_total",] == usages[0]["completion_tokens"]
+    assert samples["smol_prompt_tokens_total",] == usages[0]["prompt_tokens"]
+    assert samples["smol_request_deduplicated_total",] == 3
+    assert samples["smol_e2e_request_latency_seconds_count",] == 1
+    assert samples["smol_inter_token_latency_seconds_count",] == 1
+    successes = [v for name, v in samples.items() if name[0] == "smol_request_success_total"]
+    assert sum(successes) == 4
+
+
+def test_tokens_of_cancelled_streams_are_counted(tiny_folder: Path) -> None:
+    faulty = FaultyBackend(delay_s=0.01)
+    body: Any = {"model": tiny_folder.name, "messages": [{"role": "user", "content": "Hi"}]}
+    body |= {"stream": True, "max_tokens": 400, "repetition_penalty": 1.3}
+    with serving(faulty.open, tiny_engine(tiny_folder)) as server:
+        with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            num_pieces = sum("content" in next(lines) for _ in range(20))
+        eventually(lambda: faulty.num_queries == 0)
+        samples = metrics(server)
+    assert samples["smol_generation_tokens_total",] >= num_pieces - 1  # the first one is empty
+    assert samples["smol_prompt_tokens_total",] > 0
+    assert samples["smol_request_errors_total", "cancelled"] == 1
+
+
+class RecordingBackend(EchoBackend):
+    """Records the ids of the requests that its queries belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.request_ids: list[str | None] = []
+
+    def answer(self, query: Query) -> Result:
+        self.request_ids.append(query.request_id)
+        return super().answer(query)
+
+
+def test_a_gateway_passes_the_request_id_on() -> None:
+    backend = RecordingBackend()
+    with (
+        serving(lambda _: backend, EngineSettings()) as upstream,
+        serving(
+            lambda _: open_gateway(RemoteSettings((upstream.url,))),
+            EngineSettings(),
+            is_gateway=True,
+        ) as gateway,
+    ):
+        backend.request_ids.clear()  # of the warm-up
+        stream = {"model": EngineSettings().model, "stream": True}
+        stream |= {"messages": [{"role": "user", "content": "Hi"}]}
+        for request_id, path, body in (
+            ("one", "/chat", query("1")),
+            ("many", "/chat/batched", {"queries": [query("2"), query("3")]}),
+            ("stream", "/v1/chat/completions", stream),
+        ):
+            response = gateway.post(path, body, **{"X-Request-Id": request_id})
+            assert response.status_code == 200
+            assert response.headers["X-Request-Id"] == request_id
+        gateway.ask("4")
+    *known, generated = backend.request_ids
+    assert known == ["one", "many", "many", "stream"]
+    assert generated is not None
+    assert len(generated) == 32
 
 
 def test_metrics_report_running_and_waiting_queries(tiny_folder: Path) -> None:

@@ -129,6 +129,9 @@ class Counters:
     def __add__(self, other: "Counters") -> "Counters":
         return Counters(*map(operator.add, astuple(self), astuple(other)))
 
+    def __sub__(self, other: "Counters") -> "Counters":
+        return Counters(*map(operator.sub, astuple(self), astuple(other)))
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerSource:

@@ -80,6 +80,7 @@ class AccessRecord:
     error_code: str | None = None
     num_queries: int = 0
     num_failed: int = 0
+    num_deduplicated: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     queue_s: float | None = None  # longest of all queries
@@ -94,6 +95,7 @@ class AccessRecord:
     def add_result(self, result: Result) -> None:
         """Add one result to the request's counts, tokens and timings."""
         self.num_queries += 1
+        self.num_deduplicated += result.is_deduplicated
         if result.is_error:
             self.num_failed += 1
             self.error_code = self.error_code or str(result.error_code)
@@ -114,6 +116,7 @@ class AccessRecord:
         if self.num_queries:
             values |= {"queries": self.num_queries, "failed": self.num_failed} | tokens
         values |= {
+            "deduplicated": self.num_deduplicated or None,
             "queue_s": self.queue_s,
             "first_token_s": self.first_token_s,
             "total_s": time.perf_counter() - self.started_at,

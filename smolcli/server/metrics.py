@@ -1,10 +1,12 @@
 """Prometheus metrics, named after vLLM's with a `smol_` prefix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
-from smolcli.backends.base import Health
+from smolcli.backends.base import Counters, Health
 from smolcli.types import Result, Timings, Usage
 
 # Finer than vLLM's, whose first bucket of 300 ms is longer than a short answer takes.
@@ -18,20 +20,45 @@ _TOKEN_SECONDS = (
 )
 
 
+class TokenCollector(Collector):
+    """Reports the tokens that the backend has computed, whoever received them.
+
+    Args:
+        counters: returns the totals of the backend.
+    """
+
+    def __init__(self, counters: Callable[[], Counters]) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        counters = self._counters()
+        yield CounterMetricFamily(
+            "smol_prompt_tokens", "Prompt tokens processed.", value=counters.prompt_tokens
+        )
+        yield CounterMetricFamily(
+            "smol_generation_tokens", "Tokens generated.", value=counters.generated_tokens
+        )
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own.
 
     Args:
         health: returns the health of the backend, None while it is loading.
+        counters: returns the totals of the backend.
     """
 
-    def __init__(self, health: Callable[[], Health | None]) -> None:
+    def __init__(
+        self, health: Callable[[], Health | None], counters: Callable[[], Counters]
+    ) -> None:
         self._health = health
         self._registry = CollectorRegistry()
-        self._prompt_tokens = self._counter("smol_prompt_tokens", "Prompt tokens processed")
-        self._new_tokens = self._counter("smol_generation_tokens", "Tokens generated")
+        self._registry.register(TokenCollector(counters))
         self._successes = self._counter(
             "smol_request_success", "Queries answered", "finished_reason"
+        )
+        self._deduplicated = self._counter(
+            "smol_request_deduplicated", "Queries that received the answer of an equal one"
         )
         self._errors = self._counter("smol_request_errors", "Failed queries and requests", "code")
         self._first_token = self._histogram("smol_time_to_first_token", "Time to the first token")
@@ -48,16 +75,15 @@ class Metrics:
         self._errors.labels(code).inc()
 
     def count_result(self, result: Result) -> None:
-        """Count the outcome of a query, its tokens and its latencies."""
+        """Count the outcome of a query, and its latencies if its answer was computed."""
         if result.error_code is not None:
             self.count_error(result.error_code)
-        if result.finish_reason is not None:
-            self._successes.labels(result.finish_reason).inc()
-        if result.usage is not None:
-            self._prompt_tokens.inc(result.usage.prompt_tokens)
-            self._new_tokens.inc(result.usage.completion_tokens)
-            if result.timings is not None:
-                self._observe(result.usage, result.timings)
+        else:
+            self._successes.labels(result.finish_reason or "unknown").inc()
+        if result.is_deduplicated:
+            self._deduplicated.inc()
+        elif result.usage is not None and result.timings is not None:
+            self._observe(result.usage, result.timings)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

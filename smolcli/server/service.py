@@ -12,7 +12,7 @@ from typing import Any
 
 from flask import Response, request
 
-from smolcli.backends.base import Backend, Health
+from smolcli.backends.base import Backend, Counters, Health
 from smolcli.errors import BackendError, ModelError, SmolError
 from smolcli.protocol.openai import model_name
 from smolcli.protocol.query import load_json
@@ -45,6 +45,7 @@ class BackendLoader:
         self._open_backend = open_backend
         self._warms_up = warms_up
         self._backend: Backend | None = None
+        self._warm_up_counters = Counters()
         self._thread = threading.Thread(target=self._load, name="smol-load", daemon=True)
         self.error: SmolError | None = None
 
@@ -68,6 +69,10 @@ class BackendLoader:
         """The health of the backend, None while it is loading."""
         return self._backend.health() if self._backend else None
 
+    def counters(self) -> Counters:
+        """The backend's totals, without its warm-up query."""
+        return self._backend.counters() - self._warm_up_counters if self._backend else Counters()
+
     def identity(self) -> dict[str, Any]:
         """The backend's identity and window, empty while they are unknown."""
         identity = self._backend.identity() if self._backend else {}
@@ -87,9 +92,11 @@ class BackendLoader:
         started = time.perf_counter()
         try:
             backend = self._open_backend()
-            self._backend = _warm_up(backend) if self._warms_up else backend
             if self._warms_up:
+                _warm_up(backend)
+                self._warm_up_counters = backend.counters()
                 logger.info("model loaded in %.1f s", time.perf_counter() - started)
+            self._backend = backend
         except SmolError as exc:
             self.error = exc
         except BaseException as exc:  # including a Rust panic, which is no Exception
@@ -99,7 +106,7 @@ class BackendLoader:
             )
 
 
-def _warm_up(backend: Backend) -> Backend:
+def _warm_up(backend: Backend) -> None:
     """Answer a query, so that the first client does not pay for one-time initialization."""
     try:
         result = backend.submit(WARM_UP).result(WARM_UP_TIMEOUT_S)
@@ -108,7 +115,6 @@ def _warm_up(backend: Backend) -> Backend:
     except BaseException:
         backend.close()
         raise
-    return backend
 
 
 @dataclass(frozen=True, slots=True)

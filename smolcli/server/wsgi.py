@@ -265,7 +265,7 @@ class Server:
             lambda: open_backend(settings.engine), warms_up=not settings.is_gateway
         )
         self._admission = AdmissionLimit(settings.max_queue, max_requests)
-        metrics = Metrics(self._loader.health)
+        metrics = Metrics(self._loader.health, self._loader.counters)
         app = create_app(Service(settings, self._loader, self._admission, metrics))
         self._drain_timeout_s = settings.drain_timeout_s
         self._sockets: dict[int, Any] = {}
