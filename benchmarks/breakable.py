@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from smolcli.backends.local import LocalBackend
 from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
-from smolcli.engine.interfaces import Batch, Model
+from smolcli.engine.interfaces import Batch, Hidden, Model
 from smolcli.settings import EngineSettings
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message
@@ -29,7 +27,7 @@ class BreakableModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Hidden:
         if self.num_failures:
             self.num_failures -= 1
             raise RuntimeError("a fault on purpose")

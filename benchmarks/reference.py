@@ -111,9 +111,7 @@ class Systems:
     def __init__(self, queries: list[Query], args: argparse.Namespace) -> None:
         self._queries = queries
         self._warm_up = [replace(q, sampling=Sampling(max_new_tokens=4)) for q in queries]
-        self._settings = EngineSettings(
-            args.model, args.dtype, max_batch_size=args.max_batch_size, kernels=args.kernels
-        )
+        self._settings = EngineSettings(args.model, args.dtype, max_batch_size=args.max_batch_size)
         self._folder = resolve(args.model).folder
         self._chat = ChatTokenizer.load(self._folder)
         self._model: torch.nn.Module | None = None
@@ -195,7 +193,6 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--systems", default="smol,static")
-    parser.add_argument("--kernels", default="auto", choices=["auto", "native", "torch"])
     parser.add_argument("--max-batch-size", type=int, default=EngineSettings().max_batch_size)
     parser.add_argument("--questions", type=int, default=64, help="the first so many")
     parser.add_argument("--max-new-tokens", type=int, default=128)

@@ -1,7 +1,7 @@
 """Where the milliseconds of a step go: the layers, the head, and the Python around them.
 
     python -m benchmarks.steps
-    python -m benchmarks.steps --dtype float32 --kernels torch --sizes 1,64
+    python -m benchmarks.steps --dtype float32 --sizes 1,64
 
 Each batch decodes answers that do not end, after prompts of about 100 tokens; medians of the
 steps. For what is inside the layers: `perf record -e cpu-clock python -m benchmarks.steps`.
@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -91,12 +90,10 @@ def main() -> None:
     parser.add_argument("--sizes", default="1,2,4,8,16,32,64,128")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--kernels", default="auto", choices=["auto", "native", "torch"])
     args = parser.parse_args()
     folder = resolve(DEFAULT_MODEL).folder
-    settings = EngineSettings(dtype=args.dtype, kernels=args.kernels)
+    settings = EngineSettings(dtype=args.dtype)
     config = resolve_config(settings, load_config(folder))
-    torch.set_num_threads(config.threads)
     loaded = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
     model, chat = TimedModel(loaded), ChatTokenizer.load(folder)
     table = Table("sequences", "ms a step", "layers", "head", "the rest", "tokens/s", box=None)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -62,7 +61,6 @@ class Cost:
     def __init__(self, queries: list[Query], settings: EngineSettings, num_tokens: int) -> None:
         folder = resolve(DEFAULT_MODEL).folder
         config = resolve_config(settings, load_config(folder))
-        torch.set_num_threads(config.threads)
         model = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
         chat, config = ChatTokenizer.load(folder), model.config
         self._vocabulary = GrammarCompiler(chat.tokenizer_json, config.vocab_size, config.eos_ids)

@@ -65,7 +65,8 @@ class LLM:
         threads: number of CPU threads; 0 means one per available core.
         max_batch_size: maximum number of prompts to generate at once; 0 chooses for the machine.
         kv_cache_mb: size of the KV cache in MiB; 0 chooses for the machine.
-        prefix_cache_mb: size of the prefix cache in MiB; 0 disables it.
+        prefix_cache_mb: size of the prefix cache in MiB; 0 disables it. Default: 1/32 of the
+            memory, at most 256.
         via: URLs of servers to send prompts to instead of loading a model.
         api_key: API key for these servers.
 
@@ -84,7 +85,7 @@ class LLM:
         threads: int = 0,
         max_batch_size: int = 0,
         kv_cache_mb: int = _DEFAULTS.kv_cache_mb,
-        prefix_cache_mb: int = _DEFAULTS.prefix_cache_mb,
+        prefix_cache_mb: int | None = _DEFAULTS.prefix_cache_mb,
         via: str | Sequence[str] = (),
         api_key: str | None = None,
     ) -> None:

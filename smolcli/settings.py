@@ -33,7 +33,7 @@ class QueryDefaults:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Which model answers, and with what; 0 means what suits the machine, see `engine.setup`."""
+    """Which model answers, and with what; 0 or None: see `engine.autoconfig`."""
 
     model: str = DEFAULT_MODEL
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -42,8 +42,7 @@ class EngineSettings:
     max_batch_size: int = 0
     max_concurrency: int = 8
     kv_cache_mb: int = 0
-    prefix_cache_mb: int = 64
-    kernels: Literal["auto", "native", "torch"] = "auto"
+    prefix_cache_mb: int | None = None
 
     @property
     def most_slots(self) -> int:

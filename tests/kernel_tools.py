@@ -1,13 +1,14 @@
-"""Models for tests of the engine, in all ways that this machine can compute them."""
+"""Models for engine tests, in every way that this machine can compute them."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from tape import Tape
 
-from smolcli.engine.interfaces import Batch, Head, Model
+from smolcli.engine.interfaces import Batch, Head, Hidden, Model
 from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
 from smolcli.engine.torch_ops.cuda_graphs import GraphedModel
 from smolcli.engine.torch_ops.model import TorchModel
@@ -15,23 +16,23 @@ from smolcli.weights.loader import load_model
 
 KERNELS = ("native", "torch")
 GPU = ("cuda",) if torch.cuda.is_available() else ()
-WAYS = (*KERNELS, "graphs", *GPU)  # all that there are here to compute an answer
+WAYS = (*KERNELS, "graphs", *GPU)
 
 
-def native_kernels(dtype: torch.dtype) -> Kernels:
-    """Ours; the test is skipped where there are none."""
+def native_kernels(dtype: Literal["float32", "bfloat16"]) -> Kernels:
+    """The native kernels; skips the test if this machine has none."""
     try:
-        return load_kernels(str(dtype).removeprefix("torch."))
+        return load_kernels(dtype)
     except KernelError as exc:
         pytest.skip(str(exc))
 
 
-def load(folder: Path, dtype: torch.dtype, kernels: str) -> Model:
-    """Our model, computed in one of the `WAYS`; graphs are a GPU's, replayed on the CPU."""
+def load(folder: Path, dtype: Literal["float32", "bfloat16"], kernels: str) -> Model:
+    """Our model, computed in one of the `WAYS`; "graphs" replays a GPU's graphs on the CPU."""
     if kernels == "cuda":
-        return load_model(folder, dtype, torch.device("cuda"))
-    ours = native_kernels(dtype) if kernels == "native" else None
-    model = load_model(folder, dtype, torch.device("cpu"), ours)
+        return load_model(folder, dtype, "cuda")
+    native = native_kernels(dtype) if kernels == "native" else None
+    model = load_model(folder, dtype, "cpu", native)
     if kernels == "graphs":
         assert isinstance(model, TorchModel)
         return GraphedModel(model, lambda compute: Tape().record(compute))
@@ -47,5 +48,5 @@ class Endless:
         self.make_kv_cache = model.make_kv_cache
         self._model = model
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Hidden:
         return self._model.forward(batch)

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import torch
 
 from smolcli.backends.base import Backend
 from smolcli.backends.local import LocalBackend
 from smolcli.engine.engine import Engine
-from smolcli.engine.interfaces import Batch
+from smolcli.engine.interfaces import Batch, Hidden
 from smolcli.server.wsgi import Server
 from smolcli.settings import EngineSettings, ServerSettings
 from smolcli.text.tokenizer import ChatTokenizer
@@ -40,7 +39,7 @@ class FaultyModel:
     """The tiny model with a delay in every step, which can be made to fail."""
 
     def __init__(self, folder: Path, delay_s: float) -> None:
-        self._model = load_model(folder, torch.float32, torch.device("cpu"))
+        self._model = load_model(folder, "float32")
         self._delay_s = delay_s
         self.is_broken = False
         self.poison_id: int | None = None  # every step with this token in its input fails
@@ -48,7 +47,7 @@ class FaultyModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Hidden:
         time.sleep(self._delay_s)
         if self.is_broken or self.poison_id in batch.token_ids.tolist():
             raise RuntimeError("the test broke the model")

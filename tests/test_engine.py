@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_tools import KERNELS, WAYS, Endless, load
 
-from smolcli.engine.engine import MOST_FAILED_STEPS, Engine
-from smolcli.engine.interfaces import Batch, Head, Masks, Model
+from smolcli.engine.engine import Engine
+from smolcli.engine.interfaces import Batch, Head, Hidden, Masks, Model
+from smolcli.engine.prefix_cache import BLOCK_TOKENS
 from smolcli.engine.sequence import Sequence
-from smolcli.errors import BackendError, ModelError, PromptTooLong
+from smolcli.errors import BackendError, ModelError, PromptTooLong, QueryError
 from smolcli.types import FinishReason, Sampling
 from smolcli.weights.loader import load_config
 
@@ -29,7 +30,7 @@ SHAPES = {  # heads, kv heads, tied embeddings: SmolLM2's three sizes and an unt
 
 
 def save_llama(folder: Path, shape: tuple[int, int, bool]) -> Any:
-    """A random Llama of the shape, with norms that matter; returns transformers' model."""
+    """Save a random Llama with norm weights other than 1; returns transformers' model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads, kv_heads, is_tied = shape
@@ -61,7 +62,7 @@ def save_llama(folder: Path, shape: tuple[int, int, bool]) -> Any:
 
 @pytest.fixture(scope="module", params=product(SHAPES, WAYS), ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """transformers' model and ours, of the same weights."""
+    """transformers' model and ours with the same weights."""
     shape, kernels = request.param
     folder = tmp_path_factory.mktemp("llama")
     theirs = save_llama(folder, SHAPES[shape])
@@ -69,7 +70,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     lengths = [1 + 11 * i % 70 for i in range(len(questions))]
     return SimpleNamespace(
         theirs=theirs,
-        ours=load(folder, torch.float32, kernels),
+        ours=load(folder, "float32", kernels),
         questions=questions,
         answers=[
             reference(theirs, q, max_new_tokens=n) for q, n in zip(questions, lengths, strict=True)
@@ -82,7 +83,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     folder = tmp_path_factory.mktemp("llama")
     save_llama(folder, SHAPES["135M"])
-    return load(folder, torch.float32, request.param)
+    return load(folder, "float32", request.param)
 
 
 def prompts(count: int, longest: int = 90) -> list[list[int]]:
@@ -105,8 +106,8 @@ def generate(engine: Engine, sequences: list[Sequence]) -> list[list[int]]:
         engine.add(sequence)
     while engine.has_work:
         engine.step()
-    assert engine.kv_cache.num_sequences == 0, "every row and buffer is free again"
-    assert engine.scheduler.reserved == 0
+    assert engine.kv_cache.num_sequences == 0, "all memory has been freed"
+    assert engine.scheduler.reserved_bytes == 0
     return [s.output_ids for s in sequences]
 
 
@@ -117,14 +118,14 @@ def greedy(prompt: list[int], max_new_tokens: int = 40) -> Sequence:
 @pytest.mark.parametrize("max_batch_size", [1, 3, 16])
 @pytest.mark.parametrize("max_step_tokens", [8, 256])
 def test_greedy_equals_transformers(pair: Any, max_batch_size: int, max_step_tokens: int) -> None:
-    """Token for token in float32: alone, in small and large batches, prompts whole or in pieces."""
+    """Token for token in float32: alone, in batches, with prompts whole and in chunks."""
     engine = Engine(pair.ours, max_batch_size, 64 * MEGABYTE, max_step_tokens=max_step_tokens)
     sequences = [greedy(q, n) for q, n in zip(pair.questions, pair.lengths, strict=True)]
     assert generate(engine, sequences) == pair.answers
 
 
-def test_urgent_ones_between_others_change_no_token(pair: Any) -> None:
-    """They come while others run and take steps of their own, so that a step has gaps."""
+def test_interactive_sequences_between_others_change_no_token(pair: Any) -> None:
+    """They arrive while others run and take steps of their own, so rows of a slab are skipped."""
     engine = Engine(pair.ours, 16, 64 * MEGABYTE)
     sequences = [greedy(q, n) for q, n in zip(pair.questions, pair.lengths, strict=True)]
     for i, sequence in enumerate(sequences):
@@ -137,8 +138,8 @@ def test_urgent_ones_between_others_change_no_token(pair: Any) -> None:
 
 
 @pytest.mark.parametrize("max_step_tokens", [8, 256])
-def test_a_known_beginning_changes_no_token(pair: Any, max_step_tokens: int) -> None:
-    """Prompts that begin alike hit the prefix cache, and answer as transformers does."""
+def test_a_cached_prefix_changes_no_token(pair: Any, max_step_tokens: int) -> None:
+    """Prompts with a common prefix hit the prefix cache and still equal transformers."""
     system = list(range(20, 55))
     questions = [system + q[:20] for q in pair.questions[:6]]
     expected = [reference(pair.theirs, q, max_new_tokens=12) for q in questions]
@@ -151,36 +152,44 @@ def test_a_known_beginning_changes_no_token(pair: Any, max_step_tokens: int) -> 
     )
     for _ in range(2):
         assert generate(engine, [greedy(q, 12) for q in questions]) == expected
-    prefixes = engine.kv_cache.prefix_cache
-    assert prefixes.num_hit_tokens > prefixes.num_asked_tokens // 2
+    cache = engine.kv_cache.prefix_cache
+    assert cache.num_hit_tokens > cache.num_lookup_tokens // 2
 
 
-def test_the_prefix_cache_is_bounded_and_drops_the_oldest(model: Model) -> None:
-    block = model.config.kv_cache_bytes(4, 4)
-    engine = Engine(model, 2, 64 * MEGABYTE, prefix_cache_bytes=6 * block)
-    hits = []
-    for prompt in ([9] * 17, list(range(20, 37)), [9] * 17, list(range(60, 100)), [9] * 17):
-        before = engine.kv_cache.prefix_cache.num_hit_tokens
-        generate(engine, [greedy(prompt, 1)])
-        hits.append(engine.kv_cache.prefix_cache.num_hit_tokens - before)
-        assert engine.kv_cache.prefix_cache.num_bytes <= 6 * block
-    assert hits[0] == hits[1] == hits[3] == hits[4] == 0
+def test_a_prompt_longer_than_the_prefix_cache_hits_as_far_as_it_fits(model: Model) -> None:
+    """A prompt of 60 tokens once had no hit in a cache of 40: its end evicted its beginning."""
+    prompt, block_bytes = list(range(20, 80)), model.config.kv_cache_bytes(BLOCK_TOKENS, 4)
+    engine = Engine(model, 2, 64 * MEGABYTE, prefix_cache_bytes=40 // BLOCK_TOKENS * block_bytes)
+    answers = [generate(engine, [greedy(prompt, 4)]) for _ in range(5)]
+    cache = engine.kv_cache.prefix_cache
+    assert cache.num_hit_tokens == 4 * 40
+    assert cache.num_bytes == 10 * block_bytes
+    assert answers == [answers[0]] * 5
 
 
-def test_every_end_of_sequence_id_ends(pair: Any) -> None:
+@pytest.mark.parametrize("token_id", [-1, 170, 1 << 40])
+def test_a_token_id_outside_the_vocabulary_is_an_error_of_its_query(
+    model: Model, token_id: int
+) -> None:
+    """The kernels would read beyond the embedding."""
+    with pytest.raises(QueryError, match=f"token id {token_id}, but .* 170 tokens"):
+        Engine(model, 2, 64 * MEGABYTE).add(greedy([9, token_id, 9]))
+
+
+def test_every_end_of_sequence_id_is_read(pair: Any) -> None:
     assert pair.ours.config.eos_ids == {2, 5}
 
 
 def test_a_freed_slot_is_refilled_at_the_next_step(model: Model) -> None:
-    """Two slots, one long answer and three short ones: the short ones pass through beside it."""
+    """Two slots, one long answer and three short ones: the short ones run one after another."""
     engine = Engine(Endless(model), 2, 64 * MEGABYTE)
     shorts = [greedy([10 + i, 20], 5) for i in range(3)]
     generate(engine, [greedy([9, 8, 7], 60), *shorts])
     assert engine.num_steps == 60
 
 
-def test_a_neighbours_content_never_changes_a_row(model: Model) -> None:
-    """At equal shapes the hidden states of a row are the same bits whoever else is in the batch."""
+def test_the_content_of_other_rows_changes_no_bit(model: Model) -> None:
+    """Batches of equal shapes: a row's hidden states do not depend on what the others hold."""
     seen = []
     for other in (11, 97):
         recorder = Recorder(model)
@@ -194,14 +203,15 @@ def test_a_neighbours_content_never_changes_a_row(model: Model) -> None:
 
 
 class Recorder(Endless):
-    """Keeps the hidden states."""
+    """Records the hidden states of every step."""
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
-        self.hidden: list[torch.Tensor] = []
+        self.hidden: list[Any] = []
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        self.hidden.append(hidden := super().forward(batch))
+    def forward(self, batch: Batch) -> Hidden:
+        hidden = super().forward(batch)
+        self.hidden.append(torch.as_tensor(hidden))
         return hidden
 
 
@@ -215,8 +225,8 @@ def test_sampling_depends_on_the_seed_alone(model: Model) -> None:
     assert alone != generate(Engine(model, 1, 64 * MEGABYTE), [Sequence([9, 9], other)])[0]
 
 
-def test_a_step_that_is_computed_again_draws_as_before(model: Model) -> None:
-    """The plain rows of the third step fail after the others have drawn."""
+def test_a_step_that_is_retried_samples_the_same_tokens(model: Model) -> None:
+    """The greedy row of the third step fails after the other row has been sampled."""
     hot = Sampling(max_new_tokens=20, temperature=1.3, seed=5)
     alone = generate(Engine(Endless(model), 4, 64 * MEGABYTE), [Sequence([9, 9], hot)])
     tight = Endless(model)
@@ -228,17 +238,17 @@ def test_a_step_that_is_computed_again_draws_as_before(model: Model) -> None:
 
 
 class FailsOnce:
-    """A head whose n-th look for the best tokens fails."""
+    """A head whose n-th call of `best` fails."""
 
     def __init__(self, head: Head, number: int) -> None:
-        self.logits, self.refine = head.logits, head.refine
+        self.logits = head.logits
         self._head, self._left = head, number
 
-    def best(self, x: torch.Tensor, masks: Masks = ()) -> list[int]:
+    def best(self, hidden: Hidden, masks: Masks = ()) -> list[int]:
         self._left -= 1
         if self._left == 0:
             raise RuntimeError("out of memory")
-        return self._head.best(x, masks)
+        return self._head.best(hidden, masks)
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.3])
@@ -250,7 +260,7 @@ def test_repetition_penalty_equals_transformers(pair: Any, penalty: float) -> No
     assert generate(engine, [Sequence(prompt, settings_)])[0] == expected
 
 
-def test_a_prompt_without_room_is_refused_with_its_counts(model: Model) -> None:
+def test_a_prompt_that_leaves_no_room_is_refused_with_its_length(model: Model) -> None:
     engine = Engine(model, 2, 64 * MEGABYTE)
     with pytest.raises(PromptTooLong, match="512 tokens, but the maximum context length is 512"):
         engine.add(greedy([9] * 512))
@@ -259,33 +269,33 @@ def test_a_prompt_without_room_is_refused_with_its_counts(model: Model) -> None:
     assert last.num_output == 1
 
 
-def test_a_smaller_room_ends_as_length(model: Model) -> None:
+def test_an_answer_that_fills_the_context_ends_with_length(model: Model) -> None:
     sequence = greedy([9] * 500, 10**30)
     generate(Engine(Endless(model), 2, 64 * MEGABYTE), [sequence])
     assert (sequence.num_output, sequence.finish_reason) == (12, FinishReason.LENGTH)
 
 
-def test_the_cache_is_bounded(model: Model) -> None:
-    """Sequences wait for memory, however many slots there are; all are answered."""
+def test_the_kv_cache_is_bounded(model: Model) -> None:
+    """Sequences wait for memory even if slots are free; all are answered."""
     per_sequence = model.config.kv_cache_bytes(128, 4)
     engine = Engine(model, 16, 3 * per_sequence)
     for prompt in prompts(10, 60):
         engine.add(greedy(prompt + [9] * 40, 28))
-    most = 0
+    peak = 0
     while engine.has_work:
         engine.step()
-        most = max(most, engine.scheduler.reserved)
-    assert 0 < most <= 3 * per_sequence
+        peak = max(peak, engine.scheduler.reserved_bytes)
+    assert 0 < peak <= 3 * per_sequence
     with pytest.raises(PromptTooLong):
         Engine(model, 1, per_sequence).add(greedy([9] * 128))
 
 
 class Faulty(Endless):
-    """Fails whenever a token of `poison` is in the batch."""
+    """Fails if the batch contains a token of `poison`."""
 
     poison: frozenset[int] = frozenset()
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Hidden:
         if self.poison & set(batch.token_ids.tolist()):
             raise RuntimeError("out of memory")
         return super().forward(batch)
@@ -293,8 +303,10 @@ class Faulty(Endless):
 
 @given(culprits=st.sets(st.integers(0, 8), max_size=4))
 @settings(max_examples=12, deadline=None)
-def test_a_failing_step_is_narrowed_down_to_its_culprits(model: Model, culprits: set[int]) -> None:
-    """The others are answered, and with the same tokens as without the culprits."""
+def test_a_failing_step_is_bisected_to_the_sequences_at_fault(
+    model: Model, culprits: set[int]
+) -> None:
+    """The others get the same tokens as if those were absent."""
     questions = [[20 + i, 30, 31] for i in range(9)]
     faulty = Faulty(model)
     expected = generate(Engine(model, 9, 64 * MEGABYTE), [greedy(q, 6) for q in questions])
@@ -312,31 +324,37 @@ def test_a_failing_step_is_narrowed_down_to_its_culprits(model: Model, culprits:
             assert sequence.output_ids == expected[i]
 
 
-def test_an_engine_that_always_fails_is_gone(model: Model) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_engine_that_cannot_compute_anything_gives_up_at_once(
+    model: Model, batch_size: int
+) -> None:
     faulty = Faulty(model)
     faulty.poison = frozenset(range(160))
     engine = Engine(faulty, 4, 64 * MEGABYTE)
-    engine.add(greedy([9, 9]))
-    engine.add(greedy([8, 8]))
-    with pytest.raises(BackendError, match="out of memory"):
+    for i in range(batch_size):
+        engine.add(greedy([8 + i, 9]))
+    with pytest.raises(BackendError, match="not even a single token: out of memory"):
         engine.step()
+    assert engine.kv_cache.num_sequences == batch_size, "nothing is left of its own sequence"
 
 
-def test_an_engine_whose_steps_fail_one_by_one_is_gone_in_the_end(model: Model) -> None:
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_failing_sequences_never_end_an_engine_that_still_computes(
+    model: Model, batch_size: int
+) -> None:
+    """Two failing queries in one batch once ended the engine, and so did five in a row."""
     faulty = Faulty(model)
     faulty.poison = frozenset({9})
     engine = Engine(faulty, 4, 64 * MEGABYTE)
-    for _ in range(MOST_FAILED_STEPS - 1):
-        assert generate(engine, [greedy([9, 9])]) == [[]]
+    for _ in range(8):
+        failing = [greedy([9, 9]) for _ in range(batch_size)]
+        assert generate(engine, failing) == [[]] * batch_size
+        assert all("out of memory" in str(s.error) for s in failing)
     assert generate(engine, [greedy([8, 8], 1)]) != [[]]
-    for _ in range(MOST_FAILED_STEPS - 1):
-        generate(engine, [greedy([9, 9])])
-    with pytest.raises(BackendError, match="out of memory"):
-        generate(engine, [greedy([9, 9])])
 
 
 def test_stopping_frees_everything_at_once(model: Model) -> None:
-    """The row that moves into a freed place was once written to outside inference mode."""
+    """Including rows of a slab that move when others leave."""
     engine = Engine(Endless(model), 3, 64 * MEGABYTE)
     sequences = [greedy(p) for p in prompts(5)]
     for sequence in sequences:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import chain
 from operator import eq
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def prompts(model_folder: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module", params=WAYS)
 def ours(request: pytest.FixtureRequest, model_folder: Path) -> Model:
-    return load(model_folder, torch.float32, request.param)
+    return load(model_folder, "float32", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +83,15 @@ def test_bfloat16_nearly_always_agrees(
     model_folder: Path, prompts: list[list[int]], expected: list[list[int]], kernels: str
 ) -> None:
     """Teacher-forced on float32's answers, the most likely token is the same 97 % of the time."""
-    half = load(model_folder, torch.bfloat16, kernels)
+    half = load(model_folder, "bfloat16", kernels)
     said = [*chain.from_iterable(next_tokens(half, prompts, expected))]
     forced = [*chain.from_iterable(expected)]
     assert sum(map(eq, said, forced)) / len(forced) >= 0.97
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_company_changes_no_token_of_the_native_kernels(
-    model_folder: Path, prompts: list[list[int]], dtype: torch.dtype
+    model_folder: Path, prompts: list[list[int]], dtype: Literal["bfloat16", "float32"]
 ) -> None:
     """Near ties, too, come out the same alone, in a crowd, and with prompts read in pieces."""
     model = load(model_folder, dtype, "native")
@@ -100,7 +100,6 @@ def test_company_changes_no_token_of_the_native_kernels(
     assert generate(model, prompts[::-1], 7, max_step_tokens=16)[::-1] == alone
 
 
-@torch.inference_mode()
 def next_tokens(
     model: Model, prompts: list[list[int]], answers: list[list[int]]
 ) -> list[list[int]]:

@@ -1,7 +1,12 @@
-"""What is chosen for a machine: cores and memory by what a container leaves, slots by memory."""
+"""The resolved config: cores and memory within a container's limits, batch size by memory."""
 
 import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -9,8 +14,8 @@ import torch
 
 from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.hardware import memory_bytes, num_cores
-from smolcli.errors import UsageError
+from smolcli.engine.hardware import cpu_features, memory_bytes, num_cores
+from smolcli.errors import ModelError, UsageError
 from smolcli.settings import EngineSettings
 
 GIB = 1 << 30
@@ -40,29 +45,38 @@ def slots(config: LlamaConfig, memory: int, dtype: str = "bfloat16") -> int:
 
 
 @pytest.mark.parametrize("name", ["tpu", "", "cuda:", "cuda:x", "meta"])
-def test_another_device_is_refused_with_those_that_there_are(name: str) -> None:
-    with pytest.raises(UsageError, match="none of auto, cpu, cuda"):
+def test_an_unknown_device_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
         resolve_config(EngineSettings(device=name), SMOLLM2_135M)
 
 
-def test_auto_is_a_gpu_where_there_is_one() -> None:
-    expected = "cuda" if torch.cuda.is_available() else "cpu"
-    assert resolve_config(EngineSettings(device="auto"), SMOLLM2_135M).device.type == expected
+def test_auto_is_the_cpu() -> None:
+    """A GPU has to be requested: looking for one would load torch at every start."""
+    assert resolve_config(EngineSettings(device="auto"), SMOLLM2_135M).device == "cpu"
+
+
+def test_the_engine_does_not_load_torch() -> None:
+    code = (
+        "import sys\n"
+        "from smolcli.engine import engine, scheduler, sampler, prefix_cache, hardware\n"
+        "assert 'torch' not in sys.modules, 'the engine loads torch'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_cuda_is_refused_with_the_way_out() -> None:
-    with pytest.raises(UsageError, match=r"'cuda' cannot be used here: .*; auto takes"):
+def test_cuda_without_a_gpu_is_refused_with_the_alternative() -> None:
+    with pytest.raises(UsageError, match=r"'cuda' is not available: .*; use --device cpu"):
         resolve_config(EngineSettings(device="cuda"), SMOLLM2_135M)
 
 
-def test_without_control_groups_the_whole_machine_counts(tmp_path: Path) -> None:
+def test_without_control_groups_the_whole_machine_is_available(tmp_path: Path) -> None:
     assert memory_bytes(tmp_path) == psutil.virtual_memory().total
     assert 1 <= num_cores(tmp_path) <= (os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize("group", ["proc/self/cgroup", "version 1"])
-def test_memory_is_what_the_narrowest_group_has(tmp_path: Path, group: str) -> None:
+def test_memory_is_the_lowest_limit_of_all_groups(tmp_path: Path, group: str) -> None:
     if group == "version 1":
         files = {
             "proc/self/cgroup": "5:cpu,cpuacct:/a\n4:memory:/a/b\n0::/",
@@ -79,7 +93,7 @@ def test_memory_is_what_the_narrowest_group_has(tmp_path: Path, group: str) -> N
     assert memory_bytes(machine(tmp_path, files)) == 1_000_000
 
 
-def test_in_a_container_the_path_may_be_the_hosts(tmp_path: Path) -> None:
+def test_a_container_may_see_the_path_of_the_host(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "4:memory:/docker/0123\n0::/docker/0123",
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000",
@@ -89,7 +103,7 @@ def test_in_a_container_the_path_may_be_the_hosts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("quota", "cores"), [("100000 100000", 1), ("150000 100000", 1),
                                               ("20000 100000", 1)])  # fmt: skip
-def test_a_quota_bounds_the_cores(tmp_path: Path, quota: str, cores: int) -> None:
+def test_a_quota_limits_the_cores(tmp_path: Path, quota: str, cores: int) -> None:
     files = {"proc/self/cgroup": "0::/a", "sys/fs/cgroup/a/cpu.max": quota}
     assert num_cores(machine(tmp_path, files)) == cores
     quota_us, period_us = quota.split()
@@ -101,14 +115,14 @@ def test_a_quota_bounds_the_cores(tmp_path: Path, quota: str, cores: int) -> Non
     assert num_cores(machine(tmp_path / "1", files)) == cores
 
 
-def test_no_quota_bounds_nothing(tmp_path: Path) -> None:
+def test_an_unlimited_quota_limits_nothing(tmp_path: Path) -> None:
     files = {"proc/self/cgroup": "0::/a\n3:cpu:/", "sys/fs/cgroup/a/cpu.max": "max 100000",
              "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1"}  # fmt: skip
     assert num_cores(machine(tmp_path, files)) == num_cores(tmp_path / "nothing")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux' affinity")
-def test_affinity_bounds_the_cores() -> None:
+def test_affinity_limits_the_cores() -> None:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
@@ -117,7 +131,7 @@ def test_affinity_bounds_the_cores() -> None:
         os.sched_setaffinity(0, before)
 
 
-def test_slots_are_64_unless_memory_or_model_say_fewer() -> None:
+def test_the_batch_size_is_64_unless_memory_is_short() -> None:
     assert slots(SMOLLM2_135M, 24 * GIB) == slots(SMOLLM2_135M, 2 * GIB) == 64
     assert 8 <= slots(SMOLLM2_135M, 1 * GIB) < 64
     assert slots(SMOLLM2_135M, GIB // 2) == 1
@@ -127,16 +141,63 @@ def test_slots_are_64_unless_memory_or_model_say_fewer() -> None:
 
 
 @pytest.mark.parametrize("gib", [1, 2, 4, 8])
-def test_what_is_chosen_fits(gib: int) -> None:
+def test_the_resolved_config_fits_into_memory(gib: int) -> None:
     chosen = resolve_config(EngineSettings(dtype="bfloat16"), SMOLLM2_135M, gib * GIB)
     assert chosen.needed_bytes <= gib * GIB
 
 
-def test_what_is_given_is_taken() -> None:
+def test_explicit_settings_are_kept() -> None:
     given = EngineSettings(dtype="float32", threads=3, max_batch_size=100, kv_cache_mb=7)
     chosen = resolve_config(given, SMOLLM2_135M, GIB)
     assert (chosen.threads, chosen.max_batch_size, chosen.kv_cache_bytes) == (3, 100, 7 << 20)
-    assert chosen.dtype is torch.float32
+    assert chosen.dtype == "float32"
     auto = resolve_config(EngineSettings(), SMOLLM2_135M)
     assert 1 <= auto.threads <= num_cores()
-    assert auto.dtype in (torch.float32, torch.bfloat16)
+    assert auto.dtype in ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("setting", "memory", "num_bytes"),
+    [(None, GIB, GIB // 32), (None, 64 * GIB, 256 << 20), (0, 64 * GIB, 0), (7, GIB, 7 << 20)],
+)
+def test_the_prefix_cache_grows_with_memory(
+    setting: int | None, memory: int, num_bytes: int
+) -> None:
+    given = EngineSettings(dtype="float32", prefix_cache_mb=setting)
+    assert resolve_config(given, SMOLLM2_135M, memory).prefix_cache_bytes == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "features"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", ["AVX2", "AVX-512", "bfloat16"]),
+        ("flags : avx2 avx_vnni", ["AVX2", "VNNI"]),
+        ("Features : asimd bf16", ["bfloat16", "NEON"]),
+        ("", []),
+    ],
+)
+def test_cpu_features_are_read_from_cpuinfo(tmp_path: Path, text: str, features: list[str]) -> None:
+    assert sorted(cpu_features(machine(tmp_path, {"proc/cpuinfo": text}))) == sorted(features)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", 0, "hidden_size must be an integer from 1 to 131072, not 0"),
+        ("head_dim", "64", "head_dim must be an integer"),
+        ("num_layers", True, "num_hidden_layers must be an integer"),
+        ("intermediate_size", 1536.0, "intermediate_size must be an integer"),
+        ("max_positions", 10**12, "max_position_embeddings must be an integer"),
+        ("num_kv_heads", 4, "num_attention_heads 9 is not a multiple of num_key_value_heads 4"),
+        ("head_dim", 63, "head_dim 63 is odd"),
+        ("rms_norm_eps", float("nan"), "rms_norm_eps must be positive, not nan"),
+        ("rope_theta", -1.0, "rope_theta must be positive"),
+        ("is_tied", "yes", "tie_word_embeddings must be true or false"),
+        ("eos_ids", frozenset({2, 49152}), "eos_token_id must be token ids from 0 to 49151"),
+        ("eos_ids", frozenset({"2"}), "eos_token_id must be token ids"),
+    ],
+)
+def test_a_config_that_no_model_can_have_is_refused(field: str, value: Any, message: str) -> None:
+    """Such values once ended in a segmentation fault or in nonsense."""
+    with pytest.raises(ModelError, match=re.escape(message)):
+        replace(SMOLLM2_135M, **{field: value})

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
-
-import torch
 
 import smolcli
 from smolcli.backends.alternatives import submit_each
@@ -59,12 +58,11 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
     config = resolve_config(settings, load_config(files.folder))
 
     def build_engine() -> Engine:
-        torch.set_num_threads(config.threads)
         return Engine(
             load_model(files.folder, config.dtype, config.device, config.kernels, config.threads),
             config.max_batch_size,
             kv_cache_bytes=config.kv_cache_bytes,
-            prefix_cache_bytes=settings.prefix_cache_mb << 20,
+            prefix_cache_bytes=config.prefix_cache_bytes,
         )
 
     return LocalBackend(
@@ -81,7 +79,7 @@ def resolved_dtype(settings: EngineSettings) -> Literal["float32", "bfloat16"]:
     Raises:
         UsageError: the device is not available on this machine.
     """
-    return "float32" if resolve_dtype(settings) is torch.float32 else "bfloat16"
+    return resolve_dtype(settings)
 
 
 def _identity(files: ModelFiles, config: ResolvedConfig) -> dict[str, Any]:
@@ -89,8 +87,8 @@ def _identity(files: ModelFiles, config: ResolvedConfig) -> dict[str, Any]:
         "model": files.model,
         "revision": files.revision,
         "source": files.source,
-        "dtype": str(config.dtype).removeprefix("torch."),
-        "device": str(config.device),
+        "dtype": config.dtype,
+        "device": config.device,
         "kernels": "native" if config.kernels else "torch",
         "threads": config.threads,
         "versions": versions(),
@@ -101,7 +99,7 @@ def versions() -> dict[str, str]:
     """Versions of the software that determines the answers."""
     return {
         "smol": smolcli.__version__,
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "python": platform.python_version(),
     }
 

@@ -80,12 +80,14 @@ def _packages() -> Finding:
 
 def _torch() -> Iterator[Finding]:
     try:
-        from smolcli.engine.autoconfig import features, gpus
+        from smolcli.engine.autoconfig import gpus
+
+        names = ", ".join(gpus())
     except (ImportError, OSError) as exc:
         yield Finding("torch", f"cannot be imported: {exc}", INSTALL, is_fatal=True)
         return
-    yield Finding("torch", f"{_version('torch')}, {', '.join(features())}")
-    yield Finding("gpu", ", ".join(gpus()) or "none that torch can use; the CPU computes")
+    yield Finding("torch", f"{_version('torch')}")
+    yield Finding("gpu", names or "none that torch can use; the CPU computes")
 
 
 def _disk() -> Finding:
@@ -147,13 +149,12 @@ def _chosen(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
     except SmolError as exc:
         yield Finding("chosen", str(exc), "choose another --model or --device", is_fatal=True)
         return
-    dtype = str(config.dtype).removeprefix("torch.")
     kernels = "native" if config.kernels else f"torch ({config.unsupported_reason})"
-    is_slow = config.kernels is None and config.device.type == "cpu" and settings.kernels == "auto"
+    is_slow = config.kernels is None and config.device == "cpu"
     remedy = "native kernels are nearly twice as fast"
     yield Finding(
         "chosen",
-        f"{dtype} on {config.device}; kernels: {kernels}, threads: {config.threads}, "
+        f"{config.dtype} on {config.device}; kernels: {kernels}, threads: {config.threads}, "
         f"slots: {config.max_batch_size}, keys and values: at most {_gib(config.kv_cache_bytes)}",
         remedy if is_slow else None,
     )
@@ -165,7 +166,7 @@ def _memory(config: "ResolvedConfig") -> Finding:
     if config.needed_bytes > config.memory_bytes:
         remedy = "a smaller --model, or a machine with more memory"
         return Finding("memory", f"about {needed} needed, {has} there", remedy, is_fatal=True)
-    if config.device.type != "cpu":
+    if config.device != "cpu":
         return Finding("memory", f"about {needed} needed of {has}")
     available = psutil.virtual_memory().available
     remedy = "end other programs, or lower --max-batch-size"

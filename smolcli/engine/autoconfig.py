@@ -1,150 +1,155 @@
-"""What suits this machine: device, dtype, threads, slots and memory for keys and values."""
+"""Chooses device, dtype, kernels, threads, batch size and cache sizes for this machine.
+
+torch is imported only if the device is a GPU. `auto` is the CPU: GPUs have to be requested, because
+looking for one would load torch at every start.
+"""
 
 import re
 from dataclasses import dataclass
-
-import torch
+from typing import Literal
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.hardware import memory_bytes, num_cores
+from smolcli.engine.hardware import cpu_features, memory_bytes, num_cores
 from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
 from smolcli.engine.native.model import unsupported_reason
 from smolcli.errors import UsageError
 from smolcli.settings import MOST_SLOTS, EngineSettings
 
-CACHE_SHARE = 4  # keys and values may take this part of the memory
-OVERHEAD_BYTES = 640 << 20  # measured: torch, the program and one step's intermediate values
-TYPICAL_TOKENS = 256  # of a query and its answer: a slot that has no room for them is of no use
+Dtype = Literal["float32", "bfloat16"]
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+KV_CACHE_DIVISOR = 4  # the KV cache may take this part of the memory,
+PREFIX_CACHE_DIVISOR = 32  # and the prefix cache this part,
+MAX_PREFIX_CACHE_BYTES = 256 << 20  # but no more than this
+OVERHEAD_BYTES = 640 << 20  # measured: the program and the intermediate values of a step
+TYPICAL_TOKENS = 256  # of a query and its answer; slots without memory for them would stay empty
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedConfig:
-    """Where and how an engine computes; nothing is left to be chosen."""
+    """Where and how an engine computes, with nothing left to choose.
 
-    device: torch.device
-    dtype: torch.dtype
-    kernels: Kernels | None  # None: torch's
-    unsupported_reason: str  # why they are torch's
+    `kernels` is None if torch computes: on a GPU, or if the native kernels cannot run the model on
+    this CPU, and `unsupported_reason` says why. `memory_bytes` is the device's memory and
+    `needed_bytes` an estimate of what the engine occupies when every slot is in use.
+    """
+
+    device: str
+    dtype: Dtype
+    kernels: Kernels | None
+    unsupported_reason: str
     threads: int
     max_batch_size: int
     kv_cache_bytes: int
-    memory_bytes: int  # of the device
-    needed_bytes: int  # with every slot in use, roughly
+    prefix_cache_bytes: int
+    memory_bytes: int
+    needed_bytes: int
 
 
 def resolve_config(
     settings: EngineSettings, config: LlamaConfig, memory: int | None = None
 ) -> ResolvedConfig:
-    """Complete the settings with what suits this machine and the model.
+    """Fill in everything that the settings leave open.
 
-    Slots are as many as pay off, or as fit: a slot counts as used by a query of typical length.
+    The batch size is as large as pays off, or as fits: each slot is counted with a query of typical
+    length.
 
     Args:
-        settings: what is not left to be chosen.
+        settings: what the user chose.
         config: the model's shape.
-        memory: bytes that there are; None: the device's.
+        memory: bytes of memory; by default the device's.
 
     Raises:
-        UsageError: the device is not available here, or kernels that are insisted on.
+        UsageError: the device is not available.
     """
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
-    kernels, unsupported_reason = _kernels(settings.kernels, config, dtype, device)
+    kernels, reason = _kernels(config, dtype, device)
     memory = memory or _memory_bytes(device)
-    taken = OVERHEAD_BYTES + config.num_weights * dtype.itemsize
-    slot_bytes = config.kv_cache_bytes(TYPICAL_TOKENS, dtype.itemsize)
-    room = max(min(memory // CACHE_SHARE, memory - taken), slot_bytes)
+    prefix_cache_bytes = _prefix_cache_bytes(settings, memory)
+    taken = OVERHEAD_BYTES + config.num_weights * ITEM_BYTES[dtype] + prefix_cache_bytes
+    slot_bytes = config.kv_cache_bytes(TYPICAL_TOKENS, ITEM_BYTES[dtype])
+    room = max(min(memory // KV_CACHE_DIVISOR, memory - taken), slot_bytes)
     kv_cache_bytes = settings.kv_cache_mb << 20 or room
-    slots = settings.max_batch_size or max(1, min(MOST_SLOTS, kv_cache_bytes // slot_bytes))
+    num_slots = max(1, min(MOST_SLOTS, kv_cache_bytes // slot_bytes))
+    max_batch_size = settings.max_batch_size or num_slots
     return ResolvedConfig(
         device=device,
         dtype=dtype,
         kernels=kernels,
-        unsupported_reason=unsupported_reason,
-        threads=settings.threads or min(num_cores(), torch.get_num_threads()),
-        max_batch_size=slots,
+        unsupported_reason=reason,
+        threads=settings.threads or num_cores(),
+        max_batch_size=max_batch_size,
         kv_cache_bytes=kv_cache_bytes,
+        prefix_cache_bytes=prefix_cache_bytes,
         memory_bytes=memory,
-        needed_bytes=taken + min(slots * slot_bytes, kv_cache_bytes),
+        needed_bytes=taken + min(max_batch_size * slot_bytes, kv_cache_bytes),
     )
 
 
-def resolve_dtype(settings: EngineSettings) -> torch.dtype:
-    """The dtype that the settings come to on this machine.
+def resolve_dtype(settings: EngineSettings) -> Dtype:
+    """The dtype that the settings select on this machine.
 
     Raises:
-        UsageError: the device is not available here.
+        UsageError: the device is not available.
     """
     return _dtype(settings.dtype, _device(settings.device))
 
 
-def features() -> list[str]:
-    """What the CPU has that makes an engine fast, as far as torch uses it."""
-    checks = {
-        "bfloat16": "_is_avx512_bf16_supported",
-        "VNNI": "_is_vnni_supported",
-        "AMX": "_is_amx_tile_supported",
-    }
-    found = [name for name, check in checks.items() if getattr(torch.cpu, check, bool)()]
-    return [torch.backends.cpu.get_cpu_capability(), *found]
-
-
 def gpus() -> list[str]:
-    """Names of the GPUs that torch can use."""
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    """The names of the GPUs that torch can use; imports torch."""
+    from smolcli.engine.torch_ops.devices import gpu_names
+
+    return gpu_names()
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+def _device(name: str) -> str:
+    if name in ("auto", "cpu"):
+        return "cpu"
+    if not re.fullmatch(r"cuda(:\d+)?", name):
         raise UsageError(
-            f"device {name!r} is none of auto, cpu, cuda, and cuda:0, cuda:1 and so on"
+            f"unknown device {name!r}: expected auto, cpu, cuda, or cuda:N for one of several GPUs"
         )
+    from smolcli.engine.torch_ops.devices import check_device
+
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as exc:
-        reason = str(exc).splitlines()[0]
-        raise UsageError(
-            f"device {name!r} cannot be used here: {reason}; auto takes a GPU where there is one"
-        ) from exc
-    return device
+        check_device(name)
+    except RuntimeError as exc:
+        raise UsageError(f"device {name!r} is not available: {exc}; use --device cpu") from exc
+    return name
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if _has_bfloat16(device) else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+def _dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> Dtype:
+    if name != "auto":
+        return name
+    if device == "cpu":
+        return "bfloat16" if {"bfloat16", "AMX"} & set(cpu_features()) else "float32"
+    from smolcli.engine.torch_ops.devices import has_bfloat16
+
+    return "bfloat16" if has_bfloat16(device) else "float32"
 
 
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-
-
-def _kernels(
-    name: str, config: LlamaConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[Kernels | None, str]:
-    """Our own, or None and why they are torch's."""
-    if name == "torch":
-        return None, "chosen"
-    kernels, reason = None, "they are for the CPU"
-    if device.type == "cpu":
-        try:
-            kernels = load_kernels(str(dtype).removeprefix("torch."))
-            reason = unsupported_reason(config, kernels) or ""
-        except KernelError as exc:
-            reason = str(exc)
-    if reason and name == "native":
-        raise UsageError(f"--kernels native cannot be had: {reason}")
+def _kernels(config: LlamaConfig, dtype: Dtype, device: str) -> tuple[Kernels | None, str]:
+    """The native kernels, or None and the reason why torch computes instead."""
+    if device != "cpu":
+        return None, "the device is a GPU"
+    try:
+        kernels = load_kernels(dtype)
+    except KernelError as exc:
+        return None, str(exc)
+    reason = unsupported_reason(config, kernels)
     return (None, reason) if reason else (kernels, "")
 
 
-def _memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return memory_bytes()
+def _prefix_cache_bytes(settings: EngineSettings, memory: int) -> int:
+    if settings.prefix_cache_mb is not None:
+        return settings.prefix_cache_mb << 20
+    return min(memory // PREFIX_CACHE_DIVISOR, MAX_PREFIX_CACHE_BYTES)
+
+
+def _memory_bytes(device: str) -> int:
+    if device == "cpu":
+        return memory_bytes()
+    from smolcli.engine.torch_ops.devices import memory_bytes as gpu_memory_bytes
+
+    return gpu_memory_bytes(device)

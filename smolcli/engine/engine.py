@@ -1,31 +1,27 @@
-"""The cycle: schedule, run, sample, retire."""
+"""The engine's cycle: schedule, compute, sample, retire."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
+from contextlib import contextmanager, suppress
 
 from smolcli.engine.interfaces import Model
-from smolcli.engine.sampler import choose, score
+from smolcli.engine.sampler import sample
 from smolcli.engine.scheduler import Scheduler
 from smolcli.engine.sequence import ScheduledSequence, Sequence
-from smolcli.errors import BackendError, PromptTooLong
+from smolcli.errors import BackendError, PromptTooLong, QueryError
 from smolcli.types import FinishReason
-
-MOST_FAILED_STEPS = 5  # one after the other, then it is not the queries that are at fault
 
 
 class Engine:
-    """Generates for many sequences at once, with continuous batching (Yu et al. 2022, Orca).
+    """Generates for many sequences at once with continuous batching (Yu et al. 2022, Orca).
 
-    One thread at a time may use it.
+    Not thread-safe: one thread at a time may use it.
 
     Args:
-        model: computes logits.
-        max_batch_size: the most sequences that run at once.
-        kv_cache_bytes: the most memory for keys and values.
-        prefix_cache_bytes: the most memory for the beginnings of prompts.
-        max_step_tokens: the most tokens of one step.
+        model: computes hidden states and logits.
+        max_batch_size: the most sequences that run at once; a few more if some are interactive.
+        kv_cache_bytes: memory for the keys and values of running sequences.
+        prefix_cache_bytes: memory for the prefix cache; 0 disables it.
+        max_step_tokens: the most tokens to compute in one step.
     """
 
     def __init__(
@@ -39,98 +35,125 @@ class Engine:
         self.model = model
         self.kv_cache = model.make_kv_cache(prefix_cache_bytes)
         self.scheduler = Scheduler(
-            max_batch_size, max_step_tokens, kv_cache_bytes, self.kv_cache.bytes_needed, self._begin
+            max_batch_size,
+            max_step_tokens,
+            kv_cache_bytes,
+            self.kv_cache.bytes_needed,
+            self._allocate,
         )
         self.max_length = self.kv_cache.max_length(kv_cache_bytes)
         self.num_steps = 0
-        self._num_failed_steps = 0  # one after the other
 
     @property
     def has_work(self) -> bool:
-        """Whether anything runs or waits."""
+        """Whether any sequence is running or waiting."""
         return bool(self.scheduler.running or self.scheduler.num_waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; its room is clipped to what there is.
+        """Queue a sequence; clips `max_tokens` to what the model and the KV cache allow.
 
         Raises:
-            PromptTooLong: there is no room for one new token.
+            PromptTooLong: the prompt leaves no room for a single new token.
+            QueryError: the prompt contains a token id that the model does not have.
         """
         if len(sequence.prompt_ids) >= self.max_length:
             raise PromptTooLong(len(sequence.prompt_ids), self.max_length - 1)
+        vocab_size = self.model.config.vocab_size
+        for token_id in (min(sequence.prompt_ids), max(sequence.prompt_ids)):
+            if not 0 <= token_id < vocab_size:
+                raise QueryError(
+                    f"the prompt contains token id {token_id}, but the model's vocabulary has "
+                    f"{vocab_size} tokens: the tokenizer does not belong to this model"
+                )
         sequence.max_tokens = min(sequence.max_tokens, self.max_length)
         self.scheduler.add(sequence)
 
-    @torch.inference_mode()
     def stop(self, sequence: Sequence) -> None:
-        """End a sequence now, wherever it is, and free what it holds."""
+        """End a sequence now, whatever its state, and free its memory."""
         if not sequence.is_finished:
             sequence.finish_reason = FinishReason.STOP
         self.scheduler.withdraw(sequence)
         self._retire()
 
-    @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Advance all that run by one token, prompts by a piece.
+        """Advance decoding sequences by one token each and prompts by a chunk.
 
         Returns:
-            The sequences that got a token or failed; `error` says why.
+            The sequences that got a token or failed; a failed one has `error` set.
 
         Raises:
-            BackendError: every sequence of the batch fails, each on its own too, or steps of one
-                sequence fail again and again.
+            BackendError: the step failed for every sequence, and so did a trivial sequence of the
+                engine's own.
         """
         planned = self.scheduler.plan()
-        works = sorted(filter(self._has_room, planned), key=self.kv_cache.batch_key)
-        advanced = [w.sequence for w in works if w.completes]
-        self._run(works)
-        failed = [w.sequence for w in planned if w.sequence.error]
-        all_failed = bool(planned) and len(failed) == len(planned)
-        self._num_failed_steps = self._num_failed_steps + 1 if all_failed else 0
-        if all_failed and (len(planned) > 1 or self._num_failed_steps == MOST_FAILED_STEPS):
-            raise BackendError(f"no step succeeds any more: {failed[0].error}") from failed[0].error
+        items = sorted(filter(self._has_capacity, planned), key=self.kv_cache.batch_key)
+        advanced = [item.sequence for item in items if item.completes]
+        self._run(items)
+        failed = [item.sequence for item in planned if item.sequence.error]
+        if failed and len(failed) == len(planned):
+            self._check_model()
         self._retire()
         return advanced + [s for s in failed if s not in advanced]
 
-    def _begin(self, sequence: Sequence) -> None:
+    def _allocate(self, sequence: Sequence) -> None:
         with _blamed_on(sequence):
             self.kv_cache.allocate(sequence)
 
-    def _has_room(self, work: ScheduledSequence) -> bool:
-        if work.sequence.error is None:
-            with _blamed_on(work.sequence):
-                self.kv_cache.ensure_capacity(work.sequence)
-        return work.sequence.error is None
+    def _has_capacity(self, item: ScheduledSequence) -> bool:
+        if item.sequence.error is None:
+            with _blamed_on(item.sequence):
+                self.kv_cache.ensure_capacity(item.sequence)
+        return item.sequence.error is None
 
-    def _run(self, works: list[ScheduledSequence]) -> None:
-        """Compute the works together; halve a batch that fails until the culprit stands alone.
+    def _run(self, items: list[ScheduledSequence]) -> None:
+        """Compute a batch; if it fails, bisect it until the sequences at fault stand alone.
 
-        Computing a token again writes the same keys and values to the same place.
+        Recomputing a token writes the same keys and values to the same place.
         """
-        if not works:
+        if not items:
             return
         try:
-            self._forward(works)
+            self._forward(items)
         except Exception as exc:
-            if len(works) == 1:
-                works[0].sequence.error = exc
+            if len(items) == 1:
+                items[0].sequence.error = exc
                 return
-            middle = len(works) // 2
-            self._run(works[:middle])
-            self._run(works[middle:])
+            middle = len(items) // 2
+            self._run(items[:middle])
+            self._run(items[middle:])
 
-    def _forward(self, works: list[ScheduledSequence]) -> None:
+    def _forward(self, items: list[ScheduledSequence]) -> None:
         self.num_steps += 1
-        hidden = self.model.forward(self.kv_cache.make_batch(works))
-        ready = [w.sequence for w in works if w.completes]
-        tokens = choose(self.model.head, hidden, ready) if ready else []
-        scores = score(self.model.head, hidden, ready, tokens)
-        for work in works:
-            work.sequence.num_cached = work.stop
-            if work.completes and not work.sequence.is_decoding:
-                self.kv_cache.store_prefix(work.sequence)
-        for sequence, token, its_score in zip(ready, tokens, scores, strict=True):
-            sequence.append(token, self.model.config.eos_ids, its_score)
+        hidden = self.model.forward(self.kv_cache.make_batch(items))
+        ready = [item.sequence for item in items if item.completes]
+        sampled = sample(self.model.head, hidden, ready) if ready else []
+        for item in items:
+            item.sequence.num_cached = item.stop
+            if item.completes and not item.sequence.is_decoding:
+                self.kv_cache.store_prefix(item.sequence)
+        for sequence, (token, logprob) in zip(ready, sampled, strict=True):
+            sequence.append(token, self.model.config.eos_ids, logprob)
+
+    def _check_model(self) -> None:
+        """Compute a one-token sequence that no query is to blame for.
+
+        Raises:
+            BackendError: it fails, so the engine cannot compute anything any more.
+        """
+        trivial = Sequence([0])
+        trivial.max_tokens = 2
+        try:
+            self.kv_cache.allocate(trivial)
+            self.kv_cache.ensure_capacity(trivial)
+            batch = self.kv_cache.make_batch([ScheduledSequence(trivial, 0, 1)])
+            self.model.head.best(self.model.forward(batch))
+        except Exception as exc:
+            raise BackendError(
+                f"the model no longer computes anything, not even a single token: {exc}"
+            ) from exc
+        finally:
+            with suppress(Exception):  # the memory of a lost GPU cannot be freed
+                self.kv_cache.free(trivial)
 
     def _retire(self) -> None:
         for sequence in self.scheduler.retire():
@@ -139,7 +162,7 @@ class Engine:
 
 @contextmanager
 def _blamed_on(sequence: Sequence) -> Iterator[None]:
-    """Running out of memory for one sequence is that sequence's error."""
+    """Make running out of memory for one sequence that sequence's error."""
     try:
         yield
     except (RuntimeError, MemoryError) as exc:

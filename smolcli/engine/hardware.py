@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores and memory, by its control group too."""
+"""What this process may use of the machine: cores, memory and CPU features."""
 
 import os
 from collections.abc import Iterator
@@ -7,13 +7,26 @@ from pathlib import Path
 import psutil
 
 ROOT = Path("/")
+CPU_FEATURES = {  # flags of /proc/cpuinfo, on x86 and ARM
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "bfloat16",
+    "avx512_vnni": "VNNI",
+    "avx_vnni": "VNNI",
+    "amx_tile": "AMX",
+    "asimd": "NEON",
+    "bf16": "bfloat16",
+}
 
 
 def num_cores(root: Path = ROOT) -> int:
-    """Physical cores that this process may keep busy, by its affinity and its group's quota.
+    """The number of physical cores that CPU affinity and the control group's quota allow.
 
-    A quota is rounded down: threads beyond it would be stopped in the middle of a step, and the
-    others would wait for them.
+    A fractional quota is rounded down: the kernel would suspend a thread beyond it in the middle of
+    a step, and the others would wait for it.
+
+    Args:
+        root: the root of the file system, for tests.
     """
     if hasattr(os, "sched_getaffinity"):
         num_usable = len(os.sched_getaffinity(0))
@@ -25,15 +38,35 @@ def num_cores(root: Path = ROOT) -> int:
 
 
 def memory_bytes(root: Path = ROOT) -> int:
-    """Memory that this process may have: the machine's, or its group's part of it."""
+    """The machine's memory, or the control group's limit if that is lower.
+
+    Args:
+        root: the root of the file system, for tests.
+    """
     limits = [_memory_limit(group) for group in _groups(root, "memory")]
     return int(min([psutil.virtual_memory().total, *limits]))
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """This process' control group and those around it, in versions 1 and 2.
+def cpu_features(root: Path = ROOT) -> list[str]:
+    """Names of the CPU's instruction sets that matter for speed; empty if unknown (not Linux).
 
-    In a container the path may be the host's; the limits are then those of the outermost folder.
+    Args:
+        root: the root of the file system, for tests.
+    """
+    lines = _read(root / "proc/cpuinfo").splitlines()
+    flags = {
+        flag
+        for line in lines
+        if line.startswith(("flags", "Features"))
+        for flag in line.partition(":")[2].split()
+    }
+    return list(dict.fromkeys(name for flag, name in CPU_FEATURES.items() if flag in flags))
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """This process's control group and its ancestors, in cgroup versions 1 and 2.
+
+    Inside a container the path may be the host's; then the limits of the outermost folder apply.
     """
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -45,7 +78,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _quota(group: Path) -> float:
-    """Cores that a group may use at a time, infinite without a limit."""
+    """The number of cores that a group may use at a time; infinite if unlimited."""
     quota, _, period = _read(group / "cpu.max").partition(" ")
     if not quota:
         quota, period = _read(group / "cpu.cfs_quota_us"), _read(group / "cpu.cfs_period_us")
@@ -53,13 +86,13 @@ def _quota(group: Path) -> float:
 
 
 def _memory_limit(group: Path) -> float:
-    """Bytes that a group may have, infinite without a limit."""
+    """The number of bytes that a group may use; infinite if unlimited."""
     limit = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
     return int(limit) if limit.strip().isdecimal() else float("inf")
 
 
 def _read(path: Path) -> str:
-    """A file's text, "" where there is none."""
+    """The text of a file; empty if it cannot be read."""
     try:
         return path.read_text("utf-8").strip()
     except OSError:

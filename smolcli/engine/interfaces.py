@@ -1,114 +1,121 @@
-"""What the engine needs of a model: the two in `eager` and `native` have it."""
+"""What the engine requires of a model. `native` and `torch_ops` implement it."""
 
 from collections import abc
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.prefix_cache import PrefixCache
 from smolcli.engine.sequence import ScheduledSequence, Sequence
 
-Masks = abc.Sequence[bytes | None]  # one for each row; None allows all
+Array = np.ndarray[Any, Any]
+Masks = abc.Sequence[bytes | None]  # one per row, see Constraint.mask; None allows every token
+Batch = Any  # made by a model's own KV cache for its own `forward`
+Hidden = Any  # a model's own array of (N, hidden_size); `hidden[[0, 2]]` selects rows
 
 
-def forbid(logits: Tensor, masks: Masks) -> None:
-    """Set to minus infinity, in place, what the masks do not allow of (N, vocab_size)."""
-    for row, mask in zip(logits, masks, strict=True):
-        if mask is not None:
-            bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(row), bitorder="little")
-            allowed = torch.from_numpy(bits.view(np.bool_)).to(row.device)
-            row.masked_fill_(~allowed, -torch.inf)
-
-
-Batch = Any  # what a model's own cache makes and its `forward` takes
+def unpack_mask(mask: bytes, vocab_size: int) -> Array:
+    """A bit mask of allowed tokens as (vocab_size,) booleans."""
+    bits = np.frombuffer(mask, np.uint8)
+    return np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
 
 
 class Head(Protocol):
-    """From hidden states, (N, hidden), to the next tokens."""
+    """The final norm and the projection to the vocabulary."""
 
-    def logits(self, x: Any) -> Tensor:
-        """(N, hidden) -> (N, vocab_size), float32, for the caller to change."""
+    def logits(self, hidden: Hidden) -> Array:
+        """Compute logits on the model's device and copy them to the host.
+
+        Args:
+            hidden: (N, hidden_size).
+
+        Returns:
+            (N, vocab_size), float32, summed in float32 whatever the model's dtype. The caller may
+            write to it.
+        """
         ...
 
-    def refine(self, x: Any, logits: Tensor, width: int) -> None:
-        """See to it that the `width` largest logits of each row are as exact as float32."""
-        ...
+    def best(self, hidden: Hidden, masks: Masks = ()) -> list[int]:
+        """Find each row's most likely allowed token; the lowest id wins a tie.
 
-    def best(self, x: Any, masks: Masks = ()) -> list[int]:
-        """The most likely token for each row that its mask, if any, allows; of equals, the first.
+        Args:
+            hidden: (N, hidden_size).
+            masks: the allowed tokens of each row; empty allows every token in every row.
 
         Raises:
-            FloatingPointError: a row has no largest logit, because it holds NaN.
+            FloatingPointError: a row's logits contain NaN.
         """
         ...
 
 
 class KVCache(Protocol):
-    """Owner of all keys and values."""
+    """The keys and values of every running sequence."""
 
     @property
-    def prefix_cache(self) -> PrefixCache:
-        """Beginnings of prompts, kept for prompts to come."""
+    def prefix_cache(self) -> PrefixCache[Any]:
+        """Keys and values of earlier prompts."""
         ...
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences hold something."""
+        """The number of sequences that hold memory."""
         ...
 
     def bytes_needed(self, sequence: Sequence) -> int:
-        """The most bytes that the sequence will hold, padding included."""
+        """The most bytes that the sequence can occupy, padding included."""
         ...
 
     def max_length(self, num_bytes: int) -> int:
-        """The most tokens of one sequence: what the model was made for, and what so much holds."""
+        """The most tokens of one sequence that `num_bytes` and the model's positions allow."""
         ...
 
     def allocate(self, sequence: Sequence) -> None:
-        """Give a new sequence a place, filled as far as its beginning is known."""
+        """Give a sequence memory and load its cached prefix; sets `num_cached`. Idempotent."""
         ...
 
     def store_prefix(self, sequence: Sequence) -> None:
-        """Keep a prompt that is computed, for those that begin like it."""
+        """Copy a fully computed prompt to the prefix cache."""
         ...
 
     def ensure_capacity(self, sequence: Sequence) -> None:
-        """See that all tokens of the sequence, the newest included, have a place."""
+        """Make sure that there is room for every token of the sequence, the newest included."""
         ...
 
-    def batch_key(self, work: ScheduledSequence) -> tuple[int, int]:
-        """Works sorted by this make the cheapest batch."""
+    def batch_key(self, item: ScheduledSequence) -> tuple[int, int]:
+        """Sort key that puts the items of a batch in the cheapest order to compute."""
         ...
 
-    def make_batch(self, works: list[ScheduledSequence]) -> Batch:
-        """The input of a forward pass over sorted works that have room."""
+    def make_batch(self, items: list[ScheduledSequence]) -> Batch:
+        """Build the input of `Model.forward` from sorted items that have capacity."""
         ...
 
     def free(self, sequence: Sequence) -> None:
-        """Drop what the sequence holds, if anything."""
+        """Release the sequence's memory, if it holds any."""
         ...
 
 
 class Model(Protocol):
-    """The weights, and how to compute with them."""
+    """The weights and the forward pass."""
 
     @property
     def config(self) -> LlamaConfig:
-        """The shapes."""
+        """The model's shape."""
         ...
 
     @property
     def head(self) -> Head:
-        """What chooses the next tokens."""
+        """Turns hidden states into logits or tokens."""
         ...
 
     def make_kv_cache(self, prefix_cache_bytes: int) -> KVCache:
-        """Keys and values for this model's batches; so much memory for beginnings of prompts."""
+        """Create an empty KV cache.
+
+        Args:
+            prefix_cache_bytes: memory for the prefix cache; 0 disables it.
+        """
         ...
 
-    def forward(self, batch: Batch) -> Any:
-        """Hidden states, (N, hidden), of the works that complete, in their order."""
+    def forward(self, batch: Batch) -> Hidden:
+        """Compute the last hidden state of every item that completes, in batch order."""
         ...

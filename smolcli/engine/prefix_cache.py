@@ -1,97 +1,152 @@
-"""Keys and values of prompt beginnings, shared by all prompts that begin alike.
+"""Keys and values of earlier prompts, reused by prompts that start with the same tokens.
 
-A prompt is cut into blocks, and each block is known by its tokens and all before it, as in
-vLLM's automatic prefix caching (Kwon et al. 2023, arXiv:2309.06180).
+Prompts are cut into blocks, and a block is identified by its tokens and all tokens before it, as in
+vLLM's automatic prefix caching (Kwon et al. 2023, arXiv:2309.06180). The blocks form a tree. Only
+leaves are evicted, because a block without the blocks before it can never be found. The leaf to
+evict is the one with the fewest hits, aged as in LFU-DA (Arlitt et al. 2000): a block's priority is
+its number of hits plus the cache's age when it was last used.
 """
 
-from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 BLOCK_TOKENS = 4
+MAX_HITS = 64  # so that a prefix that was popular once gives way after as many prompts
 
-BlockKey = tuple[int, tuple[int, ...]]  # the number of the block before, and the block's tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One block's keys and values, (2, layers, kv_heads, BLOCK_TOKENS, head_dim)."""
-
-    number: int
-    data: Any
+KV = TypeVar("KV")  # the keys and values of BLOCK_TOKENS tokens, as a model's KV cache keeps them
 
 
-class PrefixCache:
-    """Blocks of prompts, the least recently used of them dropped.
+@dataclass(eq=False, slots=True)
+class Block(Generic[KV]):
+    """A node of the tree; the root has no data."""
+
+    tokens: tuple[int, ...] = ()
+    data: KV | None = None
+    parent: "Block[KV] | None" = None
+    children: dict[tuple[int, ...], "Block[KV]"] = field(default_factory=dict)
+    num_hits: int = 0
+    priority: int = 0
+    last_use: int = 0  # breaks ties: the least recently used is evicted first
+
+
+class PrefixCache(Generic[KV]):
+    """A bounded tree of prompt blocks.
+
+    A new block replaces blocks of its own priority or less, so that one long prompt does not evict
+    what many prompts share. A prompt that finds no room increases the age by one hit, so that
+    blocks that are no longer used give way eventually.
 
     Args:
-        max_bytes: memory that the blocks may take; 0 keeps none.
+        max_bytes: memory for blocks; 0 disables the cache.
+        block_bytes: memory of one block.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, block_bytes: int) -> None:
         self.num_hit_tokens = 0
-        self.num_asked_tokens = 0
-        self.num_bytes = 0
-        self._max_bytes = max_bytes
-        self._blocks: OrderedDict[BlockKey, Block] = OrderedDict()
-        self._num_made = 0
+        self.num_lookup_tokens = 0
+        self.num_blocks = 0
+        self._max_blocks = max_bytes // block_bytes
+        self._block_bytes = block_bytes
+        self._root: Block[KV] = Block()
+        self._age = 0
+        self._clock = 0
+        self._leaves: list[tuple[int, int, Block[KV]]] = []  # heap; may hold outdated entries
 
-    def fill(self, prompt_ids: list[int], data: Any) -> int:
-        """Copy the longest known beginning of a prompt; its last token is always left to compute.
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the blocks occupy."""
+        return self.num_blocks * self._block_bytes
+
+    def match(self, prompt_ids: list[int]) -> list[KV]:
+        """Find the longest cached prefix of a prompt.
+
+        The prompt's last token is never part of it, because it has to be computed for the next
+        one.
+
+        Returns:
+            The data of consecutive blocks of BLOCK_TOKENS tokens each, from the start.
+        """
+        path = self._find(prompt_ids[:-1])
+        for block in path:
+            block.num_hits = min(block.num_hits + 1, MAX_HITS)
+            self._touch(block)
+        self._push_if_leaf(path[-1] if path else self._root)
+        self.num_hit_tokens += len(path) * BLOCK_TOKENS
+        self.num_lookup_tokens += len(prompt_ids)
+        return [block.data for block in path if block.data is not None]
+
+    def insert(self, prompt_ids: list[int], copy_block: Callable[[int, int], KV]) -> None:
+        """Add the blocks of a computed prompt, from the start and as many as fit.
 
         Args:
             prompt_ids: the prompt.
-            data: (2, layers, kv_heads, len(prompt_ids), head_dim), written to.
-
-        Returns:
-            How many tokens are filled.
+            copy_block: copies the keys and values of the tokens from the first index up to the
+                second.
         """
-        found = []
-        before = 0
-        for tokens in _cut(prompt_ids[:-1]):
-            block = self._blocks.get((before, tokens))
-            if block is None:
+        path = self._find(prompt_ids)
+        tail = path[-1] if path else self._root
+        first_stop = (len(path) + 1) * BLOCK_TOKENS
+        for stop in range(first_stop, len(prompt_ids) + 1, BLOCK_TOKENS):
+            if not self._make_room(keep=tail):
+                self._age += 1
                 break
-            self._blocks.move_to_end((before, tokens))
-            found.append(block.data)
-            before = block.number
-        num_tokens = len(found) * BLOCK_TOKENS
-        for index, block in enumerate(found):
-            data[..., index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS, :] = block
-        self.num_hit_tokens += num_tokens
-        self.num_asked_tokens += len(prompt_ids)
-        return num_tokens
+            start = stop - BLOCK_TOKENS
+            tokens = tuple(prompt_ids[start:stop])
+            block = Block(tokens, copy_block(start, stop), tail)
+            self._touch(block)
+            tail.children[tokens] = block
+            tail = block
+            self.num_blocks += 1
+        self._push_if_leaf(tail)
 
-    def keep(self, prompt_ids: list[int], data: Any) -> None:
-        """Remember the blocks of a prompt that is computed; shapes as in `fill`."""
-        before = 0
-        for index, tokens in enumerate(_cut(prompt_ids)):
-            block = self._blocks.get((before, tokens))
-            if block is None:
-                at = index * BLOCK_TOKENS
-                block = self._add((before, tokens), data[..., at : at + BLOCK_TOKENS, :])
-                if block is None:
-                    return
-            before = block.number
+    def _find(self, token_ids: list[int]) -> list[Block[KV]]:
+        path: list[Block[KV]] = []
+        block = self._root
+        for stop in range(BLOCK_TOKENS, len(token_ids) + 1, BLOCK_TOKENS):
+            child = block.children.get(tuple(token_ids[stop - BLOCK_TOKENS : stop]))
+            if child is None:
+                break
+            path.append(block := child)
+        return path
 
-    def _add(self, key: BlockKey, data: Any) -> Block | None:
-        size = data.nbytes
-        while self._blocks and self.num_bytes + size > self._max_bytes:
-            self._blocks.popitem(last=False)
-            self.num_bytes -= size
-        if size > self._max_bytes:
-            return None
-        self._num_made += 1
-        self.num_bytes += size
-        block = self._blocks[key] = Block(
-            self._num_made, data.copy() if isinstance(data, np.ndarray) else data.clone()
-        )
-        return block
+    def _touch(self, block: Block[KV]) -> None:
+        self._clock += 1
+        block.last_use = self._clock
+        block.priority = self._age + block.num_hits
 
+    def _make_room(self, keep: Block[KV]) -> bool:
+        """Evict until there is room for one more block; whether there is."""
+        while self.num_blocks >= self._max_blocks:
+            victim = self._pop_leaf(keep)
+            if victim is None:
+                return False
+            if victim.priority > self._age:
+                self._push_if_leaf(victim)
+                return False
+            parent = victim.parent
+            assert parent is not None
+            del parent.children[victim.tokens]
+            victim.parent = None
+            self.num_blocks -= 1
+            self._push_if_leaf(parent)
+        return True
 
-def _cut(token_ids: list[int]) -> list[tuple[int, ...]]:
-    """Whole blocks only."""
-    ends = range(BLOCK_TOKENS, len(token_ids) + 1, BLOCK_TOKENS)
-    return [tuple(token_ids[end - BLOCK_TOKENS : end]) for end in ends]
+    def _pop_leaf(self, keep: Block[KV]) -> Block[KV] | None:
+        """The leaf with the lowest priority other than `keep`."""
+        while self._leaves:
+            _, last_use, block = heapq.heappop(self._leaves)
+            is_current = block.parent is not None and block.last_use == last_use
+            if is_current and not block.children and block is not keep:
+                return block
+        return None
+
+    def _push_if_leaf(self, block: Block[KV]) -> None:
+        if block.parent is None or block.children:
+            return
+        if len(self._leaves) > 2 * self.num_blocks:  # mostly outdated entries
+            leaves = {id(b): (u, b) for _, u, b in self._leaves if b.last_use == u and b.parent}
+            self._leaves = [(b.priority, u, b) for u, b in leaves.values() if not b.children]
+            heapq.heapify(self._leaves)
+        heapq.heappush(self._leaves, (block.priority, block.last_use, block))

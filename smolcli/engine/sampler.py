@@ -1,148 +1,169 @@
-"""Hidden states to tokens.
+"""From hidden states to tokens and their log probabilities, on the host.
 
-Order as in transformers: repetition penalty (Keskar et al. 2019, arXiv:1909.05858), constraint,
-temperature, top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751). A draw depends on the sequence's
-own logits, settings and generator alone: only rows of one kind are computed together.
+Settings apply in the order that transformers uses: repetition penalty (Keskar et al. 2019,
+arXiv:1909.05858), grammar mask, temperature, top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751).
+Rows are sampled one by one, so a draw depends on the sequence's own logits, settings and random
+generator, and on nothing else in the batch.
 """
 
 import math
-from collections import defaultdict
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from smolcli.engine.interfaces import Head, Masks, forbid
+from smolcli.engine.interfaces import Array, Head, Hidden, unpack_mask
 from smolcli.engine.sequence import Sequence, TokenLogprob
 from smolcli.types import Sampling
 
-FINE = 64  # so many likeliest tokens have their likelihoods from float32
-NUCLEUS = 512  # so many likeliest tokens hold the share of top-p nearly always; sorting all is slow
+MIN_TEMPERATURE = 1e-6  # avoids overflow; the most likely token already wins every draw
+PICK_BLOCK = 256
+NUCLEUS_TOKENS = 512  # nearly always hold the mass of top-p; sorting the whole vocabulary is slow
 
 
-def choose(head: Head, hidden: Tensor, sequences: list[Sequence]) -> list[int]:
-    """The next token of each sequence: the most likely, or drawn as its settings say.
+def sample(
+    head: Head, hidden: Hidden, sequences: list[Sequence]
+) -> list[tuple[int, TokenLogprob | None]]:
+    """Choose the next token of each sequence.
 
     Args:
-        head: turns hidden states into scores.
-        hidden: (N, hidden).
-        sequences: N of them.
-    """
-    plain = [i for i, s in enumerate(sequences) if s.sampling.is_plain]
-    if len(plain) == len(sequences):
-        return _likeliest(head, hidden, sequences)
-    others = [i for i, s in enumerate(sequences) if not s.sampling.is_plain]
-    scored = choose_scored(head.logits(hidden[others]), [sequences[i] for i in others])
-    tokens = dict(zip(others, scored, strict=True))
-    if plain:
-        best = _likeliest(head, hidden[plain], [sequences[i] for i in plain])
-        tokens.update(zip(plain, best, strict=True))
-    return [tokens[i] for i in range(len(sequences))]
-
-
-def choose_scored(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """As `choose`, from float32 logits of (N, vocab_size), which are changed in place."""
-    for row, sequence in zip(logits, sequences, strict=True):
-        if sequence.sampling.repetition_penalty != 1.0:
-            _penalize(row, sequence)
-    forbid(logits, masks(sequences))
-    tokens: list[int] = logits.argmax(-1).tolist()
-    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
-    for i, sequence in enumerate(sequences):
-        if not sequence.sampling.is_greedy:
-            groups[_kind(sequence.sampling)].append(i)
-    for (top_k, is_cut), members in groups.items():
-        draws = _draw(logits[members], [sequences[i] for i in members], top_k, is_cut)
-        for i, token in zip(members, draws, strict=True):
-            tokens[i] = token
-    return tokens
-
-
-def score(
-    head: Head, hidden: Tensor, sequences: list[Sequence], tokens: list[int]
-) -> list[TokenLogprob | None]:
-    """How likely the tokens are that were chosen, for the sequences that ask.
-
-    As the model has it, among what a constraint allows: before penalty, temperature and cuts.
-    """
-    scores: list[TokenLogprob | None] = [None] * len(sequences)
-    asking = [i for i, s in enumerate(sequences) if s.top_logprobs is not None]
-    if not asking:
-        return scores
-    logits = head.logits(hidden[asking])
-    forbid(logits, masks([sequences[i] for i in asking]))
-    head.refine(hidden[asking], logits, FINE)
-    for i, row in zip(asking, logits.log_softmax(-1), strict=True):
-        top = row.topk(sequences[i].top_logprobs or 0)
-        likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        possible = tuple((token, logprob) for token, logprob in likeliest if logprob > -math.inf)
-        scores[i] = TokenLogprob(tokens[i], row[tokens[i]].item(), possible)
-    return scores
-
-
-def _likeliest(head: Head, hidden: Tensor, sequences: list[Sequence]) -> list[int]:
-    return head.best(hidden, masks(sequences))
-
-
-def masks(sequences: list[Sequence]) -> Masks:
-    """What the sequences' constraints allow next."""
-    return [s.constraint.mask() if s.constraint else None for s in sequences]
-
-
-def _penalize(row: Tensor, sequence: Sequence) -> None:
-    ids = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
-    scores = row[ids]
-    penalty = sequence.sampling.repetition_penalty
-    row[ids] = torch.where(scores < 0, scores * penalty, scores / penalty)
-
-
-def _kind(sampling: Sampling) -> tuple[int, bool]:
-    """Rows of one kind take the same way: their top-k, and whether they are cut at all."""
-    return sampling.top_k, sampling.top_k > 0 or sampling.top_p < 1.0
-
-
-def _draw(logits: Tensor, sequences: list[Sequence], top_k: int, is_cut: bool) -> list[int]:
-    """Inverse-transform sampling over rows of one kind."""
-    temperature = _column(logits, [s.sampling.temperature for s in sequences])
-    scores = logits.double()
-    scores = (scores - scores.amax(-1, keepdim=True)) / temperature.clamp(min=1e-6)
-    uniform = _column(logits, [s.draw_uniform() for s in sequences])
-    if not is_cut:
-        return _pick(scores.softmax(-1), uniform).tolist()
-    top_p = _column(logits, [s.sampling.top_p for s in sequences])
-    vocab_size = scores.shape[-1]
-    if top_k:
-        return _draw_likeliest(scores, top_p, uniform, min(top_k, vocab_size), True)[0].tolist()
-    tokens, shares = _draw_likeliest(scores, top_p, uniform, min(NUCLEUS, vocab_size), False)
-    short = (shares < top_p).squeeze(-1).nonzero().squeeze(-1)  # rows of a flatter distribution
-    if len(short):
-        rest = (scores[short], top_p[short], uniform[short])
-        tokens[short] = _draw_likeliest(*rest, vocab_size, False)[0]
-    return tokens.tolist()
-
-
-def _draw_likeliest(
-    scores: Tensor, top_p: Tensor, uniform: Tensor, width: int, has_top_k: bool
-) -> tuple[Tensor, Tensor]:
-    """Draw from the top-p share of the `width` likeliest tokens.
+        head: computes logits.
+        hidden: (N, hidden_size).
+        sequences: the N sequences.
 
     Returns:
-        The tokens, (N,), and what share of all the `width` likeliest hold, (N, 1); all is what
-        top-k leaves, or the whole vocabulary.
+        Each sequence's token and, if it asks for them, the token's log probabilities.
+
+    Raises:
+        FloatingPointError: the largest logit of a row is not a finite number.
     """
-    top, ids = scores.topk(width)  # (N, width), descending
-    total = (top if has_top_k else scores).logsumexp(-1, keepdim=True)
-    probs = (top - total).exp()
-    before = probs.cumsum(-1) - probs  # mass of all that is likelier
-    picks = _pick(probs.masked_fill(before >= top_p, 0.0), uniform)
-    return ids.gather(-1, picks[:, None]).squeeze(-1), probs.sum(-1, keepdim=True)
+    masks = [s.constraint.mask() if s.constraint else None for s in sequences]
+    tokens: dict[int, int] = {}
+    logprobs: dict[int, TokenLogprob] = {}
+    greedy = [i for i, s in enumerate(sequences) if s.sampling.is_plain]
+    if greedy:
+        best = head.best(_select(hidden, greedy), [masks[i] for i in greedy])
+        tokens.update(zip(greedy, best, strict=True))
+    rest = [i for i, s in enumerate(sequences) if i not in tokens or s.top_logprobs is not None]
+    for i, row in zip(rest, head.logits(_select(hidden, rest)) if rest else (), strict=True):
+        sequence, top_logprobs = sequences[i], sequences[i].top_logprobs
+        if i not in tokens:
+            scratch = row if top_logprobs is None else row.copy()
+            tokens[i] = sample_token(scratch, sequence, masks[i])
+        if top_logprobs is not None:
+            apply_mask(row, masks[i])
+            logprobs[i] = token_logprob(row, tokens[i], top_logprobs)
+    return [(tokens[i], logprobs.get(i)) for i in range(len(sequences))]
 
 
-def _pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """(N, K) weights and (N, 1) numbers from 0 to 1 -> (N,) places."""
-    mass = weights.cumsum(-1)
-    places = torch.searchsorted(mass, uniform * mass[:, -1:], right=True)
-    return places.squeeze(-1).clamp(max=weights.shape[-1] - 1)
+def sample_token(logits: Array, sequence: Sequence, mask: bytes | None = None) -> int:
+    """Choose one token as the sequence's settings say.
+
+    Args:
+        logits: (vocab_size,), float32; overwritten.
+        sequence: its settings, previous tokens and random generator.
+        mask: the allowed tokens; None allows all.
+
+    Raises:
+        FloatingPointError: the largest logit is not a finite number.
+    """
+    sampling = sequence.sampling
+    if sampling.repetition_penalty != 1.0:
+        _penalize(logits, sequence.token_ids, sampling.repetition_penalty)
+    apply_mask(logits, mask)
+    if not math.isfinite(logits.max()):
+        raise FloatingPointError("the model computed logits that are not finite numbers")
+    if sampling.is_greedy:
+        return int(logits.argmax())
+    return _draw(logits, sampling, sequence.draw_uniform())
 
 
-def _column(like: Tensor, values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+def token_logprob(logits: Array, token: int, num_alternatives: int) -> TokenLogprob:
+    """The log probability of a token and of the most likely tokens, as the model has them.
+
+    Args:
+        logits: (vocab_size,), masked, without penalty and temperature.
+        token: the token that was chosen.
+        num_alternatives: how many of the most likely tokens to list.
+    """
+    scores = logits.astype(np.float64)
+    highest = scores.max()
+    log_total = highest + math.log(np.exp(scores - highest).sum())
+    ids = [int(i) for i in _largest(logits, num_alternatives)] if num_alternatives else []
+    alternatives = [(i, float(scores[i] - log_total)) for i in ids if scores[i] > -math.inf]
+    return TokenLogprob(token, float(scores[token] - log_total), tuple(alternatives))
+
+
+def apply_mask(logits: Array, mask: bytes | None) -> None:
+    """Set the logits of forbidden tokens to minus infinity, in place."""
+    if mask is not None:
+        logits[~unpack_mask(mask, len(logits))] = -np.inf
+
+
+def _select(hidden: Hidden, rows: list[int]) -> Hidden:
+    return hidden if len(rows) == len(hidden) else hidden[rows]
+
+
+def _penalize(logits: Array, token_ids: list[int], penalty: float) -> None:
+    ids = np.unique(token_ids)
+    scores = logits[ids]
+    logits[ids] = np.where(scores < 0, scores * penalty, scores / penalty)
+
+
+def _draw(logits: Array, sampling: Sampling, uniform: float) -> int:
+    """Inverse transform sampling in float64."""
+    if sampling.top_k:
+        ids = _largest(logits, sampling.top_k)
+        kept = _weights(logits, sampling.temperature, ids)
+        total = kept.sum()
+    else:
+        weights = _weights(logits, sampling.temperature)
+        if sampling.top_p >= 1.0:
+            return _pick(weights, uniform)
+        total = weights.sum()
+        ids = _largest(logits, NUCLEUS_TOKENS)
+        if weights[ids].sum() < sampling.top_p * total:  # a flat distribution
+            ids = _largest(logits, len(logits))
+        kept = weights[ids]
+    mass_before = np.cumsum(kept) - kept  # of all tokens that are more likely
+    kept[mass_before >= sampling.top_p * total] = 0.0
+    return int(ids[_pick(kept, uniform)])
+
+
+def _weights(logits: Array, temperature: float, ids: Array | None = None) -> Array:
+    """Weights proportional to the probabilities of all tokens, or of `ids`; float64."""
+    scores = (logits if ids is None else logits[ids]).astype(np.float64)
+    scores -= logits.max()
+    scores /= max(temperature, MIN_TEMPERATURE)
+    weights: Array = np.exp(scores, out=scores)
+    return weights
+
+
+def _largest(values: Array, count: int) -> Array:
+    """Indices of the `count` largest values in descending order; of equals, the lower index."""
+    size = len(values)
+    if count < size:
+        threshold = np.partition(values, size - count)[size - count]
+        candidates = np.flatnonzero(values >= threshold)
+    else:
+        candidates = np.arange(size)
+    return candidates[np.argsort(-values[candidates], kind="stable")[:count]]
+
+
+def _pick(weights: Array, uniform: float) -> int:
+    """Index of the weight that holds the fraction `uniform` of the total; never a zero weight.
+
+    Sums blocks first, because a running sum over a whole vocabulary is slow.
+    """
+    starts = np.arange(0, len(weights), PICK_BLOCK)
+    block, rest = _locate(np.add.reduceat(weights, starts), uniform)
+    start = starts[block]
+    return int(start) + _locate(weights[start : start + PICK_BLOCK], rest)[0]
+
+
+def _locate(weights: Array, fraction: float) -> tuple[int, float]:
+    """The index that holds a fraction of the total, and the fraction of that weight below it."""
+    mass = np.cumsum(weights)
+    target = fraction * mass[-1]
+    last = np.searchsorted(mass, mass[-1])  # the last weight that is not zero
+    index = int(min(np.searchsorted(mass, target, side="right"), last))
+    below = mass[index - 1] if index else 0.0
+    return index, min((target - below) / weights[index], 1.0)

@@ -3,25 +3,21 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.interfaces import Model
 from smolcli.engine.native.bindings import BFLOAT16, Array, Kernels
 from smolcli.engine.native.model import NativeModel
-from smolcli.engine.torch_ops.cuda_graphs import GraphedModel, record_cuda_graph
-from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.errors import ModelError
 
 
 def load_model(
     folder: Path,
-    dtype: torch.dtype,
-    device: torch.device,
+    dtype: Literal["float32", "bfloat16"],
+    device: str = "cpu",
     kernels: Kernels | None = None,
     num_threads: int = 1,
 ) -> Model:
@@ -31,8 +27,8 @@ def load_model(
         folder: where it is.
         dtype: to compute in.
         device: to compute on.
-        kernels: to compute with, made for the dtype; None: torch's.
-        num_threads: how many threads compute with the kernels.
+        kernels: the native kernels of the dtype; None computes with torch.
+        num_threads: CPU threads to compute with.
 
     Raises:
         ModelError: it is of another architecture, or its files are damaged.
@@ -43,20 +39,37 @@ def load_model(
         if kernels is not None:
             arrays = {name: _as_array(weight) for name, weight in weights.items()}
             return NativeModel(config, arrays, kernels, num_threads)
-        model = TorchModel(config, weights, dtype, device)
-        if device.type == "cuda":
-            return GraphedModel(model, partial(record_cuda_graph, device))
-        return model
+        return _torch_model(config, weights, dtype, device, num_threads)
     except KeyError as exc:
         raise ModelError(f"{folder}: the weights hold no {exc}") from exc
     except RuntimeError as exc:
         raise ModelError(f"{folder}: the weights do not fit config.json: {exc}") from exc
 
 
-def _as_array(weight: Tensor) -> Array:
+def _torch_model(
+    config: LlamaConfig, weights: dict[str, Any], dtype: str, device: str, num_threads: int
+) -> Model:
+    import torch
+
+    from smolcli.engine.torch_ops.cuda_graphs import GraphedModel, record_cuda_graph
+    from smolcli.engine.torch_ops.model import TorchModel
+
+    if device == "cpu":
+        torch.set_num_threads(num_threads)
+    model = TorchModel(config, weights, getattr(torch, dtype), torch.device(device))
+    if device == "cpu":
+        return model
+    return GraphedModel(model, partial(record_cuda_graph, model.device))
+
+
+def _as_array(weight: Any) -> Array:
     """A tensor as a NumPy array that shares its memory."""
+    import torch
+
     if weight.dtype is torch.bfloat16:
-        return weight.view(torch.int16).numpy().view(BFLOAT16)
+        weight = weight.view(torch.int16)
+        half: Array = weight.numpy().view(BFLOAT16)
+        return half
     array: Array = weight.numpy()
     return array
 
@@ -126,9 +139,9 @@ def _eos_ids(folder: Path, values: dict[str, Any]) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _weights(folder: Path) -> dict[str, Any]:
     """Tensors by name, without the leading "model."; memory-mapped, not copied."""
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:

@@ -244,5 +244,5 @@ def check_kernels(node: str, identity: dict[str, Any], first: dict[str, Any]) ->
     if ours != theirs:
         raise BackendError(
             f"the Ray node {node} computes with {theirs} kernels and another with {ours} ones; "
-            "install the same build of smol on all nodes, or use --kernels torch"
+            "install the same build of smol on all nodes"
         )

@@ -63,8 +63,7 @@ class EngineOptions:
         _engine(
             "--device",
             metavar="DEVICE",
-            help="Device to run on: cpu, cuda, cuda:1 and so on. auto: a GPU if available, "
-            "otherwise the CPU.",
+            help="Device to run on: cpu, cuda, cuda:1 and so on. auto: the CPU.",
         ),
     ] = _DEFAULTS.device
     threads: Annotated[
@@ -107,12 +106,12 @@ class EngineOptions:
         ),
     ] = _DEFAULTS.kv_cache_mb
     prefix_cache_mb: Annotated[
-        int,
+        int | None,
         _engine(
             "--prefix-cache-mb",
             metavar="MIB",
             help="Size of the prefix cache, which lets prompts with a common beginning share its "
-            "computation, in MiB. 0: disabled.",
+            "computation, in MiB. 0: disabled. Default: 1/32 of the memory, at most 256.",
             min=0,
         ),
     ] = _DEFAULTS.prefix_cache_mb

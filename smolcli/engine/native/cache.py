@@ -6,7 +6,7 @@ import numpy as np
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.native.bindings import SPAN, Array, Kernels, address, aligned_empty
-from smolcli.engine.prefix_cache import PrefixCache
+from smolcli.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
 from smolcli.engine.sequence import ScheduledSequence, Sequence
 
 
@@ -29,7 +29,8 @@ class BufferCache:
     """
 
     def __init__(self, config: LlamaConfig, kernels: Kernels, prefix_cache_bytes: int) -> None:
-        self.prefix_cache = PrefixCache(prefix_cache_bytes)
+        block_bytes = config.kv_cache_bytes(BLOCK_TOKENS, kernels.dtype.itemsize)
+        self.prefix_cache: PrefixCache[Array] = PrefixCache(prefix_cache_bytes, block_bytes)
         self._config = config
         self._kernels = kernels
         self._buffers: dict[Sequence, Array] = {}  # (2, layers, kv_heads, length, head_dim)
@@ -57,12 +58,18 @@ class BufferCache:
         config, length = self._config, self._padded(sequence.max_tokens)
         shape = (2, config.num_layers, config.num_kv_heads, length, config.head_dim)
         buffer = aligned_empty(shape, self._kernels.dtype)
-        sequence.num_cached = self.prefix_cache.fill(sequence.prompt_ids, buffer)
+        blocks = self.prefix_cache.match(sequence.prompt_ids)
+        sequence.num_cached = len(blocks) * BLOCK_TOKENS
+        if blocks:
+            np.concatenate(blocks, axis=-2, out=buffer[..., : sequence.num_cached, :])
         self._buffers[sequence] = buffer
 
     def store_prefix(self, sequence: Sequence) -> None:
         """See `model.Cache`."""
-        self.prefix_cache.keep(sequence.prompt_ids, self._buffers[sequence])
+        buffer = self._buffers[sequence]
+        self.prefix_cache.insert(
+            sequence.prompt_ids, lambda start, stop: buffer[..., start:stop, :].copy()
+        )
 
     def ensure_capacity(self, sequence: Sequence) -> None:
         """See `model.Cache`; there is room from the beginning."""

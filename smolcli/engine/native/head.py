@@ -1,7 +1,6 @@
 """From hidden states to the next token."""
 
 import ctypes
-from typing import Any
 
 import numpy as np
 
@@ -33,19 +32,15 @@ class NativeHead:
         self._struct = struct
         self._num_panels = -(-struct.vocab // kernels.panel)
 
-    def logits(self, x: Array) -> Any:
+    def logits(self, x: Array) -> Array:
         """See `interfaces.Head`."""
-        import torch
-
         x = np.ascontiguousarray(x, np.float32)
         out = np.empty((len(x), self._num_panels * self._kernels.panel), np.float32)
         scratch, space = self._space(len(x))
         self._team.logits(self._struct, address(x), len(x), ctypes.byref(space), address(out))
         del scratch
-        return torch.from_numpy(out[:, : self._struct.vocab])
-
-    def refine(self, x: Array, logits: Any, width: int) -> None:
-        """See `interfaces.Head`; they are exact."""
+        logits: Array = out[:, : self._struct.vocab]
+        return logits
 
     def best(self, x: Array, masks: Masks = ()) -> list[int]:
         """See `interfaces.Head`. No logit is written to memory."""

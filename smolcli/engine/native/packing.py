@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from smolcli.engine.config import LlamaConfig
+from smolcli.engine.config import LlamaConfig, rotary_angles
 from smolcli.engine.native.bindings import ALIGNMENT, FLOAT32, Array, Kernels
 
 
@@ -95,11 +95,9 @@ def pack_into(
 
 def rotary_table(config: LlamaConfig, kind: str) -> Array:
     """Cosine or sine of the rotary angles, (max_positions, head_dim / 2) float32."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(config.rope_theta) ** -exponents
-    positions = np.arange(config.max_positions, dtype=np.float32)
-    angles = np.outer(positions, frequencies)
-    return np.cos(angles) if kind == "cos" else np.sin(angles)
+    angles = rotary_angles(config)
+    table: Array = np.cos(angles) if kind == "cos" else np.sin(angles)
+    return table
 
 
 def interleave(first: Array, second: Array, width: int) -> Array:

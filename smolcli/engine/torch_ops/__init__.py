@@ -1,1 +1,1 @@
-"""The model in torch's own operators: runs wherever torch does, GPUs included."""
+"""The model in torch's operators, for GPUs and for shapes that the CPU kernels do not support."""

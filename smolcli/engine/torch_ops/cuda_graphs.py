@@ -1,9 +1,9 @@
 """Decoding on a GPU: the kernels of a step, recorded once and replayed without Python.
 
 A GPU computes a step of a small model faster than Python launches its kernels, unless they are
-launched as one CUDA graph (Gray 2019, "Getting Started with CUDA Graphs"). A graph computes the
-same shapes at the same addresses every time: so all rows of a slab take part in its step, and
-those that should not write to a row that is nobody's.
+launched as one CUDA graph (Gray 2019, "Getting Started with CUDA Graphs"). A graph always computes
+the same shapes at the same addresses, so every row of a slab takes part in its step; rows that have
+nothing to compute write to a spare row.
 """
 
 import logging
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from smolcli.engine.sequence import ScheduledSequence
-from smolcli.engine.torch_ops.attention import SlabSpan
-from smolcli.engine.torch_ops.batch import Batch
+from smolcli.engine.torch_ops.attention import Batch, SlabSpan
 from smolcli.engine.torch_ops.model import TorchModel
 from smolcli.engine.torch_ops.slab_cache import Slab, SlabCache
 
-SHORTEST = 256  # positions in a row of the first slab; the next have twice as many
-PLAIN_STEPS = 8  # of a slab, before its step is recorded, which takes as long as a few of them
+MIN_LENGTH = 256  # positions per row of the shortest slab; each next one has twice as many
+EAGER_STEPS = 8  # of a slab before its step is recorded, which costs as much as a few of them
 
 Compute = Callable[[], Tensor]
 Record = Callable[[Compute], Compute]
@@ -29,28 +28,32 @@ Record = Callable[[Compute], Compute]
 log = logging.getLogger(__name__)
 
 
-def fixed_length(num_tokens: int) -> int:
-    """The slab length for so many tokens, where each length costs a graph."""
-    length = SHORTEST
+def power_of_two_length(num_tokens: int) -> int:
+    """The slab length that holds so many tokens; few lengths, because each one costs a graph."""
+    length = MIN_LENGTH
     while length < num_tokens:
         length *= 2
     return length
 
 
 def record_cuda_graph(device: torch.device, compute: Compute) -> Compute:
-    """What launches all kernels of `compute` at once, over the same memory, for the same result.
+    """Record a computation as a CUDA graph.
 
     Args:
-        device: which GPU computes.
-        compute: launches kernels on its current stream, and waits for nothing.
+        device: the GPU that computes.
+        compute: launches kernels on the current stream and does not wait for them.
+
+    Returns:
+        A function that launches all kernels at once, over the same memory, and returns the same
+        tensor.
 
     Raises:
-        RuntimeError: they cannot be recorded.
+        RuntimeError: the kernels cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
     with (
         torch.cuda.device(device),
-        torch.cuda.stream(torch.cuda.current_stream(device)),  # back to it where recording fails
+        torch.cuda.stream(torch.cuda.current_stream(device)),  # restored if recording fails
         torch.cuda.graph(graph, capture_error_mode="thread_local"),
     ):
         result = compute()
@@ -63,39 +66,45 @@ def record_cuda_graph(device: torch.device, compute: Compute) -> Compute:
 
 
 class SlabStep:
-    """One new token for rows of a slab.
+    """Computes one new token for rows of a slab.
 
     Args:
-        model: computes it.
-        slab: as it is now; once its tensors have moved, this must not be called any more.
-        record: records what is computed, when it has been computed a few times.
+        model: the model.
+        slab: the slab; must not be used any more once its tensors have been replaced.
+        record: records the computation after a few eager steps.
     """
 
     def __init__(self, model: TorchModel, slab: Slab, record: Record) -> None:
         self._rows = slab.rows
         self._spare_row = slab.capacity
         self._inputs = torch.zeros(3, slab.capacity, dtype=torch.long, device=model.device)
-        self._plain = _over_all_rows(model, slab, self._inputs)  # holds what a graph reads
-        self._compute = self._plain
+        self._eager = _over_all_rows(model, slab, self._inputs)  # keeps a graph's inputs alive
+        self._compute = self._eager
         self._record = record
         self._num_steps = 0
 
-    def __call__(self, works: list[ScheduledSequence]) -> Tensor:
-        """Hidden states, (N, hidden), of works on N rows."""
-        rows = [self._rows[work.sequence] for work in works]
-        tokens = [work.sequence.token_ids[work.start] for work in works]
+    def __call__(self, items: list[ScheduledSequence]) -> Tensor:
+        """The hidden states of items that occupy N rows; (N, hidden_size)."""
+        rows = [self._rows[item.sequence] for item in items]
+        tokens = [item.sequence.token_ids[item.start] for item in items]
         inputs = torch.zeros(self._inputs.shape, dtype=torch.long)
         inputs[2] = self._spare_row
-        inputs[:, rows] = torch.tensor([tokens, [work.start for work in works], rows])
+        inputs[:, rows] = torch.tensor([tokens, [item.start for item in items], rows])
         self._inputs.copy_(inputs)
-        if self._num_steps == PLAIN_STEPS:
-            self._compute = self._record(self._plain)
+        if self._num_steps == EAGER_STEPS:
+            self._compute = self._record(self._eager)
         self._num_steps += 1
         return self._compute()[rows]
 
 
 def _over_all_rows(model: TorchModel, slab: Slab, inputs: Tensor) -> Compute:
-    """Hidden states of all rows from their token ids, positions, and rows to store in."""
+    """The hidden states of all rows, computed from `inputs`.
+
+    Args:
+        model: the model.
+        slab: the slab.
+        inputs: (3, capacity): token ids, positions, and the rows to store keys and values in.
+    """
     token_ids, positions, stored_in = inputs
     keys, values, length = slab.keys, slab.values, slab.length
     all_rows = torch.arange(slab.capacity, device=model.device)
@@ -109,37 +118,43 @@ def _over_all_rows(model: TorchModel, slab: Slab, inputs: Tensor) -> Compute:
 
 @dataclass(frozen=True, slots=True)
 class GraphedBatch:
-    """The works of one step: those on rows, slab by slab, then pieces of prompts."""
+    """The items of one step: those that decode, slab by slab, then pieces of prompts."""
 
     decoding: list[tuple[Slab, list[ScheduledSequence]]]
     prompts: Batch | None
 
 
 class GraphedCache(SlabCache):
-    """Slabs of few lengths, each with a row that is nobody's."""
+    """Slabs of few lengths, each with one spare row."""
 
     def __init__(self, model: TorchModel, prefix_cache_bytes: int) -> None:
-        shape = (model.config, model.dtype, model.device, prefix_cache_bytes)
-        super().__init__(*shape, padded_length=fixed_length, spare_rows=1)
+        super().__init__(
+            model.config,
+            model.dtype,
+            model.device,
+            prefix_cache_bytes,
+            padded_length=power_of_two_length,
+            spare_rows=1,
+        )
 
-    def make_batch(self, works: list[ScheduledSequence]) -> GraphedBatch:
-        """See `model.Cache`."""
+    def make_batch(self, items: list[ScheduledSequence]) -> GraphedBatch:
+        """See `interfaces.KVCache`."""
         decoding: list[tuple[Slab, list[ScheduledSequence]]] = []
         num_decoding = 0
-        for slab, group in groupby(works, key=lambda work: self.slab_of(work.sequence)):
+        for slab, group in groupby(items, key=lambda item: self.slab_of(item.sequence)):
             if slab is not None:
                 decoding.append((slab, list(group)))
                 num_decoding += len(decoding[-1][1])
-        prompts = works[num_decoding:]
+        prompts = items[num_decoding:]
         return GraphedBatch(decoding, self.flat_batch(prompts) if prompts else None)
 
 
 class GraphedModel:
-    """A model whose decoding is recorded; see `model.Model`.
+    """A model whose decoding steps are recorded; see `interfaces.Model`.
 
     Args:
-        model: what is recorded.
-        record: how.
+        model: the model.
+        record: records a computation.
     """
 
     def __init__(self, model: TorchModel, record: Record) -> None:
@@ -149,12 +164,12 @@ class GraphedModel:
         self._record_with: Record | None = record
 
     def make_kv_cache(self, prefix_cache_bytes: int) -> GraphedCache:
-        """See `model.Model`."""
+        """See `interfaces.Model`."""
         return GraphedCache(self._model, prefix_cache_bytes)
 
     def forward(self, batch: GraphedBatch) -> Tensor:
-        """See `model.Model`."""
-        hidden = [self._step(slab)(works) for slab, works in batch.decoding]
+        """See `interfaces.Model`; (N, hidden_size)."""
+        hidden = [self._step(slab)(items) for slab, items in batch.decoding]
         if batch.prompts is not None:
             hidden.append(self._model.forward(batch.prompts))
         return torch.cat(hidden)
@@ -165,12 +180,12 @@ class GraphedModel:
         return slab.step
 
     def _record(self, compute: Compute) -> Compute:
-        """Recorded where that works; where it fails once, it is not tried again."""
+        """Record a computation; after the first failure, keep computing eagerly."""
         if self._record_with is None:
             return compute
         try:
             return self._record_with(compute)
         except RuntimeError as exc:
             self._record_with = None
-            log.warning("steps are not replayed as CUDA graphs, which is slower: %s", exc)
+            log.warning("cannot record CUDA graphs, so decoding is slower: %s", exc)
             return compute
