@@ -1,4 +1,4 @@
-"""A CUDA graph for the CPU: operators recorded once, and replayed over the same tensors."""
+"""A CUDA graph for the CPU: operators are recorded once and replayed over the same tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NOT_IN_A_GRAPH = (  # they wait for the device, or bring something to it that a replay would not
+NOT_IN_A_GRAPH = (  # these wait for the device, or copy data to it that a replay would not copy
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.nonzero.default,
     torch.ops.aten.lift_fresh.default,
@@ -16,7 +16,7 @@ NOT_IN_A_GRAPH = (  # they wait for the device, or bring something to it that a 
 
 
 class Tape(TorchDispatchMode):
-    """Keeps the operators that run, with the tensors that they read and write."""
+    """Records the operators that run, with the tensors that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """As `record_cuda_graph`."""
+        """Record a computation; the interface is that of `record_cuda_graph`."""
         with self:
             result = compute()
         return lambda: self._replay(result)

@@ -1,4 +1,4 @@
-"""Recorded steps: when they are recorded, replayed and dropped, and what if they cannot be."""
+"""Recorded decoding steps: when they are recorded, replayed and dropped, and when that fails."""
 
 import logging
 import weakref
@@ -31,7 +31,7 @@ def plain(tiny_folder: Path) -> TorchModel:
 
 
 def answers(model: Model, num_questions: int) -> list[list[int]]:
-    """Of one length, to questions asked one by one while the others run."""
+    """Answers of equal length to prompts that arrive one by one while the others run."""
     engine = Engine(Endless(model), num_questions, 64 << 20)
     sampling = Sampling(max_new_tokens=NUM_TOKENS)
     sequences = [Sequence([9 + i, 30, 31 + i], sampling) for i in range(num_questions)]
@@ -44,13 +44,13 @@ def answers(model: Model, num_questions: int) -> list[list[int]]:
     return [s.output_ids for s in sequences]
 
 
-def test_a_step_is_recorded_when_it_has_come_a_few_times(plain: TorchModel) -> None:
+def test_a_step_is_recorded_after_a_few_eager_ones(plain: TorchModel) -> None:
     tape = Tape()
     assert answers(GraphedModel(plain, tape.record), 1) == answers(plain, 1)
-    assert tape.num_replays == NUM_TOKENS - 1 - EAGER_STEPS, "the first is from the prompt"
+    assert tape.num_replays == NUM_TOKENS - 1 - EAGER_STEPS, "the first token comes from the prompt"
 
 
-def test_a_slab_that_grows_or_shrinks_is_recorded_anew(plain: TorchModel) -> None:
+def test_a_slab_that_grows_or_shrinks_is_recorded_again(plain: TorchModel) -> None:
     tapes: list[Tape] = []
 
     def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -62,7 +62,7 @@ def test_a_slab_that_grows_or_shrinks_is_recorded_anew(plain: TorchModel) -> Non
     assert all(tape.num_replays for tape in tapes)
 
 
-def test_where_nothing_can_be_recorded_all_is_answered(
+def test_decoding_continues_eagerly_if_recording_fails(
     plain: TorchModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     tried: list[Any] = []
@@ -77,8 +77,8 @@ def test_where_nothing_can_be_recorded_all_is_answered(
     assert "slower: out of memory" in caplog.text
 
 
-def test_what_a_graph_reads_lives_as_long_as_it_is_replayed(plain: TorchModel) -> None:
-    """A graph knows addresses, and keeps nothing alive itself."""
+def test_the_inputs_of_a_graph_live_as_long_as_the_graph(plain: TorchModel) -> None:
+    """A graph reads fixed addresses and keeps no tensor alive."""
     recorded: list[weakref.ref[Callable[[], Tensor]]] = []
 
     def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -96,8 +96,8 @@ def test_what_a_graph_reads_lives_as_long_as_it_is_replayed(plain: TorchModel) -
 
 
 @pytest.mark.parametrize("asks", [lambda x: x.sum().item(), lambda x: x.nonzero(), torch.tensor])
-def test_the_tape_refuses_what_a_graph_would(asks: Callable[[Any], Any]) -> None:
-    """So that a step that a GPU could not replay fails here."""
+def test_the_tape_rejects_what_a_graph_cannot_record(asks: Callable[[Any], Any]) -> None:
+    """So a step that no GPU could replay fails on the CPU, too."""
     x = torch.ones(3)
     with pytest.raises(RuntimeError, match="cannot be recorded"):
         Tape().record(lambda: x * asks([1.0] if asks is torch.tensor else x))

@@ -16,7 +16,7 @@ from smolcli.engine.torch_ops.model import TorchHead
 from smolcli.types import Sampling
 
 VOCAB = 1000
-NUM_DRAWS = 4000
+NUM_DRAWS = 2500
 MAX_CHI_SQUARE_SIGMAS = 4  # 3 in 100,000 for a correct sampler, and the seeds are fixed
 
 SETTINGS: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""The slabs of torch's kernels: how many rows they have."""
+"""Slabs of the torch KV cache: their capacity, and their state after an allocation fails."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
-def test_memory_that_runs_out_halfway_leaves_a_slab_of_one_size(
+def test_a_failed_allocation_leaves_all_tensors_of_a_slab_with_equal_capacity(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     slab = Slab(CONFIG, 32, torch.empty(0), spare_rows=0)
@@ -41,8 +41,8 @@ def test_memory_that_runs_out_halfway_leaves_a_slab_of_one_size(
 @pytest.mark.parametrize(("length", "num_rows", "capacity"), [
     (32, 1, 8), (32, 9, 16), (512, 1, 4), (8192, 1, 1), (8192, 3, 3),
 ])  # fmt: skip
-def test_long_rows_are_not_allocated_ahead(length: int, num_rows: int, capacity: int) -> None:
-    """One long prompt takes what admission reserved for it, not many times that."""
+def test_long_rows_are_not_allocated_in_advance(length: int, num_rows: int, capacity: int) -> None:
+    """One long prompt takes the memory that admission reserved for it, not a multiple."""
     slab = Slab(CONFIG, length, torch.empty(0), spare_rows=0)
     prompts = [torch.full((1, 5, 4), float(row)) for row in range(num_rows)]
     sequences = [Sequence([1]) for _ in prompts]

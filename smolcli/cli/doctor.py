@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from smolcli.engine.hardware import memory_bytes, num_cores
+from smolcli.engine.hardware import cpu_features, memory_bytes, num_cores
 from smolcli.errors import HubUnreachable, ModelError, SmolError
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.weights import hub
@@ -54,7 +54,8 @@ def examine(settings: EngineSettings, config: Path | None) -> Iterator[Finding]:
     )
     yield _packages()
     yield Finding("config", str(config) if config else "no file; every setting is the default's")
-    yield Finding("machine", f"cores: {num_cores()}, memory: {_gib(memory_bytes())}")
+    machine = [f"cores: {num_cores()}", f"memory: {_gib(memory_bytes())}", *cpu_features()]
+    yield Finding("machine", ", ".join(machine))
     yield from _torch()
     yield _disk()
     yield from _model(settings)
