@@ -1,5 +1,6 @@
 """OpenAI's batch format in `run_file` and `--check`, with and without `--errors`."""
 
+import csv
 import json
 import os
 import random
@@ -315,6 +316,23 @@ def test_temperature_option_applies_to_n_above_one(job: RunSettings) -> None:
 def test_temperature_of_several_answers_does_not_affect_own_format(job: RunSettings) -> None:
     write(job, [{"chat_id": "a", "user_prompt": "Hi"}])
     assert smol_run(job) == smol_run(job, "--temperature", "0") == 0
+
+
+def test_table_of_an_openai_batch_has_the_columns_of_a_result(job: RunSettings) -> None:
+    """The whole envelope stood in `response`, and every other column was empty."""
+    table = job.output.with_name("t.csv")
+    answer(replace(job, output=job.output.with_name("t.csv.jsonl"), table=table))
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["chat_id"] for row in rows] == ["a", "b", "c", "a", "d", "", "e"]
+    assert rows[0]["response"].startswith("one two")
+    assert (rows[0]["finish_reason"], rows[0]["prompt_tokens"], rows[0]["line"]) == (
+        "stop",
+        "1",
+        "1",
+    )
+    assert [row["error_code"] for row in rows].count("") == 3
+    assert (rows[4]["field"], rows[4]["line"]) == ("url", "6")
 
 
 def test_timings_are_optional(job: RunSettings) -> None:

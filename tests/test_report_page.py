@@ -99,6 +99,66 @@ def test_table_is_reported_from_its_journal(job: RunSettings, tmp_path: Path) ->
         gather(table)
 
 
+OPENAI = [
+    {
+        "id": "batch_req_67",
+        "custom_id": "a",
+        "response": {
+            "status_code": 200,
+            "request_id": "r",
+            "body": {
+                "choices": [{"message": {"role": "assistant", "content": "Hi"}}],
+                "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+            },
+        },
+        "error": None,
+    },
+    {
+        "custom_id": "b",
+        "response": {"status_code": 429, "body": {"error": {"message": "slow", "type": "limit"}}},
+    },
+    {"custom_id": "c", "response": None, "error": {"code": "batch_expired", "message": "late"}},
+    {"custom_id": "d", "response": {"body": {"choices": [{"message": {"content": None}}]}}},
+]
+
+
+def test_openai_results_have_a_report(tmp_path: Path) -> None:
+    """Only smol's own results were understood, and only with their token counts."""
+    path = tmp_path / "batch_output.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in OPENAI))
+    facts = gather(path)
+    assert (facts.num_lines, facts.num_answered, facts.num_skipped) == (4, 2, 0)
+    assert facts.errors == {"limit": 1, "batch_expired": 1}
+    assert (facts.prompt_tokens, facts.completion_tokens) == ({3: 1}, {2: 1})
+    assert facts.finish_reasons == {"not reported": 2}
+    render(facts)
+
+
+def test_results_without_usage_have_a_report(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"chat_id": "1", "response": "Hi", "finish_reason": "stop"}\n')
+    facts = gather(path)
+    assert facts.num_answered == 1
+    assert [chart.title for chart in charts_of(facts)] == ["Outcomes"]
+
+
+def test_skipped_lines_are_named(job: RunSettings) -> None:
+    """A last line that was not understood was dropped without a word."""
+    lines = run(job).read_bytes().splitlines(keepends=True)
+    job.output.write_bytes(b"".join([*lines[:2], b"[1]\n", *lines[2:], b'{"chat_id": "tor']))
+    done = smol("report", job.output)
+    assert done.exit_code == 0
+    said = "skipped line 3 of out.jsonl, line 27 of out.jsonl: not a result"
+    assert done.stderr == f"smol: {said}\n"
+    assert said in (job.output.parent / "out.report.html").read_text("utf-8")
+
+
+def test_failed_lines_in_the_errors_file_are_counted(job: RunSettings) -> None:
+    run(replace(job, errors=job.output.with_name("bad.jsonl")))
+    facts = gather(job.output)
+    assert (facts.num_answered, facts.errors.total()) == (20, 5)
+
+
 # throughput over time
 
 
@@ -218,6 +278,20 @@ def test_command_never_replaces_the_results(job: RunSettings) -> None:
     assert smol("report", job.input.with_name("missing.jsonl")).exit_code == 1
     assert smol("report", job.output, "-o", job.input / "x.html").exit_code == 1
     assert job.output.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["-o", "--png"])
+def test_command_replaces_only_its_own_files(job: RunSettings, option: str) -> None:
+    """SMOL_OUTPUT or a config file may name the output of `smol run`, or any file at all."""
+    target = job.output.with_name("mine")
+    target.write_bytes(b'{"chat_id": "1"}\n')
+    done = smol("report", run(job), option, target)
+    assert done.exit_code == 2
+    assert "was not written by smol report" in done.stderr
+    assert target.read_bytes() == b'{"chat_id": "1"}\n'
+    target.write_bytes(b"")
+    for _ in range(2):
+        assert smol("report", job.output, option, target).exit_code == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")

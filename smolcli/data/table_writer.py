@@ -10,6 +10,7 @@ from typing import Any
 from smolcli.data.parquet import require_pyarrow, write_parquet
 from smolcli.data.rows import delimiter, format_of
 from smolcli.errors import RunError, UsageError
+from smolcli.protocol.line_formats import smol_record
 
 _BEFORE: dict[str, type] = {"chat_id": str}
 _AFTER: dict[str, type] = {
@@ -73,7 +74,7 @@ def _records(journal: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The results with nothing nested in them that has columns of its own."""
     with journal.open("rb") as file:
         for line in file:
-            record = json.loads(line)
+            record = dict(smol_record(json.loads(line)))
             record |= record.pop("usage", {}) | record.pop("timings", {})
             metadata = record.pop("metadata", {})
             record |= {name: metadata.pop(name) for name in fields if name in metadata}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INK, FAINT, GRID, ACCENT, BAD = "#16191c", "#566068", "#d5dadd", "#0f766e", "#b3261e"
 CSS_VARIABLES = {INK: "ink", FAINT: "faint", GRID: "line", ACCENT: "accent", BAD: "bad"}
+GENERATOR = "smol report"  # marks the files that a report may replace
 NUM_BINS = 24
 CHART_INCHES = (4.6, 2.3)
 
@@ -61,9 +62,9 @@ class Chart:
 def charts_of(facts: Facts) -> list[Chart]:
     """The charts that the data allows."""
     charts = [_outcomes(facts)] if facts.num_lines else []
-    if facts.num_answered:
-        charts.append(_lengths("prompts", facts.prompt_tokens))
-        charts.append(_lengths("answers", facts.completion_tokens))
+    for title, counts in (("prompts", facts.prompt_tokens), ("answers", facts.completion_tokens)):
+        if counts:
+            charts.append(_lengths(title, counts))
     if facts.run.get("pace"):
         charts.append(_throughput(facts.run))
     if facts.latencies_s:
@@ -104,7 +105,7 @@ def write_png(charts: Sequence[Chart], title: str, path: Path) -> None:
             axes = figure.add_subplot(num_rows, 2, at)
             chart.draw(axes)
             axes.set_title(f"{chart.title}\n{chart.summary}")
-        figure.savefig(path, format="png", dpi=150)
+        figure.savefig(path, format="png", dpi=150, metadata={"Software": GENERATOR})
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from smolcli.batch.manifest import Manifest, load_manifest
-from smolcli.data.jsonl import Line, read_lines
+from smolcli.data.jsonl import read_lines
 from smolcli.data.rows import format_of, journal_path
 from smolcli.errors import InputError, ResumeRefused
+from smolcli.protocol.line_formats import smol_record
 
 NUM_EXAMPLES = 3
 NUM_SLOWEST = 10
@@ -54,6 +55,8 @@ class Facts:
     completion_tokens: Counter[int] = field(default_factory=Counter)
     latencies_s: Counter[float] = field(default_factory=Counter)  # rounded to three digits
     slowest: list[SlowAnswer] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)  # the first lines that are not results
+    num_skipped: int = 0
 
     @property
     def num_answered(self) -> int:
@@ -71,24 +74,51 @@ class Facts:
         return (self.manifest.statistics if self.manifest else None) or {}
 
     def add(self, record: dict[str, Any]) -> None:
-        """Count one result."""
-        if "error_code" in record:
-            code = record["error_code"]
-            example = Example(record.get("line"), record["chat_id"], record["error"])
+        """Count one result, in smol's own format.
+
+        Raises:
+            ValueError, LookupError, TypeError, AttributeError: the record is not a result.
+        """
+        if record.get("error_code") is not None:
+            code = str(record["error_code"])
+            example = Example(record.get("line"), record["chat_id"], str(record["error"]))
             self.examples[code] = [*self.examples.get(code, ()), example][:NUM_EXAMPLES]
             self.errors[code] += 1
             return
-        usage = record["usage"]
-        self.prompt_tokens[int(usage["prompt_tokens"])] += 1
-        self.completion_tokens[int(usage["completion_tokens"])] += 1
-        self.finish_reasons[record["finish_reason"] or "not reported"] += 1
+        if record["response"] is not None and not isinstance(record["response"], str):
+            raise TypeError("the response is not text")
+        usage = record.get("usage") or {}
+        prompt_tokens, completion_tokens = (
+            int(usage[name]) if usage.get(name) is not None else None
+            for name in ("prompt_tokens", "completion_tokens")
+        )
+        if prompt_tokens is not None:
+            self.prompt_tokens[prompt_tokens] += 1
+        if completion_tokens is not None:
+            self.completion_tokens[completion_tokens] += 1
+        self.finish_reasons[str(record.get("finish_reason") or "not reported")] += 1
         if "timings" in record:
-            self._add_timings(record)
+            self._add_timings(record, completion_tokens or 0)
 
-    def _add_timings(self, record: dict[str, Any]) -> None:
+    def skip(self, path: Path, number: int) -> None:
+        """Count a line that is not a result."""
+        self.num_skipped += 1
+        if len(self.skipped) < NUM_EXAMPLES:
+            self.skipped.append(f"line {number:,} of {path.name}")
+
+    @property
+    def skipped_note(self) -> str:
+        """Which lines were skipped, empty if none were."""
+        if not self.num_skipped:
+            return ""
+        others = self.num_skipped - len(self.skipped)
+        more = f" and {others:,} more" if others else ""
+        return f"skipped {', '.join(self.skipped)}{more}: not a result"
+
+    def _add_timings(self, record: dict[str, Any], completion_tokens: int) -> None:
         slow = SlowAnswer(
             **record["timings"],
-            completion_tokens=record["usage"]["completion_tokens"],
+            completion_tokens=completion_tokens,
             line=record.get("line") or 0,
             chat_id=record["chat_id"],
         )
@@ -99,34 +129,38 @@ class Facts:
 
 
 def gather(results: Path) -> Facts:
-    """Read the results of a run; for a table, its journal.
+    """Read the results of a run, or an output file of OpenAI's batch API.
 
-    An incomplete last line is skipped, because the run may still be writing it.
+    For a table, its journal is read; failed lines that `--errors` moved are read as well. Lines
+    that are not results are skipped and counted, such as a torn last line.
 
     Raises:
-        InputError: the file cannot be read, or a line is not a result.
+        InputError: the file cannot be read, or none of its lines is a result.
     """
     path = journal_path(results)
     if format_of(results) is not None and not path.exists():
         raise InputError(f"cannot report on {results}: its journal {path} is missing")
-    facts, torn = Facts(path, _manifest(path)), None
-    for line in read_lines(path):
-        if torn is not None:
-            raise InputError(f"line {torn} of {path} is not a result of smol run")
-        if not _take(facts, line):
-            torn = line.number
-    if torn is not None and not facts.num_lines:
-        raise InputError(f"line {torn} of {path} is not a result of smol run")
+    facts = Facts(path, _manifest(path))
+    for file in (path, _errors_file(facts.manifest)):
+        if file is not None:
+            _read(facts, file)
+    if facts.num_skipped and not facts.num_lines:
+        raise InputError(f"{facts.skipped[0]} is not a result, nor is any other; expected the "
+                         "output of smol run or of OpenAI's batch API")  # fmt: skip
     return facts
 
 
-def _take(facts: Facts, line: Line) -> bool:
-    """Count a line if it is a result; returns whether it is."""
-    try:
-        facts.add(json.loads(line.data or b""))
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return False
-    return True
+def _errors_file(manifest: Manifest | None) -> Path | None:
+    path = Path(manifest.errors) if manifest is not None and manifest.errors else None
+    return path if path is not None and path.exists() else None
+
+
+def _read(facts: Facts, path: Path) -> None:
+    for line in read_lines(path):
+        try:
+            facts.add(smol_record(json.loads(line.data or b"")))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            facts.skip(path, line.number)
 
 
 def _manifest(path: Path) -> Manifest | None:

@@ -9,8 +9,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from smolcli.html_report.charts import charts_of, svg
+from smolcli.data.jsonl import is_stream
+from smolcli.errors import UsageError
+from smolcli.html_report.charts import GENERATOR, charts_of, svg
 from smolcli.html_report.facts import Facts
+
+_HEAD_BYTES = 4096  # of a file, within which it names its generator
 
 
 def render(facts: Facts) -> str:
@@ -29,7 +33,11 @@ def render(facts: Facts) -> str:
     charts = [(chart, Markup(svg(chart))) for chart in charts_of(facts)]
     template = environment.get_template("page.html.jinja")
     return template.render(
-        facts=facts, tiles=_tiles(facts), charts=charts, settings=_settings(facts)
+        facts=facts,
+        generator=GENERATOR,
+        tiles=_tiles(facts),
+        charts=charts,
+        settings=_settings(facts),
     )
 
 
@@ -80,3 +88,20 @@ def _shown(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, value in values.items()
         if value is not None
     ]
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that writing a page or picture to `path` loses nothing but an earlier one.
+
+    Raises:
+        UsageError: there is a file that `smol report` did not write.
+    """
+    if is_stream(path):
+        return
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return  # it does not exist, or writing it fails with a better message
+    if head and GENERATOR.encode() not in head:
+        raise UsageError(f"{path} exists and was not written by smol report; choose another name")

@@ -1,5 +1,6 @@
 """The formats of an input line: smol's own, and OpenAI's batch format."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from smolcli.types import ErrorCode, Query, Result, Usage
 SAMPLE_LINES = 64  # how many lines the format is decided from, at most
 
 _REQUEST_KEYS = {"custom_id", "method", "url", "body"}
+_OWN_ID = re.compile(r"batch_req_[0-9a-f]{16}_(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +258,52 @@ def detect_format(values: Iterable[object], defaults: QueryDefaults) -> LineForm
         num_smol += SMOL.resembles(value)
         num_openai += OPENAI.resembles(value)
     return OPENAI if num_openai > num_smol else SMOL
+
+
+def smol_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A result record of either format in smol's own.
+
+    Accepts the output files of OpenAI and of other servers, too. What they leave out is absent.
+
+    Args:
+        record: a line of a result file.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: the record is in neither format.
+    """
+    if "custom_id" not in record:
+        if "error_code" not in record and "response" not in record:
+            raise ValueError("neither an answer nor an error")
+        return record
+    converted = {"chat_id": record["custom_id"]} | _response_fields(record)
+    if own_id := _OWN_ID.fullmatch(str(record.get("id"))):
+        converted["line"] = int(own_id[1])
+    if "timings" in record:
+        converted["timings"] = record["timings"]
+    return converted
+
+
+def _response_fields(record: dict[str, Any]) -> dict[str, Any]:
+    response = record.get("response") or {}
+    body = response.get("body") or {}
+    if error := body.get("error") or record.get("error"):
+        code = error.get("code") or error.get("type") or f"status_{response.get('status_code')}"
+        converted = {"error": error.get("message") or str(code), "error_code": str(code)}
+        return converted | ({"field": error["param"]} if error.get("param") else {})
+    first, *others = [_answer_fields(choice) for choice in body["choices"]]
+    usage = body.get("usage") or {}
+    tokens = {name: usage[name] for name in ("prompt_tokens", "completion_tokens") if name in usage}
+    return (
+        first | ({"alternatives": others} if others else {}) | ({"usage": tokens} if tokens else {})
+    )
+
+
+def _answer_fields(choice: dict[str, Any]) -> dict[str, Any]:
+    answer = {
+        "response": choice["message"].get("content"),
+        "finish_reason": choice.get("finish_reason"),
+    }
+    return answer | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
 
 
 def _is_request(value: object) -> bool:

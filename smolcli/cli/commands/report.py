@@ -1,5 +1,6 @@
 """`smol report`: an HTML report on the results of a run."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ def report(results: Results, output: Output = None, png: Png = None) -> None:
     """Turn the results of a run into an HTML report and print its path."""
     from smolcli.html_report.charts import charts_of, write_png
     from smolcli.html_report.facts import gather
-    from smolcli.html_report.page import render
+    from smolcli.html_report.page import check_replaceable, render
 
     if output is None and is_stream(results):
         raise UsageError("a report on stdin needs --output to say where to write it")
@@ -49,13 +50,19 @@ def report(results: Results, output: Output = None, png: Png = None) -> None:
     page = output or results.with_name(f"{results.stem}.report.html")
     if {page, png} & {results, journal_path(results)}:
         raise UsageError("the report would overwrite the results; choose another --output or --png")
+    if page == png:
+        raise UsageError("--output and --png name the same file")
+    for path in filter(None, (page, png)):
+        check_replaceable(path)
     facts = gather(results)
+    if facts.num_skipped:
+        typer.echo(f"smol: {facts.skipped_note}", err=True)
     with _writing(page):
         page.write_text(render(facts), "utf-8")
     if png is not None:
         with _writing(png):
             write_png(charts_of(facts), facts.path.name, png)
-    typer.echo(str(page))
+    typer.echo(os.fsencode(page))  # the name may not be UTF-8
 
 
 @contextmanager
