@@ -1,17 +1,17 @@
-"""From a model's folder to the engine's model: config.json, safetensors, weights laid out."""
+"""From a model directory to a model that the engine can run."""
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.interfaces import Model
-from smolcli.engine.native.bindings import BFLOAT16, Array, Kernels
+from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.model import NativeModel
 from smolcli.errors import ModelError
+from smolcli.weights.checkpoint import Array, load_weights
 
 
 def load_model(
@@ -24,30 +24,25 @@ def load_model(
     """Load a Llama checkpoint in the layout of transformers' `save_pretrained`.
 
     Args:
-        folder: where it is.
-        dtype: to compute in.
-        device: to compute on.
-        kernels: the native kernels of the dtype; None computes with torch.
+        folder: the model directory.
+        dtype: the dtype to compute in.
+        device: the device to compute on.
+        kernels: the native kernels for `dtype`; None computes with torch.
         num_threads: CPU threads to compute with.
 
     Raises:
-        ModelError: it is of another architecture, or its files are damaged.
+        ModelError: the architecture is not supported, or the files are damaged or do not fit
+            together.
     """
     config = load_config(folder)
-    weights = _weights(folder)
-    try:
-        if kernels is not None:
-            arrays = {name: _as_array(weight) for name, weight in weights.items()}
-            return NativeModel(config, arrays, kernels, num_threads)
-        return _torch_model(config, weights, dtype, device, num_threads)
-    except KeyError as exc:
-        raise ModelError(f"{folder}: the weights hold no {exc}") from exc
-    except RuntimeError as exc:
-        raise ModelError(f"{folder}: the weights do not fit config.json: {exc}") from exc
+    weights = load_weights(folder, config)
+    if kernels is not None:
+        return NativeModel(config, weights, kernels, num_threads)
+    return _torch_model(config, weights, dtype, device, num_threads)
 
 
 def _torch_model(
-    config: LlamaConfig, weights: dict[str, Any], dtype: str, device: str, num_threads: int
+    config: LlamaConfig, weights: Mapping[str, Array], dtype: str, device: str, num_threads: int
 ) -> Model:
     import torch
 
@@ -62,99 +57,94 @@ def _torch_model(
     return GraphedModel(model, partial(record_cuda_graph, model.device))
 
 
-def _as_array(weight: Any) -> Array:
-    """A tensor as a NumPy array that shares its memory."""
-    import torch
-
-    if weight.dtype is torch.bfloat16:
-        weight = weight.view(torch.int16)
-        half: Array = weight.numpy().view(BFLOAT16)
-        return half
-    array: Array = weight.numpy()
-    return array
-
-
 def load_config(folder: Path) -> LlamaConfig:
-    """The shape that config.json tells, with every end-of-sequence id of the model.
+    """Read config.json, and the end-of-sequence tokens that generation_config.json adds.
 
     Raises:
-        ModelError: it is not a Llama model, or not one of a kind that smol runs.
+        ModelError: the architecture is not supported, or a value is missing or invalid.
     """
-    values = _read_json(folder / "config.json")
-    _check_architecture(folder, values)
+    path = folder / "config.json"
+    values = _read_json(path)
     try:
-        return _config(folder, values)
+        _check_architecture(values)
+        return _config(values, _eos_ids(folder, values))
     except KeyError as exc:
-        raise ModelError(f"{folder / 'config.json'} has no {exc}") from exc
+        raise ModelError(f"{path} has no {exc}") from exc
+    except ModelError as exc:
+        raise ModelError(f"{path}: {exc}") from exc
 
 
-def _config(folder: Path, values: dict[str, Any]) -> LlamaConfig:
+def _config(values: dict[str, Any], eos_ids: frozenset[int]) -> LlamaConfig:
     heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    head_dim = values.get("head_dim")
+    if head_dim is None:
+        if not (type(heads) is type(hidden) is int and heads > 0 and hidden % heads == 0):
+            raise ModelError(
+                f"hidden_size {hidden!r} is not a multiple of num_attention_heads {heads!r}"
+            )
+        head_dim = hidden // heads
+    kv_heads = values.get("num_key_value_heads")
     return LlamaConfig(
         vocab_size=values["vocab_size"],
         hidden_size=hidden,
         intermediate_size=values["intermediate_size"],
         num_layers=values["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or hidden // heads,
+        num_kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
         max_positions=values["max_position_embeddings"],
         rms_norm_eps=values["rms_norm_eps"],
         rope_theta=_rope(values).get("rope_theta", 10000.0),
         is_tied=values.get("tie_word_embeddings", False),
-        eos_ids=_eos_ids(folder, values),
+        eos_ids=eos_ids,
     )
 
 
-def _check_architecture(folder: Path, values: dict[str, Any]) -> None:
-    kind = (values.get("architectures") or ["?"])[0]
-    if kind != "LlamaForCausalLM":
-        raise ModelError(f"{folder}: a {kind} model; smol runs LlamaForCausalLM models")
+def _check_architecture(values: dict[str, Any]) -> None:
+    names = values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    if name != "LlamaForCausalLM":
+        raise ModelError(f"the architecture is {name!r}; smol runs LlamaForCausalLM models")
     rope_type = _rope(values).get("rope_type", "default")
     if rope_type != "default":
-        raise ModelError(f"{folder}: rope type {rope_type!r} is not supported, only 'default'")
+        raise ModelError(f"rope type {rope_type!r} is not supported, only 'default'")
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name):
-            raise ModelError(f"{folder}: {name} is not supported")
+            raise ModelError(f"{name} is not supported")
     if values.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{folder}: activation {values['hidden_act']!r} is not supported")
+        raise ModelError(f"hidden_act {values['hidden_act']!r} is not supported, only 'silu'")
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings, which older and newer versions of transformers write differently."""
-    old = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
-    scaling = values.get("rope_scaling") or {}
-    if "type" in scaling:
-        old["rope_type"] = scaling["type"]
-    return old | scaling | (values.get("rope_parameters") or {})
+    """The rotary embedding's settings, whose place in config.json depends on its age."""
+    settings = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
+    for name in ("rope_scaling", "rope_parameters"):
+        found = values.get(name) or {}
+        if not isinstance(found, dict):
+            raise ModelError(f"{name} must be an object, not {found!r}")
+        if "type" in found:
+            settings["rope_type"] = found["type"]
+        settings |= found
+    return settings
 
 
 def _eos_ids(folder: Path, values: dict[str, Any]) -> frozenset[int]:
     path = folder / "generation_config.json"
-    sources = [values, _read_json(path) if path.exists() else {}]
     ids: set[int] = set()
-    for source in sources:
+    for source in (values, _read_json(path) if path.exists() else {}):
         found = source.get("eos_token_id")
-        ids.update([found] if isinstance(found, int) else found or [])
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(token_id) is int for token_id in listed):
+            raise ModelError(f"eos_token_id must be a token id or a list of them, not {found!r}")
+        ids.update(listed)
     return frozenset(ids)
-
-
-def _weights(folder: Path) -> dict[str, Any]:
-    """Tensors by name, without the leading "model."; memory-mapped, not copied."""
-    weights: dict[str, Any] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                weights |= {name.removeprefix("model."): file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as exc:
-            raise ModelError(f"{path}: damaged or unreadable: {exc}") from exc
-    return weights
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ModelError(f"{path}: cannot be read: {exc}") from exc
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise ModelError(f"cannot read {path}: {exc}") from exc
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} does not contain a JSON object")
     return values
