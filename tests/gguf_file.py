@@ -1,12 +1,28 @@
 """The tiny model as a GGUF file, written as llama.cpp writes SmolLM2."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
-def write_gguf(path: Path, folder: Path, omit: str = "") -> None:
-    """Write the model in `folder` as GGUF, without the tensors whose name holds `omit`."""
-    from gguf import GGUFWriter
+def write_gguf(
+    path: Path,
+    folder: Path,
+    omit: str = "",
+    quantization: str = "F32",
+    add_tokenizer: Callable[[Any, Path], None] | None = None,
+) -> None:
+    """Write a model directory as a GGUF file.
+
+    Args:
+        path: the file to write.
+        folder: the model directory.
+        omit: leave out the tensors whose name contains this.
+        quantization: the number format of the matrices.
+        add_tokenizer: writes the tokenizer's metadata; None writes that of the directory.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, quants
     from safetensors.numpy import load_file
 
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -22,10 +38,12 @@ def write_gguf(path: Path, folder: Path, omit: str = "") -> None:
     writer.add_rope_freq_base(100000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(config["vocab_size"])
-    _add_tokenizer(writer, folder)
+    (add_tokenizer or _add_tokenizer)(writer, folder)
     for name, weight in load_file(folder / "model.safetensors").items():
+        kind = GGMLQuantizationType[quantization if weight.ndim > 1 else "F32"]
         if not omit or omit not in name:
-            writer.add_tensor(_gguf_name(name), _permuted(name, weight, config))
+            data = quants.quantize(_permuted(name, weight, config), kind)
+            writer.add_tensor(_gguf_name(name), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -75,3 +93,29 @@ def _permuted(name: str, weight, config):
     heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1)
     return halves.swapaxes(1, 2).reshape(weight.shape).copy()
+
+
+def add_sentencepiece(writer, folder: Path) -> None:
+    """A vocabulary as Llama 2 has it: scores in place of merges, spaces as letters."""
+    size = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [
+        "\u2581",
+        *"abcdefghijklmnopqrstuvwxyzTW.,?123",
+        "th",
+        "the",
+        "\u2581the",
+        "\u2581t",
+        "he",
+    ]
+    tokens += ["in", "\u2581in", "er", "\u2581\u2581", "re", "an", "<think>"]
+    types = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 260), 4]
+    num_spare = size - len(tokens)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens + [f"[spare{n}]" for n in range(num_spare)])
+    writer.add_token_scores([-float(n) for n in range(size)])
+    writer.add_token_types(types + [1] * num_spare)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")

@@ -78,7 +78,7 @@ def test_only_conversion_and_the_benchmark_import_transformers() -> None:
         for name, path in modules()
         if any(i.startswith("transformers") for i in imported(path))
     }
-    assert users == {"weights.gguf", "bench.peer"}
+    assert users == {"bench.peer"}
 
 
 @pytest.mark.parametrize(

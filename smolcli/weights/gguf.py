@@ -1,124 +1,439 @@
-"""A GGUF file made into a `from_pretrained` folder; the one place that imports transformers."""
+"""GGUF files: reading them, and converting them to model directories.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp stores a Llama
+checkpoint under names of its own, with the rows of query and key projections permuted, and with
+the tokenizer as metadata. Conversion undoes all of this, so that the result is a directory as
+transformers' `save_pretrained` writes it.
+"""
 
 import json
-import logging
-import shutil
-from collections.abc import Callable
-from contextlib import redirect_stderr
-from importlib.metadata import PackageNotFoundError, version
-from io import StringIO
+import struct
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from smolcli import __version__
 from smolcli.errors import ModelError
 from smolcli.weights.store import ModelFiles, Notify, install, sha256_of
 
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MAGIC = b"GGUF"
+MAX_DIMENSIONS = 4
+NUMBERS = {  # of metadata values, by type id
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4",
+    6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+STRING, ARRAY = 8, 9
+CONTROL, USER_DEFINED = 3, 4  # types of tokens
+
+NAMES = {  # llama.cpp's names of tensors, and those of a Llama checkpoint
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
 }
-# How text is cut before BPE, under llama.cpp's names (`tokenizer.ggml.pre`), where transformers
-# does not know the name and would cut as gpt-2 does: "  1" then gets other tokens.
-PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "smollm": {
-        "type": "Sequence",
-        "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
-    },
-}
+GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# How text is split before BPE, by llama.cpp's name (`tokenizer.ggml.pre`).
+GPT2_SPLIT = ("", "default", "gpt-2")
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_NAMES = ("llama3", "llama-v3", "llama-bpe", "falcon3", "smaug-bpe")
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """One tensor of a GGUF file.
+
+    Args:
+        type: the id of its number format, `gguf.GGMLQuantizationType`.
+        shape: outermost dimension first.
+        data: its bytes, memory-mapped.
+    """
+
+    type: int
+    shape: tuple[int, ...]
+    data: Array
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """The metadata and tensors of a GGUF file."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
 
 
 def add_gguf(gguf: Path, name: str, source: str, scratch: Path, notify: Notify) -> ModelFiles:
-    """Put `gguf` converted into the store as `name`; the caller holds the lock and its scratch."""
+    """Convert a GGUF file and install the result in the store.
+
+    The caller holds the store's lock on `name`.
+
+    Args:
+        gguf: the file.
+        name: the name to store the model under.
+        source: where the file came from.
+        scratch: an empty directory of the store.
+        notify: receives progress messages.
+
+    Raises:
+        ModelError: the file is invalid or contains an unsupported model.
+    """
     notify(f"converting {gguf.name} (needed once)")
     files = ModelFiles(name, scratch / "model", sha256_of(gguf), source)
-    created_with = versions()
     convert(gguf, files.folder)
+    created_with = {"smolcli": __version__, "gguf": version("gguf"), "numpy": version("numpy")}
     return install(files, created_with, scratch)
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write `gguf` to the new `folder`: config, tokenizer and weights in bfloat16.
+    """Write the model in a GGUF file to a new directory, with weights in bfloat16.
 
     Raises:
-        ModelError: if it is no GGUF file, or not one that can be converted.
+        ModelError: the file is invalid or contains an unsupported model.
     """
     try:
-        pre_tokenizer = PRE_TOKENIZERS.get(_pre(gguf))
-        context_length = _save(gguf, folder)
-    except (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as exc:
-        raise ModelError(f"cannot convert {gguf}: {exc}") from exc
-    _edit(folder / "config.json", _tidy_config)
-    _edit(folder / "generation_config.json", _tidy_generation)
-    _edit(folder / "tokenizer_config.json", lambda values: _tidy_tokenizer(values, context_length))
-    if pre_tokenizer is not None:
-        _edit(folder / "tokenizer.json", lambda values: values | {"pre_tokenizer": pre_tokenizer})
+        file = read_gguf(gguf)
+        config = _config(file)
+        tokenizer = _tokenizer(file.metadata)
+        weights = _weights(file, config)
+    except Exception as exc:  # damaged metadata can fail anywhere
+        raise ModelError(f"cannot convert {gguf}: {_reason(exc)}") from exc
+    folder.mkdir()
+    special_ids = {key: config[key] for key in GENERATION_KEYS if key in config}
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", special_ids)
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(file.metadata, config))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if template := file.metadata.get("tokenizer.chat_template"):
+        (folder / "chat_template.jinja").write_text(str(template), "utf-8")
+    _save(weights, folder / "model.safetensors")
+    _check(gguf, folder)
 
 
-def versions() -> dict[str, str]:
-    """The versions that decide what a conversion makes."""
-    found = {"smolcli": __version__}
-    for name in ("transformers", "gguf", "torch"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError as exc:
-            raise ModelError(f"converting a model needs the package {name}") from exc
-    return found
+def _check(gguf: Path, folder: Path) -> None:
+    """Load what was converted, which checks all sizes and shapes."""
+    from smolcli.weights.checkpoint import load_weights
+    from smolcli.weights.loader import load_config
+
+    try:
+        load_weights(folder, load_config(folder))
+    except ModelError as exc:
+        reason = str(exc).removeprefix(f"{folder}: ").replace(f"{folder}/", "")
+        raise ModelError(f"cannot convert {gguf}: {reason}") from exc
 
 
-def _pre(gguf: Path) -> str:
-    """The name of the file's pre-tokenizer."""
-    from gguf import GGUFReader
+def read_gguf(path: Path) -> GgufFile:
+    """Read a GGUF file; its tensors are memory-mapped.
 
-    field = GGUFReader(gguf).get_field("tokenizer.ggml.pre")
-    return str(field.contents()) if field is not None else ""
+    Raises:
+        ValueError: it is not a valid GGUF file.
+        OSError: it cannot be read.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    buffer = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+    reader = _Reader(memoryview(buffer))
+    if reader.take(4) != MAGIC:
+        raise ValueError("it is not a GGUF file")
+    if (number := reader.number("<u4")) not in (2, 3):
+        raise ValueError(f"GGUF version {number} is not supported")
+    num_tensors, num_values = reader.number("<u8"), reader.number("<u8")
+    metadata = {reader.string(): reader.value() for _ in reader.counted(num_values, 13)}
+    entries = [reader.tensor() for _ in reader.counted(num_tensors, 24)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"its alignment is {alignment!r}")
+    start = -(-reader.position // alignment) * alignment
+    tensors: dict[str, GgufTensor] = {}
+    for name, shape, type_id, offset in entries:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_id)]
+        num_elements = int(np.prod([1, *shape], dtype=object))
+        if not shape or shape[-1] % block or name in tensors:
+            raise ValueError(f"the tensor {name!r} of shape {list(shape)} is invalid")
+        first, last = start + offset, start + offset + num_elements // block * block_bytes
+        if last > len(buffer):
+            raise ValueError(
+                f"it is truncated: the tensor {name!r} ends behind the end of the file"
+            )
+        tensors[name] = GgufTensor(type_id, shape, buffer[first:last])
+    return GgufFile(metadata, tensors)
 
 
-def _save(gguf: Path, folder: Path) -> int:
-    """Convert with transformers; gives the model's context length."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils.logging import set_verbosity
+class _Reader:
+    """Reads a GGUF header sequentially, checking every length against the size of the file."""
 
-    set_verbosity(logging.ERROR)
-    from_pretrained: Any = AutoModelForCausalLM.from_pretrained  # its type knows one result only
-    with redirect_stderr(StringIO()):  # progress bars that cannot be turned off
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model, info = from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
-        if info["missing_keys"]:
-            raise ValueError(f"it lacks the weights {', '.join(sorted(info['missing_keys']))}")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):  # saved for their owner's eyes only
-        shutil.copymode(folder / "config.json", weights)
-    return int(model.config.max_position_embeddings)
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer = buffer
+        self.position = 0
+
+    def take(self, num_bytes: int) -> bytes:
+        if num_bytes > len(self._buffer) - self.position:
+            raise ValueError("it is truncated")
+        self.position += num_bytes
+        return bytes(self._buffer[self.position - num_bytes : self.position])
+
+    def number(self, kind: str) -> Any:
+        return np.frombuffer(self.take(np.dtype(kind).itemsize), kind)[0].item()
+
+    def string(self) -> str:
+        (length,) = struct.unpack("<Q", self.take(8))
+        return self.take(length).decode("utf-8", "replace")
+
+    def counted(self, count: int, min_bytes: int) -> range:
+        """A range over `count` items of at least `min_bytes` each, which must fit in the file."""
+        if count * min_bytes > len(self._buffer) - self.position:
+            raise ValueError("it is truncated")
+        return range(count)
+
+    def value(self) -> Any:
+        return self._typed(self.number("<u4"))
+
+    def _typed(self, kind: int) -> Any:
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            return self.number(_number_type(kind))
+        kind, count = self.number("<u4"), self.number("<u8")
+        if kind == STRING:
+            return [self.string() for _ in self.counted(count, 8)]
+        number = np.dtype(_number_type(kind))
+        return np.frombuffer(self.take(count * number.itemsize), number).tolist()
+
+    def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape, type and offset of a tensor."""
+        name, num_dimensions = self.string(), self.number("<u4")
+        if num_dimensions > MAX_DIMENSIONS:
+            raise ValueError(f"the tensor {name!r} has {num_dimensions} dimensions")
+        shape = tuple(self.number("<u8") for _ in range(num_dimensions))[::-1]
+        return name, shape, self.number("<u4"), self.number("<u8")
 
 
-def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    values = change(json.loads(path.read_text("utf-8")))
+def _number_type(kind: int) -> str:
+    if kind not in NUMBERS:
+        raise ValueError(f"a metadata value has the unknown type {kind}")
+    return NUMBERS[kind]
+
+
+def _config(file: GgufFile) -> dict[str, Any]:
+    """config.json, from the metadata of the file."""
+    metadata = file.metadata
+    architecture = metadata["general.architecture"]
+    if architecture != "llama":
+        raise ValueError(f"it contains a model of architecture {architecture!r}; smol runs llama")
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in file.tensors:
+        raise ValueError(f"rope scaling {scaling!r} is not supported")
+    num_heads, hidden = metadata["llama.attention.head_count"], metadata["llama.embedding_length"]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "dtype": "bfloat16",
+        "head_dim": metadata.get("llama.rope.dimension_count") or hidden // num_heads,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": metadata["llama.feed_forward_length"],
+        "max_position_embeddings": metadata["llama.context_length"],
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": metadata["llama.block_count"],
+        "num_key_value_heads": metadata.get("llama.attention.head_count_kv", num_heads),
+        "rms_norm_eps": _decimal(metadata["llama.attention.layer_norm_rms_epsilon"]),
+        "rope_parameters": {
+            "rope_theta": _decimal(metadata.get("llama.rope.freq_base", 10000.0)),
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "vocab_size": metadata.get("llama.vocab_size", len(metadata["tokenizer.ggml.tokens"])),
+    }
+    ids = {name: metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+    return config | {f"{name}_token_id": i for name, i in sorted(ids.items()) if i is not None}
+
+
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+def _decimal(value: float) -> float:
+    """The short decimal that a float32 stands for: 1e-05 rather than 9.999999747378752e-06."""
+    return float(f"{value:.6g}")
+
+
+def _tokenizer_config(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    special = {f"{name}_token": config.get(f"{name}_token_id") for name in _SPECIAL}
+    return {
+        "model_max_length": config["max_position_embeddings"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: tokens[token_id] for name, token_id in special.items() if token_id is not None},
+    }
+
+
+def _tokenizer(metadata: dict[str, Any]) -> "Tokenizer":
+    from tokenizers import AddedToken
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    kind = metadata["tokenizer.ggml.model"]
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(f"its tokenizer is of type {kind!r}; smol supports gpt2 and llama")
+    tokenizer = _byte_level(metadata) if kind == "gpt2" else _sentencepiece(metadata)
+    named = {metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _SPECIAL.values()}
+    typed = list(enumerate(zip(tokens, types, strict=True)))
+    special = [token for i, (token, kind) in typed if kind == CONTROL or i in named]
+    plain = [token for _, (token, kind) in typed if kind == USER_DEFINED]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in plain])
+    if tokenizer.get_vocab_size() != len(tokens):
+        raise ValueError("its vocabulary contains a token twice")
+    return tokenizer
+
+
+def _byte_level(metadata: dict[str, Any]) -> "Tokenizer":
+    """Byte-level BPE, as in GPT-2."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    merges = [_pair(merge) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(_checked(models.BPE, vocab=vocab, merges=merges))
+    tokenizer.decoder = decoders.ByteLevel()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    match metadata.get("tokenizer.ggml.pre", ""):
+        case "smollm":
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+        case name if name in LLAMA3_NAMES:
+            split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+            whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
+        case name if name in GPT2_SPLIT:
+            tokenizer.pre_tokenizer = byte_level
+        case name:
+            raise ValueError(f"its pre-tokenizer {name!r} is not supported")
+    return tokenizer
+
+
+def _sentencepiece(metadata: dict[str, Any]) -> "Tokenizer":
+    """SentencePiece's BPE, as in Llama 2; the file has scores in place of merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if "tokenizer.ggml.merges" in metadata:
+        merges = [_pair(merge) for merge in metadata["tokenizer.ggml.merges"]]
+    else:
+        scores = dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True))
+        merges = _merges(vocab, scores)
+    tokenizer = Tokenizer(
+        _checked(models.BPE, vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True)
+    )
+    has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    scheme = "first" if has_prefix else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [decoders.Strip(content=" ", left=1)] if has_prefix else []
+    tokenizer.decoder = decoders.Sequence([*steps, *strip])
+    return tokenizer
+
+
+def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
+    """All pairs of tokens that make a token, the highest score first."""
+    found = [
+        (token[:cut], token[cut:], score)
+        for token, score in scores.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    found.sort(key=lambda pair: (vocab[pair[0] + pair[1]], vocab[pair[0]], vocab[pair[1]]))
+    found.sort(key=lambda pair: (pair[2], len(pair[0]), len(pair[1])), reverse=True)
+    return [(left, right) for left, right, _ in found]
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    return left, right
+
+
+def _checked(make: Any, **options: Any) -> Any:
+    """The library raises a bare Exception for a merge of unknown tokens."""
+    try:
+        return make(**options)
+    except Exception as exc:
+        raise ValueError(f"its vocabulary is invalid: {exc}") from exc
+
+
+def _weights(file: GgufFile, config: dict[str, Any]) -> dict[str, Array]:
+    """The dequantized tensors, under the names of a Llama checkpoint, in bfloat16."""
+    import ml_dtypes
+    from gguf import GGMLQuantizationType, dequantize
+
+    weights: dict[str, Array] = {}
+    for name, tensor in file.tensors.items():
+        values = dequantize(_rows(tensor), GGMLQuantizationType(tensor.type))
+        if name.endswith(".attn_q.weight"):
+            values = _unpermuted(values, config["num_attention_heads"])
+        elif name.endswith(".attn_k.weight"):
+            values = _unpermuted(values, config["num_key_value_heads"])
+        weights[_checkpoint_name(name)] = values.astype(ml_dtypes.bfloat16)
+    return weights
+
+
+def _rows(tensor: GgufTensor) -> Array:
+    """The data as `gguf.dequantize` takes it: rows of numbers, or of the bytes of blocks."""
+    from gguf import GGMLQuantizationType as Type
+
+    numbers = {Type.F32: np.float32, Type.F16: np.float16, Type.F64: np.float64}
+    number = numbers.get(Type(tensor.type), np.uint8)
+    return tensor.data.view(number).reshape(*tensor.shape[:-1], -1)
+
+
+def _unpermuted(weight: Array, num_heads: int) -> Array:
+    """llama.cpp interleaves the two halves of the rows of each head; put them back."""
+    pairs = weight.reshape(num_heads, weight.shape[0] // num_heads // 2, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _checkpoint_name(name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    block, _, part = stem.rpartition(".")
+    prefix, _, number = block.partition(".")
+    known = NAMES.get(part)
+    is_layer = prefix == "blk" and number.isascii() and number.isdigit()
+    if suffix != "weight" or known is None or (block and not is_layer):
+        raise ValueError(f"it contains the unsupported tensor {name!r}")
+    return f"model.layers.{number}.{known}.weight" if is_layer else f"{known}.weight"
+
+
+def _save(weights: dict[str, Array], path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(values) for name, values in weights.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+    path.chmod((path.parent / "config.json").stat().st_mode)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _tidy_config(values: dict[str, Any]) -> dict[str, Any]:
-    """A GGUF keeps 1e-05 as the float32 9.999999747378752e-06; the short decimal was meant."""
-    del values["_model_name_or_path"]  # a name out of the file, where a path or Hub id belongs
-    return values | {"rms_norm_eps": float(f"{values['rms_norm_eps']:.6g}")}
-
-
-def _tidy_generation(values: dict[str, Any]) -> dict[str, Any]:
-    """Of settings made up from the config only the token ids mean anything."""
-    return {key: value for key, value in values.items() if key.endswith("_token_id")}
-
-
-def _tidy_tokenizer(values: dict[str, Any], context_length: int) -> dict[str, Any]:
-    """Without how it was loaded; `model_max_length` is the model's, not "unlimited"."""
-    kept = {k: v for k, v in values.items() if k not in ("is_local", "local_files_only")}
-    return kept | {"model_max_length": context_length}
+def _reason(exc: BaseException) -> str:
+    if isinstance(exc, KeyError):
+        return f"its metadata lacks {exc}"
+    return " ".join(str(exc).split()) or type(exc).__name__
