@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,8 @@ def smol(*args: object, backend: OpenBackend = EchoBackend, **options: Any) -> R
 def process(*args: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """`smol` in a process of its own."""
     command = [sys.executable, "-m", "smolcli", *(str(arg) for arg in args)]
+    if "input" not in options:
+        options.setdefault("stdin", subprocess.DEVNULL)
     return subprocess.run(command, capture_output=True, cwd=REPOSITORY, **options)
 
 
@@ -354,6 +357,23 @@ def test_ask_json() -> None:
 @pytest.mark.parametrize("args", [["-"], []])
 def test_ask_reads_stdin(args: list[str]) -> None:
     assert smol("ask", *args, input="What is\nthis?").stdout.startswith("What is this? (")
+
+
+def test_ask_appends_stdin_to_the_question() -> None:
+    seen, open_backend = Seen.opener()
+    smol("ask", "Summarize this:", input="first\nsecond\n", backend=open_backend)
+    smol("ask", "Hi", input=" \n", backend=open_backend)
+    contents = [query.messages[-1].content for query in seen.queries_seen]
+    assert contents == ["Summarize this:\n\nfirst\nsecond", "Hi"]
+
+
+@pytest.mark.parametrize("question", ["-5 + 3?", "-5?", "--help me please"])
+def test_ask_explains_a_question_that_begins_with_a_dash(question: str) -> None:
+    done = smol("ask", question)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"smol ask -- {shlex.quote(question)}" in done.stderr
+    assert smol("ask", "--", question).stdout.startswith(question)
+    assert "No such option: --temprature" in smol("ask", "Hi", "--temprature", "1").stderr
 
 
 def test_ask_system() -> None:

@@ -19,6 +19,7 @@ def shell(
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "smolcli", *args],
         capture_output=True,
+        stdin=subprocess.DEVNULL,
         cwd=folder,
         env=os.environ | {"SMOL_MODEL": str(tiny_folder), "SMOL_MAX_NEW_TOKENS": "2"},
         text=True,
@@ -36,6 +37,9 @@ def shell(
             1,
             "smol: cannot write to stdout: No space",
         ),
+        (">/dev/full", ["--help"], 1, "smol: cannot write to stdout: No space left"),
+        (">/dev/full", ["run", "--help"], 1, "smol: cannot write to stdout: No space left"),
+        (">/dev/full", ["--version"], 1, "smol: cannot write to stdout: No space left"),
         (">&-", ["run", "good.jsonl", "-o", "-", "-q"], 1, "smol: cannot write -: Bad file"),
         (">&-", ["run", "good.jsonl", "-o", "out.jsonl", "-q"], 0, ""),
         ("<&-", ["ask"], 2, "smol: user_prompt is required and cannot be empty\n"),
@@ -63,6 +67,20 @@ def test_a_run_needs_nobody_to_talk_to(tmp_path: Path, tiny_folder: Path) -> Non
     done = shell("2>&-", "run", "good.jsonl", folder=tmp_path, tiny_folder=tiny_folder)
     assert done.returncode == 0
     assert (tmp_path / "good.results.jsonl").read_text().startswith('{"chat_id":"1","response":')
+
+
+def test_file_names_may_be_any_bytes(tmp_path: Path, tiny_folder: Path) -> None:
+    """A name that is not UTF-8 in the manifest or the report ended in a UnicodeEncodeError."""
+    name = "caf\udce9"
+    (tmp_path / f"{name}.jsonl").write_text(GOOD)
+    args = ["run", f"{name}.jsonl", "--errors", f"{name}.err", "-q"]
+    for _ in range(2):
+        done = shell("", *args, folder=tmp_path, tiny_folder=tiny_folder)
+        assert (done.returncode, done.stderr) == (0, "")
+    results = ["report", f"{name}.results.jsonl"]
+    done = shell("> name", *results, folder=tmp_path, tiny_folder=tiny_folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "name").read_bytes() == b"caf\xe9.results.report.html\n"
 
 
 @pytest.mark.parametrize(

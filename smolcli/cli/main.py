@@ -1,7 +1,9 @@
 """The `smol` command: registers the commands and turns errors into exit codes."""
 
 import functools
+import os
 import sys
+from contextlib import suppress
 from io import TextIOWrapper, UnsupportedOperation
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,8 +35,25 @@ class SmolGroup(TyperGroup):
         except OSError as exc:
             if not _concerns_stdout(exc) or isinstance(exc, BrokenPipeError):
                 raise  # a broken pipe ends the process silently: the reader has left
-            typer.echo(f"smol: cannot write to stdout: {exc.strerror or exc}", err=True)
+            _report_stdout(exc)
             raise typer.Exit(ExitCode.FAILED) from exc
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command; what is written outside of `invoke`, such as help, may fail as well."""
+        try:
+            try:
+                return super().main(*args, **options)
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except BrokenPipeError:
+            _discard_stdout()
+            sys.exit(ExitCode.FAILED)
+        except OSError as exc:
+            if not _concerns_stdout(exc):
+                raise
+            _report_stdout(exc)
+            sys.exit(ExitCode.FAILED)
 
 
 app = typer.Typer(
@@ -52,6 +71,19 @@ def _concerns_stdout(exc: OSError) -> bool:
     """Whether writing to stdout failed: errors about files have a file name."""
     has_reason = exc.errno is not None or isinstance(exc, UnsupportedOperation)
     return exc.filename is None and has_reason
+
+
+def _report_stdout(exc: OSError) -> None:
+    typer.echo(f"smol: cannot write to stdout: {exc.strerror or exc}", err=True)
+    _discard_stdout()
+
+
+def _discard_stdout() -> None:
+    """Drop what is still buffered, which Python would try to write again on exit."""
+    with suppress(OSError, ValueError):
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
 
 
 def _print_version(is_requested: bool) -> None:
@@ -82,7 +114,8 @@ def main(
 ) -> None:
     replace_closed_streams()
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # stdout is data, whatever the console's encoding
+        # stdout is data, whatever the console's encoding; file names may be any bytes
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     if path := find_config(config):
         ctx.default_map = load_config(path, ctx)
         ctx.meta["config"] = path
@@ -90,7 +123,7 @@ def main(
 
 _answering = functools.partial(app.command, rich_help_panel="Answer questions")
 _answering(epilog=run.EXAMPLES)(run.run)
-_answering(epilog=ask.EXAMPLES)(ask.ask)
+_answering(epilog=ask.EXAMPLES, cls=ask.AskCommand)(ask.ask)
 _answering(epilog=chat.EXAMPLES)(chat.chat)
 _answering(epilog=serve.EXAMPLES)(serve.serve)
 _answering(epilog=report.EXAMPLES)(report.report)

@@ -2,10 +2,11 @@
 
 import logging
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -31,6 +32,15 @@ def log_to_stderr(is_quiet: bool = False) -> None:
 def is_interactive() -> bool:
     """Whether both stdin and stdout are terminals."""
     return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def is_redirected(stream: TextIO) -> bool:
+    """Whether a stream is a pipe or a file, rather than a terminal or another device."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except OSError:
+        return True  # a stream in memory
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def piped_lines() -> Iterator[str]:

@@ -58,7 +58,7 @@ def report(results: Results, output: Output = None, png: Png = None) -> None:
     if facts.num_skipped:
         typer.echo(f"smol: {facts.skipped_note}", err=True)
     with _writing(page):
-        page.write_text(render(facts), "utf-8")
+        page.write_text(render(facts), "utf-8", "backslashreplace")
     if png is not None:
         with _writing(png):
             write_png(charts_of(facts), facts.path.name, png)
