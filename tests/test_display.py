@@ -1,11 +1,13 @@
 """Progress and statistics of a run."""
 
+import io
+import logging
 from pathlib import Path
 
 import pytest
 
 from smolcli.backends.base import Counters
-from smolcli.batch.progress import BarProgress, LogProgress
+from smolcli.batch.progress import BarProgress, LogProgress, waiting
 from smolcli.batch.statistics import LatencyHistogram, StatisticsCollector
 from smolcli.types import ErrorCode, FinishReason, Result, Timings, Usage
 
@@ -106,3 +108,29 @@ def test_percentiles_are_within_one_percent() -> None:
     assert histogram.quantile(0.50) == pytest.approx(5, rel=0.01)
     assert histogram.quantile(0.95) == pytest.approx(9.5, rel=0.01)
     histogram.add(0.0)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_status_line_shows_the_steps_of_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run showed nothing, or a bar at zero, while its model was downloaded and loaded."""
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    logger = logging.getLogger("smolcli.backends.local")
+    with waiting("starting [the] backend"):
+        logging.getLogger("smolcli.weights.hub").info("downloading a model")
+        logger.debug("loading a model")
+        logger.warning("watch out")
+    assert not logger.isEnabledFor(logging.DEBUG)
+    shown = terminal.getvalue()
+    for message in ("starting [the] backend", "downloading a model", "loading a model", "watch"):
+        assert message in shown
+
+
+def test_no_status_line_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with waiting("starting"):
+        logging.getLogger("smolcli.backends.local").debug("loading a model")
+    assert capsys.readouterr() == ("", "")

@@ -54,7 +54,9 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
         ModelError: the model cannot be found or used.
         UsageError: the device or dtype is not available on this machine.
     """
+    logger.debug("looking for %s", settings.model)
     files = files or resolve(settings.model)
+    logger.debug("loading %s", files.model)
     config = resolve_config(settings, load_config(files.folder))
 
     def build_engine() -> Engine:

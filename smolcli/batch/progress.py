@@ -1,8 +1,10 @@
-"""Progress of a run: a bar on a terminal, log lines elsewhere."""
+"""Progress of a run: a status line and a bar on a terminal, log lines elsewhere."""
 
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,12 +16,17 @@ if TYPE_CHECKING:
 
 LOG_INTERVAL_S = 10.0
 BAR_INTERVAL_S = 0.1
+_STEPS = ("weights", "backends")  # packages whose log messages name the steps of loading a model
 
 logger = logging.getLogger(__name__)
 
 
 class RunProgress(Protocol):
     """Receives the events of a run that users see."""
+
+    def waiting(self, message: str) -> AbstractContextManager[None]:
+        """Show what the run waits for before its first result."""
+        ...
 
     def start(self, total: int | None, statistics: StatisticsCollector) -> None:
         """Show progress towards `total` lines; None if their number is unknown."""
@@ -47,6 +54,60 @@ def open_progress(is_quiet: bool) -> RunProgress:
     return BarProgress() if sys.stderr.isatty() and not is_quiet else LogProgress()
 
 
+@contextmanager
+def waiting(message: str) -> Iterator[None]:
+    """Show on a terminal what a command waits for, and for how long.
+
+    Log messages of smol replace the message, down to level DEBUG; they name the steps of opening a
+    backend. Warnings are printed above it.
+
+    Args:
+        message: what is shown until the first log message.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    line = Progress(*columns, console=Console(stderr=True), transient=True)
+    line.add_task(message, total=None)
+    root, package = logging.getLogger(), logging.getLogger("smolcli")
+    loggers = [package, *(package.getChild(name) for name in _STEPS)]
+    levels = [logger.level for logger in loggers]
+    handlers, root.handlers = root.handlers, [_StatusHandler(line)]
+    for each in loggers:
+        each.setLevel(logging.DEBUG)
+    try:
+        with line:
+            yield
+    finally:
+        root.handlers = handlers
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+class _StatusHandler(logging.Handler):
+    """Shows log messages in a status line."""
+
+    def __init__(self, line: "Progress") -> None:
+        super().__init__()
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self._line.console.print(message, markup=False, highlight=False)
+        elif record.name.startswith("smolcli."):
+            self._line.update(self._line.task_ids[0], description=message)
+            if message.startswith("downloading"):
+                self._line.stop()  # the downloader draws a bar of its own
+                self._line.console.print(message, markup=False, highlight=False)
+            else:
+                self._line.start()
+
+
 class LogProgress:
     """Logs one line every LOG_INTERVAL_S seconds while results arrive."""
 
@@ -54,6 +115,9 @@ class LogProgress:
         self._statistics = StatisticsCollector()
         self._total = ""
         self._next_s = 0.0
+
+    def waiting(self, message: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def start(self, total: int | None, statistics: StatisticsCollector) -> None:
         self._statistics = statistics
@@ -93,6 +157,9 @@ class BarProgress:
         self._bar = _new_bar(self._console)
         self._statistics = StatisticsCollector()
         self._next_s = 0.0
+
+    def waiting(self, message: str) -> AbstractContextManager[None]:
+        return waiting(message)
 
     def start(self, total: int | None, statistics: StatisticsCollector) -> None:
         self._statistics = statistics

@@ -84,8 +84,8 @@ def run_file(
     """
     _check_options(settings)
     if is_stream(settings.output):
-        run = _new_run(settings)
-        with closing(open_backend(settings.engine)) as backend:
+        run = _new_run(settings, progress)
+        with _opened(settings, open_backend, progress) as backend:
             return run.answer_remaining(backend, progress)
     _check_paths(settings)
     with ExitStack() as locks:
@@ -103,7 +103,7 @@ def _run_to_file(
     settings: RunSettings, open_backend: OpenBackend, progress: RunProgress
 ) -> RunStatistics:
     output, previous = settings.output, _previous_manifest(settings)
-    run = _new_run(settings, previous)
+    run = _new_run(settings, progress, previous)
     manifest = Manifest.of(settings, run.scan, run.seed, run.created, run.run_id)
     if previous is not None:
         previous.check_same(replace(manifest, backend=previous.backend), output)
@@ -117,7 +117,7 @@ def _run_to_file(
     if run.is_answered and not is_retry and has_same_model:
         progress.note(f"{settings.table or output} is complete; {_nothing_to_do(run)}")
         return _complete(run, previous, replace(previous or manifest, errors=manifest.errors))
-    with closing(open_backend(settings.engine)) as backend:
+    with _opened(settings, open_backend, progress) as backend:
         manifest = replace(manifest, backend=backend.identity())
         if previous is not None:
             previous.check_same(manifest, output)
@@ -151,9 +151,22 @@ def _nothing_to_do(run: "Run") -> str:
     return "there is nothing to do"
 
 
-def _new_run(settings: RunSettings, previous: Manifest | None = None) -> "Run":
+@contextmanager
+def _opened(
+    settings: RunSettings, open_backend: OpenBackend, progress: RunProgress
+) -> Iterator[Backend]:
+    with progress.waiting("starting the backend"):
+        backend = open_backend(settings.engine)
+    with closing(backend):
+        yield backend
+
+
+def _new_run(
+    settings: RunSettings, progress: RunProgress, previous: Manifest | None = None
+) -> "Run":
     """A run that has not read its output yet, with the seed and date of the run it continues."""
-    scan = scan_input(settings)
+    with progress.waiting(f"reading {settings.input}"):
+        scan = scan_input(settings)
     if settings.seed is not None:
         seed = settings.seed
     else:

@@ -67,10 +67,14 @@ def ask(
     remote: ViaOptions,
 ) -> None:
     """Answer one question. The answer is streamed if stdout is a terminal."""
+    from smolcli.batch.progress import waiting
+
     query = _query(question, generation.query_defaults(answers=read_schema(schema)))
     log_to_stderr()
     open_backend = ctx.obj or backend_opener(remote.settings(ctx, engine.settings()))
-    with closing(open_backend(engine.settings())) as backend:
+    with waiting("starting the backend"):
+        backend = open_backend(engine.settings())
+    with closing(backend):
         is_streaming = sys.stdout.isatty() and not as_json
         future = backend.submit(query, _print_text if is_streaming else None)
         while not future.done():
