@@ -1,4 +1,7 @@
-"""Frozen values that the doors make from their options; nothing else reads the environment."""
+"""Frozen settings, which the entry points build from their options.
+
+Nothing below the entry points reads the environment, except for the location of the model store.
+"""
 
 import os
 from dataclasses import dataclass, field
@@ -7,21 +10,28 @@ from typing import Literal
 
 from smolcli.types import AnswerFormat, Sampling
 
+InputFormat = Literal["auto", "smol", "openai", "jsonl", "json", "csv", "tsv", "parquet"]
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-OPENAI_TEMPERATURE = 1.0  # what its API draws at unless asked otherwise
-MOST_SLOTS = 64  # measured: more do not answer faster on a CPU
+OPENAI_TEMPERATURE = 1.0  # the default of OpenAI's API
+MOST_SLOTS = 64  # more do not increase the throughput of a CPU
 
 
 def smol_home() -> Path:
-    """The folder of the model store: SMOL_HOME, else ~/.cache/smolcli."""
+    """The folder of the model store: $SMOL_HOME, or ~/.cache/smolcli."""
     return Path(os.environ.get("SMOL_HOME") or Path.home() / ".cache" / "smolcli")
 
 
 @dataclass(frozen=True, slots=True)
 class QueryDefaults:
-    """What a query that leaves a field out gets; `sampling.seed` is the run's seed.
+    """Values for the fields that a query leaves out.
 
-    `several_temperature` is that of a request in OpenAI's words for more than one answer.
+    Args:
+        sampling: sampling parameters; its seed is the run's seed.
+        system_prompt: of queries without one.
+        extra_fields: whether unknown fields are errors, ignored, or kept as metadata.
+        format: what answers are constrained to.
+        several_temperature: temperature of an OpenAI request for several answers.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -33,7 +43,11 @@ class QueryDefaults:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Which model answers, and with what; 0 or None: see `engine.autoconfig`."""
+    """The model, and the resources that it may use.
+
+    `engine.autoconfig` chooses a number of 0 or None for the machine; `prefix_cache_mb` 0 turns the
+    prefix cache off.
+    """
 
     model: str = DEFAULT_MODEL
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -46,13 +60,24 @@ class EngineSettings:
 
     @property
     def most_slots(self) -> int:
-        """How many slots there can be, for those who plan without having seen model or machine."""
+        """The largest possible batch size, for planning before the model is loaded."""
         return self.max_batch_size or MOST_SLOTS
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteSettings:
-    """Servers that answer in this process' stead; `model` None and `dtype` auto: what they have."""
+    """Upstream servers that compute the answers.
+
+    Args:
+        urls: of the servers.
+        api: their API; auto detects it.
+        api_key: sent as a bearer token.
+        model: the model they must serve; None accepts any.
+        dtype: the dtype they must use; auto accepts any.
+        max_concurrency: concurrent requests per server.
+        retry_s: how long to keep retrying an unreachable server, in seconds.
+        timeout_s: how long one request may take, in seconds.
+    """
 
     urls: tuple[str, ...]
     api: Literal["auto", "smol", "openai"] = "auto"
@@ -66,7 +91,13 @@ class RemoteSettings:
 
 @dataclass(frozen=True, slots=True)
 class RaySettings:
-    """Where on Ray workers run; `address` None: on a cluster started here, 0 workers: what fits."""
+    """Where Ray workers run.
+
+    Args:
+        address: of a running cluster; None starts a local one.
+        workers: number of workers; 0 is one per node or GPU.
+        gpus_per_worker: may be fractional.
+    """
 
     address: str | None = None
     workers: int = 0
@@ -75,22 +106,48 @@ class RaySettings:
 
 @dataclass(frozen=True, slots=True)
 class RowSettings:
-    """How a row of data becomes a query; `prompt` None: its columns are named as a query's fields.
+    """How an input is read, and how its rows become queries.
 
-    `id_column` None: `chat_id` where a row has it, else the row's number; `fields` go from the row
-    into its result.
+    Args:
+        prompt: template of the prompt; None if the columns are named like query fields.
+        id_column: the column with the ids; None uses `chat_id` if there is one, or else the row
+            number.
+        fields: columns to copy to the metadata of the result.
+        input_format: what the input is; auto detects it from the file name and the content.
+        encoding: of the text; None is UTF-8, or UTF-16 or UTF-32 if it is detected.
+        delimiter: between the cells of a CSV file; None detects it from the first rows.
     """
 
     prompt: str | None = None
     id_column: str | None = None
     fields: tuple[str, ...] = ()
+    input_format: InputFormat = "auto"
+    encoding: str | None = None
+    delimiter: str | None = None
+
+    @property
+    def maps_rows(self) -> bool:
+        """Whether rows are mapped to queries rather than being queries already."""
+        return self.prompt is not None or self.id_column is not None or bool(self.fields)
 
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """One `smol run`; `output` Path("-") is stdout, `table` what is made of it in the end.
+    """One `smol run`.
 
-    `errors` None: failed lines go into the output too.
+    Args:
+        input: the input file, or `-` for stdin.
+        output: the results as JSON lines, or `-` for stdout.
+        defaults: values for the fields that queries leave out.
+        engine: the model and its resources.
+        seed: the run's seed; None draws one, or takes that of the run to resume.
+        limit: number of rows to answer; None is all.
+        errors: where failed lines go; None leaves them in the output.
+        retry_errors: answer only the failed lines of a finished output.
+        overwrite: discard an existing output.
+        with_timings: add timings to the results.
+        rows: how rows become queries.
+        table: the CSV, TSV or Parquet file made from the results at the end; None for none.
     """
 
     input: Path
@@ -109,7 +166,13 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """What a benchmark times: prompts of so many words, batches of so many answers, questions."""
+    """What a benchmark measures.
+
+    Args:
+        prompts: prompt lengths in words, for prefill.
+        sizes: batch sizes, for decoding.
+        num_questions: number of real questions, for a whole run.
+    """
 
     prompts: tuple[int, ...] = (128, 1024)
     sizes: tuple[int, ...] = (1, 8, 32, 64)
@@ -118,7 +181,7 @@ class BenchPlan:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """One `smol serve`; `port` 0 means one that is free."""
+    """One `smol serve`; port 0 picks a free port."""
 
     host: str = "127.0.0.1"
     port: int = 8000

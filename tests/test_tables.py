@@ -1,20 +1,23 @@
-"""Tables: rows that become queries, and results that become rows."""
+"""Tables as input and as output."""
 
 import csv
 import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import pandas
 import pyarrow
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from fakes import DyingBackend, EchoBackend
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_tools import smol_without
 from typer.testing import CliRunner
@@ -25,15 +28,20 @@ from smolcli.batch.runner import run_file
 from smolcli.cli.main import app
 from smolcli.data.csv import read_csv
 from smolcli.data.jsonl import MAX_LINE_BYTES
-from smolcli.data.prompt_template import Template
+from smolcli.data.parquet import arrow_to_json
+from smolcli.data.prompt_template import Template, options_hint
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
+from smolcli.data.source import open_source
 from smolcli.errors import BackendError, InputError, ResumeRefused, UsageError
 from smolcli.settings import QueryDefaults, RowSettings, RunSettings
 from smolcli.types import Query
 
 REPOSITORY = Path(__file__).parent.parent
 REVIEWS = REPOSITORY / "sample_inputs" / "reviews.csv"
+FEW_EXAMPLES = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 ASK = RowSettings("Summarize: {review}", "id", ("product", "stars"))
 
 
@@ -42,8 +50,9 @@ def write(path: Path, data: str | bytes) -> Path:
     return path
 
 
-def cells(path: Path) -> list[Row]:
-    return list(read_csv(path, list))
+def cells(path: Path, delimiter: str = ",") -> list[Row]:
+    with open_source(path) as file:
+        return list(read_csv(file, path, delimiter, list))
 
 
 def items(path: Path, settings: RowSettings) -> list[Any]:
@@ -71,15 +80,46 @@ def smol(*args: object) -> Any:
 # templates
 
 
-def test_a_template_holds_columns_and_braces() -> None:
+def test_template_holds_columns_and_braces() -> None:
     template = Template("{a} and {{{the b}}}: {a}")
     assert template.columns == ["a", "the b"]
     assert template.render({"a": "x", "the b": 1.5}) == "x and {1.5}: x"
     assert template.render({"a": None, "the b": ["é"]}) == ' and {["é"]}: '
 
 
-@pytest.mark.parametrize("text", ["{", "}", "{}", "none", "", "{a!r}", "{a:>3}", "{{a}}"])
-def test_a_template_that_is_none_is_wrong_usage(text: str) -> None:
+@pytest.mark.parametrize(
+    ("placeholder", "column"),
+    [
+        ("{time: start}", "time: start"),
+        ("{done!}", "done!"),
+        ("{a!r}", "a!r"),
+        ("{ padded }", " padded "),
+        ("{a.b}", "a.b"),
+        ("{x[0]}", "x[0]"),
+        ("{Price {USD}}", "Price {USD}"),
+        ("{Price {{USD}}}", "Price {USD}"),
+        ('{"Price {USD}"}', "Price {USD}"),
+        ('{"{"}', "{"),
+        ('{"{{x}}"}', "{{x}}"),
+        ('{"\\"quoted\\""}', '"quoted"'),
+        ('{5" screen}', '5" screen'),
+        ("{größe}", "größe"),
+    ],
+)
+def test_any_column_can_be_named(placeholder: str, column: str) -> None:
+    """Spreadsheets export names with colons and braces, which str.format reserves."""
+    template = Template(f"{{{{{placeholder}}}}}")
+    assert template.render({column: "x"}) == "{x}"
+
+
+@given(st.text(min_size=1))
+def test_hint_names_the_column_so_that_it_is_found(column: str) -> None:
+    prompt = options_hint([column]).partition("--prompt '")[2].removesuffix("'")
+    assert Template(prompt).columns == [column]
+
+
+@pytest.mark.parametrize("text", ["{", "}", "{}", "none", "", "{{a}}", "{a", "a}"])
+def test_invalid_template_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--prompt"):
         Template(text)
 
@@ -87,26 +127,26 @@ def test_a_template_that_is_none_is_wrong_usage(text: str) -> None:
 # rows of CSV
 
 
-def test_rows_have_the_physical_line_they_begin_on(tmp_path: Path) -> None:
+def test_rows_are_numbered_by_the_line_they_begin_on(tmp_path: Path) -> None:
     data = '\ufeffa,b\r\n\r\n1,"two\r\nlines"\r\n\r\n3,\r\n'
-    want = [Row(3, {"a": "1", "b": "two\nlines"}), Row(6, {"a": "3", "b": None})]
+    want = [Row(3, {"a": "1", "b": "two\r\nlines"}), Row(6, {"a": "3", "b": None})]
     assert cells(write(tmp_path / "x.csv", data)) == want
     assert cells(write(tmp_path / "x.csv.gz", gzip.compress(data.encode()))) == want
-    assert cells(write(tmp_path / "x.tsv", data.replace(",", "\t"))) == want
+    assert cells(write(tmp_path / "x.tsv", data.replace(",", "\t")), "\t") == want
 
 
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (b"1", "the row has 1 cells, the header 2"),
-        (b"1,2,3", "the row has 3 cells, the header 2"),
+        (b"1", "the row has 1 cells, but the header has 2"),
+        (b"1,2,3", "the row has 3 cells, but the header has 2"),
         (b'1,"open', "not valid CSV"),
         (b'1,"x" y', "not valid CSV"),
         (b"1,\xff", "not UTF-8"),
         (b"1," + b"x" * MAX_LINE_BYTES, "longer than 1,048,576 bytes"),
     ],
 )
-def test_a_bad_row_costs_no_other(tmp_path: Path, bad: bytes, said: str) -> None:
+def test_invalid_row_harms_no_other(tmp_path: Path, bad: bytes, said: str) -> None:
     """An open quote used to swallow what followed, up to the next quote in the file."""
     rows = cells(write(tmp_path / "x.csv", b'a,b\n0,"ok"\n' + bad + b'\n2,"ok"\n3,ok\n'))
     assert [row.number for row in rows] == [2, 3, 4, 5]
@@ -115,19 +155,52 @@ def test_a_bad_row_costs_no_other(tmp_path: Path, bad: bytes, said: str) -> None
 
 
 @pytest.mark.parametrize(
+    "cell", ['"Great" phone', '5" screen', '"unclosed', '""', '"a" "b"', '"', 'say "hi"']
+)
+def test_quotes_in_a_tsv_file_may_be_literal(tmp_path: Path, cell: str) -> None:
+    """Most programs that write TSV quote nothing; a cell that begins with a quote lost its row."""
+    text = f'id\treview\n1\t{cell}\n2\t"quoted\tand ""so on"""\n3\tok\n'
+    found = [row.value for row in cells(write(tmp_path / "x.tsv", text), "\t")]
+    assert found == [
+        {"id": "1", "review": None if cell == '""' else cell},
+        {"id": "2", "review": 'quoted\tand "so on"'},
+        {"id": "3", "review": "ok"},
+    ]
+
+
+def test_only_columns_in_use_must_be_unique(tmp_path: Path) -> None:
+    text = "id,review,notes,notes,chat_id\n1,Nice,a,b,7\n"
+    path = write(tmp_path / "x.csv", text)
+    assert [item.chat_id for item in items(path, RowSettings("{review}", "id"))] == ["1"]
+    for ambiguous in (RowSettings("{notes}"), RowSettings("{review}", None, ("notes",))):
+        with pytest.raises(InputError, match="more than one column 'notes'"):
+            items(path, ambiguous)
+
+
+def test_table_cells_of_spreadsheets_are_understood(tmp_path: Path) -> None:
+    header = "chat_id,user_prompt,logprobs,max_new_tokens,temperature\n"
+    body = "".join(f"{n},Hi,{flag},8.0,0.0\n" for n, flag in enumerate(FLAGS))
+    found = items(write(tmp_path / "x.csv", header + body), RowSettings())
+    assert [item.top_logprobs is not None for item in found] == [True, True, True, False, False]
+    assert {item.sampling.max_new_tokens for item in found} == {8}
+
+
+FLAGS = ["TRUE", "True", "1.0", "False", "0"]
+
+
+@pytest.mark.parametrize(
     ("data", "said"), [("", "empty"), ("a,a\n", "more than one column 'a'"), ('"a\n', "header")]
 )
-def test_a_header_must_be_one(tmp_path: Path, data: str, said: str) -> None:
+def test_invalid_header_is_refused(tmp_path: Path, data: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         cells(write(tmp_path / "x.csv", data))
 
 
-# A lone \r within quotes is kept, but \r\n reads as \n, as it does between rows.
-CELLS = st.text(st.characters(exclude_characters="\r", exclude_categories=["Cs"]))
+CELLS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 @given(st.lists(st.tuples(CELLS, CELLS), max_size=8))
-def test_whatever_csv_writes_is_read_again(
+def test_any_text_that_csv_writes_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]
 ) -> None:
     path = tmp_path_factory.mktemp("csv") / "x.csv"
@@ -141,7 +214,14 @@ def test_whatever_csv_writes_is_read_again(
 # queries of rows
 
 
-def test_a_prompt_makes_queries_of_a_table() -> None:
+def test_rows_with_other_columns_get_a_hint_to_the_options(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", '{"id": 1, "prompt": "Hi"}\n{"id": 2, "user_promt": "Hi"}\n')
+    first, second = items(path, RowSettings())
+    assert first.error.endswith("say what to ask with --prompt '{prompt}' --id-column id")
+    assert second.error.startswith("unknown field 'id'")
+
+
+def test_prompt_turns_table_rows_into_queries() -> None:
     got = items(REVIEWS, ASK)
     assert [item.chat_id for item in got] == [f"r{n:02}" for n in range(1, 13)]
     assert [item.line for item in got][:3] == [2, 3, 5]
@@ -152,13 +232,13 @@ def test_a_prompt_makes_queries_of_a_table() -> None:
     assert got[10].metadata == {"product": "umbrella", "stars": "2"}
 
 
-def test_without_an_id_column_the_line_is_the_id(tmp_path: Path) -> None:
+def test_line_number_is_the_default_id(tmp_path: Path) -> None:
     assert [i.chat_id for i in items(REVIEWS, RowSettings("{review}"))][:3] == ["2", "3", "5"]
     path = write(tmp_path / "x.csv", "chat_id,t\na,x\n,y\n")
     assert [i.chat_id for i in items(path, RowSettings("{t}"))] == ["a", None]
 
 
-def test_metadata_that_is_no_object_is_that_rows_fault(tmp_path: Path) -> None:
+def test_invalid_metadata_is_the_fault_of_its_row(tmp_path: Path) -> None:
     rows = [
         {"user_prompt": "x", "n": 1, "metadata": "y"},
         {"user_prompt": "x", "n": 2, "metadata": {"n": 0, "m": 3}},
@@ -169,7 +249,7 @@ def test_metadata_that_is_no_object_is_that_rows_fault(tmp_path: Path) -> None:
     assert good.metadata["n"] == 2, "a column that is asked for comes first"
 
 
-def test_json_lines_of_any_shape_can_be_rows(tmp_path: Path) -> None:
+def test_json_lines_of_any_shape_can_be_mapped(tmp_path: Path) -> None:
     path = write(
         tmp_path / "x.jsonl",
         '{"n": 1, "text": "one"}\n\n{"n": 2, "txt": "two"}\nnonsense\n[]\n{"n": null, "text": "x"}',
@@ -188,12 +268,12 @@ def test_json_lines_of_any_shape_can_be_rows(tmp_path: Path) -> None:
     "rows",
     [RowSettings("{revew}"), RowSettings("{id}", "revew"), RowSettings("{id}", None, ("revew",))],
 )
-def test_a_column_that_no_row_has_is_wrong_usage(rows: RowSettings) -> None:
+def test_missing_column_is_refused_with_a_suggestion(rows: RowSettings) -> None:
     with pytest.raises(UsageError, match=r"no column 'revew'; did you mean 'review'\?"):
         items(REVIEWS, rows)
 
 
-def test_a_table_of_query_fields_needs_no_prompt(tmp_path: Path) -> None:
+def test_table_of_query_fields_needs_no_prompt(tmp_path: Path) -> None:
     header = "chat_id,user_prompt,max_new_tokens,temperature,stop,messages,metadata\n"
     talk = '"[{""role"": ""user"", ""content"": ""hello""}]"'
     path = write(
@@ -212,15 +292,15 @@ def test_a_table_of_query_fields_needs_no_prompt(tmp_path: Path) -> None:
     assert third.error == "max_new_tokens must be a whole number from 1"
 
 
-def test_a_table_that_asks_nothing_says_how_to_ask() -> None:
-    with pytest.raises(UsageError, match=r"reviews.csv: .*--prompt 'Summarize: \{review\}'"):
+def test_table_without_prompts_gets_a_hint_to_the_options() -> None:
+    with pytest.raises(UsageError, match=r"reviews.csv: .*--prompt '\{review\}' --id-column id"):
         items(REVIEWS, RowSettings())
 
 
 # Parquet
 
 
-def test_parquet_rows_are_queries_and_their_values_are_kept(tmp_path: Path) -> None:
+def test_parquet_rows_become_queries_with_their_values(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     columns = {
         "id": [1, 2, 3],
@@ -239,7 +319,97 @@ def test_parquet_rows_are_queries_and_their_values_are_kept(tmp_path: Path) -> N
     assert "not UTF-8" in items(path, RowSettings("{picture}"))[0].error
 
 
-def test_what_is_no_parquet_says_so(tmp_path: Path) -> None:
+UTC_NOON = datetime(2024, 2, 29, 12, 0, tzinfo=UTC)
+FAR = 300_000_000_000  # seconds, in the year 11476
+NS = 1_709_208_000_123_456_789
+DAY = timedelta(days=1, hours=2, minutes=3, seconds=4)
+ARROW_VALUES: list[tuple[Any, Any, Any]] = [
+    (pyarrow.bool_(), True, True),
+    (pyarrow.int8(), -5, -5),
+    (pyarrow.uint64(), 2**64 - 1, 2**64 - 1),
+    (pyarrow.float16(), 0.5, 0.5),
+    (pyarrow.float64(), float("nan"), None),
+    (pyarrow.float64(), float("inf"), None),
+    (pyarrow.string(), "é", "é"),
+    (pyarrow.large_string(), "x", "x"),
+    (pyarrow.string_view(), "x", "x"),
+    (pyarrow.binary(), "é".encode(), "é"),
+    (pyarrow.binary(2), b"ab", "ab"),
+    (pyarrow.large_binary(), b"ab", "ab"),
+    (pyarrow.decimal128(5, 2), Decimal("1.50"), "1.50"),
+    (pyarrow.decimal256(60, 0), Decimal(10**50), str(10**50)),
+    (pyarrow.date32(), date(2024, 2, 29), "2024-02-29"),
+    (pyarrow.date64(), date(1900, 3, 1), "1900-03-01"),
+    (pyarrow.time32("s"), time(23, 59, 58), "23:59:58"),
+    (pyarrow.time64("us"), time(1, 2, 3, 4), "01:02:03.000004"),
+    (pyarrow.time64("ns"), 3_600_000_000_001, "01:00:00.000000001"),
+    (pyarrow.timestamp("s"), FAR, "+11476-08-15T05:20:00"),
+    (pyarrow.timestamp("s"), -FAR, "-7537-05-18T18:40:00"),
+    (pyarrow.timestamp("us"), UTC_NOON.replace(tzinfo=None), "2024-02-29T12:00:00"),
+    (pyarrow.timestamp("ns"), NS, "2024-02-29T12:00:00.123456789"),
+    (pyarrow.timestamp("ms", "UTC"), UTC_NOON, "2024-02-29T12:00:00+00:00"),
+    (pyarrow.timestamp("us", "Europe/Berlin"), UTC_NOON, "2024-02-29T13:00:00+01:00"),
+    (pyarrow.timestamp("us", "-03:30"), UTC_NOON, "2024-02-29T08:30:00-03:30"),
+    (pyarrow.timestamp("s", "UTC"), FAR, "+11476-08-15T05:20:00+00:00"),
+    (pyarrow.duration("us"), DAY, "1 day, 2:03:04"),
+    (pyarrow.duration("s"), timedelta(seconds=-1), "-1 day, 23:59:59"),
+    (pyarrow.duration("ns"), 1_000_000_001, "0:00:01.000000001"),
+    (pyarrow.month_day_nano_interval(), (14, 3, 1_500_000_000), "P14M3DT1.500000S"),
+    (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), "x", "x"),
+    (pyarrow.list_(pyarrow.int8()), [1, None], [1, None]),
+    (pyarrow.list_(pyarrow.date32(), 1), [date(2024, 2, 29)], ["2024-02-29"]),
+    (pyarrow.large_list(pyarrow.float64()), [float("nan")], [None]),
+    (pyarrow.struct({"t": pyarrow.time64("ns")}), {"t": 1}, {"t": "00:00:00.000000001"}),
+    (pyarrow.map_(pyarrow.string(), pyarrow.int8()), [("a", 1)], {"a": 1}),
+    (pyarrow.map_(pyarrow.int8(), pyarrow.date32()), [(1, date(2024, 2, 29))], {"1": "2024-02-29"}),
+    (pyarrow.uuid(), UUID(int=5).bytes, str(UUID(int=5))),
+    (pyarrow.json_(), '{"a": [1]}', {"a": [1]}),
+    (pyarrow.bool8(), 1, True),
+    (pyarrow.null(), None, None),
+]
+
+
+@pytest.mark.parametrize(("kind", "value", "expected"), ARROW_VALUES)
+def test_every_arrow_type_has_a_json_form(kind: Any, value: Any, expected: Any) -> None:
+    storage = getattr(kind, "storage_type", kind)
+    array = pyarrow.array([None, value], storage)
+    if storage is not kind:
+        array = pyarrow.ExtensionArray.from_storage(kind, array)
+    assert arrow_to_json(array) == [None, expected]
+    json.dumps(arrow_to_json(array), allow_nan=False)
+
+
+def test_parquet_types_survive_a_file(tmp_path: Path) -> None:
+    """UUIDs, timestamps beyond Python's years and nanoseconds ended the run with a traceback."""
+    path = tmp_path / "x.parquet"
+    columns = {
+        "id": pyarrow.ExtensionArray.from_storage(
+            pyarrow.uuid(), pyarrow.array([UUID(int=1).bytes, None], pyarrow.binary(16))
+        ),
+        "far": pyarrow.array([FAR, 0], pyarrow.timestamp("ms")).cast(pyarrow.timestamp("ms")),
+        "ns": pyarrow.array([NS, None], pyarrow.timestamp("ns")),
+        "bytes": pyarrow.array([b"ok", b"\xff"], pyarrow.binary()),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    good, bad = items(path, RowSettings("{ns} {far} {bytes}", None, ("id",)))
+    assert prompt(good) == "2024-02-29T12:00:00.123456789 1979-07-05T05:20:00 ok"
+    assert good.metadata == {"id": str(UUID(int=1))}
+    assert (bad.field, "not UTF-8" in bad.error) == ("bytes", True), "the fault of its row alone"
+    assert len(items(path, RowSettings("{ns}"))) == 2, "only cells in use are converted"
+
+
+@pytest.mark.parametrize("number", [1.0, 2.0])
+def test_whole_float_ids_are_integers(tmp_path: Path, number: float) -> None:
+    """pandas turns a column of integers into floats where one is missing."""
+    path = tmp_path / "x.parquet"
+    table = pyarrow.table({"id": [number, None], "t": ["a", "b"]})
+    pyarrow.parquet.write_table(table, path)
+    first, second = items(path, RowSettings("{t}", "id"))
+    assert first.chat_id == str(int(number))
+    assert second.field == "id"
+
+
+def test_invalid_parquet_file_is_refused(tmp_path: Path) -> None:
     for name in ("x.parquet", "missing.parquet"):
         write(tmp_path / "x.parquet", "chat_id,user_prompt\n")
         with pytest.raises(InputError, match=f"cannot read .*{name}"):
@@ -261,7 +431,7 @@ def csv_rows(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter=delimiter))
 
 
-def test_the_table_holds_what_the_journal_holds(tmp_path: Path) -> None:
+def test_table_equals_the_journal(tmp_path: Path) -> None:
     job = table_job(tmp_path, ".csv")
     report = run(job)
     rows = csv_rows(job.table)
@@ -280,7 +450,7 @@ def test_the_table_holds_what_the_journal_holds(tmp_path: Path) -> None:
     }
 
 
-def test_parquet_keeps_types_and_csv_agrees(tmp_path: Path) -> None:
+def test_parquet_columns_have_the_types_of_their_values(tmp_path: Path) -> None:
     lines = [
         {"n": 1, "mixed": 1, "yes": True, "big": 2**70, "user": {"a": 1}},
         {"n": 2, "mixed": 0.5, "yes": None, "big": 1, "user": "text"},
@@ -298,15 +468,67 @@ def test_parquet_keeps_types_and_csv_agrees(tmp_path: Path) -> None:
     assert table["completion_tokens"].to_pylist() == [1, 1]
 
 
+def written_table(folder: Path, suffix: str, texts: Sequence[Any]) -> Path:
+    """A table with these values in its column `note`."""
+    lines = (json.dumps({"chat_id": str(n), "note": text}) for n, text in enumerate(texts))
+    path = write(folder / "in.jsonl", "".join(f"{line}\n" for line in lines))
+    job = table_job(folder, suffix, RowSettings("{chat_id}", None, ("note",)), path)
+    run(replace(job, overwrite=True))
+    assert job.table is not None
+    return Path(job.table)
+
+
+@FEW_EXAMPLES
+@given(st.lists(st.text(st.characters(codec="utf-8") | st.sampled_from('\r\n\t,;" ')), min_size=1))
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_any_text_survives_in_any_reader(tmp_path: Path, suffix: str, texts: list[str]) -> None:
+    """A lone carriage return in a cell made a file that neither Python nor pyarrow could read."""
+    path = written_table(tmp_path, suffix, texts)
+    delimiter = "\t" if suffix == ".tsv" else ","
+    assert [row["note"] for row in csv_rows(path, delimiter)] == texts
+    assert [row.value["note"] or "" for row in cells(path, delimiter)] == texts  # type: ignore[index]
+    parsed = pyarrow.csv.read_csv(
+        path,
+        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types={"note": pyarrow.string()}),
+    )
+    assert parsed["note"].to_pylist() == texts
+    if not any("\0" in text for text in texts):  # pandas ends a cell there
+        frame = pandas.read_csv(path, sep=delimiter, dtype=str, keep_default_na=False)
+        assert frame["note"].tolist() == texts
+
+
+@FEW_EXAMPLES
+@given(
+    st.lists(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(st.characters(codec="utf-8"), max_size=3)
+        | st.just([1]),
+        min_size=1,
+    )
+)
+def test_fields_of_mixed_types_never_lose_answers(tmp_path: Path, values: list[Any]) -> None:
+    """A column of integers beyond 2^53 and fractions used to fail when all was answered."""
+    table = pyarrow.parquet.read_table(written_table(tmp_path, ".parquet", values))
+    assert table["response"].null_count == 0
+    for found, value in zip(table["note"].to_pylist(), values, strict=True):
+        if isinstance(found, str) and not isinstance(value, str):
+            found = json.loads(found)
+        assert found == value
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_an_empty_table_has_a_header(tmp_path: Path, suffix: str) -> None:
+def test_empty_table_has_a_header(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / "in.csv", "t\n")
     job = table_job(tmp_path, suffix, RowSettings("{t}"), path)
     assert run(job).num_lines == 0
     assert job.table.stat().st_size > 0
 
 
-def test_a_run_cut_short_leaves_no_table_and_goes_on(tmp_path: Path) -> None:
+def test_interrupted_run_leaves_no_table_and_resumes(tmp_path: Path) -> None:
     job, other = table_job(tmp_path, ".csv"), table_job(tmp_path, ".tsv")
     with pytest.raises(BackendError):
         run_file(job, lambda settings: DyingBackend(num_answers=4), LogProgress())
@@ -318,7 +540,7 @@ def test_a_run_cut_short_leaves_no_table_and_goes_on(tmp_path: Path) -> None:
     assert csv_rows(job.table) == csv_rows(other.table, "\t")
 
 
-def test_a_complete_table_is_left_alone_and_one_that_is_gone_is_made_again(tmp_path: Path) -> None:
+def test_complete_table_is_kept_and_a_deleted_one_is_rewritten(tmp_path: Path) -> None:
     job = table_job(tmp_path, ".csv")
     run(job)
     first = job.table.read_bytes()
@@ -338,16 +560,16 @@ def test_a_complete_table_is_left_alone_and_one_that_is_gone_is_made_again(tmp_p
         replace(ASK, fields=("product",)),
     ],
 )
-def test_another_prompt_id_or_fields_are_another_run(tmp_path: Path, rows: RowSettings) -> None:
+def test_other_prompt_id_or_fields_are_another_run(tmp_path: Path, rows: RowSettings) -> None:
     run(table_job(tmp_path, ".csv"))
     with pytest.raises(ResumeRefused, match="other settings"):
         run(table_job(tmp_path, ".csv", rows))
 
 
-def test_a_file_that_no_run_made_is_not_replaced(tmp_path: Path) -> None:
+def test_foreign_file_is_not_replaced(tmp_path: Path) -> None:
     job = table_job(tmp_path, ".csv")
     write(job.table, "mine")
-    with pytest.raises(UsageError, match="no run made it"):
+    with pytest.raises(UsageError, match="no run has written it"):
         run(job)
     assert job.table.read_bytes() == b"mine"
     run(replace(job, overwrite=True))
@@ -358,18 +580,18 @@ def test_a_file_that_no_run_made_is_not_replaced(tmp_path: Path) -> None:
     ("args", "said"),
     [
         (["--fields", "line"], "--fields line"),
-        (["--fields", "id,id"], "each once"),
-        (["-o", "x.csv.gz"], "not packed"),
+        (["--fields", "id,id"], "distinct column names"),
+        (["-o", "x.csv.gz"], "compressed tables"),
         (["-o", str(REVIEWS)], "is the input"),
     ],
 )
-def test_wrong_usage_is_2(tmp_path: Path, args: Sequence[str], said: str) -> None:
+def test_wrong_usage_exits_with_2(tmp_path: Path, args: Sequence[str], said: str) -> None:
     done = smol("run", REVIEWS, "--prompt", "{review}", "-o", tmp_path / "o.csv", *args)
     assert done.exit_code == 2
     assert said in done.stderr
 
 
-def test_the_command_makes_tables_of_tables_and_checks_them(tmp_path: Path) -> None:
+def test_command_reads_writes_and_checks_tables(tmp_path: Path) -> None:
     path = tmp_path / "o.parquet"
     done = smol("run", REVIEWS, "--prompt", "Say {review}", "--fields", "id,stars", "-o", path)
     assert done.exit_code == 3

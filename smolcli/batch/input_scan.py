@@ -14,7 +14,7 @@ from smolcli.data.jsonl import is_stream
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
 from smolcli.errors import InputError, RunError
-from smolcli.protocol.line_formats import LineFormat, detect_format
+from smolcli.protocol.line_formats import LineFormat, detect_format, stated_format
 from smolcli.settings import RunSettings
 
 
@@ -108,9 +108,9 @@ def scan_input(settings: RunSettings) -> InputScan:
         InputError: the input cannot be read.
     """
     if is_stream(settings.input):
-        return InputScan(int(time.time()))
+        return InputScan(int(time.time()), format=stated_format(settings.rows))
     values = (row.value for row in read_rows(settings.input, settings.rows))
-    format = detect_format(values, settings.defaults)
+    format = stated_format(settings.rows) or detect_format(values, settings.defaults)
     rows = islice(read_rows(settings.input, settings.rows), settings.limit)
     digests = RowDigests.of(rows)
     try:

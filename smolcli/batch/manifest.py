@@ -67,6 +67,9 @@ class Manifest:
             "id_column": settings.rows.id_column,
             "fields": list(settings.rows.fields) or None,
         }
+        for name in ("input_format", "encoding", "delimiter"):
+            if (value := getattr(settings.rows, name)) not in (None, "auto"):
+                generation[name] = value
         del generation["seed"]
         return cls(
             input=str(settings.input),

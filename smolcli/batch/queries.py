@@ -4,9 +4,11 @@ from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from itertools import chain
 
+from smolcli.data.prompt_template import options_hint
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError
 from smolcli.protocol.line_formats import LineFormat, detect_format
+from smolcli.protocol.query import FIELDS
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, failure
 
@@ -122,12 +124,22 @@ def _parse(row: Row, format: LineFormat, defaults: QueryDefaults) -> Query | Res
     except QueryError as exc:
         return Result(
             chat_id=format.id_of(row.value),
-            error=str(exc),
+            error=f"{exc}{_hint(row, exc)}",
             error_code=exc.code,
             field=exc.field,
             metadata=row.carried,
             line=row.number,
         )
+
+
+def _hint(row: Row, exc: QueryError) -> str:
+    """The end of an error message for a row whose columns are not named like query fields."""
+    is_data = exc.code in (ErrorCode.MISSING_FIELD, ErrorCode.UNKNOWN_FIELD)
+    values = row.value if is_data and row.fault is None else None
+    if not isinstance(values, dict) or {"user_prompt", "messages", "custom_id"} & values.keys():
+        return ""
+    columns = [name for name in values if name not in FIELDS]
+    return f"; {options_hint(columns)}" if columns and "did you mean" not in str(exc) else ""
 
 
 def _duplicate(query: Query, id_field: str) -> Result:

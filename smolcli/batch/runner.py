@@ -38,6 +38,7 @@ from smolcli.batch.pipeline import answer_all, read_ahead
 from smolcli.batch.progress import RunProgress
 from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.batch.statistics import RunStatistics, StatisticsCollector
+from smolcli.data.compression import without_codec_suffix
 from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing
 from smolcli.data.reader import read_rows, row_numbers
 from smolcli.data.rows import Row
@@ -61,7 +62,7 @@ def default_output(input: Path) -> Path:
         return Path("-")
     if not input.name:
         raise UsageError(f"{input} is a directory; give a file of queries")
-    stem = Path(input.name.removesuffix(".gz")).stem
+    stem = without_codec_suffix(input).stem
     return input.with_name(f"{stem}.results.jsonl")
 
 

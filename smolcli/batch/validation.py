@@ -8,6 +8,7 @@ from pathlib import Path
 from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.data.reader import read_rows
 from smolcli.errors import PromptTooLong, QueryError
+from smolcli.protocol.line_formats import stated_format
 from smolcli.settings import RunSettings
 from smolcli.text.grammar import check_format
 from smolcli.text.tokenizer import ChatTokenizer, context_length
@@ -34,7 +35,8 @@ def check_input(settings: RunSettings, check_query: CheckQuery | None) -> Iterat
         InputError: the input cannot be read.
     """
     rows = islice(read_rows(settings.input, settings.rows), settings.limit)
-    for item in QueryReader(rows, settings.defaults, ChatIds()):
+    format = stated_format(settings.rows)
+    for item in QueryReader(rows, settings.defaults, ChatIds(), format):
         yield item if isinstance(item, Result) else _checked(item, check_query)
 
 

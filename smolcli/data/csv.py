@@ -1,61 +1,76 @@
-"""The rows of a CSV or TSV file (RFC 4180), of which no more than one is in memory."""
+"""The rows of a CSV (RFC 4180) or TSV file, one at a time."""
 
 import csv
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BufferedIOBase
 from pathlib import Path
 
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, physical_lines
-from smolcli.data.rows import Row, delimiter
+from smolcli.data.rows import Row
 from smolcli.errors import InputError, QueryError
 from smolcli.types import ErrorCode
 
+Cells = list[str] | QueryError
 
-def read_csv(path: Path, choose: Callable[[Sequence[str]], list[str]]) -> Iterator[Row]:
-    """Yield the rows below the header, numbered by the physical line on which they begin.
 
-    A row that cannot be read costs its first line alone: reading goes on with the next. Empty
-    cells are None.
+def read_csv(
+    file: BufferedIOBase,
+    path: Path,
+    delimiter: str,
+    choose: Callable[[Sequence[str]], list[str]],
+) -> Iterator[Row]:
+    """Yield the rows below the header, numbered by the line on which they begin.
+
+    An invalid row costs only its first line: reading continues with the next one. Empty cells are
+    None. In a file with tabs, a cell that begins with a quote but is not a quoted cell is taken
+    literally, because most programs that write such files quote nothing.
 
     Args:
-        path: the file, gzipped perhaps.
-        choose: picks from the names of all columns those to read.
+        file: to read from, in UTF-8.
+        path: its name, for errors.
+        delimiter: between two cells.
+        choose: selects the columns to read from the names of all of them.
 
     Raises:
-        InputError: where the file or its header cannot be read.
+        InputError: the file or its header cannot be read, or two of the columns to read have the
+            same name.
     """
     csv.field_size_limit(MAX_LINE_BYTES)
-    rows = _read(path)
+    source = _Source(physical_lines(file, path))
+    rows = _rows(source, delimiter)
     header = _header(path, rows)
-    columns = {name: header.index(name) for name in choose(header)}
+    chosen = choose(header)
+    if repeated := [name for name in chosen if header.count(name) > 1 and chosen.count(name) > 1]:
+        raise InputError(f"{path} has more than one column {repeated[0]!r}")
+    columns = {name: header.index(name) for name in chosen}
     for number, cells in rows:
+        if delimiter == "\t" and (isinstance(cells, QueryError) or len(cells) != len(header)):
+            cells = source.literal_row(len(header)) or cells
         yield _row(number, cells, len(header), columns)
 
 
-def _header(path: Path, rows: Iterator[tuple[int, list[str] | QueryError]]) -> list[str]:
+def _header(path: Path, rows: Iterator[tuple[int, Cells]]) -> list[str]:
     _, header = next(rows, (0, []))
     if isinstance(header, QueryError):
         raise InputError(f"cannot read the header of {path}: {header}")
     if not header:
         raise InputError(f"{path} is empty; a table begins with the names of its columns")
-    if twice := {name for name in header if name and header.count(name) > 1}:
-        raise InputError(f"{path} has more than one column {min(twice)!r}")
     return header
 
 
-def _row(number: int, cells: list[str] | QueryError, width: int, columns: Mapping[str, int]) -> Row:
+def _row(number: int, cells: Cells, width: int, columns: Mapping[str, int]) -> Row:
     if isinstance(cells, QueryError):
         return Row(number, fault=cells)
     if len(cells) != width:
-        fault = QueryError(f"the row has {len(cells)} cells, the header {width}")
+        fault = QueryError(f"the row has {len(cells)} cells, but the header has {width}")
         return Row(number, fault=fault)
     return Row(number, {name: cells[at] or None for name, at in columns.items()})
 
 
-def _read(path: Path) -> Iterator[tuple[int, list[str] | QueryError]]:
+def _rows(source: "_Source", delimiter: str) -> Iterator[tuple[int, Cells]]:
     """Number and cells of each row that is not blank, or what is wrong with it."""
-    source = _Source(physical_lines(path))
-    reader = csv.reader(source, delimiter=delimiter(path), strict=True)
+    reader = csv.reader(source, delimiter=delimiter, strict=True)
     while True:
         source.begin_row()
         try:
@@ -64,10 +79,11 @@ def _read(path: Path) -> Iterator[tuple[int, list[str] | QueryError]]:
         except StopIteration:
             return
         except UnicodeEncodeError:
-            yield source.number, QueryError("the row is not UTF-8")
+            yield source.number, QueryError("the row is not UTF-8; give its encoding: --encoding")
         except (csv.Error, QueryError) as exc:
-            yield source.number, _fault(exc)
+            number, fault = source.number, _fault(exc)
             source.give_back()
+            yield number, fault
         else:
             if cells:
                 yield source.number, cells
@@ -76,11 +92,17 @@ def _read(path: Path) -> Iterator[tuple[int, list[str] | QueryError]]:
 def _fault(exc: csv.Error | QueryError) -> QueryError:
     if isinstance(exc, QueryError):
         return exc
-    return QueryError(f"the row is not valid CSV: {exc}; is there a quote too many?")
+    reasons = {
+        "unexpected end of data": "a quoted cell is not closed",
+        "expected after": "text follows the closing quote of a cell",
+        "new-line character": "a carriage return stands outside quotes",
+    }
+    reason = next((own for theirs, own in reasons.items() if theirs in str(exc)), "quotes misused")
+    return QueryError(f"the row is not valid CSV: {reason}")
 
 
 class _Source:
-    """Gives csv.reader the lines of a file, and those of a bad row again but for the first."""
+    """The lines of a file for csv.reader; those of an invalid row are given again but the first."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
@@ -90,7 +112,7 @@ class _Source:
 
     @property
     def number(self) -> int:
-        """The physical line on which the row begins."""
+        """The line on which the row begins."""
         return self._row[0].number
 
     def begin_row(self) -> None:
@@ -98,7 +120,21 @@ class _Source:
         self._num_bytes = 0
 
     def give_back(self) -> None:
+        """Have the reader continue with the second line of the row."""
         self._ahead.extendleft(reversed(self._row[1:]))
+        del self._row[1:]
+
+    def literal_row(self, width: int) -> list[str] | None:
+        """The cells of the row's first line, quotes taken literally; None if that is no row."""
+        data = self._row[0].data or b""
+        try:
+            cells = data.decode().rstrip("\r\n").split("\t")
+        except UnicodeDecodeError:
+            return None
+        if len(cells) != width:
+            return None
+        self.give_back()
+        return cells
 
     def __iter__(self) -> "_Source":
         return self
@@ -107,7 +143,7 @@ class _Source:
         line = self._ahead.popleft() if self._ahead else next(self._lines)
         self._row.append(line)
         self._num_bytes += len(line.data or b"")
-        if line.data is None or self._num_bytes > MAX_LINE_BYTES:
+        if line.data is None or self._num_bytes > MAX_LINE_BYTES + 2:
             message = f"the row is longer than {MAX_LINE_BYTES:,} bytes"
             raise QueryError(message, ErrorCode.LINE_TOO_LONG)
-        return line.data.decode(errors="surrogateescape") + "\n"
+        return line.data.decode(errors="surrogateescape")

@@ -1,12 +1,9 @@
-"""Files of one JSON value a line: the reader of queries and the writer of results."""
+"""Files of one JSON value per line: the lines of an input, and the writer of results."""
 
-import gzip
 import json
 import os
 import stat
 import threading
-import zlib
-from codecs import BOM_UTF8
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,26 +11,26 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NoReturn
 
-from smolcli.errors import InputError, RunError
+from smolcli.data.source import READ_ERRORS, open_source
+from smolcli.errors import InputError, RunError, error_reason
 
 MAX_LINE_BYTES = 1 << 20
 SYNC_INTERVAL_S = 1.0
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _LONGEST_READ = MAX_LINE_BYTES + len(b"\r\n")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a file; `data` is None where it is longer than MAX_LINE_BYTES."""
+    """One line of a file; `data` is None if it is longer than MAX_LINE_BYTES."""
 
     number: int
     data: bytes | None
 
 
 def is_stream(path: Path) -> bool:
-    """Whether `path` can be gone through only once: `-`, a pipe, a device."""
+    """Whether `path` can be read only once: `-`, a pipe or a device."""
     if str(path) == "-":
         return True
     try:
@@ -44,67 +41,66 @@ def is_stream(path: Path) -> bool:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Yield the lines that are not blank of a plain or gzipped file, or of stdin (`-`).
+    """Yield the lines of a file, or of stdin for `-`, that are not blank.
 
     Raises:
-        InputError: where the file cannot be read, or not to its end.
+        InputError: the file cannot be read to its end.
     """
-    for line in physical_lines(path):
-        if line.data is None or line.data.strip():
+    with open_source(path) as file:
+        yield from nonblank_lines(file, path)
+
+
+def nonblank_lines(file: BufferedIOBase, path: Path) -> Iterator[Line]:
+    """Yield the lines of an open file that are not blank, without their ends.
+
+    Args:
+        file: to read from.
+        path: its name, for errors.
+
+    Raises:
+        InputError: the file cannot be read to its end.
+    """
+    for line in physical_lines(file, path):
+        data = line.data
+        if data is None:
             yield line
+        elif data.strip():
+            yield Line(line.number, data.rstrip(b"\r\n"))
 
 
-def physical_lines(path: Path) -> Iterator[Line]:
-    """Yield every line, blank ones too; see `read_lines`."""
+def physical_lines(file: BufferedIOBase, path: Path) -> Iterator[Line]:
+    """Yield every line of an open file with its end; see `nonblank_lines`."""
     number = 0
     try:
-        with _open(path) as file:
-            for number, data in enumerate(_split(file), start=1):
-                if number == 1 and data is not None:
-                    data = data.removeprefix(BOM_UTF8)
-                yield Line(number, data)
-    except (OSError, EOFError, zlib.error) as exc:
+        for number, data in enumerate(_split(file), start=1):
+            yield Line(number, data)
+    except READ_ERRORS as exc:
         where = f" beyond line {number}" if number else ""
-        raise InputError(f"cannot read {path}{where}: {_reason(exc)}") from exc
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BufferedIOBase]:
-    source = 0 if str(path) == "-" else path
-    with open(source, "rb", closefd=source != 0) as file:
-        if file.peek(2)[:2] == _GZIP_MAGIC:
-            with gzip.open(file) as unpacked:
-                yield unpacked
-        else:
-            yield file
+        raise InputError(f"cannot read {path}{where}: {error_reason(exc)}") from exc
 
 
 def _split(file: BufferedIOBase) -> Iterator[bytes | None]:
-    """Every line without its end; None for one too long, of which no more than that is held."""
+    """Every line; None for one that is too long, which is never held as a whole."""
     while data := file.readline(_LONGEST_READ):
         if len(data) == _LONGEST_READ and not data.endswith(b"\n"):
             while (rest := file.readline(_LONGEST_READ)) and not rest.endswith(b"\n"):
                 pass
-        data = data.rstrip(b"\r\n")
-        yield data if len(data) <= MAX_LINE_BYTES else None
-
-
-def _reason(exc: Exception) -> str:
-    return getattr(exc, "strerror", None) or str(exc)
+        yield data if len(data.rstrip(b"\r\n")) <= MAX_LINE_BYTES else None
 
 
 def encode(record: dict[str, Any]) -> bytes:
-    """A record as a line; a lone surrogate is no reason to stop."""
+    """A record as one line of JSON; lone surrogates are replaced."""
     return _ENCODER.encode(record).encode(errors="replace") + b"\n"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BufferedIOBase]:
-    """A file to write that takes the place of `path` when it is whole, in one step that survives
-    a power cut; an exception leaves what was there.
+    """Write a new file that replaces `path` atomically and durably when the block ends.
+
+    An exception leaves the previous file in place.
 
     Raises:
-        RunError: where it cannot be written.
+        RunError: the file cannot be written.
     """
     path = Path(os.path.realpath(path))  # a symbolic link stays one
     unfinished = path.with_name(f".{path.name}.tmp")
@@ -119,11 +115,11 @@ def replacing(path: Path) -> Iterator[BufferedIOBase]:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as exc:
-        raise RunError(f"cannot write {path}: {_reason(exc)}") from exc
+        raise RunError(f"cannot write {path}: {error_reason(exc)}") from exc
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last; where folders cannot be opened (Windows) the system sees to it."""
+    """Make a rename durable. Windows cannot open folders, and does this by itself."""
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         try:
@@ -133,14 +129,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 class ResultWriter:
-    """Appends records of results, each in one unbuffered write; a thread syncs them to the disk.
+    """Appends result records, each with one unbuffered write; a thread syncs them to the disk.
 
-    Whenever the process dies, the file is a prefix of the final one, torn at worst inside its
-    last line; when the machine dies, it is so as of a second ago.
+    If the process is killed, the file is a prefix of the final one, torn at worst inside its last
+    line. If the machine loses power, the last SYNC_INTERVAL_S seconds may be missing.
 
     Args:
         path: the file, or `-` for stdout.
-        num_bytes: how much of the file to keep; the rest is cut off.
+        num_bytes: how much of the existing file to keep; the rest is truncated.
+
+    Raises:
+        RunError: the file cannot be opened.
     """
 
     def __init__(self, path: Path, num_bytes: int = 0) -> None:
@@ -165,8 +164,8 @@ class ResultWriter:
         """Append one record.
 
         Raises:
-            RunError: where the disk is full, or the file cannot be written for another reason.
-            BrokenPipeError: where whoever read stdout has gone.
+            RunError: the file cannot be written, for example because the disk is full.
+            BrokenPipeError: the reader of stdout is gone.
         """
         data = encode(record)
         try:
@@ -179,7 +178,11 @@ class ResultWriter:
             self._fail(exc)
 
     def close(self) -> None:
-        """Sync what is written, and let go of the file."""
+        """Sync what is written, and close the file.
+
+        Raises:
+            RunError: an earlier sync failed, or this one does.
+        """
         self._stopping.set()
         with self._file:
             if self._can_sync:
@@ -201,10 +204,10 @@ class ResultWriter:
         if self._sync_fault is not None:
             raise self._sync_fault
         if self._is_dirty:
-            self._is_dirty = False  # first, so that a write during the sync counts for the next
+            self._is_dirty = False  # before the sync: a write during it needs the next one
             os.fsync(self._file.fileno())
 
     def _fail(self, exc: OSError) -> NoReturn:
         if isinstance(exc, BrokenPipeError):
             raise exc
-        raise RunError(f"cannot write {self._path}: {_reason(exc)}") from exc
+        raise RunError(f"cannot write {self._path}: {error_reason(exc)}") from exc

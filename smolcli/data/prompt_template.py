@@ -1,42 +1,44 @@
-"""Prompt templates, and the mapping of columns to query fields."""
+"""Prompt templates, and the mapping of rows to queries."""
 
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from string import Formatter
 from typing import Any
 
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError, UsageError
-from smolcli.protocol.query import FIELDS, QueryFields, load_json
+from smolcli.protocol.query import FIELDS, QueryFields, load_json, whole_number
 from smolcli.settings import RowSettings
 from smolcli.types import ErrorCode
 
+_BOOLEANS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+_PROMPT_NAMES = ("prompt", "question", "text", "input", "instruction", "query", "content")
+
 
 class Template:
-    """`Translate {text}` for any row; `{{` and `}}` stand for braces.
+    """A prompt with placeholders for columns: `Translate {text}`.
+
+    A placeholder holds the name of a column as it is, colons, exclamation marks and balanced
+    braces included. Any name can be written as a JSON string: `{"{odd}"}`. `{{` and `}}` stand for
+    braces.
 
     Raises:
-        UsageError: where the text cannot be read so.
+        UsageError: the text is not a template.
     """
 
     def __init__(self, text: str) -> None:
-        try:
-            parts = list(Formatter().parse(text))
-        except ValueError as exc:
-            raise UsageError(f"--prompt: {exc}; a brace itself is {{{{ or }}}}") from exc
-        if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
-            raise UsageError("--prompt: braces hold the name of a column and nothing else")
-        self._parts = [(literal, name) for literal, name, _, _ in parts]
+        self._parts = list(_parts(text))
         self.columns = list(dict.fromkeys(name for _, name in self._parts if name is not None))
         if not self.columns:
-            raise UsageError("--prompt names no column: write {text} where column text is to stand")
+            raise UsageError(
+                "--prompt names no column: write {text} where the text of column 'text' should go"
+            )
 
     def render(self, values: Mapping[str, Any]) -> str:
         """The prompt of one row.
 
         Raises:
-            QueryError: where a column is missing, or none of them holds anything.
+            QueryError: a column is missing, or all of them are blank.
         """
         texts = {name: _text(cell(values, name)) for name in self.columns}
         if not any(text.strip() for text in texts.values()):
@@ -47,11 +49,52 @@ class Template:
         )
 
 
+def _parts(text: str) -> Iterable[tuple[str, str | None]]:
+    """The pieces of a template: literal text, and the name of the column that follows it."""
+    at, literal = 0, ""
+    while at < len(text):
+        character = text[at]
+        if character in "{}" and text[at : at + 2] == character * 2:
+            literal, at = literal + character, at + 2
+        elif character == "}":
+            raise UsageError("--prompt: a single '}'; write '}}' for the brace itself")
+        elif character == "{":
+            name, at = _name(text, at + 1)
+            yield literal, name
+            literal = ""
+        else:
+            literal, at = literal + character, at + 1
+    if literal:
+        yield literal, None
+
+
+def _name(text: str, start: int) -> tuple[str, int]:
+    """The name of the column in a placeholder, and where the text after it begins."""
+    if text[start : start + 1] == '"':
+        try:
+            name, end = json.JSONDecoder().raw_decode(text, start)
+        except ValueError:
+            name, end = "", start
+        if isinstance(name, str) and text[end : end + 1] == "}":
+            return name, end + 1
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            break
+    else:
+        raise UsageError("--prompt: a '{' is not closed; write '{{' for the brace itself")
+    name = text[start:end].replace("{{", "{").replace("}}", "}")
+    if not name:
+        raise UsageError("--prompt: '{}' names no column; write {text}, or {{}} for the braces")
+    return name, end + 1
+
+
 def cell(values: Mapping[str, Any], column: str) -> Any:
-    """What a row has in a column.
+    """The value of a row in a column.
 
     Raises:
-        QueryError: where it has no such column.
+        QueryError: the row has no such column.
     """
     if column not in values:
         raise QueryError(no_column(column, values), ErrorCode.MISSING_FIELD, column)
@@ -59,11 +102,30 @@ def cell(values: Mapping[str, Any], column: str) -> Any:
 
 
 def no_column(column: str, columns: Iterable[str]) -> str:
-    """That there is no such column, and which was meant perhaps."""
+    """An error message for a missing column that suggests the one that was meant, if any."""
     names = [name for name in columns if name]
-    near = difflib.get_close_matches(column, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names[:20])}"
+    folded = {name.strip().casefold(): name for name in reversed(names)}
+    near = difflib.get_close_matches(column.strip().casefold(), folded, n=1)
+    hint = f"did you mean {folded[near[0]]!r}?" if near else f"there are {', '.join(names[:20])}"
     return f"there is no column {column!r}" + (f"; {hint}" if names else "")
+
+
+def options_hint(columns: Iterable[str]) -> str:
+    """How to ask about rows whose columns are not named like the fields of a query."""
+    names = [name for name in columns if name]
+    likely = (name for name in names if name.strip().casefold() in _PROMPT_NAMES)
+    prompt = next(likely, None) or next(reversed(names), "text")
+    hint = f"say what to ask with --prompt '{_placeholder(prompt)}'"
+    ids = [name for name in names if name.casefold().replace("_", "") in ("id", "key", "uid")]
+    return hint + (f" --id-column {ids[0]}" if ids and ids[0] != prompt else "")
+
+
+def _placeholder(column: str) -> str:
+    try:
+        is_plain = list(_parts(f"{{{column}}}")) == [("", column)]
+    except UsageError:
+        is_plain = False
+    return f"{{{column}}}" if is_plain else f"{{{json.dumps(column, ensure_ascii=False)}}}"
 
 
 def _text(value: object) -> str:
@@ -73,10 +135,13 @@ def _text(value: object) -> str:
 
 
 class RowMapper:
-    """Makes queries of rows.
+    """Turns rows into queries.
+
+    Args:
+        settings: which columns are the prompt, the id and the metadata.
 
     Raises:
-        UsageError: where the prompt cannot be read as a template.
+        UsageError: the prompt is not a template.
     """
 
     def __init__(self, settings: RowSettings) -> None:
@@ -89,10 +154,10 @@ class RowMapper:
         self._json_fields = _json_fields()
 
     def choose(self, header: Sequence[str]) -> list[str]:
-        """The columns of a table that matter.
+        """The columns of a table that have to be read; a name comes twice if its columns clash.
 
         Raises:
-            UsageError: where a column is missing that every row needs.
+            UsageError: a column that every row needs is missing.
         """
         for column in self._needed:
             if column not in header:
@@ -100,24 +165,22 @@ class RowMapper:
         if self._template is not None:
             return [name for name in header if name in (*self._needed, "chat_id")]
         if not {"user_prompt", "messages"} & set(header):
-            example = next((name for name in reversed(header) if name), "text")
-            raise UsageError(
-                "there is no column user_prompt; "
-                f"say what to ask: --prompt 'Summarize: {{{example}}}'"
-            )
-        return [name for name in header if name]
+            raise UsageError(f"there is no column user_prompt; {options_hint(header)}")
+        used = {*FIELDS, *self._needed}
+        repeated = [name for name in header if name in used and header.count(name) > 1]
+        return [*dict.fromkeys(name for name in header if name), *repeated[1:]]
 
     def query_of_cells(self, row: Row) -> Row:
-        """The query that a table's row makes: text is read as JSON where a field is no text."""
+        """The query of a table's row: cells are parsed as JSON where the field is not a string."""
         if self._template is None and isinstance(row.value, dict):
             values = {name: self._typed(name, value) for name, value in row.value.items()}
             row = Row(row.number, values, row.fault)
         return self.query(row)
 
     def query(self, row: Row) -> Row:
-        """The query that a row makes, and what goes from the row into its result.
+        """The query of a row.
 
-        It always has a chat_id, so that no row of data is taken for one of OpenAI's requests.
+        It always has a chat_id, so a row of data is never taken for an OpenAI request.
         """
         if row.fault is not None:
             return Row(row.number, fault=row.fault)
@@ -127,11 +190,11 @@ class RowMapper:
         carried = {name: values[name] for name in self._fields if name in values}
         query: dict[str, Any] = {"chat_id": self._chat_id(values, row.number)}
         try:
-            query |= self._asked(values)
+            query |= self._query_fields(values)
         except QueryError as exc:
             return Row(row.number, query, exc, carried or None)
         metadata = query.get("metadata") or {}
-        if carried and isinstance(metadata, dict):  # another is the row's fault, told of it later
+        if carried and isinstance(metadata, dict):  # the parser refuses any other
             query["metadata"] = metadata | carried
         return Row(row.number, query, None, carried or None)
 
@@ -140,7 +203,7 @@ class RowMapper:
             return values.get(self._id_column)
         return values.get("chat_id", str(number))
 
-    def _asked(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _query_fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
         for column in self._needed:
             cell(values, column)
         if self._id_column is not None and values[self._id_column] in (None, ""):
@@ -152,12 +215,16 @@ class RowMapper:
         return {name: value for name, value in values.items() if name not in used_up}
 
     def _typed(self, name: str, value: object) -> object:
-        if name not in self._json_fields or not isinstance(value, str):
+        if name not in self._json_fields:
+            return value
+        if name == "logprobs":  # true, TRUE or True, and what pandas makes of them
+            return _BOOLEANS.get(str(whole_number(value)).strip().casefold(), value)
+        if not isinstance(value, str):
             return value
         try:
-            return load_json(value.encode())
+            return load_json(value.strip().encode())
         except QueryError:
-            return value  # the schema says what it must be
+            return value  # the parser says what it must be
 
 
 def _json_fields() -> set[str]:

@@ -1,53 +1,88 @@
-"""The rows of any input, each as the fields of a query."""
+"""The rows of any input, as the fields of queries."""
 
+import io
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 
 from smolcli.data.csv import read_csv
-from smolcli.data.jsonl import MAX_LINE_BYTES, Line, read_lines
+from smolcli.data.detection import (
+    Kind,
+    Sample,
+    detect_kind,
+    guess_delimiter,
+    kind_of_name,
+    refuse_foreign,
+)
+from smolcli.data.json_values import json_values
+from smolcli.data.jsonl import MAX_LINE_BYTES, Line, is_stream, nonblank_lines
 from smolcli.data.parquet import read_parquet
 from smolcli.data.prompt_template import RowMapper
-from smolcli.data.rows import Row, format_of
-from smolcli.errors import QueryError, UsageError
+from smolcli.data.rows import Row
+from smolcli.data.source import READ_ERRORS, Prefixed, open_source
+from smolcli.errors import InputError, QueryError, UsageError, error_reason
 from smolcli.protocol.query import load_json
 from smolcli.settings import RowSettings
 from smolcli.types import ErrorCode
 
 
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """An open input whose kind is known; a Parquet file is opened by its path."""
+
+    path: Path
+    kind: Kind
+    file: BufferedIOBase
+    delimiter: str = ","
+
+    def lines(self) -> Iterator[Line]:
+        """The JSON text of each row."""
+        read = json_values if self.kind == "json" else nonblank_lines
+        return read(self.file, self.path)
+
+
 def read_rows(path: Path, settings: RowSettings, after: int = 0) -> Iterator[Row]:
-    """Yield the rows of a table, or of a file of JSON lines, as the fields of queries.
+    """Yield the rows of an input as the fields of queries.
 
     Args:
-        path: the file.
-        settings: how a row becomes a query.
-        after: the number of the last row that is not wanted.
+        path: the file, or `-` for stdin.
+        settings: how it is read, and how rows become queries.
+        after: skip rows up to this number.
 
     Raises:
-        UsageError: where the input has not the columns that `settings` ask for.
-        InputError: where the input cannot be read.
+        UsageError: the input is of no kind that can be read, or lacks a column that `settings`
+            name.
+        InputError: the input cannot be read to its end.
     """
-    kind = format_of(path)
-    if kind is None:
-        rows = (load_row(line) for line in read_lines(path) if line.number > after)
-        yield from rows if settings == RowSettings() else map(RowMapper(settings).query, rows)
-        return
-    mapper = RowMapper(settings)
-    read = read_parquet if kind == ".parquet" else read_csv
-    try:
-        rows = (row for row in read(path, mapper.choose) if row.number > after)
-        yield from map(mapper.query_of_cells, rows)
-    except UsageError as exc:
-        raise UsageError(f"{path}: {exc}") from exc
+    with _open(path, settings) as source:
+        mapper = RowMapper(settings)
+        if source.kind in ("jsonl", "json"):
+            rows = (load_row(line) for line in source.lines() if line.number > after)
+            yield from map(mapper.query, rows) if settings.maps_rows else rows
+            return
+        try:
+            if source.kind == "parquet":
+                table = read_parquet(path, mapper.choose)
+            else:
+                table = read_csv(source.file, path, source.delimiter, mapper.choose)
+            yield from map(mapper.query_of_cells, (row for row in table if row.number > after))
+        except UsageError as exc:
+            raise UsageError(f"{path}: {exc}") from exc
 
 
 def row_numbers(path: Path, settings: RowSettings) -> Iterator[int]:
-    """The numbers of the rows that `read_rows` yields; JSON lines are not parsed for them."""
-    rows = read_lines(path) if format_of(path) is None else read_rows(path, settings)
-    return (row.number for row in rows)
+    """The numbers of the rows that `read_rows` yields; JSON is not parsed for them."""
+    with _open(path, settings) as source:
+        if source.kind in ("jsonl", "json"):
+            yield from (line.number for line in source.lines())
+            return
+    yield from (row.number for row in read_rows(path, settings))
 
 
 def load_row(line: Line) -> Row:
-    """The JSON value that a line holds, or the line itself and what is wrong with it."""
+    """The JSON value of a line; the line itself if it is invalid, and what is wrong with it."""
     try:
         if line.data is None:
             message = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
@@ -55,3 +90,36 @@ def load_row(line: Line) -> Row:
         return Row(line.number, load_json(line.data))
     except QueryError as exc:
         return Row(line.number, line.data, exc)
+
+
+@contextmanager
+def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
+    """Open an input and decide what kind it is.
+
+    Raises:
+        UsageError: it is of no kind that can be read.
+        InputError: it cannot be opened.
+    """
+    kind = kind_of_name(path, settings.input_format)
+    if kind == "parquet" and not is_stream(path):
+        yield _Input(path, kind, io.BytesIO())
+        return
+    with open_source(path, settings.encoding) as file:
+        sample = Sample(file)
+        try:
+            kind = kind or detect_kind(sample, path, settings.input_format)
+            if kind in ("csv", "tsv"):
+                delimiter = settings.delimiter or _delimiter(kind, sample)
+                refuse_foreign(sample.head, path)
+            else:
+                delimiter = ""
+        except READ_ERRORS as exc:
+            raise InputError(f"cannot read {path}: {error_reason(exc)}") from exc
+        if kind == "parquet" and is_stream(path):
+            raise UsageError(f"{path}: Parquet cannot be read from a pipe; give a file")
+        rest = io.BufferedReader(Prefixed(sample.head, file))
+        yield _Input(path, kind, rest, delimiter)
+
+
+def _delimiter(kind: Kind, sample: Sample) -> str:
+    return "\t" if kind == "tsv" else guess_delimiter(sample)

@@ -1,20 +1,26 @@
-"""Tables: rows of data in, rows of results out; the work between goes by JSON lines as ever."""
+"""One row of an input, and where the results of a table go."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from smolcli.data.compression import codec_of_name
+from smolcli.data.detection import TableSuffix, table_suffix
 from smolcli.errors import QueryError, UsageError
 
-Format = Literal[".csv", ".tsv", ".parquet"]
+Format = TableSuffix
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of an input: what it holds, what is wrong with it, and what goes into its result.
+    """One row of an input.
 
-    Of a line that is no JSON, `value` is the bytes.
+    Args:
+        number: its line number, or its position from 1 where rows have no lines.
+        value: what it holds as a JSON value; the bytes of a line that is not valid JSON.
+        fault: what is wrong with it, if anything.
+        carried: values to copy to the metadata of its result.
     """
 
     number: int
@@ -23,27 +29,21 @@ class Row:
     carried: Mapping[str, Any] | None = None
 
 
-def format_of(path: Path) -> Format | None:
-    """What kind of table a file's name means; None: it is none."""
-    match Path(path.name.lower().removesuffix(".gz")).suffix:
-        case ".csv" | ".tsv" | ".parquet" as suffix:
-            return suffix
-    return None
+def format_of(path: Path) -> TableSuffix | None:
+    """The kind of table that a file name stands for; None if it is not a table's."""
+    return table_suffix(path)
 
 
 def journal_path(output: Path) -> Path:
-    """Where a run keeps its results: beside a table, otherwise in the output itself.
+    """Where a run writes its results: next to a table, otherwise to the output itself.
 
     Raises:
-        UsageError: for a packed table.
+        UsageError: for a compressed table.
     """
     if format_of(output) is None:
         return output
-    if output.suffix.lower() == ".gz":
-        raise UsageError(f"{output}: tables are not packed here; leave the .gz away")
+    if codec_of_name(output) is not None:
+        raise UsageError(
+            f"{output}: compressed tables cannot be written; leave out {output.suffix}"
+        )
     return output.with_name(f"{output.name}.jsonl")
-
-
-def delimiter(path: Path) -> str:
-    """What stands between two cells of a text table."""
-    return "\t" if format_of(path) == ".tsv" else ","

@@ -1,15 +1,15 @@
-"""A table made from a journal of results, in one step, when a run is over."""
+"""The CSV, TSV or Parquet table that is made from the results when a run is finished."""
 
-import csv
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from smolcli.data.parquet import require_pyarrow, write_parquet
-from smolcli.data.rows import delimiter, format_of
-from smolcli.errors import RunError, UsageError
+from smolcli.data.rows import format_of
+from smolcli.errors import RunError, UsageError, error_reason
 from smolcli.protocol.line_formats import smol_record
 
 _BEFORE: dict[str, type] = {"chat_id": str}
@@ -24,54 +24,66 @@ _AFTER: dict[str, type] = {
     "line": int,
 }
 _INT64 = range(-(2**63), 2**63)
+_EXACT_FLOATS = range(-(2**53), 2**53 + 1)  # beyond, a float cannot represent every integer
 
 
 def check_table(table: Path, journal: Path, fields: Sequence[str], overwrite: bool) -> None:
-    """Check that a table can be written in the end.
+    """Check that a table can be written when the run is finished.
+
+    Args:
+        table: the file to write.
+        journal: the results that it is made from.
+        fields: columns of the input to copy.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
-        UsageError: where it cannot, or would replace a file that no run made.
+        UsageError: it cannot, or would replace a file that no run has written.
     """
     if taken := [name for name in fields if name in _BEFORE | _AFTER]:
-        raise UsageError(f"--fields {taken[0]}: {table} has a column of that name for the result")
+        raise UsageError(f"--fields {taken[0]}: {table} already has a result column of that name")
     if format_of(table) == ".parquet":
         require_pyarrow(table)
     if table.exists() and not journal.exists() and not overwrite:
         raise UsageError(
-            f"{table} exists, and no run made it; "
+            f"{table} exists, but no run has written it; "
             "give another --output, or --overwrite to replace it"
         )
 
 
 def write_table(journal: Path, table: Path, fields: Sequence[str]) -> None:
-    """Make a table of the results in a journal, unless it is newer than they are.
+    """Write the results of a journal as a table, unless the table is newer than they are.
 
-    Each of `fields` is a column; other metadata, and whatever else is no number and no text,
-    stands as JSON in its own.
+    Each of `fields` is a column. Other metadata, and every other value that is not a number or
+    text, is written as JSON. A column of values of several types is text.
+
+    Args:
+        journal: the results.
+        table: the file to write.
+        fields: columns of the input to copy.
 
     Raises:
-        RunError: where it cannot be written.
+        RunError: the table cannot be written.
     """
     unfinished = table.with_name(f".{table.name}.tmp")
     try:
         if table.exists() and table.stat().st_mtime_ns >= journal.stat().st_mtime_ns:
             return
         types = _types(_records(journal, fields), fields)
-        records = _records(journal, fields)
         if format_of(table) == ".parquet":
-            write_parquet(unfinished, (_cells(record, types) for record in records), types)
+            _write_parquet(unfinished, journal, fields, types)
         else:
-            _write_csv(unfinished, records, list(types), delimiter(table))
+            delimiter = "\t" if format_of(table) == ".tsv" else ","
+            _write_csv(unfinished, _records(journal, fields), list(types), delimiter)
         _sync(unfinished)
         unfinished.replace(table)
     except OSError as exc:
-        raise RunError(f"cannot write {table}: {exc.strerror or exc}") from exc
+        raise RunError(f"cannot write {table}: {error_reason(exc)}") from exc
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def _records(journal: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The results with nothing nested in them that has columns of its own."""
+    """The results, with usage, timings and fields as members of their own."""
     with journal.open("rb") as file:
         for line in file:
             record = dict(smol_record(json.loads(line)))
@@ -82,24 +94,30 @@ def _records(journal: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _types(records: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> dict[str, type]:
-    """Every column and the type that holds all of its values; JSON as text holds any."""
+    """Every column, with the type that holds all of its values; text holds any as JSON."""
     found: dict[str, type | None] = {**_BEFORE, **dict.fromkeys(fields), **_AFTER}
     fixed = {*_BEFORE, *_AFTER}
     for record in records:
         for name, value in record.items():
             if name not in fixed:
                 found[name] = _wider(found.get(name), value)
-    return {name: type_ or str for name, type_ in found.items()}
+    return {name: int if kind is _BigInt else kind or str for name, kind in found.items()}
+
+
+class _BigInt:
+    """The type of a column with integers that a float cannot represent."""
 
 
 def _wider(seen: type | None, value: object) -> type | None:
     if value is None:
         return seen
-    kind = type(value) if isinstance(value, bool | int | float) else str
-    if kind is int and value not in _INT64:
-        kind = str
+    kind: type = type(value) if isinstance(value, bool | int | float) else str
+    if kind is int and value not in _EXACT_FLOATS:
+        kind = _BigInt if value in _INT64 else str
     if seen is None or seen is kind:
         return kind
+    if {seen, kind} == {int, _BigInt}:
+        return _BigInt
     return float if {seen, kind} == {int, float} else str
 
 
@@ -114,14 +132,37 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def _write_parquet(
+    path: Path, journal: Path, fields: Sequence[str], types: Mapping[str, type]
+) -> None:
+    """Write the results with the types of their columns, or as text if these do not fit."""
+    try:
+        rows = (_cells(record, types) for record in _records(journal, fields))
+        write_parquet(path, rows, types)
+    except (ValueError, TypeError, OverflowError):  # among them pyarrow's own
+        types = dict.fromkeys(types, str)
+        rows = (_cells(record, types) for record in _records(journal, fields))
+        write_parquet(path, rows, types)
+
+
 def _write_csv(
     path: Path, records: Iterable[Mapping[str, Any]], columns: Sequence[str], delimiter: str
 ) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        types = dict.fromkeys(columns, str)
-        writer.writerows(_cells(record, types) for record in records)
+    """Write the results with every cell quoted that needs it, for any reader.
+
+    Python's writer leaves a carriage return unquoted unless it is part of the line's end.
+    """
+    special = re.compile(f'[{delimiter}"\r\n]|^\\s|\\s$|^$')
+
+    def quoted(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"' if special.search(text) else text
+
+    with path.open("w", encoding="utf-8", errors="replace", newline="") as file:
+        file.write(delimiter.join(map(quoted, columns)) + "\n")
+        for record in records:
+            values = (record.get(name) for name in columns)
+            cells = ("" if value is None else quoted(_text(value)) for value in values)
+            file.write(delimiter.join(cells) + "\n")
 
 
 def _sync(path: Path) -> None:

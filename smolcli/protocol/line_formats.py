@@ -19,7 +19,7 @@ from smolcli.protocol.openai import (
     parse_completion,
 )
 from smolcli.protocol.query import ChatId, chat_id_of, decimal_id, parse_query
-from smolcli.settings import QueryDefaults
+from smolcli.settings import InputFormat, QueryDefaults, RowSettings
 from smolcli.types import ErrorCode, Query, Result, Usage
 
 SAMPLE_LINES = 64  # how many lines the format is decided from, at most
@@ -304,6 +304,12 @@ def _answer_fields(choice: dict[str, Any]) -> dict[str, Any]:
         "finish_reason": choice.get("finish_reason"),
     }
     return answer | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
+
+
+def stated_format(rows: RowSettings) -> LineFormat | None:
+    """The format that the user states; None if it has to be detected."""
+    formats: dict[InputFormat, LineFormat] = {"smol": SMOL, "openai": OPENAI}
+    return formats.get(rows.input_format)
 
 
 def _is_request(value: object) -> bool:

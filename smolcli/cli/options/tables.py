@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from smolcli.cli.options import option, require_utf8
+from smolcli.data.source import check_encoding
 from smolcli.errors import UsageError
-from smolcli.settings import RowSettings
+from smolcli.settings import InputFormat, RowSettings
 
 _table = functools.partial(option, panel="Tables")
 
@@ -41,6 +42,32 @@ class TableOptions:
         ),
     ] = None
 
+    input_format: Annotated[
+        InputFormat,
+        _table(
+            "--input-format",
+            help="Format of INPUT. auto detects it from the name and the content; smol and openai "
+            "are the two formats of JSON lines.",
+        ),
+    ] = "auto"
+    encoding: Annotated[
+        str | None,
+        _table(
+            "--encoding",
+            metavar="NAME",
+            help="Text encoding of INPUT, such as cp1252. Default: UTF-8, UTF-16 or UTF-32, "
+            "whichever is detected.",
+        ),
+    ] = None
+    delimiter: Annotated[
+        str | None,
+        _table(
+            "--delimiter",
+            metavar="CHAR",
+            help="Delimiter of a CSV file: a character, or tab. Detected by default.",
+        ),
+    ] = None
+
     def settings(self) -> RowSettings:
         """The row settings that these options stand for.
 
@@ -54,4 +81,21 @@ class TableOptions:
                 f"--fields must be distinct column names separated by commas, such as "
                 f"title,year; got {self.fields!r}"
             )
-        return RowSettings(self.prompt, self.id_column, fields)
+        if self.encoding is not None:
+            check_encoding(self.encoding)
+        return RowSettings(
+            prompt=self.prompt,
+            id_column=self.id_column,
+            fields=fields,
+            input_format=self.input_format,
+            encoding=self.encoding,
+            delimiter=_delimiter(self.delimiter),
+        )
+
+
+def _delimiter(text: str | None) -> str | None:
+    r"""A delimiter as one character; `\t` and `tab` are a tab."""
+    text = {"\\t": "\t", "tab": "\t"}.get(text or "", text)
+    if text is not None and (len(text) != 1 or text in '"\r\n'):
+        raise UsageError(f"--delimiter must be one character, such as ; or tab, not {text!r}")
+    return text

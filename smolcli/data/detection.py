@@ -1,0 +1,184 @@
+"""What kind of file an input is, decided from its name and its first lines."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from smolcli.data.compression import without_codec_suffix
+from smolcli.errors import QueryError, UsageError
+from smolcli.protocol.query import load_json, shown
+from smolcli.settings import InputFormat
+
+Kind = Literal["jsonl", "json", "csv", "tsv", "parquet"]
+TableSuffix = Literal[".csv", ".tsv", ".parquet"]
+
+SAMPLE_LINES = 64
+SAMPLE_BYTES = 1 << 16
+DELIMITERS = (",", ";", "\t", "|")
+
+_KINDS: dict[InputFormat, Kind] = {
+    "jsonl": "jsonl",
+    "json": "json",
+    "csv": "csv",
+    "tsv": "tsv",
+    "parquet": "parquet",
+}
+_PARQUET_MAGIC = b"PAR1"
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive or an Excel workbook; extract it, or export it as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook; export it as CSV",
+    b"%PDF": "a PDF document",
+    b"SQLite format 3": "an SQLite database; export its rows as CSV or JSON lines",
+    b"ARROW1": "an Arrow file; convert it to Parquet",
+    b"Obj\x01": "an Avro file; convert it to Parquet or JSON lines",
+    b"ORC": "an ORC file; convert it to Parquet",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; extract it",
+    b"Rar!": "a RAR archive; extract it",
+}
+
+
+def table_suffix(path: Path) -> TableSuffix | None:
+    """The suffix of a table's name, compressed or not; None if the name is not a table's."""
+    match without_codec_suffix(path).suffix.lower():
+        case ".csv" | ".tsv" | ".parquet" as suffix:
+            return suffix
+    return None
+
+
+def kind_of_name(path: Path, input_format: InputFormat) -> Kind | None:
+    """The kind of input that the user states, by option or by suffix; None if the content tells."""
+    suffix = table_suffix(path)
+    if input_format == "auto" and suffix is not None:
+        return _KINDS[suffix[1:]]  # type: ignore[index]
+    return _KINDS.get(input_format)
+
+
+class Sample:
+    """The first lines of a file, read only as far as the decision needs.
+
+    Args:
+        file: to read from; `head` is what was consumed.
+    """
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file = file
+        self.head = b""
+        self.is_whole = False
+
+    def lines(self) -> Iterator[bytes]:
+        """The lines that are not blank, without white space around them."""
+        for _ in range(SAMPLE_LINES):
+            line = self._file.readline(SAMPLE_BYTES - len(self.head))
+            self.head += line
+            if not line:
+                self.is_whole = len(self.head) < SAMPLE_BYTES
+                return
+            if line.strip():
+                yield line.strip()
+
+
+def detect_kind(sample: Sample, path: Path, input_format: InputFormat) -> Kind:
+    """Decide from the content.
+
+    A line that begins with a brace means JSON lines, wherever it stands in the sample: other lines
+    are then faults of their own.
+
+    Args:
+        sample: of the file.
+        path: its name, for the error.
+        input_format: what the user says of it.
+
+    Raises:
+        UsageError: the content is of no kind that can be read.
+    """
+    lines = sample.lines()
+    first = next(lines, b"")
+    if first.startswith(_PARQUET_MAGIC):
+        return "parquet"
+    refuse_foreign(first, path)
+    if first == b"{":
+        return "json"
+    if first.startswith(b"[") and _is_array(first, lines):
+        return "json"
+    if input_format in ("smol", "openai"):
+        return "jsonl"
+    seen = [first]
+    if first.startswith(b"{") or any(_is_object(line, seen) for line in lines):
+        return "jsonl"
+    if all(_is_json(line) for line in seen if line):
+        return "jsonl"
+    if _guess_delimiter(sample.head, sample.is_whole) is not None:
+        return "csv"
+    what = "it is a binary file" if b"\0" in sample.head else f"it begins with {_quoted(first)}"
+    raise UsageError(
+        f"{path} is neither JSON lines nor a JSON array nor a table: {what}; "
+        "say what it is with --input-format or --encoding"
+    )
+
+
+def refuse_foreign(head: bytes, path: Path) -> None:
+    """Refuse a file that begins like one of a format that cannot be read.
+
+    Raises:
+        UsageError: naming the format.
+    """
+    for magic, what in _FOREIGN.items():
+        if head.startswith(magic):
+            raise UsageError(f"{path} is {what}")
+
+
+def guess_delimiter(sample: Sample) -> str:
+    """The delimiter of a CSV file: a comma unless another one fits its first rows better."""
+    for _ in sample.lines():
+        pass
+    found = _guess_delimiter(sample.head, sample.is_whole)
+    if found is None:  # one column only, or rows that do not fit the header
+        header = sample.head.partition(b"\n")[0].decode(errors="replace")
+        counts = {delimiter: header.count(delimiter) for delimiter in DELIMITERS}
+        found = max(DELIMITERS, key=lambda each: (each == "," and counts[each] > 0, counts[each]))
+    return found if found in DELIMITERS else ","
+
+
+def _guess_delimiter(head: bytes, is_whole: bool) -> str | None:
+    """The delimiter that splits the rows of a sample into equally many cells, and more than one."""
+    text = head.decode(errors="replace")
+    for delimiter in DELIMITERS:
+        try:
+            rows = [row for row in csv.reader(io.StringIO(text, ""), delimiter=delimiter) if row]
+        except csv.Error:
+            continue
+        if not is_whole and len(rows) > 1:
+            rows.pop()  # it may be cut off
+        if len(rows) > 1 and len(rows[0]) > 1 and len({len(row) for row in rows}) == 1:
+            return delimiter
+    return None
+
+
+def _is_array(first: bytes, lines: Iterator[bytes]) -> bool:
+    """Whether a first line that begins with a bracket begins an array of objects.
+
+    It may also be one line of several: a log line, or an array where an object should be.
+    """
+    rest = first[1:].lstrip() or next(lines, b"")
+    if not rest.startswith((b"{", b"]")):
+        return False
+    return not _is_json(first) or next(lines, None) is None
+
+
+def _is_object(line: bytes, seen: list[bytes]) -> bool:
+    seen.append(line)
+    return line.startswith(b"{")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        load_json(line)
+    except QueryError:
+        return False
+    return True
+
+
+def _quoted(line: bytes) -> str:
+    return repr(shown(line.decode(errors="replace"))) if line else "an empty line"

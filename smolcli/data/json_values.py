@@ -1,0 +1,114 @@
+"""The values of a JSON array, or of JSON objects that span several lines."""
+
+import re
+from collections.abc import Iterator
+from io import BufferedIOBase
+from pathlib import Path
+
+from smolcli.data.jsonl import MAX_LINE_BYTES, Line
+from smolcli.data.source import READ_ERRORS, read_some
+from smolcli.errors import InputError, error_reason
+
+_CHUNK_BYTES = 1 << 16
+_OUTSIDE_STRINGS = re.compile(rb'["{}\[\],]')
+_INSIDE_STRINGS = re.compile(rb'["\\\n]')
+_BLANK = b" \t\r\n"
+
+
+def json_values(file: BufferedIOBase, path: Path) -> Iterator[Line]:
+    """Yield the text of each element of an array, or of each of several objects, numbered from 1.
+
+    A value that is not valid JSON does not end the reading: only its brackets are counted.
+
+    Args:
+        file: to read from.
+        path: its name, for errors.
+
+    Raises:
+        InputError: the file cannot be read, or ends inside a value.
+    """
+    splitter = _Splitter()
+    number = 0
+    try:
+        while chunk := read_some(file, _CHUNK_BYTES):
+            for value in splitter.feed(chunk):
+                number += 1
+                yield Line(number, value)
+        splitter.finish()
+    except READ_ERRORS as exc:
+        where = f" beyond record {number}" if number else ""
+        raise InputError(f"cannot read {path}{where}: {error_reason(exc)}") from exc
+
+
+class _Splitter:
+    """Cuts a stream of JSON text between the values of its outermost level."""
+
+    def __init__(self) -> None:
+        self._base: int | None = None  # nesting depth of the values: 1 inside an array
+        self._depth = 0
+        self._is_in_string = False
+        self._num_skipped = 0  # escaped bytes at the beginning of the next chunk
+        self._value = bytearray()
+        self._is_too_long = False
+
+    def feed(self, chunk: bytes) -> Iterator[bytes | None]:
+        """Yield the values that end in a chunk; None for one longer than MAX_LINE_BYTES."""
+        at, start = self._num_skipped, 0
+        self._num_skipped = 0
+        if self._base is None:
+            lead = len(chunk) - len(chunk.lstrip(_BLANK))
+            if lead == len(chunk):
+                return
+            self._base = int(chunk[lead : lead + 1] == b"[")
+            at = start = lead + self._base
+            self._depth = self._base
+        while True:
+            pattern = _INSIDE_STRINGS if self._is_in_string else _OUTSIDE_STRINGS
+            if (match := pattern.search(chunk, at)) is None:
+                break
+            token, at = match[0], match.end()
+            if token == b"\\":
+                at += 1
+                self._num_skipped = max(at - len(chunk), 0)
+            elif token in b'"\n':  # strings end with the line: a broken one harms no other line
+                self._is_in_string = not self._is_in_string
+            elif self._ends_value(token):
+                includes = token != b"," and self._base == 0
+                self._add(chunk[start : at if includes else match.start()])
+                start = at
+                yield from self._take()
+        self._add(chunk[start:])
+
+    def finish(self) -> None:
+        """Check that the last value is complete.
+
+        Raises:
+            EOFError: it is not.
+        """
+        if self._depth or self._value.strip(_BLANK):
+            raise EOFError("the JSON is not closed at the end of the file")
+
+    def _ends_value(self, token: bytes) -> bool:
+        assert self._base is not None
+        if token in b"{[":
+            self._depth += 1
+            return False
+        if token in b"}]":
+            self._depth = max(self._depth - 1, 0)
+            return self._depth < self._base or self._depth == self._base == 0
+        return self._depth == self._base
+
+    def _add(self, data: bytes) -> None:
+        if len(self._value) + len(data) > MAX_LINE_BYTES:
+            self._is_too_long = True
+            data = b""
+        self._value += data
+
+    def _take(self) -> Iterator[bytes | None]:
+        value = bytes(self._value).strip(_BLANK)
+        if self._is_too_long:
+            yield None
+        elif value:
+            yield value
+        self._value.clear()
+        self._is_too_long = False
