@@ -16,7 +16,15 @@ from typing import Any
 import httpx2
 import pytest
 from legacy_host import legacy_host
-from server_tools import RunningServer, eventually, query, serve_process, serving, tiny_engine
+from server_tools import (
+    TIMEOUT_S,
+    RunningServer,
+    eventually,
+    query,
+    serve_process,
+    serving,
+    tiny_engine,
+)
 from typer.testing import CliRunner, Result
 
 from smolcli.backends.dedup import deduplicated
@@ -122,7 +130,7 @@ def test_a_server_that_is_gone_ends_the_run_and_leaves_no_errors_in_its_output(
 def test_killing_the_model_service_loses_and_duplicates_nothing(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    input = write_queries(tmp_path / "in.jsonl", 1000)
+    input = write_queries(tmp_path / "in.jsonl", 300)
     here, out = tmp_path / "here", tmp_path / "out"
     smol_run(input, here, *local_args(tiny_folder))
     with serve_process(*local_args(tiny_folder)) as first:
@@ -133,7 +141,7 @@ def test_killing_the_model_service_loses_and_duplicates_nothing(
     assert ended.exit_code == 1
     assert "cannot be reached" in ended.stderr
     half = out.read_bytes()
-    assert 60 <= half.count(b"\n") < 1000
+    assert 60 <= half.count(b"\n") < 300
     assert here.read_bytes().startswith(half)
     with serving(open_local, tiny_engine(tiny_folder)) as second, gateway(second.url) as front:
         assert smol_run(input, out, "--via", front.url).exit_code == 3
@@ -246,7 +254,7 @@ def test_an_upstream_that_goes_down_and_comes_back(
         assert codes == ["backend_error", "missing_field"]
         assert "ready at" not in caplog.text
         with legacy_host(port):
-            eventually(lambda: front.client.get("/ready").status_code == 200, 10)
+            eventually(lambda: front.client.get("/ready").status_code == 200)
             eventually(lambda: "ready at" in caplog.text)
             assert front.ask().json()["response"] == "Indeed 1."
 
@@ -273,8 +281,8 @@ def test_the_request_id_is_passed_on_to_the_upstream() -> None:
 def test_a_disconnecting_client_frees_the_slot_at_the_upstream(tiny_folder: Path) -> None:
     with legacy_host(delay_s=0.3) as host, gateway(host.url) as front:
         with pytest.raises(httpx2.ReadTimeout):
-            front.client.post("/chat", json=query(), timeout=0.05)
-        eventually(lambda: "running 0.0" in front.client.get("/metrics").text, 5)
+            front.client.post("/chat", json=query(), timeout=httpx2.Timeout(TIMEOUT_S, read=0.05))
+        eventually(lambda: "running 0.0" in front.client.get("/metrics").text)
 
 
 def test_ask_via_a_server(service: RunningServer) -> None:

@@ -1,6 +1,7 @@
 """The remote backend: queries to other servers, in batches, through failures of every kind."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from smolcli.backends.remote.backend import (
     open_gateway,
     open_remote,
 )
-from smolcli.backends.remote.upstream import Upstream, UpstreamPool
+from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
 from smolcli.backends.remote.wire import MalformedAnswer, load_object
 from smolcli.cli.main import app
 from smolcli.errors import BackendError, UsageError
@@ -60,7 +61,11 @@ def turns(*texts: str) -> tuple[Message, ...]:
 
 
 def answers(backend: RemoteBackend, queries: list[Query]) -> list[Result]:
+    """Submit queries so that they arrive together, however slow this thread is."""
+    all_submitted = threading.Event()
+    backend._loop.call_soon_threadsafe(all_submitted.wait, TIMEOUT_S)
     futures = [backend.submit(query) for query in queries]
+    all_submitted.set()
     return [future.result(TIMEOUT_S) for future in futures]
 
 
@@ -174,10 +179,9 @@ class TestSmol:
         with serving(open_local, engine, api_keys=("secret",)) as server:
             with remote(server.url, api_key="secret") as backend:
                 assert not backend.submit(query()).result(TIMEOUT_S).is_error
-            started = time.monotonic()
+            # Retrying does not help, so this fails at once; the test times out if it does not.
             with pytest.raises(BackendError, match="answered 401: check the API key"):
-                open_remote(RemoteSettings((server.url,), api_key="wrong", retry_s=30))
-            assert time.monotonic() - started < 5
+                open_remote(RemoteSettings((server.url,), api_key="wrong", retry_s=1e6))
 
     def test_the_server_losing_its_model_is_a_backend_error(self, tiny_folder: Path) -> None:
         faulty = FaultyBackend()
@@ -280,19 +284,27 @@ class TestFailures:
     """Servers that fail, and how queries are retried."""
 
     def test_503_is_retried_after_the_time_it_names(self) -> None:
-        with legacy_host() as host, remote(host.url, retry_s=5) as backend:
+        with legacy_host() as host, remote(host.url, retry_s=60) as backend:
             host.faults += [(503, {"Retry-After": "1"}, {}), (502, {}, {}), (504, {}, {})]
-            started = time.monotonic()
             assert answers(backend, [query("0"), query("1")])[1].response == "Indeed 1."
-            assert time.monotonic() - started >= 1
             assert host.paths == ["/generate_batch"] * 4
 
+    def test_a_server_is_left_alone_for_as_long_as_it_asks(self) -> None:
+        upstream = Upstream("http://a", httpx2.AsyncClient())
+        upstream.mark_healthy()
+        before = time.monotonic()
+        upstream.back_off(Unavailable("busy", retry_after_s=30))
+        upstream.back_off(Unavailable("busy", retry_after_s=1))
+        assert upstream.retry_at >= before + 30
+        assert upstream.is_healthy
+        assert not upstream.is_ready
+
     def test_503_beyond_the_retry_time_is_a_backend_error(self) -> None:
-        with legacy_host() as host, remote(host.url, retry_s=0.3) as backend:
+        with legacy_host() as host, remote(host.url, retry_s=2) as backend:
             host.faults += [(503, {}, {})] * 50
             with pytest.raises(BackendError, match="answered 503"):
                 backend.submit(query()).result(TIMEOUT_S)
-            assert 1 < len(host.bodies) < 8
+            assert 1 < len(host.bodies) < 12
 
     def test_a_busy_server_is_waited_for_beyond_the_retry_time(self) -> None:
         """It answers and says when to come back, so it is not unreachable."""
@@ -317,12 +329,10 @@ class TestFailures:
             assert backend.health().is_alive
             with pytest.raises(BackendError, match="cannot be reached"):
                 waiting.result(TIMEOUT_S)
-            started = time.monotonic()
             with pytest.raises(BackendError, match="cannot be reached"):
-                backend.submit(query()).result(TIMEOUT_S)
-            assert time.monotonic() - started < 0.5  # nobody waits for what has long been gone
+                backend._pool.choose(math.inf).send(None)  # at once, without waiting
             with legacy_host(port):
-                eventually(lambda: backend.health().is_ready, 10)
+                eventually(lambda: backend.health().is_ready)
                 assert backend.submit(query()).result(TIMEOUT_S).response == "Indeed 1."
 
     def test_a_short_outage_loses_nothing(self) -> None:

@@ -64,6 +64,7 @@ class Upstream:
         self.window = 0  # as the server reports it
         self.in_flight: set[PendingQuery] = set()
         self.num_requests = 0
+        self.retry_at = 0.0  # when to send it queries again, in `time.monotonic` seconds
         self.num_transitions = 0  # between healthy and unhealthy
         self.is_healthy = False
         self.is_checked = False  # whether the first health check is over
@@ -73,13 +74,12 @@ class Upstream:
         self.became_unhealthy = asyncio.Event()  # wakes the health check
         self._client = client
         self._num_failures = 0
-        self._retry_at = 0.0
         self._batch_route_retry_at = 0.0
 
     @property
     def is_ready(self) -> bool:
         """Whether queries may be sent to it now."""
-        return self.is_healthy and time.monotonic() >= self._retry_at
+        return self.is_healthy and time.monotonic() >= self.retry_at
 
     @property
     def takes_batches(self) -> bool:
@@ -128,10 +128,10 @@ class Upstream:
             self.mark_unhealthy(str(fault))
         elif self.is_ready:
             self.reason = str(fault)
-            self._retry_at = now + self.backoff_s
+            self.retry_at = now + self.backoff_s
             self._num_failures += 1
         wanted_s = min(fault.retry_after_s or 0.0, MAX_RETRY_AFTER_S)
-        self._retry_at = max(self._retry_at, now + wanted_s)
+        self.retry_at = max(self.retry_at, now + wanted_s)
 
     async def get(self, path: str) -> httpx.Response:
         """Fetch a path.
