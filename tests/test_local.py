@@ -139,7 +139,7 @@ def test_tokens_of_cancelled_queries_are_counted(backend: LocalBackend) -> None:
 def test_a_prompt_that_does_not_fit_is_the_error_of_its_query(backend: LocalBackend) -> None:
     result = answer(backend, query("word " * 2000))
     assert result.error_code == ErrorCode.PROMPT_TOO_LONG
-    assert "at most 511" in result.error
+    assert "maximum context length is 512 tokens" in result.error
     assert not answer(backend, query()).is_error
 
 
