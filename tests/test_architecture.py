@@ -1,12 +1,14 @@
 """Imports between packages point down, and light commands stay light."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kernel_tools import native_kernels
 
 PACKAGE = Path(__file__).parents[1] / "smolcli"
 LAYERS = [  # top to bottom: a package imports only from the rows below its own
@@ -21,7 +23,7 @@ LAYERS = [  # top to bottom: a package imports only from the rows below its own
     ["errors"],
     ["types"],
 ]
-TORCH_ALLOWED = ("engine.torch_ops", "engine.native", "weights", "bench.peer")
+TORCH_ALLOWED = ("engine.torch_ops", "weights.loader", "bench.peer")
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -81,17 +83,47 @@ def test_only_conversion_and_the_benchmark_import_transformers() -> None:
     assert users == {"bench.peer"}
 
 
+def run_smol_without_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from smolcli.cli.main import app\n"
+        f"sys.argv = ['smol', *{arguments!r}]\n"
+        "try: app()\n"
+        "except SystemExit as exc: assert not exc.code or '--check' in sys.argv, exc.code\n"
+        "loaded = {'torch', 'transformers'} & set(sys.modules)\n"
+        "assert not loaded, f'imported {loaded}'\n"
+    )
+    root = PACKAGE.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["run", "--help"], ["run", "--check", "sample_inputs/mixed.jsonl"]],
 )
 def test_light_commands_never_load_torch(arguments: list[str]) -> None:
-    code = (
-        "import sys; from smolcli.cli.main import app\n"
-        f"sys.argv = ['smol', *{arguments!r}]\n"
-        "try: app()\n"
-        "except SystemExit: pass\n"
-        "assert not {'torch', 'transformers'} & set(sys.modules), 'loaded too much'\n"
-    )
-    root = PACKAGE.parent
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)
+    run_smol_without_torch(arguments)
+
+
+def test_answers_on_a_cpu_need_neither_torch_nor_transformers(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Every sampling setting, log probabilities and a grammar, too."""
+    native_kernels("float32")
+    queries = [
+        {},
+        {"temperature": 0.9, "top_p": 0.8, "top_k": 40, "repetition_penalty": 1.2},
+        {"logprobs": True, "top_logprobs": 3},
+        {"choices": ["yes", "no"]},
+        {"n": 2, "temperature": 1.0, "stop": ["x"]},
+    ]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        json.dumps({"chat_id": str(i), "user_prompt": "Hello?", "max_new_tokens": 8} | query)
+        for i, query in enumerate(queries)
+    ]
+    source.write_text("\n".join(lines), "utf-8")
+    model = ["--model", str(tiny_folder), "--dtype", "float32"]
+    run_smol_without_torch(["run", str(source), "-o", str(output), *model])
+    results = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert [result.get("error") for result in results] == [None] * len(queries)
