@@ -1,4 +1,4 @@
-# make run: the whole thing, from nothing to answers.  make test: everything that must hold.
+# make run: install smol, pull the model, answer the sample queries.  make test: all checks.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,8 +10,9 @@ run: kernels
 	$(BIN)/smol run sample_inputs/queries.jsonl
 	@echo "The answers are in sample_inputs/queries.results.jsonl"
 
+# One process per core, up to four; the tests of one file share a process and its fixtures.
 test: check kernels
-	$(BIN)/pytest
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 from smolcli.settings import DEFAULT_MODEL
 from smolcli.weights.pull import pull
@@ -50,9 +51,14 @@ def _closed_logs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def model_folder() -> Path:
-    """The real SmolLM2-135M-Instruct; mark tests that use it `model`."""
-    return pull(DEFAULT_MODEL, "auto", lambda line: None).folder
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real SmolLM2-135M-Instruct; mark tests that use it `model`.
+
+    Test processes that run in parallel share the model store and pull one at a time.
+    """
+    lock = tmp_path_factory.getbasetemp().parent / "pull.lock"
+    with FileLock(lock):
+        return pull(DEFAULT_MODEL, "auto", lambda line: None).folder
 
 
 @pytest.fixture(scope="session")
