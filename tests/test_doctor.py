@@ -1,6 +1,7 @@
 """smol doctor and smol models: what is here, whether it is whole, and what to do if not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,9 @@ def test_all_is_well_where_the_model_is(tiny_folder: Path) -> None:
     assert {"python", "packages", "torch", "machine", "gpu", "disk", "model", "memory"} <= set(
         found
     )
-    assert found["chosen"]["detail"].startswith("float32 on cpu")
-    assert "slots: 5," in found["chosen"]["detail"]
+    assert found["resolved"]["detail"].startswith("float32 on cpu")
+    assert "batch size: 5," in found["resolved"]["detail"]
+    assert re.search(r"variant (x86-64|aarch64)|^torch: ", found["kernels"]["detail"])
     assert found["hub"]["status"] == "note"
 
 
@@ -66,7 +68,7 @@ def test_damaged_model_is_detected(home: Path, tiny_folder: Path) -> None:
 def test_a_device_that_is_not_there_is_bad(tiny_folder: Path) -> None:
     code, found = doctor("--model", tiny_folder, "--device", "cuda:99")
     assert code == 1
-    assert found["chosen"]["status"] == "bad"
+    assert found["resolved"]["status"] == "bad"
 
 
 def test_the_text_has_the_remedies(tiny_folder: Path) -> None:

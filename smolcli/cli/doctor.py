@@ -1,4 +1,4 @@
-"""`smol doctor`: whether `smol run` would work here, and what to do where it would not."""
+"""The checks of `smol doctor`: what a run needs, what is missing, and how to fix it."""
 
 import platform
 import shutil
@@ -21,13 +21,20 @@ if TYPE_CHECKING:
     from smolcli.engine.autoconfig import ResolvedConfig
 
 PACKAGE = "smolcli"
-LEAST_DISK_BYTES = 1 << 30  # a model, twice while it is converted
+MIN_DISK_BYTES = 1 << 30  # a model and its converted copy
 INSTALL = "pip install -c constraints.txt -e '.[dev,ray]'"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found of one thing; without a remedy it is well, a fatal one stops every run."""
+    """The outcome of one check.
+
+    Args:
+        name: of the check.
+        detail: what was found.
+        remedy: how to fix a problem; None if there is none.
+        is_fatal: whether the problem prevents every run.
+    """
 
     name: str
     detail: str
@@ -43,17 +50,17 @@ class Finding:
 
 
 def examine(settings: EngineSettings, config: Path | None) -> Iterator[Finding]:
-    """Look at all that a run with these settings needs, and at what it could use.
+    """Check everything that a run with these settings needs or could use.
 
     Args:
         settings: of the run.
-        config: the file that some of them come from.
+        config: path of the config file, if any.
     """
     yield Finding(
         "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     )
     yield _packages()
-    yield Finding("config", str(config) if config else "no file; every setting is the default's")
+    yield Finding("config", str(config) if config else "no config file")
     machine = [f"cores: {num_cores()}", f"memory: {_gib(memory_bytes())}", *cpu_features()]
     yield Finding("machine", ", ".join(machine))
     yield from _torch()
@@ -63,7 +70,7 @@ def examine(settings: EngineSettings, config: Path | None) -> Iterator[Finding]:
 
 
 def _packages() -> Finding:
-    """Whether what pyproject.toml asks for is there, in the versions that it allows."""
+    """Whether the required packages are installed in supported versions."""
     from packaging.requirements import Requirement
 
     faults = []
@@ -71,12 +78,16 @@ def _packages() -> Finding:
         if requirement.marker is None:
             found = _version(requirement.name)
             if found is None:
-                faults.append(f"{requirement.name} is missing")
+                faults.append(f"{requirement.name} is not installed")
             elif not requirement.specifier.contains(found, prereleases=True):
-                faults.append(f"{requirement.name} is {found}, not {requirement.specifier}")
+                faults.append(
+                    f"{requirement.name} {found} does not satisfy {requirement.specifier}"
+                )
     if faults:
         return Finding("packages", "; ".join(faults), INSTALL, is_fatal=True)
-    return Finding("packages", f"smol {_version(PACKAGE) or 'not installed'}, all that it needs")
+    return Finding(
+        "packages", f"smol {_version(PACKAGE) or '(not installed)'}; all requirements are satisfied"
+    )
 
 
 def _torch() -> Iterator[Finding]:
@@ -88,7 +99,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch", f"cannot be imported: {exc}", INSTALL, is_fatal=True)
         return
     yield Finding("torch", f"{_version('torch')}")
-    yield Finding("gpu", names or "none that torch can use; the CPU computes")
+    yield Finding("gpu", names or "no GPU that torch can use")
 
 
 def _disk() -> Finding:
@@ -96,67 +107,90 @@ def _disk() -> Finding:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    remedy = None if free >= LEAST_DISK_BYTES else "make room, or set SMOL_HOME to another disk"
+    remedy = (
+        None
+        if free >= MIN_DISK_BYTES
+        else "free some space, or set SMOL_HOME to a directory on another disk"
+    )
     place = str(models_folder()).replace(str(Path.home()), "~", 1)
-    return Finding("disk", f"{_gib(free)} free for {place}", remedy)
+    return Finding("disk", f"{_gib(free)} free at {place}", remedy)
 
 
 def _model(settings: EngineSettings) -> Iterator[Finding]:
-    """The model, what is chosen for it, and the Hub, which only a missing model needs."""
+    """Check the model, its resolved config, and the Hub, which only a missing model needs."""
     model = settings.model
     try:
         if Path(model).suffix.lower() == ".gguf" and Path(model).expanduser().is_file():
-            yield Finding("model", f"{model}, converted when it is first used")
+            yield Finding("model", f"{model}; converted on first use")
             return
         files = local(model, lambda _: None) or hub.cached(model) or stored(model)
     except ModelError as exc:
-        yield Finding("model", str(exc), "--model, SMOL_MODEL or the config file names it", True)
+        yield Finding(
+            "model", str(exc), "fix --model, SMOL_MODEL or model in the config file", True
+        )
         return
     unreachable = _hub_fault(model if files is None else DEFAULT_MODEL)
     if files is None:
         yield _missing(model, unreachable)
     else:
         yield _found(files)
-        yield from _chosen(settings, files)
-    remedy = "only needed to download models; HF_ENDPOINT names a mirror" if unreachable else None
+        yield from _resolved(settings, files)
+    remedy = (
+        "only needed to download models; set HF_ENDPOINT to use a mirror" if unreachable else None
+    )
     yield Finding("hub", unreachable or "reachable", remedy)
 
 
 def _missing(model: str, unreachable: str | None) -> Finding:
     if unreachable is None:
-        return Finding("model", f"{model} is on the Hub, not here", f"smol pull {model}")
-    remedy = "smol pull" if model == DEFAULT_MODEL else f"smol pull {model}, where there is a Hub"
-    return Finding("model", f"{model} is not here", remedy, is_fatal=True)
+        return Finding("model", f"{model} is on the Hub but not downloaded", f"smol pull {model}")
+    remedy = (
+        "smol pull"
+        if model == DEFAULT_MODEL
+        else f"run smol pull {model} where the Hub is reachable"
+    )
+    return Finding(
+        "model", f"{model} is not downloaded, and the Hub is unreachable", remedy, is_fatal=True
+    )
 
 
 def _found(files: ModelFiles) -> Finding:
-    if wrong := find_damage(files.folder):
+    if damage := find_damage(files.folder):
         is_ours = files.folder.is_relative_to(models_folder())
         again = f"smol models rm {files.model}; smol pull {files.model}"
         remedy = again if is_ours else f"replace {files.folder}"
-        return Finding("model", f"{files.folder}: {wrong}", remedy, is_fatal=True)
+        return Finding("model", f"{files.folder}: {damage}", remedy, is_fatal=True)
     revision = files.revision[:12]
-    return Finding("model", f"{files.model}, whole, from {files.source}, revision {revision}")
+    return Finding("model", f"{files.model}, verified; source {files.source}, revision {revision}")
 
 
-def _chosen(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
+def _resolved(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
     try:
         from smolcli.engine.autoconfig import resolve_config
         from smolcli.weights.loader import load_config
 
         config = resolve_config(settings, load_config(files.folder))
     except (ImportError, OSError):
-        return  # said of torch already
+        return  # reported by the torch check
     except SmolError as exc:
-        yield Finding("chosen", str(exc), "choose another --model or --device", is_fatal=True)
+        yield Finding(
+            "resolved", str(exc), "choose another --model, --device or --dtype", is_fatal=True
+        )
         return
-    kernels = "native" if config.kernels else f"torch ({config.unsupported_reason})"
+    if config.kernels:
+        kernels = f"native, variant {config.kernels.name}, the best that this CPU supports"
+    else:
+        kernels = f"torch: {config.unsupported_reason}"
     is_slow = config.kernels is None and config.device == "cpu"
-    remedy = "native kernels are nearly twice as fast"
+    remedy = "reinstall smol with a C compiler or the ziglang package; native kernels are faster"
     yield Finding(
-        "chosen",
-        f"{config.dtype} on {config.device}; kernels: {kernels}, threads: {config.threads}, "
-        f"slots: {config.max_batch_size}, keys and values: at most {_gib(config.kv_cache_bytes)}",
+        "resolved",
+        f"{config.dtype} on {config.device}, threads: {config.threads}, "
+        f"batch size: {config.max_batch_size}, KV cache: up to {_gib(config.kv_cache_bytes)}",
+    )
+    yield Finding(
+        "kernels",
+        kernels,
         remedy if is_slow else None,
     )
     yield _memory(config)
@@ -165,18 +199,20 @@ def _chosen(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
 def _memory(config: "ResolvedConfig") -> Finding:
     needed, has = _gib(config.needed_bytes), _gib(config.memory_bytes)
     if config.needed_bytes > config.memory_bytes:
-        remedy = "a smaller --model, or a machine with more memory"
-        return Finding("memory", f"about {needed} needed, {has} there", remedy, is_fatal=True)
+        remedy = "use a smaller --model or a machine with more memory"
+        return Finding(
+            "memory", f"needs about {needed}, but the device has {has}", remedy, is_fatal=True
+        )
     if config.device != "cpu":
-        return Finding("memory", f"about {needed} needed of {has}")
+        return Finding("memory", f"needs about {needed} of {has}")
     available = psutil.virtual_memory().available
-    remedy = "end other programs, or lower --max-batch-size"
-    detail = f"about {needed} needed, {_gib(available)} free of {_gib(config.memory_bytes)}"
+    remedy = "close other programs or lower --max-batch-size"
+    detail = f"needs about {needed}; {_gib(available)} of {_gib(config.memory_bytes)} are free"
     return Finding("memory", detail, None if available > config.needed_bytes else remedy)
 
 
 def _hub_fault(model: str) -> str | None:
-    """Why a model cannot be downloaded, None if it can."""
+    """Why a model cannot be downloaded; None if it can."""
     try:
         hub.probe(model)
     except HubUnreachable as exc:
@@ -187,26 +223,28 @@ def _hub_fault(model: str) -> str | None:
 
 
 def _extras() -> Iterator[Finding]:
-    """What can be installed beside smol, and whether it is."""
+    """Report which optional packages are installed."""
     from packaging.requirements import Requirement
 
-    extras = set(metadata.metadata(PACKAGE).get_all("Provides-Extra") or []) if _is_here() else ()
+    extras = (
+        set(metadata.metadata(PACKAGE).get_all("Provides-Extra") or []) if _is_installed() else ()
+    )
     for extra in sorted(set(extras) - {"dev"}):
         wanted = [
             r for r in map(Requirement, _requirements()) if r.marker and extra in str(r.marker)
         ]
         missing = [r.name for r in wanted if _version(r.name) is None]
         found = ", ".join(f"{r.name} {_version(r.name)}" for r in wanted if r.name not in missing)
-        remedy = f"only if you want it: pip install 'smolcli[{extra}]'" if missing else None
+        remedy = f"optional: pip install 'smolcli[{extra}]'" if missing else None
         yield Finding(extra, found or "not installed", remedy)
 
 
-def _is_here() -> bool:
+def _is_installed() -> bool:
     return _version(PACKAGE) is not None
 
 
 def _requirements() -> list[str]:
-    return (metadata.requires(PACKAGE) or []) if _is_here() else []
+    return (metadata.requires(PACKAGE) or []) if _is_installed() else []
 
 
 def _version(package: str) -> str | None:
