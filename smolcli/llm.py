@@ -392,9 +392,9 @@ def _defaults(
 def _json_schema(schema: Any) -> dict[str, Any]:
     if isinstance(schema, dict):
         return schema
-    from pydantic import TypeAdapter
+    from smolcli.protocol.query import model_schema
 
-    return TypeAdapter(schema).json_schema()
+    return model_schema(schema)
 
 
 def _query(

@@ -11,7 +11,16 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
 from smolcli.errors import QueryError
 from smolcli.settings import QueryDefaults
@@ -140,6 +149,26 @@ FORMAT_DESCRIPTION = (
 CHOICES_DESCRIPTION = (
     f"a list of 1 to {MAX_CHOICES:,} non-empty strings without leading or trailing white space"
 )
+
+
+def model_schema(kind: Any) -> dict[str, Any]:
+    """The JSON Schema of a pydantic model, or of any other type that pydantic can describe.
+
+    Sets are lists in it: pydantic removes duplicates when it parses the answer.
+    """
+    return TypeAdapter(kind).json_schema(schema_generator=_SchemaOfAnswers)
+
+
+class _SchemaOfAnswers(GenerateJsonSchema):
+    def set_schema(self, schema: core_schema.SetSchema) -> JsonSchemaValue:
+        return _without_unique(super().set_schema(schema))
+
+    def frozenset_schema(self, schema: core_schema.FrozenSetSchema) -> JsonSchemaValue:
+        return _without_unique(super().frozenset_schema(schema))
+
+
+def _without_unique(schema: JsonSchemaValue) -> JsonSchemaValue:
+    return {key: value for key, value in schema.items() if key != "uniqueItems"}
 
 
 def schema_format(schema: dict[str, Any]) -> AnswerFormat:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from smolcli.errors import QueryError
+from smolcli.text.json_schema import rewrite_schema
 from smolcli.types import AnswerFormat
 
 if TYPE_CHECKING:
@@ -76,15 +77,7 @@ class GrammarCompiler:
             return self._loaded
 
     def _compile(self, answers: AnswerFormat) -> "LLMatcher":
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(verbose_errors=False)
-        with _panics_as_query_errors(answers):
-            matcher = LLMatcher(self._tokenizer(), to_grammar(answers), log_level=0, limits=limits)
-            matcher.compute_bitmask()  # some errors are reported only here
-        if matcher.is_error():
-            raise _unsupported(answers, matcher.get_error())
-        return matcher
+        return _compile(answers, self._tokenizer())
 
 
 class GrammarMatcher:
@@ -126,7 +119,8 @@ def to_grammar(answers: AnswerFormat) -> str:
     if answers.choices:
         return LLMatcher.grammar_from_regex("|".join(map(re.escape, answers.choices)))
     _reject_unsafe(answers)
-    return LLMatcher.grammar_from_json_schema(answers.schema, overrides=JSON_STYLE)
+    schema = json.dumps(rewrite_schema(json.loads(answers.schema)), ensure_ascii=False)
+    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
 
 
 def _reject_unsafe(answers: AnswerFormat) -> None:
@@ -177,15 +171,32 @@ def _nodes(value: object) -> Iterator[dict[str, Any]]:
 def check_format(answers: AnswerFormat) -> None:
     """Check, without a model, that an answer format is supported.
 
+    The grammar is compiled as for an answer, with bytes as tokens: validating it alone misses
+    schemas that no text matches.
+
     Raises:
         QueryError: it is not.
     """
-    from llguidance import LLMatcher
+    _compile(answers, _byte_tokenizer())
 
+
+@lru_cache(1)
+def _byte_tokenizer() -> "LLTokenizer":
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")
+
+
+def _compile(answers: AnswerFormat, tokenizer: "LLTokenizer") -> "LLMatcher":
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(verbose_errors=False)
     with _panics_as_query_errors(answers):
-        is_error, messages = LLMatcher.validate_grammar_with_warnings(to_grammar(answers))
-    if is_error:
-        raise _unsupported(answers, messages[0])
+        matcher = LLMatcher(tokenizer, to_grammar(answers), log_level=0, limits=limits)
+        matcher.compute_bitmask()  # some errors are reported only here
+    if matcher.is_error():
+        raise _unsupported(answers, matcher.get_error())
+    return matcher
 
 
 @contextmanager

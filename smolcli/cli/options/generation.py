@@ -138,12 +138,12 @@ def _names_model(schema: str) -> bool:
 
 def _from_model(schema: str) -> dict[str, Any]:
     """The schema of a pydantic model, or of any other type that pydantic supports."""
-    from pydantic import TypeAdapter
+    from smolcli.protocol.query import model_schema
 
     module, _, name = schema.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # as with python -m, unlike a console script
     try:
-        return TypeAdapter(getattr(importlib.import_module(module), name)).json_schema()
+        return model_schema(getattr(importlib.import_module(module), name))
     except Exception as exc:  # the module is the user's code and may raise anything
         reason = " ".join(str(exc).split())[:200]
         raise UsageError(f"--schema {schema}: {type(exc).__name__}: {reason}") from exc

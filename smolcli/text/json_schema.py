@@ -1,0 +1,101 @@
+"""Rewrites JSON Schemas for llguidance, which refuses some keywords that constrain nothing."""
+
+from collections.abc import Iterator
+from typing import Any
+
+Schema = dict[str, Any]
+
+# The formats that llguidance constrains. In JSON Schema, any other only annotates.
+_FORMATS = frozenset(
+    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid")
+)
+_UUID = "[0-9a-f]{{8}}-[0-9a-f]{{4}}-{version}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}-[0-9a-f]{{12}}"
+_ANNOTATIONS = frozenset(("type", "title", "description", "default", "examples", "format"))
+_WITH_SCHEMA = ("items", "additionalProperties", "contains", "not", "if", "then", "else")
+_WITH_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+_WITH_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
+
+
+def rewrite_schema(schema: Schema) -> Schema:
+    """A schema that allows the same answers, without the keywords that llguidance does not know.
+
+    Unknown formats are dropped, and those that pydantic has for UUIDs and IP addresses are put
+    into other keywords. `propertyNames` becomes `properties` or `patternProperties`.
+
+    Args:
+        schema: a JSON Schema, which stays as it is.
+    """
+    return _rewritten(schema, schema)
+
+
+def _rewritten(node: Schema, root: Schema) -> Schema:
+    node = dict(node)
+    for name in _WITH_SCHEMA:
+        if isinstance(node.get(name), dict):
+            node[name] = _rewritten(node[name], root)
+    for name in _WITH_SCHEMAS:
+        if isinstance(node.get(name), list):
+            node[name] = [_rewritten(v, root) if isinstance(v, dict) else v for v in node[name]]
+    for name in _WITH_NAMED_SCHEMAS:
+        if isinstance(node.get(name), dict):
+            node[name] = {
+                key: _rewritten(value, root) if isinstance(value, dict) else value
+                for key, value in node[name].items()
+            }
+    if isinstance(node.get("format"), str):
+        _rewrite_format(node)
+    if isinstance(node.get("propertyNames"), dict):
+        _rewrite_property_names(node, root)
+    return node
+
+
+def _rewrite_format(node: Schema) -> None:
+    name = node["format"]
+    if name in _FORMATS:
+        return
+    del node["format"]
+    version = name.removeprefix("uuid")
+    if name != version and version in set("12345678") and "pattern" not in node:
+        node["pattern"] = f"^{_UUID.format(version=version)}$"
+    elif name == "ipvanyaddress" and "anyOf" not in node:
+        node["anyOf"] = [{"format": "ipv4"}, {"format": "ipv6"}]
+
+
+def _rewrite_property_names(node: Schema, root: Schema) -> None:
+    names = _resolved(node["propertyNames"], root)
+    values = node.get("additionalProperties", {})
+    if "properties" in node or "patternProperties" in node or values is False:
+        return
+    allowed = names.get("enum", [names["const"]] if "const" in names else None)
+    pattern = names.get("pattern")
+    if isinstance(allowed, list) and all(isinstance(name, str) for name in allowed):
+        node["properties"] = dict.fromkeys(allowed, values)
+    elif isinstance(pattern, str) and names.keys() <= {*_ANNOTATIONS, "pattern"}:
+        node["patternProperties"] = {pattern: values}
+    elif names.keys() <= _ANNOTATIONS:
+        del node["propertyNames"]
+        return
+    else:
+        return
+    node["additionalProperties"] = False
+    del node["propertyNames"]
+
+
+def _resolved(schema: Schema, root: Schema) -> Schema:
+    """The schema that a reference within the document points to."""
+    for _ in range(10):
+        reference = schema.get("$ref")
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            break
+        target: Any = root
+        for step in _steps(reference):
+            target = target.get(step) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            break
+        schema = target
+    return schema
+
+
+def _steps(reference: str) -> Iterator[str]:
+    for step in reference.removeprefix("#/").split("/"):
+        yield step.replace("~1", "/").replace("~0", "~")
