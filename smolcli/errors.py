@@ -47,7 +47,7 @@ class PromptTooLong(QueryError):
 
     def __init__(self, num_tokens: int, limit: int) -> None:
         super().__init__(
-            f"the prompt has {num_tokens} tokens, but the maximum context length is "
+            f"the prompt has {num_tokens} tokens, but this model's maximum context length is "
             f"{limit + 1} tokens, of which the answer needs at least 1",
             ErrorCode.PROMPT_TOO_LONG,
         )
