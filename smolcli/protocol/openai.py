@@ -27,6 +27,7 @@ from smolcli.protocol.query import (
     FORMAT_DESCRIPTION,
     MAX_ANSWERS,
     MAX_LOGPROBS,
+    WHOLE_NUMBER,
     Choices,
     Count,
     Flag,
@@ -43,6 +44,7 @@ from smolcli.protocol.query import (
     Whole,
     combinations,
     did_you_mean,
+    forbid_violations,
     json_path,
     parse_query,
     shown,
@@ -173,7 +175,9 @@ class CompletionFields(Lenient):
     """
 
     model_config = ConfigDict(
-        json_schema_extra={"allOf": [*combinations(list(_EMPTY), True), *_STREAM_COMBINATIONS]}
+        json_schema_extra=forbid_violations(
+            [*combinations(list(_EMPTY), True), *_STREAM_COMBINATIONS]
+        )
     )
 
     model: Text = Field(description="the name of the model, as listed by GET /v1/models")
@@ -188,7 +192,7 @@ class CompletionFields(Lenient):
         "and 1 if n is above 1",
     )
     top_p: TopP | None = Field(None, description="a number above 0 and up to 1")
-    top_k: Annotated[Whole, Field(ge=-1)] | None = Field(
+    top_k: Annotated[int, Field(strict=True, ge=-1), WHOLE_NUMBER] | None = Field(
         None, description="a whole number from 1, or 0 or -1 (off); an extension"
     )
     repetition_penalty: Penalty | None = Field(
