@@ -136,7 +136,9 @@ def test_stop_ends_the_answer_and_frees_the_slot(browser: Any, tiny_folder: Path
         page.script(STOP_SOON, how)
         assert page.ask("Tell me a very long story")
         assert page.texts("article .note") == ["stopped"]
-        eventually(lambda: faulty.num_queries == 0, timeout_s=5)
+        eventually(lambda: faulty.num_queries == 0)
+        cancelled = 'smol_request_errors_total{code="cancelled"} 1.0'
+        assert cancelled in running.client.get("/metrics").text
         page.driver.get("about:blank")
 
 
