@@ -128,7 +128,12 @@ enum { OK = TEAM_OK, FORKED = TEAM_FORKED, BUSY = TEAM_BUSY, MISALIGNED = 3 };
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
-INLINE vec broadcast(float value) { return (vec){} + value; }
+#define EIGHT(value) value, value, value, value, value, value, value, value
+#if WIDTH == 8
+INLINE vec broadcast(float value) { return (vec){EIGHT(value)}; }
+#else
+INLINE vec broadcast(float value) { return (vec){EIGHT(value), EIGHT(value)}; }
+#endif
 
 INLINE vec broadcast_lane(lane value) { return (vec)((uvec){} + value); }
 
