@@ -87,12 +87,17 @@ def test_models_are_listed_shown_and_removed(home: Path, tiny_folder: Path) -> N
     folder = fill_store(home, tiny_folder)
     (fill_store(home, tiny_folder, "some/other") / "config.json").unlink()
     lines = smol("models", "list").stdout.splitlines()
-    assert lines[0].split() == ["some/other", "1", "MB", "damaged"]
-    assert lines[1].split() == [MODEL, "1", "MB", "pypi", "abc"]
+    assert lines[0].split() == ["some/other", "1", "MB", "damaged", "float32"]
+    assert lines[1].split() == [MODEL, "1", "MB", "pypi", "abc", "float32"]
     listed = json.loads(smol("models", "list", "--json").stdout)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    expected = {"name": MODEL, "bytes": size, "source": "pypi", "revision": "abc"}
-    assert listed[1] == expected
+    assert listed[1] == {
+        "name": MODEL,
+        "bytes": size,
+        "format": "float32",
+        "source": "pypi",
+        "revision": "abc",
+    }
     shown = json.loads(smol("models", "show", MODEL).stdout)
     assert (shown["source"], shown["fault"]) == ("pypi", None)
     damaged = smol("models", "show", "some/other")

@@ -15,6 +15,7 @@ from model_stores import entries
 from smolcli.errors import ModelError
 from smolcli.weights.gguf import convert, read_gguf
 from smolcli.weights.resolve import resolve
+from smolcli.weights.store import weight_format
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -69,7 +70,10 @@ def test_converted_config_is_clean(converted) -> None:
     assert tokenizer["bos_token"] == "<|im_start|>"
     assert tokenizer["model_max_length"] == 512
     record = json.loads((folder / "smol.json").read_text("utf-8"))
-    assert set(record) == {"model", "source", "revision", "sha256", "created_with"}
+    assert set(record) == {
+        *("model", "source", "revision", "quantization", "sha256", "created_with")
+    }
+    assert weight_format(folder) == "bfloat16, from F32"
     assert set(record["created_with"]) == {"smolcli", "gguf", "numpy"}
     modes = {path.stat().st_mode for path in folder.iterdir()}
     assert len(modes) == 1, "all files have the same permissions"

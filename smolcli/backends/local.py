@@ -61,7 +61,9 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
 
     def build_engine() -> Engine:
         return Engine(
-            load_model(files.folder, config.dtype, config.device, config.kernels, config.threads),
+            load_model(
+                files.folder, config.dtype, config.device, config.kernels, config.threads, files
+            ),
             config.max_batch_size,
             kv_cache_bytes=config.kv_cache_bytes,
             prefix_cache_bytes=config.prefix_cache_bytes,

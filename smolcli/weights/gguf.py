@@ -8,6 +8,7 @@ transformers' `save_pretrained` writes it.
 
 import json
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -98,13 +99,16 @@ def add_gguf(gguf: Path, name: str, source: str, scratch: Path, notify: Notify) 
     """
     notify(f"converting {gguf.name} (needed once)")
     files = ModelFiles(name, scratch / "model", sha256_of(gguf), source)
-    convert(gguf, files.folder)
+    quantization = convert(gguf, files.folder)
     created_with = {"smolcli": __version__, "gguf": version("gguf"), "numpy": version("numpy")}
-    return install(files, created_with, scratch)
+    return install(files, created_with, scratch, quantization)
 
 
-def convert(gguf: Path, folder: Path) -> None:
+def convert(gguf: Path, folder: Path) -> str:
     """Write the model in a GGUF file to a new directory, with weights in bfloat16.
+
+    Returns:
+        The number format of most weights in the GGUF file, such as Q4_1.
 
     Raises:
         ModelError: the file is invalid or contains an unsupported model.
@@ -126,6 +130,14 @@ def convert(gguf: Path, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text(str(template), "utf-8")
     _save(weights, folder / "model.safetensors")
     _check(gguf, folder)
+    return _quantization(file)
+
+
+def _quantization(file: GgufFile) -> str:
+    from gguf import GGMLQuantizationType
+
+    types = Counter(tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1)
+    return GGMLQuantizationType(types.most_common(1)[0][0]).name
 
 
 def _check(gguf: Path, folder: Path) -> None:

@@ -12,6 +12,8 @@ from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.model import NativeModel
 from smolcli.errors import ModelError
 from smolcli.weights.checkpoint import Array, load_weights
+from smolcli.weights.packed import packed_weights
+from smolcli.weights.store import ModelFiles
 
 
 def load_model(
@@ -20,6 +22,7 @@ def load_model(
     device: str = "cpu",
     kernels: Kernels | None = None,
     num_threads: int = 1,
+    files: ModelFiles | None = None,
 ) -> Model:
     """Load a Llama checkpoint in the layout of transformers' `save_pretrained`.
 
@@ -29,12 +32,18 @@ def load_model(
         device: the device to compute on.
         kernels: the native kernels for `dtype`; None computes with torch.
         num_threads: CPU threads to compute with.
+        files: the model that the directory belongs to; if given, the weights that native kernels
+            read are packed once and then mapped from the model store.
 
     Raises:
         ModelError: the architecture is not supported, or the files are damaged or do not fit
             together.
     """
     config = load_config(folder)
+    if kernels is not None and files is not None:
+        packed = packed_weights(files, config, kernels)
+        if packed is not None:
+            return NativeModel.from_packed(config, packed, kernels, num_threads)
     weights = load_weights(folder, config)
     if kernels is not None:
         return NativeModel(config, weights, kernels, num_threads)

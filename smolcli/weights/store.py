@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -107,7 +109,12 @@ def locked_scratch(name: str) -> Iterator[Path]:
         raise ModelError(f"cannot write to the model store {models_folder()}: {exc}") from exc
 
 
-def install(files: ModelFiles, created_with: dict[str, str], scratch: Path) -> ModelFiles:
+def install(
+    files: ModelFiles,
+    created_with: dict[str, str],
+    scratch: Path,
+    quantization: str | None = None,
+) -> ModelFiles:
     """Move the finished `files.folder` to its place in the store.
 
     The caller holds the store's lock on `files.model`.
@@ -116,6 +123,7 @@ def install(files: ModelFiles, created_with: dict[str, str], scratch: Path) -> M
         files: the model; its folder lies inside `scratch`.
         created_with: versions of the libraries that wrote the files.
         scratch: the directory that `locked_scratch` yielded.
+        quantization: the number format of the file that the weights were converted from, if any.
 
     Returns:
         The same model at its final location.
@@ -124,6 +132,8 @@ def install(files: ModelFiles, created_with: dict[str, str], scratch: Path) -> M
     assert missing_file(built) is None, built
     record = {"model": files.model, "source": files.source, "revision": files.revision}
     digests = {path.name: sha256_of(path) for path in sorted(built.iterdir())}
+    if quantization is not None:
+        record["quantization"] = quantization
     whole_record = record | {"created_with": created_with, "sha256": digests}
     text = json.dumps(whole_record, indent=2) + "\n"
     (built / RECORD).write_text(text, "utf-8")
@@ -160,10 +170,11 @@ class StoreEntry:
     num_bytes: int
 
     def summary(self) -> dict[str, Any]:
-        """Name, size, source and revision; the last two are None for a damaged model."""
+        """Name, size, format, source and revision; the last two are None for a damaged model."""
         return {
             "name": self.name,
             "bytes": self.num_bytes,
+            "format": weight_format(self.folder),
             "source": self.files.source if self.files else None,
             "revision": self.files.revision if self.files else None,
         }
@@ -204,6 +215,26 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def weight_format(folder: Path) -> str | None:
+    """What the weights in `folder` are stored as, as in "bfloat16" or "bfloat16, from Q4_1"."""
+    from safetensors import SafetensorError, safe_open
+
+    dtypes: Counter[str] = Counter()
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="np") as file:
+                for part in map(file.get_slice, file.keys()):
+                    dtypes[part.get_dtype()] += math.prod(part.get_shape())
+    except (SafetensorError, OSError):
+        return None
+    if not dtypes:
+        return None
+    most = dtypes.most_common(1)[0][0]
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    quantization = read_record(folder).get("quantization")
+    return names.get(most, most) + (f", from {quantization}" if quantization else "")
 
 
 def find_damage(folder: Path) -> str | None:

@@ -1,6 +1,7 @@
 """`smol models`: list, inspect and remove the models in the model store."""
 
 import json
+from typing import Any
 
 import typer
 
@@ -19,44 +20,62 @@ app = typer.Typer(
     "[bold]smol models list --json[/bold] prints names, sizes, sources and revisions as JSON.",
 )
 def list_models(as_json: AsJson = False) -> None:
-    """List the models in the model store with size, source and revision."""
+    """List the models in the model store with size, source, revision and number format."""
+    from smolcli.weights.packed import packed_files
     from smolcli.weights.store import entries
 
-    stored = list(entries())
+    stored = [item.summary() for item in entries()]
+    packed = [
+        {"source": "packed", "format": file.kernels, "revision": None} | file.summary()
+        for file in packed_files()
+    ]
+    listed: list[dict[str, Any]] = [*stored, *packed]
     if as_json:
-        typer.echo(json.dumps([item.summary() for item in stored], ensure_ascii=False, indent=2))
-    width = max((len(item.name) for item in stored), default=0)
-    for item in [] if as_json else stored:
-        summary = item.summary()
+        typer.echo(json.dumps(listed, ensure_ascii=False, indent=2))
+    width = max((len(item["name"]) for item in listed), default=0)
+    for item in [] if as_json else listed:
         typer.echo(
-            f"{item.name:{width}}  {_mb(item.num_bytes):>8}  {summary['source'] or 'damaged':8}"
-            f"{str(summary['revision'] or '')[:12]}".rstrip()
+            f"{item['name']:{width}}  {_mb(item['bytes']):>8}  {item['source'] or 'damaged':8}"
+            f"{str(item['revision'] or '')[:12]:12}  {item['format'] or ''}".rstrip()
         )
-    if not stored:
+    if not listed:
         typer.echo("the model store is empty; smol pull downloads a model", err=True)
 
 
 @app.command(epilog="[bold]smol models show HuggingFaceTB/SmolLM2-135M-Instruct[/bold]")
 def show(model: StoredModel) -> None:
     """Show where a model came from and verify its checksums."""
+    from smolcli.weights.packed import packed_files
     from smolcli.weights.store import file_sizes, find_damage, find_entry, read_record
 
     item = find_entry(model)
     damage = find_damage(item.folder)
     recorded = {k: v for k, v in read_record(item.folder).items() if k != "sha256"}
     shown = {"folder": str(item.folder), **recorded, "files": file_sizes(item.folder)}
+    shown["format"] = item.summary()["format"]
+    shown["packed"] = {
+        file.kernels: file.num_bytes for file in packed_files() if file.model == item.name
+    }
     typer.echo(json.dumps(shown | {"fault": damage}, ensure_ascii=False, indent=2))
     raise typer.Exit(ExitCode.FAILED if damage else ExitCode.OK)
 
 
 @app.command("rm", epilog="[bold]smol models rm HuggingFaceTB/SmolLM2-135M-Instruct[/bold]")
 def remove_models(models: StoredModels) -> None:
-    """Remove models from the model store."""
-    from smolcli.weights.store import find_entry, remove
+    """Remove models, and the weights packed for this machine's CPU, from the model store."""
+    from smolcli.weights.packed import packed_files, remove_packed
+    from smolcli.weights.store import entries, find_entry, remove
 
-    for item in [find_entry(model) for model in models]:
+    packed = list(packed_files())
+    only_packed = {file.model for file in packed} - {item.name for item in entries()}
+    items = [find_entry(model) for model in models if model not in only_packed]
+    for item in items:
         remove(item)
         typer.echo(f"removed {item.name} ({_mb(item.num_bytes)})", err=True)
+    names = {item.name for item in items} | set(models)
+    for file in [file for file in packed if file.model in names]:
+        remove_packed(file)
+        typer.echo(f"removed packed weights of {file.model} ({_mb(file.num_bytes)})", err=True)
 
 
 def _mb(num_bytes: int) -> str:

@@ -1,0 +1,189 @@
+"""Packed weights: what the native kernels read, written once and shared by all processes.
+
+Packing takes longer than anything else when a model is loaded, so the result is kept in the model
+store, under SMOL_HOME/packed, and memory-mapped read-only. A file belongs to one model, one kernel
+library and one version of smol; beside it lies a record of what it was made of.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smolcli import __version__, settings
+from smolcli.engine.config import LlamaConfig
+from smolcli.engine.native import packing
+from smolcli.engine.native.bindings import Array, Kernels
+from smolcli.engine.native.packing import pack_into, packed_layout
+from smolcli.errors import ModelError
+from smolcli.weights.checkpoint import load_weights, weight_files
+from smolcli.weights.store import ModelFiles, locked_scratch, sha256_of
+
+MIN_BYTES = 16 << 20  # smaller models are packed in memory as fast as a file is mapped
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """One file of packed weights.
+
+    Args:
+        path: where it is.
+        model: the name of the model it was made of.
+        kernels: the kernel library that reads it, as in "x86-64-v3-bfloat16".
+        num_bytes: its size.
+    """
+
+    path: Path
+    model: str
+    kernels: str
+    num_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """Name, size and kernels, for a listing."""
+        return {"name": self.model, "bytes": self.num_bytes, "kernels": self.kernels}
+
+
+def packed_weights(
+    files: ModelFiles, config: LlamaConfig, kernels: Kernels, min_bytes: int = MIN_BYTES
+) -> Array | None:
+    """The packed weights of a model, memory-mapped; they are packed and stored first if needed.
+
+    Concurrent callers, in this process or others, pack them once.
+
+    Args:
+        files: the model.
+        config: its config.json.
+        kernels: the library to pack for.
+        min_bytes: the size from which on packed weights are stored.
+
+    Returns:
+        uint8 as `NativeModel.from_packed` takes it. None if the model is small, or the store is
+        not writable: then pack in memory.
+
+    Raises:
+        ModelError: the weights are damaged or do not fit config.json.
+    """
+    num_bytes = packed_layout(config, kernels).num_bytes
+    if num_bytes < min_bytes:
+        return None
+    path = packed_folder() / f"{_key(files, config, kernels)}.bin"
+    if not _is_intact(path, num_bytes):
+        weights = load_weights(files.folder, config)
+        try:
+            with locked_scratch(f"packed--{path.stem}") as scratch:
+                if not _is_intact(path, num_bytes):  # not packed while this process waited
+                    built = np.memmap(scratch / "packed", np.uint8, mode="w+", shape=(num_bytes,))
+                    pack_into(built, config, weights, kernels)
+                    built.flush()
+                    _install(scratch / "packed", path, files, kernels)
+        except (OSError, ModelError) as exc:
+            logger.warning("cannot store packed weights, packing in memory instead: %s", exc)
+            return None
+    return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+
+
+def packed_folder() -> Path:
+    """The directory of all packed weights."""
+    return settings.smol_home() / "packed"
+
+
+def packed_files() -> Iterator[PackedFile]:
+    """All packed weights in the store, by model."""
+    found = []
+    for path in packed_folder().glob("*.bin"):
+        record = _read_record(path)
+        model, kernels = str(record.get("model", "unknown")), str(record.get("kernels", ""))
+        found.append(PackedFile(path, model, kernels, path.stat().st_size))
+    yield from sorted(found, key=lambda file: (file.model, file.kernels))
+
+
+def remove_packed(file: PackedFile) -> None:
+    """Delete packed weights; processes that have mapped them keep them until they end."""
+    for path in (_record_path(file.path), file.path):
+        path.unlink(missing_ok=True)
+
+
+def _key(files: ModelFiles, config: LlamaConfig, kernels: Kernels) -> str:
+    """A digest of all that decides the packed bytes."""
+    stats = [path.stat() for path in weight_files(files.folder)]
+    parts = [
+        *(files.revision, repr(config), kernels.name, __version__, packing.__name__),
+        *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats),
+    ]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    with suppress(OSError):  # an installation may have compiled modules only
+        digest.update(Path(packing.__file__).read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _is_intact(path: Path, num_bytes: int) -> bool:
+    """Whether a file is what was written.
+
+    The digest is checked only if size or time of modification differ from the record: reading
+    the whole file would cost more than packing saves.
+    """
+    record = _read_record(path)
+    try:
+        stat = path.stat()
+    except OSError:
+        return False
+    if stat.st_size != num_bytes or record.get("bytes") != num_bytes:
+        return False
+    if record.get("modified_ns") == stat.st_mtime_ns:
+        return True
+    if record.get("sha256") != sha256_of(path):
+        return False
+    with suppress(OSError):  # it was copied or touched: spare the next start the reading
+        _write_record(path, record | {"modified_ns": stat.st_mtime_ns})
+    return True
+
+
+def _install(built: Path, path: Path, files: ModelFiles, kernels: Kernels) -> None:
+    """Move packed weights to their place, and delete those that they replace."""
+    with built.open("rb+") as file:
+        os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _record_path(path).unlink(missing_ok=True)
+    built.replace(path)
+    stat = path.stat()
+    record = {
+        "model": files.model,
+        "revision": files.revision,
+        "kernels": kernels.name,
+        "bytes": stat.st_size,
+        "modified_ns": stat.st_mtime_ns,
+        "sha256": sha256_of(path),
+    }
+    _write_record(path, record)
+    for other in packed_files():
+        if other.path != path and (other.model, other.kernels) == (files.model, kernels.name):
+            with suppress(OSError):  # Windows does not delete what is mapped
+                remove_packed(other)
+
+
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    partial.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    partial.replace(_record_path(path))
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(_record_path(path).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,149 @@
+"""Packed weights: written once, shared, and rebuilt when they are damaged or out of date."""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from model_stores import MODEL, fill_store
+from typer.testing import CliRunner
+
+from smolcli.cli.main import app
+from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
+from smolcli.engine.native.packing import pack_into, packed_layout
+from smolcli.weights import packed
+from smolcli.weights.checkpoint import load_weights
+from smolcli.weights.loader import load_config
+from smolcli.weights.packed import packed_files, packed_weights, remove_packed
+from smolcli.weights.store import ModelFiles, stored
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture
+def kernels() -> Kernels:
+    try:
+        return load_kernels("float32")
+    except KernelError as exc:
+        pytest.skip(str(exc))
+
+
+@pytest.fixture
+def files(tiny_folder: Path) -> ModelFiles:
+    return ModelFiles("tests/tiny", tiny_folder, "abc", "folder")
+
+
+@pytest.fixture
+def num_packed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How often weights have been packed."""
+    calls = []
+
+    def counting(*args: Any) -> None:
+        calls.append(1)
+        pack_into(*args)
+
+    monkeypatch.setattr(packed, "pack_into", counting)
+    return lambda: len(calls)
+
+
+def expected(files: ModelFiles, kernels: Kernels) -> bytes:
+    config = load_config(files.folder)
+    buffer = np.empty(packed_layout(config, kernels).num_bytes, np.uint8)
+    pack_into(buffer, config, load_weights(files.folder, config), kernels)
+    return buffer.tobytes()
+
+
+def pack(files: ModelFiles, kernels: Kernels) -> "np.ndarray[Any, Any]":
+    found = packed_weights(files, load_config(files.folder), kernels, min_bytes=0)
+    assert found is not None
+    return found
+
+
+def test_weights_are_packed_once(files: ModelFiles, kernels: Kernels, num_packed) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: pack(files, kernels), range(4)))
+    assert num_packed() == 1
+    assert {result.tobytes() for result in results} == {expected(files, kernels)}
+    assert not results[0].flags.writeable
+    (file,) = packed_files()
+    assert (file.model, file.kernels) == ("tests/tiny", kernels.name)
+    assert file.num_bytes == len(results[0])
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no record", "bad record", "touch"])
+def test_damaged_file_is_rebuilt(
+    files: ModelFiles, kernels: Kernels, num_packed, damage: str
+) -> None:
+    pack(files, kernels)
+    (file,) = packed_files()
+    content = bytearray(file.path.read_bytes())
+    if damage == "flip":
+        content[1000] ^= 1
+        file.path.write_bytes(content)
+    elif damage == "truncate":
+        file.path.write_bytes(content[:-1])
+    elif damage == "no record":
+        file.path.with_suffix(".json").unlink()
+    elif damage == "bad record":
+        file.path.with_suffix(".json").write_text("[")
+    os.utime(file.path)
+    assert pack(files, kernels).tobytes() == expected(files, kernels)
+    assert num_packed() == (1 if damage == "touch" else 2)
+    (file,) = packed_files()
+    record = json.loads(file.path.with_suffix(".json").read_text("utf-8"))
+    assert record["modified_ns"] == file.path.stat().st_mtime_ns
+
+
+def test_another_revision_or_config_replaces_the_file(
+    files: ModelFiles, kernels: Kernels, num_packed
+) -> None:
+    pack(files, kernels)
+    pack(replace(files, revision="def"), kernels)
+    config = replace(load_config(files.folder), rope_theta=5.0)
+    packed_weights(files, config, kernels, min_bytes=0)
+    assert num_packed() == 3
+    (file,) = packed_files()
+    remove_packed(file)
+    assert list(packed.packed_folder().iterdir()) == []
+
+
+def test_unwritable_store_packs_in_memory(
+    files: ModelFiles, kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SMOL_HOME", str(tmp_path / "file"))
+    assert packed_weights(files, load_config(files.folder), kernels, min_bytes=0) is None
+
+
+def test_packed_weights_are_listed_shown_and_removed(
+    tiny_folder: Path, home: Path, kernels: Kernels
+) -> None:
+    fill_store(home, tiny_folder)
+    found = stored(MODEL)
+    assert found is not None
+    pack(found, kernels)
+    pack(ModelFiles("/only/packed", tiny_folder, "def", "folder"), kernels)
+    (file,) = [file for file in packed_files() if file.model == MODEL]
+
+    listed = json.loads(run_models("list", "--json"))
+    assert [(each["name"], each["source"], each["format"]) for each in listed] == [
+        (MODEL, "pypi", "float32"),
+        ("/only/packed", "packed", kernels.name),
+        (MODEL, "packed", kernels.name),
+    ]
+    assert f"packed                {kernels.name}" in run_models("list")
+    assert json.loads(run_models("show", MODEL))["packed"] == {kernels.name: file.num_bytes}
+    run_models("rm", home.joinpath("models").glob("[!.]*").__next__().name, "/only/packed")
+    assert list(packed_files()) == []
+    assert stored(MODEL) is None
+
+
+def run_models(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["models", *arguments], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return done.stdout
