@@ -1,11 +1,11 @@
-"""One file by every way that smol has to a model: the same bytes, whoever is killed; what it costs.
+"""One file answered by every backend: equal bytes, recovery from killed processes, and speed.
 
-python benchmarks/cluster.py same [LINES]       each way once, and the hashes of the outputs
-python benchmarks/cluster.py killed [LINES]     kill -9 in the middle of each, and the hashes
-python benchmarks/cluster.py speed [LINES [ROUNDS]]   seconds of each way, by turns
-python benchmarks/cluster.py gateway            start and memory of a gateway
+python benchmarks/cluster.py same [LINES]       answer with every backend and compare the hashes
+python benchmarks/cluster.py killed [LINES]     kill processes during the runs, compare the hashes
+python benchmarks/cluster.py speed [LINES [ROUNDS]]   seconds per backend, alternating
+python benchmarks/cluster.py gateway            start-up time and memory of a gateway
 
-Float32, one thread for each engine, three Ray nodes on this machine.
+Uses float32, one thread per engine, and three Ray nodes on this machine.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from serving import Target, target
+from server_harness import Target, target
 
 NUM_LINES = 500
 ENGINE = ("--dtype", "float32", "--threads", "1")
@@ -32,7 +32,7 @@ POLL_S = 0.05
 
 
 def write_questions(path: Path, num_lines: int) -> None:
-    """Short questions that differ; every 50th is drawn, every 60th is bad."""
+    """Short, distinct questions; every 50th is sampled, every 60th is invalid."""
     source = random.Random(1)
     lines = []
     for number in range(1, num_lines + 1):

@@ -1,7 +1,7 @@
-"""What a gateway costs, and how far one client keeps many model services busy.
+"""Latency that a gateway adds, and how many model services one client can keep busy.
 
-python benchmarks/gateway.py overhead [MODEL]    the latency it adds to a /chat, the time to a batch
-python benchmarks/gateway.py workers [NUM ...]   simulated services: 1 s for a batch of 64 queries
+python benchmarks/gateway.py overhead [MODEL]    added latency of /chat, and time of a batch
+python benchmarks/gateway.py workers [NUM ...]   simulated services that take 1 s for 64 queries
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import closing
 from typing import Any
 
-from serving import Target, post, prompts, target
+from server_harness import Target, post, prompts, target
 
 from smolcli.backends.remote.backend import open_remote
 from smolcli.batch.pipeline import answer_all
@@ -28,7 +28,7 @@ BATCH_SIZE = 64
 
 
 def overhead(model: str) -> None:
-    """Ask a service and a gateway before it the same, by turns."""
+    """Send the same queries to a service and to a gateway in front of it, alternating."""
     with (
         target(None, "--model", model) as service,
         target(None, "--upstream", service.url) as front,

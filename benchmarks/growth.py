@@ -1,9 +1,9 @@
-"""What a question costs in a file of a hundred, a thousand and ten thousand: time and memory.
+"""Time per query and memory for files of 100, 1,000 and 10,000 queries.
 
     python -m benchmarks.growth
     python -m benchmarks.growth 100 1000 10000 --max-new-tokens 8
 
-Every question differs, so that none is answered by another's answer.
+All questions differ, so that deduplication has no effect.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("numbers", type=int, nargs="*", default=[100, 1000, 10_000])
     parser.add_argument("--max-new-tokens", type=int, default=8)
     args = parser.parse_args()
-    table = Table("questions", "questions/s", "tokens written/s", "memory afterwards")
+    table = Table("questions", "questions/s", "tokens/s", "memory")
     with closing(open_local(EngineSettings())) as backend:
         for future in [backend.submit(query) for query in stories(64, 2)]:
             future.result()

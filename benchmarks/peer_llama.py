@@ -1,35 +1,30 @@
-"""llama.cpp on the reference questions, in an environment of its own.
+"""Throughput of llama.cpp on the reference questions; needs an environment of its own.
 
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python tokenizers
     python benchmarks/peer_llama.py MODEL.gguf FOLDER --slots 16
 
-FOLDER is what `smol pull` prints; its tokenizer is used, so that prompts are the same. All
-questions are there at once; a slot that becomes free is refilled at the next step, one cache
-for all of them, greedy.
+FOLDER is what `smol pull` prints; its tokenizer makes the prompts equal. All questions are
+submitted at once, with continuous batching, a unified KV cache and greedy decoding.
 """
 
 import argparse
 import ctypes
-import json
-import statistics
-import sys
-import time
 from collections import deque
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as api
+from peer_record import measure, read_questions
 from tokenizers import Tokenizer
 
-QUESTIONS = Path(__file__).parents[1] / "smolcli" / "bench" / "reference.jsonl"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 CONTEXT = 512  # tokens of one question and its answer
 EOS = 2
 
 
 class Engine:
-    """llama.cpp's context, and the batches that it is given."""
+    """A llama.cpp context and its batch."""
 
     def __init__(self, path: str, slots: int, threads: int) -> None:
         api.llama_backend_init()
@@ -45,7 +40,7 @@ class Engine:
         self.batch = api.llama_batch_init(512, 0, 1)
 
     def decode(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Compute rows of (token, position, slot, is wanted); the next token of the wanted."""
+        """Decode (token, position, slot, needs logits) rows; returns the tokens that follow."""
         batch = self.batch
         batch.n_tokens = len(rows)
         for index, (token, position, slot, is_wanted) in enumerate(rows):
@@ -57,7 +52,7 @@ class Engine:
         return [self._best(index) for index, row in enumerate(rows) if row[3]]
 
     def free(self, slot: int) -> None:
-        """Forget what a slot holds."""
+        """Clear the KV cache of a slot."""
         api.llama_memory_seq_rm(api.llama_get_memory(self.context), slot, -1, -1)
 
     def _best(self, index: int) -> int:
@@ -69,7 +64,7 @@ class Engine:
 
 
 def answer_all(engine: Engine, prompts: list[list[int]], slots: int, limit: int) -> int:
-    """Answer all prompts; returns how many tokens the answers have."""
+    """Answer all prompts and return the number of generated tokens."""
     waiting, free, total = deque(prompts), list(range(slots)), 0
     running: dict[int, list[int]] = {}  # by slot: position, newest token, tokens so far
     while waiting or running:
@@ -105,27 +100,19 @@ def main() -> None:
     prompts = [
         tokenizer.encode(
             f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
-            f"{json.loads(line)['user_prompt']}<|im_end|>\n<|im_start|>assistant\n"
+            f"{question}<|im_end|>\n<|im_start|>assistant\n"
         ).ids
-        for line in QUESTIONS.read_text("utf-8").splitlines()
+        for question in read_questions()
     ]
     engine = Engine(args.gguf, args.slots, args.threads)
     answer_all(engine, prompts, args.slots, 4)
-    runs = []
-    for _ in range(args.runs):
-        began = time.perf_counter()
-        tokens = answer_all(engine, prompts, args.slots, args.max_new_tokens)
-        runs.append((tokens, time.perf_counter() - began))
-    rate = statistics.median(tokens / seconds for tokens, seconds in runs)
-    record = {
-        "system": f"llama-cpp-python {llama_cpp.__version__}",
-        "model": Path(args.gguf).name,
-        "slots": args.slots,
-        "tokens": runs[0][0],
-        "runs": [round(tokens / seconds, 1) for tokens, seconds in runs],
-        "tokens_per_second": round(rate, 1),
-    }
-    sys.stdout.write(json.dumps(record) + "\n")
+    measure(
+        lambda: answer_all(engine, prompts, args.slots, args.max_new_tokens),
+        args.runs,
+        system=f"llama-cpp-python {llama_cpp.__version__}",
+        model=Path(args.gguf).name,
+        slots=args.slots,
+    )
 
 
 if __name__ == "__main__":

@@ -1,24 +1,18 @@
-"""OpenVINO GenAI on the reference questions, in an environment of its own.
+"""Throughput of OpenVINO GenAI on the reference questions; needs an environment of its own.
 
     pip install torch==2.13.0 openvino-genai optimum-intel nncf
     optimum-cli export openvino --model FOLDER --task text-generation-with-past \\
         --weight-format int8 openvino-int8
     python benchmarks/peer_openvino.py openvino-int8
 
-FOLDER is what `smol pull` prints. All questions are there at once, as in `benchmarks.reference`,
-with `--slots 1` one after the other; continuous batching, prefix cache on, bfloat16 arithmetic.
+FOLDER is what `smol pull` prints. All questions are submitted at once, or one after another with
+`--slots 1`; continuous batching, prefix cache on, bfloat16 products.
 """
 
 import argparse
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
 
 import openvino_genai as genai
-
-QUESTIONS = Path(__file__).parents[1] / "smolcli" / "bench" / "reference.jsonl"
+from peer_record import measure, read_questions
 
 
 def main() -> None:
@@ -41,35 +35,27 @@ def main() -> None:
     tokenizer = pipeline.get_tokenizer()
     prompts = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": json.loads(line)["user_prompt"]}],
-            add_generation_prompt=True,
+            [{"role": "user", "content": question}], add_generation_prompt=True
         )
-        for line in QUESTIONS.read_text("utf-8").splitlines()
+        for question in read_questions()
     ]
     encoded = [tokenizer.encode(p, add_special_tokens=False).input_ids for p in prompts]
 
-    def run(limit: int) -> tuple[int, float]:
+    def answer(limit: int) -> int:
         config = genai.GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=2)
-        began = time.perf_counter()
-        asked = [[ids] for ids in encoded] if args.slots == 1 else [encoded]
-        answers = [pipeline.generate(ids, [config] * len(ids)) for ids in asked]
-        seconds = time.perf_counter() - began
-        results = [answer for batch in answers for answer in batch]
-        return sum(len(r.m_generation_ids[0]) for r in results), seconds
+        batches = [[ids] for ids in encoded] if args.slots == 1 else [encoded]
+        answers = [pipeline.generate(ids, [config] * len(ids)) for ids in batches]
+        return sum(len(r.m_generation_ids[0]) for batch in answers for r in batch)
 
-    run(4)
-    outcomes = [run(args.max_new_tokens) for _ in range(args.runs)]
-    rate = statistics.median(tokens / seconds for tokens, seconds in outcomes)
-    record = {
-        "system": f"OpenVINO GenAI {genai.__version__}",
-        "model": args.model,
-        "precision": args.precision,
-        "slots": args.slots,
-        "tokens": outcomes[0][0],
-        "runs": [round(tokens / seconds, 1) for tokens, seconds in outcomes],
-        "tokens_per_second": round(rate, 1),
-    }
-    sys.stdout.write(json.dumps(record) + "\n")
+    answer(4)
+    measure(
+        lambda: answer(args.max_new_tokens),
+        args.runs,
+        system=f"OpenVINO GenAI {genai.__version__}",
+        model=args.model,
+        precision=args.precision,
+        slots=args.slots,
+    )
 
 
 if __name__ == "__main__":

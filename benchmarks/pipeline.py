@@ -1,4 +1,4 @@
-"""Lines a second, and memory, of `smol run` around a backend that answers at once.
+"""Throughput and memory of `smol run` with a backend that answers instantly.
 
 python benchmarks/pipeline.py [LINES]
 """
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from fakes import EchoBackend
 
 
-class Measuring(LogProgress):
-    """Takes the memory when all is answered and still held."""
+class MemoryProgress(LogProgress):
+    """Records the memory in use when the last result arrives."""
 
     num_bytes = 0
 
@@ -29,21 +29,21 @@ class Measuring(LogProgress):
 
 
 def main(num_lines: int) -> None:
-    """Write a file of questions, answer it, and say how that went."""
+    """Write a file of questions, answer it and print the throughput."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder, "queries.jsonl"), Path(folder, "results.jsonl")
         with source.open("w") as file:
             for number in range(num_lines):
                 prompt = f"What is {number} plus {number}?"
                 file.write(f'{{"chat_id": "{number}", "user_prompt": "{prompt}"}}\n')
-        measuring, num_bytes = Measuring(), psutil.Process().memory_info().rss
+        measuring, num_bytes = MemoryProgress(), psutil.Process().memory_info().rss
         started = time.perf_counter()
         report = run_file(RunSettings(source, output), deduplicated(EchoBackend), measuring)
         seconds = time.perf_counter() - started
         growth = (measuring.num_bytes - num_bytes) / 1e6
         sys.stdout.write(
             f"{report.num_answered:,} lines in {seconds:.2f} s: "
-            f"{report.num_answered / seconds:,.0f} lines/s, {growth:.1f} MB more memory\n"
+            f"{report.num_answered / seconds:,.0f} lines/s, memory grew by {growth:.1f} MB\n"
         )
 
 

@@ -1,10 +1,10 @@
-"""smol against transformers' `generate` on 64 real questions, in one process.
+"""Throughput and latency of smol and of transformers' `generate` on 64 real questions.
 
     python -m benchmarks.reference                       # bfloat16: smol, static batches of 32
     python -m benchmarks.reference --dtype float32 --systems smol,static,sequential
     python -m benchmarks.reference --systems smol,static --mixed
 
-All questions arrive at once; a query's latency runs from there to its answer.
+All questions are submitted at once; latency is measured from then to the answer.
 """
 
 import argparse
@@ -35,7 +35,7 @@ STATIC_BATCH = 32
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one system did with the questions."""
+    """Measurements of one system."""
 
     system: str
     dtype: str
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def load_queries(mixed: bool, max_new_tokens: int) -> list[Query]:
-    """The 64 questions; mixed: every fourth may have 256 tokens, the others 16."""
+    """The 64 questions; if mixed, every fourth answer has up to 256 tokens, the others 16."""
     queries = []
     for number, line in enumerate(QUESTIONS.read_text("utf-8").splitlines()):
         length = (256 if number % 4 == 0 else 16) if mixed else max_new_tokens
@@ -68,7 +68,7 @@ def outcome(
 
 
 def run_smol(queries: list[Query], backend: LocalBackend, dtype: str) -> Outcome:
-    """Through the pipeline, as `smol run` does."""
+    """Answer with smol's pipeline, as `smol run` does."""
     calls, began = backend.counters().model_calls, time.perf_counter()
     results = list(answer_all(queries, backend))
     assert not any(r.is_error for r in results)
@@ -80,7 +80,7 @@ def run_smol(queries: list[Query], backend: LocalBackend, dtype: str) -> Outcome
 def run_transformers(
     queries: list[Query], chat: ChatTokenizer, model: torch.nn.Module, dtype: str, size: int
 ) -> Outcome:
-    """`generate` on batches of a fixed size, padded left, each until its last answer ends."""
+    """Answer with `generate` in left-padded batches of a fixed size."""
     began, tokens, calls = time.perf_counter(), 0, 0
     latencies: list[float] = []
     for at in range(0, len(queries), size):
@@ -98,14 +98,14 @@ def run_transformers(
             row = row[: query.sampling.max_new_tokens]
             tokens += row.index(2) + 1 if 2 in row else len(row)
             latencies.append(time.perf_counter() - began)
-    name = "transformers, one by one" if size == 1 else f"transformers, batches of {size}"
+    name = "transformers, sequential" if size == 1 else f"transformers, batches of {size}"
     return outcome(name, dtype, tokens, began, calls, latencies)
 
 
 class Systems:
-    """smol and transformers, each on threads that end with its turn.
+    """The systems under test, each on a thread that ends with its turn.
 
-    What computes with OpenMP keeps the workers of its thread; two such threads hinder each other.
+    A thread that has used OpenMP keeps its workers, and the workers of two threads compete.
     """
 
     def __init__(self, queries: list[Query], args: argparse.Namespace) -> None:
@@ -117,17 +117,17 @@ class Systems:
         self._model: torch.nn.Module | None = None
 
     def smol(self) -> Outcome:
-        """Through the pipeline, warm."""
+        """smol, after a warm-up."""
         with closing(open_local(self._settings)) as backend:
             list(answer_all(self._warm_up, backend))
             return run_smol(self._queries, backend, self._settings.dtype)
 
     def static(self) -> Outcome:
-        """transformers in batches of a fixed size."""
+        """transformers in static batches."""
         return self._transformers(STATIC_BATCH)
 
     def sequential(self) -> Outcome:
-        """transformers, one question after the other."""
+        """transformers, one question at a time."""
         return self._transformers(1)
 
     def _transformers(self, size: int) -> Outcome:
@@ -145,7 +145,7 @@ class Systems:
 
 
 def measure(names: list[str], queries: list[Query], args: argparse.Namespace) -> list[Outcome]:
-    """Each system `--runs` times, taking turns; one by one only once, it takes minutes."""
+    """Measure the systems in turn, `--runs` times; the slow sequential one only once."""
     torch.manual_seed(0)
     systems = Systems(queries, args)
     return [
@@ -157,7 +157,7 @@ def measure(names: list[str], queries: list[Query], args: argparse.Namespace) ->
 
 
 def medians(outcomes: list[Outcome]) -> list[Outcome]:
-    """The run of the median speed of each system."""
+    """The run with the median throughput of each system."""
     groups = {o.system: [p for p in outcomes if p.system == o.system] for o in outcomes}
     return [sorted(g, key=lambda o: o.seconds)[len(g) // 2] for g in groups.values()]
 
@@ -194,11 +194,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--systems", default="smol,static")
     parser.add_argument("--max-batch-size", type=int, default=EngineSettings().max_batch_size)
-    parser.add_argument("--questions", type=int, default=64, help="the first so many")
+    parser.add_argument("--questions", type=int, default=64, help="number of questions")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--mixed", action="store_true", help="answers of 16 and of 256 tokens")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write all runs here")
+    parser.add_argument("--json", type=Path, help="file for all measurements")
     args = parser.parse_args()
     queries = load_queries(args.mixed, args.max_new_tokens)[: args.questions]
     outcomes = measure(args.systems.split(","), queries, args)

@@ -1,4 +1,4 @@
-"""A short question's latency: alone, and while a batch of 200 is being answered.
+"""Latency of a short query on an idle server, and while it answers a batch of 200.
 
 python -m benchmarks.serve_fairness
 """
@@ -11,13 +11,13 @@ import threading
 import time
 from typing import Any
 
-from benchmarks.serving import Target, percentiles, post, prompts, target
+from benchmarks.server_harness import Target, percentiles, post, prompts, target
 
 SHORT = {"user_prompt": "What is the capital of France?", "max_new_tokens": 16}
 
 
 def ask(server: Target, number: int, while_true: threading.Event | None = None) -> list[float]:
-    """Latencies of short questions, one after the other."""
+    """Latencies of short queries sent one after another."""
     connection, latencies = server.connect(), []
     for index in range(number):
         if while_true is not None and not while_true.is_set():
@@ -30,7 +30,7 @@ def ask(server: Target, number: int, while_true: threading.Event | None = None) 
 
 
 def flood(server: Target, size: int, is_running: threading.Event) -> None:
-    """One large batch."""
+    """Send one large batch."""
     queries = [
         {"chat_id": str(n), "user_prompt": prompt, "max_new_tokens": 128}
         for n, prompt in enumerate(prompts(size))

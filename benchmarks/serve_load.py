@@ -1,10 +1,10 @@
-"""Many clients at once: errors, latencies and throughput, against `smol run` on the same questions.
+"""Errors, latency and throughput under concurrent clients, compared with `smol run`.
 
     python -m benchmarks.serve_load                  # 64 clients for 60 seconds
     python -m benchmarks.serve_load --clients 16 --seconds 20 --url http://127.0.0.1:8000
 
-Three of four clients use /chat, the fourth streams from /v1/chat/completions, which tells the
-time to the first token. What ends in the time counts, after a time to warm up.
+Three of four clients use /chat; the fourth streams from /v1/chat/completions to measure the time to
+the first token. Requests that finish within the measured time count, after a warm-up.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving import Exchange, Target, percentiles, post, prompts, target
+from benchmarks.server_harness import Exchange, Target, percentiles, post, prompts, target
 from smolcli.engine.hardware import num_cores
 
 MAX_NEW_TOKENS = 128
@@ -27,14 +27,14 @@ PROMPTS = prompts(64)
 
 
 class Load:
-    """Clients, each of which asks one question after the other until time is up."""
+    """Clients that send one query after another until the time is up."""
 
     def __init__(self, server: Target, model: str, num_clients: int) -> None:
         self._server = server
         self._model = model
         self._lock = threading.Lock()
         self.num_asked = 0
-        self.cpu_share = 0.0  # of the machine, which the server has not
+        self.cpu_share = 0.0  # share of the machine that the load generator takes
         self._is_over = False
         self.answered: list[Exchange] = []
         self.streamed: list[Exchange] = []

@@ -1,4 +1,4 @@
-"""A server's memory over a long time of mixed use, clients that go away and bad requests included.
+"""Memory of a server under long mixed load with disconnecting clients and invalid requests.
 
 python -m benchmarks.serve_soak --seconds 600
 """
@@ -14,13 +14,13 @@ from typing import Any
 
 import psutil
 
-from benchmarks.serving import Target, post, prompts, target
+from benchmarks.server_harness import Target, post, prompts, target
 
 PROMPTS = prompts(64)
 
 
 def use(server: Target, seed: int, until: float, outcomes: Counter[str]) -> None:
-    """One client: questions, batches, streams, bad requests, and leaving in the middle."""
+    """One client: queries, batches, streams, invalid requests and disconnects."""
 
     def ask(path: str, value: Any, **headers: str) -> None:
         outcomes[f"{path} {post(connection, path, value, **headers).status}"] += 1

@@ -1,9 +1,9 @@
-"""How long running answers wait when a long prompt arrives: it is read in pieces between them.
+"""Latency between the tokens of running answers while a long prompt is processed in chunks.
 
     python -m benchmarks.stall
     python -m benchmarks.stall --prompt-words 7000 --answers 32
 
-Measured through the backend's streams: the time between two pieces of one answer's text.
+Measured as the time between two pieces of text in the stream of one answer.
 """
 
 import argparse
@@ -25,32 +25,32 @@ PIECES_BEFORE = 20
 
 
 class Gaps:
-    """When each answer's pieces of text came."""
+    """The times between pieces of text of each answer."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[float, float]] = []
 
-    def listener(self) -> Callable[[str], None]:
-        """Listens to one answer."""
+    def callback(self) -> Callable[[str], None]:
+        """A callback for the stream of one answer."""
         last = 0.0
 
-        def hear(_: str) -> None:
+        def record(_: str) -> None:
             nonlocal last
             now = time.perf_counter()
             if last:
                 self.spans.append((last, now))
             last = now
 
-        return hear
+        return record
 
     def between(self, began: float, ended: float) -> list[float]:
-        """The gaps that lie wholly or in part in a stretch of time, in ms, shortest first."""
+        """Gaps that overlap an interval, in ms, in ascending order."""
         return sorted(1000 * (b - a) for a, b in self.spans if b > began and a < ended)
 
 
 def measure(backend: Backend, num_answers: int, num_words: int) -> None:
     gaps = Gaps()
-    answers = [backend.submit(q, gaps.listener()) for q in stories(num_answers, ANSWER_TOKENS)]
+    answers = [backend.submit(q, gaps.callback()) for q in stories(num_answers, ANSWER_TOKENS)]
     while len(gaps.spans) < PIECES_BEFORE * num_answers:
         time.sleep(0.01)
     arrived = time.perf_counter()
@@ -59,8 +59,11 @@ def measure(backend: Backend, num_answers: int, num_words: int) -> None:
     for answer in answers:
         answer.result()
     num_tokens = result.usage.prompt_tokens if result.usage else 0
-    table = Table("gap between two pieces of an answer", "p50", "p99", "longest")
-    for name, stretch in (("answers alone", (0.0, arrived)), ("while it is read", (arrived, done))):
+    table = Table("time between two pieces of text", "p50", "p99", "max")
+    for name, stretch in (
+        ("without a long prompt", (0.0, arrived)),
+        ("during the long prompt", (arrived, done)),
+    ):
         found = gaps.between(*stretch)
         cuts = statistics.quantiles(found, n=100, method="inclusive")
         table.add_row(name, *(f"{value:.0f} ms" for value in (cuts[49], cuts[98], found[-1])))
@@ -68,7 +71,7 @@ def measure(backend: Backend, num_answers: int, num_words: int) -> None:
     console.print(table)
     console.print(
         f"{num_answers} answers running; a prompt of {num_tokens:,} tokens "
-        f"was read in {done - arrived:.1f} s"
+        f"was processed in {done - arrived:.1f} s"
     )
 
 

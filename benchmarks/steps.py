@@ -1,10 +1,10 @@
-"""Where the milliseconds of a step go: the layers, the head, and the Python around them.
+"""Profile of an engine step: time in the layers, in the head, and in Python.
 
     python -m benchmarks.steps
     python -m benchmarks.steps --dtype float32 --sizes 1,64
 
-Each batch decodes answers that do not end, after prompts of about 100 tokens; medians of the
-steps. For what is inside the layers: `perf record -e cpu-clock python -m benchmarks.steps`.
+Every batch decodes answers that never end, after prompts of about 100 tokens; the table shows the
+median step. To profile the kernels: `perf record -e cpu-clock python -m benchmarks.steps`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PROMPT_WORDS = 70
 
 
 class TimedModel:
-    """A model, and head of one, that adds up what it takes; no answer ends by itself."""
+    """A model and head that measure their time; answers have no end token."""
 
     def __init__(self, model: Any) -> None:
         self.config = replace(model.config, eos_ids=frozenset())
@@ -61,7 +61,7 @@ class TimedModel:
 def full_batch(
     model: TimedModel, chat: ChatTokenizer, size: int, num_steps: int
 ) -> Iterator[Engine]:
-    """An engine whose prompts are read."""
+    """An engine that has processed all prompts and only decodes."""
     engine = Engine(model, size, 8 << 30)
     for turn in range(size):
         prompt = chat.encode(long_prompt(PROMPT_WORDS, turn).messages)
@@ -72,7 +72,7 @@ def full_batch(
 
 
 def measure(model: TimedModel, chat: ChatTokenizer, size: int, num_steps: int) -> list[float]:
-    """Milliseconds of a step: in all, layers, head, the rest."""
+    """Median milliseconds of a step: total, layers, head, the rest."""
     rows = []
     with full_batch(model, chat, size, num_steps) as engine:
         for _ in range(num_steps):
@@ -96,7 +96,7 @@ def main() -> None:
     config = resolve_config(settings, load_config(folder))
     loaded = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
     model, chat = TimedModel(loaded), ChatTokenizer.load(folder)
-    table = Table("sequences", "ms a step", "layers", "head", "the rest", "tokens/s", box=None)
+    table = Table("sequences", "ms/step", "layers", "head", "rest", "tokens/s", box=None)
     for size in map(int, args.sizes.split(",")):
         total, *parts = measure(model, chat, size, args.steps)
         shown = [f"{part:.2f}" for part in (total, *parts)]

@@ -1,11 +1,11 @@
-"""What structured answers cost, and what they bring, on 50 extraction questions.
+"""Cost and benefit of structured output on 50 extraction tasks.
 
     python -m benchmarks.structured
     python -m benchmarks.structured --dtype float32
 
-Cost: the same prompts with and without a schema, all of the same number of tokens in the same
-batches, by turns in one process. Worth: how many answers parse and validate, and how many values
-are those of the text, with the same prompts, which show the schema, in both arms.
+Cost: the same prompts with and without a schema, with equal numbers of tokens and equal batches,
+alternating in one process. Benefit: how many answers parse and validate, and how many extracted
+values are correct. Prompts contain the schema in both cases.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Requests that are no good, each in another way, after which the server is to hang up."""
+"""Malformed requests of many kinds, each of which ends its connection."""
 
 import json
 import random
@@ -21,8 +21,8 @@ BODIES = [
 ]
 
 
-def rubbish(number: int) -> bytes:
-    """The bytes of one request, always the same for a number."""
+def malformed_request(number: int) -> bytes:
+    """The bytes of one request; equal numbers give equal requests."""
     rng = random.Random(number)
     kinds = (_body, _body, _value, _head, _bytes)
     return kinds[number % len(kinds)](rng)
@@ -33,14 +33,14 @@ def _body(rng: random.Random) -> bytes:
 
 
 def _value(rng: random.Random) -> bytes:
-    """JSON, but no query."""
+    """Valid JSON that is not a query."""
     leaf: Any = rng.choice([None, True, -1, 1e300, "x" * 1000, [], {}])
     names = ["chat_id", "user_prompt", "queries", "messages", "model"]
     return _request("/chat", json.dumps({rng.choice(names): leaf}).encode())
 
 
 def _head(rng: random.Random) -> bytes:
-    """A method, a path or a header that does not fit."""
+    """An invalid method, path or header."""
     method = rng.choice(["GET", "PUT", "TRACE", "get", "P\x00ST"])
     path = rng.choice(["/chat", "/nope", "/%ff", "/../../etc/passwd", "http://x/chat", "chat"])
     header = rng.choice(
@@ -55,7 +55,7 @@ def _head(rng: random.Random) -> bytes:
 
 
 def _bytes(rng: random.Random) -> bytes:
-    """Not HTTP at all, such as the beginning of TLS."""
+    """Bytes that are not HTTP, such as the start of a TLS handshake."""
     return rng.choice([b"\x16\x03\x01\x02\x00", b""]) + rng.randbytes(200) + b"\r\n\r\n"
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of `smol serve` share: a server of their own, and a client that measures."""
+"""The harness of the server benchmarks: starts a server, and measures requests to it."""
 
 import http.client
 import json
@@ -21,7 +21,7 @@ TIMEOUT_S = 600
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request: when it began, first word and end in seconds after that, and what came."""
+    """One request: its start, the seconds to the first line and to the end, and the response."""
 
     began: float
     first_s: float
@@ -36,7 +36,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Target:
-    """The server that is measured; `process` None where it is not ours."""
+    """The server under test; `process` is None if it was already running."""
 
     url: str
     process: subprocess.Popen[bytes] | None
@@ -53,9 +53,9 @@ class Target:
 
 @contextmanager
 def target(url: str | None, *args: str) -> Iterator[Target]:
-    """The server at `url`, or else one of our own, which is stopped in the end.
+    """The server at `url` or, without one, a new server that is stopped afterwards.
 
-    It answers equal questions each on its own, for there are but 64 of them.
+    Deduplication is off, because there are only 64 distinct questions.
     """
     if url is not None:
         yield Target(url.rstrip("/"), None)
@@ -76,13 +76,13 @@ def target(url: str | None, *args: str) -> Iterator[Target]:
 def _url_when_ready(popen: subprocess.Popen[bytes], log: Path) -> str:
     while not (found := re.search(r"ready at (http://[\w.:]+)", said := log.read_text())):
         if popen.poll() is not None:
-            raise SystemExit(f"the server ended: {said}")
+            raise SystemExit(f"the server exited: {said}")
         time.sleep(0.1)
     return found[1]
 
 
 def post(connection: http.client.HTTPConnection, path: str, value: Any, **headers: str) -> Exchange:
-    """Send JSON, and take the whole answer; of a stream the body is its lines."""
+    """Send JSON and read the whole response; the body of a stream is its lines."""
     began = time.perf_counter()
     connection.request(
         "POST", path, json.dumps(value).encode(), {"Content-Type": "application/json"} | headers
@@ -98,13 +98,13 @@ def post(connection: http.client.HTTPConnection, path: str, value: Any, **header
 
 
 def prompts(number: int) -> list[str]:
-    """So many questions; there are 64, which are repeated."""
+    """The first questions of the reference set, repeated if there are more than 64."""
     lines = QUESTIONS.read_text("utf-8").splitlines()
     return [json.loads(line)["user_prompt"] for line in islice(cycle(lines), number)]
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """The median, the 95th and the 99th, in milliseconds."""
+    """The 50th, 95th and 99th percentile in milliseconds."""
     ordered = sorted(values)
     return {
         f"p{share}_ms": round(1000 * ordered[min(len(ordered) * share // 100, len(ordered) - 1)], 1)

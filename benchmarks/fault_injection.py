@@ -1,4 +1,4 @@
-"""The real model, in a backend like any, that fails where it is told to."""
+"""Fault injection: a local backend whose model fails on request."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from smolcli.weights.loader import load_config, load_model
 from smolcli.weights.resolve import resolve
 
 
-class BreakableModel:
-    """Fails the next `num_failures` steps, and each that reads `poison`'s rarest token."""
+class FaultyModel:
+    """Fails the next `num_failures` steps, and every step that contains a token of `poison`."""
 
     poison = "Play the xylophone"
 
@@ -30,21 +30,21 @@ class BreakableModel:
     def forward(self, batch: Batch) -> Hidden:
         if self.num_failures:
             self.num_failures -= 1
-            raise RuntimeError("a fault on purpose")
+            raise RuntimeError("injected fault")
         if self._poison_id in batch.token_ids:
-            raise RuntimeError("a fault on purpose, of one query")
+            raise RuntimeError("injected fault of one query")
         return self._model.forward(batch)
 
 
-def open_breakable(settings: EngineSettings, models: list[BreakableModel]) -> LocalBackend:
-    """A backend like any, around a model that is put into `models`."""
+def open_faulty(settings: EngineSettings, models: list[FaultyModel]) -> LocalBackend:
+    """Open a local backend around a faulty model, which is appended to `models`."""
     folder = resolve(settings.model).folder
     config = resolve_config(settings, load_config(folder))
     chat = ChatTokenizer.load(folder)
 
     def build_engine() -> Engine:
         models.append(
-            BreakableModel(
+            FaultyModel(
                 load_model(folder, config.dtype, config.device, config.kernels, config.threads),
                 chat,
             )
