@@ -273,7 +273,8 @@ class LLM:
         """
         from smolcli.batch.progress import LogProgress
         from smolcli.batch.runner import default_output, run_file
-        from smolcli.data.rows import format_of, journal_path
+        from smolcli.data.detection import table_suffix
+        from smolcli.data.rows import journal_path
 
         source = Path(input)
         target = default_output(source) if output is None else Path(output)
@@ -289,7 +290,7 @@ class LLM:
             overwrite=overwrite,
             with_timings=timings,
             rows=RowSettings(prompt, id_column, tuple(fields)),
-            table=target if format_of(target) else None,
+            table=target if table_suffix(target) else None,
         )
         return run_file(settings, lambda _: _Borrowed(self._backend), LogProgress())
 

@@ -1,4 +1,4 @@
-"""Lines in, from every kind of file; results out, flushed, synced and never half lost."""
+"""Reading lines from every kind of file, and writing results durably."""
 
 import gzip
 import json
@@ -26,7 +26,9 @@ def lines_of(path: Path, data: bytes) -> list[Line]:
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_lines_of_every_kind_of_file(tmp_path: Path, end: bytes, bom: bytes, pack: object) -> None:
+def test_line_ends_marks_and_compression(
+    tmp_path: Path, end: bytes, bom: bytes, pack: object
+) -> None:
     data = bom + end.join([b"a", b"", b" \t", b"b b", b"c"])  # no end after the last
     assert callable(pack)
     lines = lines_of(tmp_path / "x", pack(data))
@@ -34,11 +36,11 @@ def test_lines_of_every_kind_of_file(tmp_path: Path, end: bytes, bom: bytes, pac
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
-def test_a_file_of_nothing_has_no_lines(tmp_path: Path, data: bytes) -> None:
+def test_empty_file_has_no_lines(tmp_path: Path, data: bytes) -> None:
     assert lines_of(tmp_path / "x", data) == []
 
 
-def test_a_bom_is_dropped_once_and_only_at_the_start(tmp_path: Path) -> None:
+def test_byte_order_mark_is_dropped_once_at_the_start(tmp_path: Path) -> None:
     bom = b"\xef\xbb\xbf"
     assert lines_of(tmp_path / "x", bom + bom + b"a\n" + bom + b"b") == [
         Line(1, bom + b"a"),
@@ -47,14 +49,14 @@ def test_a_bom_is_dropped_once_and_only_at_the_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
-def test_a_line_may_have_so_many_bytes_and_not_one_more(tmp_path: Path, end: bytes) -> None:
+def test_line_length_limit_is_exact(tmp_path: Path, end: bytes) -> None:
     longest = b"x" * MAX_LINE_BYTES
     assert lines_of(tmp_path / "x", longest + end) == [Line(1, longest)]
     assert lines_of(tmp_path / "x", longest + b"x" + end) == [Line(1, None)]
     assert lines_of(tmp_path / "x", 3 * longest + b"\nb" + end) == [Line(1, None), Line(2, b"b")]
 
 
-def test_a_huge_line_is_never_held_whole(tmp_path: Path) -> None:
+def test_huge_line_is_never_held_in_memory(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "x", "wb") as file:
         for _ in range(40):
             file.write(b"x" * MAX_LINE_BYTES)
@@ -66,14 +68,14 @@ def test_a_huge_line_is_never_held_whole(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_a_file_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+def test_unreadable_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cannot read .*missing: No such file"):
         list(read_lines(tmp_path / "missing"))
     with pytest.raises(InputError, match="Is a directory"):
         list(read_lines(tmp_path))
 
 
-def test_damaged_gzip_says_how_far_it_got(tmp_path: Path) -> None:
+def test_damaged_gzip_reports_how_far_it_was_read(tmp_path: Path) -> None:
     packed = gzip.compress(b"".join(b"%d\n" % number for number in range(100_000)))
     cut, flipped = tmp_path / "cut.gz", tmp_path / "flipped.gz"
     cut.write_bytes(packed[:-100])
@@ -85,7 +87,7 @@ def test_damaged_gzip_says_how_far_it_got(tmp_path: Path) -> None:
         assert caught.value.__cause__ is not None
 
 
-def test_stdin_plain_and_packed() -> None:
+def test_stdin_may_be_compressed() -> None:
     script = (
         "from pathlib import Path; from smolcli.data.jsonl import read_lines;"
         "import sys; sys.stderr.write(str([l.number for l in read_lines(Path('-'))]))"
@@ -95,14 +97,14 @@ def test_stdin_plain_and_packed() -> None:
         assert done.stderr == b"[1, 3]"
 
 
-def test_what_is_a_stream(tmp_path: Path) -> None:
+def test_stdin_and_devices_are_streams(tmp_path: Path) -> None:
     assert is_stream(Path("-"))
     assert is_stream(Path(os.devnull))
     assert not is_stream(tmp_path)
     assert not is_stream(tmp_path / "missing")
 
 
-def test_each_result_is_in_the_file_at_once(tmp_path: Path) -> None:
+def test_result_is_written_immediately(tmp_path: Path) -> None:
     path = tmp_path / "out"
     writer = ResultWriter(path)
     writer.write(HI.record())
@@ -113,7 +115,7 @@ def test_each_result_is_in_the_file_at_once(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_text_is_utf8_and_a_lone_surrogate_no_reason_to_stop(tmp_path: Path) -> None:
+def test_output_is_utf8_and_lone_surrogates_are_replaced(tmp_path: Path) -> None:
     writer = ResultWriter(tmp_path / "out")
     bad = Result("é", error="\ud800", error_code=ErrorCode.INTERNAL, timings=HI.timings)
     for result in (bad, HI):
@@ -126,7 +128,7 @@ def test_text_is_utf8_and_a_lone_surrogate_no_reason_to_stop(tmp_path: Path) -> 
     assert json.loads(second)["response"] == "Hi"
 
 
-def test_what_is_not_to_be_kept_is_cut_off(tmp_path: Path) -> None:
+def test_rest_of_an_existing_file_is_truncated(tmp_path: Path) -> None:
     path = tmp_path / "out"
     path.write_bytes(b"whole\ntorn")
     writer = ResultWriter(path, num_bytes=6)
@@ -135,9 +137,7 @@ def test_what_is_not_to_be_kept_is_cut_off(tmp_path: Path) -> None:
     assert path.read_bytes() == b'whole\n{"chat_id":"2","error":"x","error_code":"internal"}\n'
 
 
-def test_results_are_synced_while_nothing_more_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_synced_during_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that synced only between writes would leave the last lines unsynced in a lull."""
     synced: list[float] = []
     monkeypatch.setattr("os.fsync", lambda fd: synced.append(time.monotonic()))
@@ -152,7 +152,7 @@ def test_results_are_synced_while_nothing_more_comes(
     assert len(synced) == 1  # there was nothing new
 
 
-def test_a_failed_sync_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_sync_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ResultWriter(tmp_path / "out")
 
     def fail(fd: int) -> None:
@@ -165,7 +165,7 @@ def test_a_failed_sync_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
-def test_a_full_disk_ends_the_run_in_words() -> None:
+def test_full_disk_is_reported() -> None:
     writer = ResultWriter(Path("/dev/full"))
     with pytest.raises(RunError, match="cannot write /dev/full: No space left on device"):
         writer.write(HI.record())

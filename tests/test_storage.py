@@ -1,4 +1,4 @@
-"""Input and output at URLs: fetched first, put there last, the journal stays here."""
+"""Input and output at URLs: downloaded first, uploaded last; the journal stays local."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ OUTPUT = "memory://bucket/deep/out.jsonl"
 
 @pytest.fixture(autouse=True)
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A file system elsewhere with a file of questions; the working folder is empty."""
+    """A remote file system with an input file; the working folder is empty."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     files = MemoryFileSystem()
@@ -35,14 +35,14 @@ def smol_run(*args: str, backend: Any = EchoBackend) -> Result:
 
 
 def plain_output(tmp_path: Path) -> bytes:
-    """What a run of the same file here writes."""
+    """The output of a run on a local copy of the same file."""
     source = tmp_path / "in.jsonl"
     source.write_bytes(LINES)
     assert smol_run(str(source)).exit_code == 0
     return (tmp_path / "in.results.jsonl").read_bytes()
 
 
-def test_an_input_at_a_url_is_answered_into_this_folder(tmp_path: Path) -> None:
+def test_results_of_a_remote_input_are_written_locally(tmp_path: Path) -> None:
     assert smol_run("memory://bucket/in.jsonl").exit_code == 0
     output = tmp_path / "work" / "in.results.jsonl"
     assert output.read_bytes() == plain_output(tmp_path)
@@ -50,23 +50,21 @@ def test_an_input_at_a_url_is_answered_into_this_folder(tmp_path: Path) -> None:
     assert (again.exit_code, "is complete" in again.stderr) == (0, True)
 
 
-def test_an_output_at_a_url_gets_the_whole_of_it(bucket: Any, tmp_path: Path) -> None:
+def test_remote_output_is_uploaded_when_complete(bucket: Any, tmp_path: Path) -> None:
     ran = smol_run("memory://bucket/in.jsonl", "-o", OUTPUT)
     assert (ran.exit_code, f"copied to {OUTPUT}" in ran.stderr) == (0, True)
     assert bucket.cat_file("/bucket/deep/out.jsonl") == plain_output(tmp_path)
     assert smol_run("memory://bucket/in.jsonl", "-o", OUTPUT).exit_code == 0
 
 
-def test_a_table_goes_there_too(bucket: Any) -> None:
+def test_table_is_uploaded(bucket: Any) -> None:
     bucket.pipe_file("/bucket/rows.csv", b"name\nAnn\nBob\n")
     args = ("memory://bucket/rows.csv", "-o", "memory://bucket/out.csv", "--prompt", "Hi {name}")
     assert smol_run(*args).exit_code == 0
     assert bucket.cat_file("/bucket/out.csv").count(b"\n") == 3
 
 
-def test_a_run_that_is_cut_short_puts_nothing_there_and_goes_on_here(
-    bucket: Any, tmp_path: Path
-) -> None:
+def test_interrupted_run_uploads_nothing_and_resumes(bucket: Any, tmp_path: Path) -> None:
     args = ("memory://bucket/in.jsonl", "-o", OUTPUT)
     cut = smol_run(*args, backend=lambda _: DyingBackend(9))
     assert cut.exit_code == 1
@@ -77,7 +75,7 @@ def test_a_run_that_is_cut_short_puts_nothing_there_and_goes_on_here(
     assert bucket.cat_file("/bucket/deep/out.jsonl") == plain_output(tmp_path)
 
 
-def test_what_is_there_already_is_not_written_over(bucket: Any) -> None:
+def test_existing_remote_file_is_not_overwritten(bucket: Any) -> None:
     bucket.pipe_file("/bucket/deep/out.jsonl", b"dear\n")
     refused = smol_run("memory://bucket/in.jsonl", "-o", OUTPUT)
     assert (refused.exit_code, "--overwrite" in refused.stderr) == (2, True)
@@ -88,14 +86,14 @@ def test_what_is_there_already_is_not_written_over(bucket: Any) -> None:
     assert bucket.cat_file("/bucket/deep/out.jsonl").count(b"\n") == 21
 
 
-def test_an_input_that_has_changed_is_not_gone_on_with(bucket: Any) -> None:
+def test_changed_remote_input_is_refused_on_resume(bucket: Any) -> None:
     assert smol_run("memory://bucket/in.jsonl").exit_code == 0
     bucket.pipe_file("/bucket/in.jsonl", LINES.replace(b"Hi 3", b"Ho 3"))
     refused = smol_run("memory://bucket/in.jsonl")
     assert (refused.exit_code, "input" in refused.stderr) == (2, True)
 
 
-def test_a_file_url_is_a_path(tmp_path: Path) -> None:
+def test_file_url_is_a_local_path(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(LINES)
     assert smol_run(source.as_uri(), "-o", (tmp_path / "o.jsonl").as_uri()).exit_code == 0
@@ -106,26 +104,26 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     ("args", "code", "said"),
     [
         (["memory://bucket/none.jsonl"], 1, "cannot read memory://bucket/none.jsonl"),
-        (["memory://bucket/"], 2, "no file's URL"),
+        (["memory://bucket/"], 2, "does not name a file"),
         (["nowhere://bucket/in.jsonl"], 2, "cannot use nowhere://bucket/in.jsonl"),
         (["memory://bucket/in.jsonl", "-o", "nowhere://b/o.jsonl"], 2, "cannot use nowhere://b"),
     ],
 )
-def test_urls_of_nothing(args: list[str], code: int, said: str) -> None:
+def test_invalid_url_is_refused(args: list[str], code: int, said: str) -> None:
     refused = smol_run(*args)
     assert (refused.exit_code, said in refused.stderr) == (code, True), refused.stderr
 
 
-def test_checking_reads_there_too(bucket: Any) -> None:
+def test_check_reads_remote_input(bucket: Any) -> None:
     bucket.pipe_file("/bucket/in.jsonl", LINES + b"{}\n")
     checked = smol_run("memory://bucket/in.jsonl", "--check")
     assert (checked.exit_code, checked.stdout.startswith("line 21: ")) == (3, True)
 
 
-def test_paths_load_no_file_systems() -> None:
+def test_local_paths_do_not_import_fsspec() -> None:
     code = (
-        "import sys, json; from smolcli.data.remote_files import here, is_elsewhere\n"
-        "here('in.jsonl'), is_elsewhere('in.jsonl')\n"
+        "import sys, json; from smolcli.data.remote_files import is_remote, local_path\n"
+        "local_path('in.jsonl'), is_remote('in.jsonl')\n"
         "print(json.dumps('fsspec' in sys.modules))"
     )
     root = Path(__file__).parent.parent

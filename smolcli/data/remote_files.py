@@ -1,4 +1,4 @@
-"""Files elsewhere, at URLs that fsspec knows: fetched before the work, put there after it."""
+"""Files at URLs that fsspec knows: downloaded before the work, uploaded after it."""
 
 import tempfile
 from collections.abc import Iterator
@@ -6,77 +6,81 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smolcli.errors import InputError, RunError, SmolError, UsageError
+from smolcli.errors import InputError, RunError, SmolError, UsageError, error_reason
 
 
-def here(name: str) -> Path:
-    """A path for a path, or for the URL of a file; of one elsewhere, its name in this folder.
+def local_path(name: str) -> Path:
+    """The local path of a path or URL; for a remote file, its name in the current folder.
 
     Raises:
-        UsageError: for a URL that names no file, or no place that is known.
+        UsageError: the URL names no file, or a file system that is not available.
     """
     if "://" not in name:
         return Path(name)
-    files, path = _located(name)
-    if _is_here(files):
+    files, path = _resolve(name)
+    if _is_local(files):
         return Path(path)
     if not Path(path).name or name.endswith("/"):
-        raise UsageError(f"{name} is no file's URL: give one like s3://bucket/folder/file.jsonl")
+        raise UsageError(f"{name} does not name a file; expected s3://bucket/folder/file.jsonl")
     return Path(Path(path).name)
 
 
-def is_elsewhere(name: str) -> bool:
-    """Whether that is the URL of a file of another machine."""
-    return "://" in name and not _is_here(_located(name)[0])
+def is_remote(name: str) -> bool:
+    """Whether a path or URL is that of a file on another machine."""
+    return "://" in name and not _is_local(_resolve(name)[0])
 
 
 @contextmanager
-def fetched(name: str) -> Iterator[Path]:
-    """The file itself, or a copy of one elsewhere, which is gone afterwards.
+def downloaded(name: str) -> Iterator[Path]:
+    """Give a local file as it is, or a temporary copy of a remote one.
 
     Raises:
-        InputError: where it cannot be had.
+        InputError: the file cannot be downloaded.
     """
-    if not is_elsewhere(name):
-        yield here(name)
+    if not is_remote(name):
+        yield local_path(name)
         return
-    files, path = _located(name)
+    files, path = _resolve(name)
     with tempfile.TemporaryDirectory(prefix="smol-") as folder:
-        copy = Path(folder, here(name).name)
+        copy = Path(folder, local_path(name).name)
         with _translated(InputError, f"cannot read {name}"):
             if not files.isfile(path):
-                raise FileNotFoundError("there is no such file")
+                raise FileNotFoundError("no such file")
             files.get_file(path, str(copy))
         yield copy
 
 
-def refuse_foreign(url: str, output: Path) -> None:
-    """See that nothing is written over at a URL that no output here was put to.
+def refuse_overwrite(url: str, output: Path) -> None:
+    """Check that uploading would replace nothing but an earlier upload of the same output.
+
+    Args:
+        url: where the output will be uploaded to.
+        output: the local output; it exists if an earlier run wrote it.
 
     Raises:
-        UsageError: where something is there, and no output here.
-        RunError: where that cannot be seen.
+        UsageError: there is a file at the URL, but no local output.
+        RunError: the URL cannot be accessed.
     """
-    files, path = _located(url)
+    files, path = _resolve(url)
     with _translated(RunError, f"cannot write {url}"):
         is_foreign = not output.exists() and files.exists(path)
     if is_foreign:
         raise UsageError(f"{url} exists; give another --output, or --overwrite to replace it")
 
 
-def put(output: Path, url: str) -> None:
-    """Copy a finished output to a URL, whole.
+def upload(output: Path, url: str) -> None:
+    """Copy a finished output to a URL.
 
     Raises:
-        RunError: where that fails; the output is still here.
+        RunError: the upload fails; the local output stays.
     """
-    files, path = _located(url)
-    failed = f"cannot write {url}, and the same command tries again from {output}"
+    files, path = _resolve(url)
+    failed = f"cannot write {url}; the same command uploads {output} again"
     with _translated(RunError, failed):
         files.put_file(str(output), path)
 
 
-def _located(url: str) -> tuple[Any, str]:
+def _resolve(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     from fsspec.core import url_to_fs
 
@@ -84,23 +88,19 @@ def _located(url: str) -> tuple[Any, str]:
         files, path = url_to_fs(url)
     except ImportError as exc:
         raise UsageError(f"cannot use {url}: {exc}") from exc
-    except Exception as exc:  # each file system has its own: unknown names, missing credentials
-        raise UsageError(f"cannot use {url}: {_reason(exc)}") from exc
+    except Exception as exc:  # each file system raises its own: unknown names, no credentials
+        raise UsageError(f"cannot use {url}: {error_reason(exc)}") from exc
     return files, path
 
 
-def _is_here(files: Any) -> bool:
+def _is_local(files: Any) -> bool:
     return "file" in files.protocol
 
 
 @contextmanager
 def _translated(kind: type[SmolError], what: str) -> Iterator[None]:
-    """Whatever a file system raises, as an error of ours; each has exceptions of its own."""
+    """Turn whatever a file system raises into one of our errors."""
     try:
         yield
     except Exception as exc:
-        raise kind(f"{what}: {_reason(exc)}") from exc
-
-
-def _reason(exc: Exception) -> str:
-    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+        raise kind(f"{what}: {error_reason(exc)}") from exc

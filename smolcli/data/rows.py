@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from smolcli.data.compression import codec_of_name
-from smolcli.data.detection import TableSuffix, table_suffix
+from smolcli.data.detection import table_suffix
 from smolcli.errors import QueryError, UsageError
-
-Format = TableSuffix
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +27,13 @@ class Row:
     carried: Mapping[str, Any] | None = None
 
 
-def format_of(path: Path) -> TableSuffix | None:
-    """The kind of table that a file name stands for; None if it is not a table's."""
-    return table_suffix(path)
-
-
 def journal_path(output: Path) -> Path:
     """Where a run writes its results: next to a table, otherwise to the output itself.
 
     Raises:
         UsageError: for a compressed table.
     """
-    if format_of(output) is None:
+    if table_suffix(output) is None:
         return output
     if codec_of_name(output) is not None:
         raise UsageError(

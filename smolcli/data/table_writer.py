@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smolcli.data.detection import table_suffix
 from smolcli.data.parquet import require_pyarrow, write_parquet
-from smolcli.data.rows import format_of
 from smolcli.errors import RunError, UsageError, error_reason
 from smolcli.protocol.line_formats import smol_record
 
@@ -41,7 +41,7 @@ def check_table(table: Path, journal: Path, fields: Sequence[str], overwrite: bo
     """
     if taken := [name for name in fields if name in _BEFORE | _AFTER]:
         raise UsageError(f"--fields {taken[0]}: {table} already has a result column of that name")
-    if format_of(table) == ".parquet":
+    if table_suffix(table) == ".parquet":
         require_pyarrow(table)
     if table.exists() and not journal.exists() and not overwrite:
         raise UsageError(
@@ -69,10 +69,10 @@ def write_table(journal: Path, table: Path, fields: Sequence[str]) -> None:
         if table.exists() and table.stat().st_mtime_ns >= journal.stat().st_mtime_ns:
             return
         types = _types(_records(journal, fields), fields)
-        if format_of(table) == ".parquet":
+        if table_suffix(table) == ".parquet":
             _write_parquet(unfinished, journal, fields, types)
         else:
-            delimiter = "\t" if format_of(table) == ".tsv" else ","
+            delimiter = "\t" if table_suffix(table) == ".tsv" else ","
             _write_csv(unfinished, _records(journal, fields), list(types), delimiter)
         _sync(unfinished)
         unfinished.replace(table)

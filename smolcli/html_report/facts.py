@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from smolcli.batch.manifest import Manifest, load_manifest
+from smolcli.data.detection import table_suffix
 from smolcli.data.jsonl import read_lines
-from smolcli.data.rows import format_of, journal_path
+from smolcli.data.rows import journal_path
 from smolcli.errors import InputError, ResumeRefused
 from smolcli.protocol.line_formats import smol_record
 
@@ -138,7 +139,7 @@ def gather(results: Path) -> Facts:
         InputError: the file cannot be read, or none of its lines is a result.
     """
     path = journal_path(results)
-    if format_of(results) is not None and not path.exists():
+    if table_suffix(results) is not None and not path.exists():
         raise InputError(f"cannot report on {results}: its journal {path} is missing")
     facts = Facts(path, _manifest(path))
     for file in (path, _errors_file(facts.manifest)):

@@ -14,8 +14,15 @@ from smolcli.cli.options.engine import Dedupe, EngineOptions
 from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
 from smolcli.cli.options.tables import TableOptions
 from smolcli.cli.terminal import log_to_stderr
-from smolcli.data.remote_files import fetched, here, is_elsewhere, put, refuse_foreign
-from smolcli.data.rows import format_of, journal_path
+from smolcli.data.detection import table_suffix
+from smolcli.data.remote_files import (
+    downloaded,
+    is_remote,
+    local_path,
+    refuse_overwrite,
+    upload,
+)
+from smolcli.data.rows import journal_path
 from smolcli.settings import RunSettings
 from smolcli.types import Result
 
@@ -109,11 +116,11 @@ def run(
     from smolcli.batch.progress import open_progress
     from smolcli.batch.runner import default_output, run_file
 
-    target = options.output or str(default_output(here(input)))
-    output = here(target)
-    if is_elsewhere(target) and not (options.overwrite or options.check):
-        refuse_foreign(target, output)
-    source = ctx.with_resource(fetched(input))
+    target = options.output or str(default_output(local_path(input)))
+    output = local_path(target)
+    if is_remote(target) and not (options.overwrite or options.check):
+        refuse_overwrite(target, output)
+    source = ctx.with_resource(downloaded(input))
     settings = _settings(source, output, schema, generation, engine, tables, options)
     log_to_stderr(options.quiet)
     if options.check:
@@ -126,8 +133,8 @@ def run(
         settings, deduplicated(open_backend) if dedupe else open_backend, progress
     )
     progress.summary(statistics, output)
-    if is_elsewhere(target):
-        put(output, target)
+    if is_remote(target):
+        upload(output, target)
         progress.note(f"copied to {target}")
     raise typer.Exit(ExitCode.SOME_FAILED if statistics.failed else ExitCode.OK)
 
@@ -153,7 +160,7 @@ def _settings(
         overwrite=options.overwrite,
         with_timings=options.timings,
         rows=tables.settings(),
-        table=output if format_of(output) else None,
+        table=output if table_suffix(output) else None,
     )
 
 
