@@ -4,8 +4,8 @@ import json
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from heapq import merge
 from pathlib import Path
@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 
 from smolcli.batch.queries import ChatIds
 from smolcli.batch.statistics import StatisticsCollector
-from smolcli.data.jsonl import replacing
+from smolcli.data.compression import DECOMPRESSION_ERRORS, LONGEST_MAGIC, codec_of_name
+from smolcli.data.jsonl import replacing_lines
 from smolcli.errors import ResumeRefused, RunError, UsageError
 from smolcli.protocol.line_formats import LineFormat
 from smolcli.types import Result
@@ -111,31 +112,51 @@ def split_errors(output: Path, errors: Path, format: LineFormat) -> None:
     Each file is replaced atomically, `errors` first. Whenever the process is killed, a failed line
     is in at least one of them, and splitting again completes the job.
     """
-    with replacing(errors) as file:
+    has_failed = False
+    with replacing_lines(errors) as file:
         for entry in read_entries(output, errors, format):
             if entry.result.is_error:
+                has_failed = True
                 file.write(entry.data)
-    with replacing(output) as file:
+    with replacing_lines(output) as file:
         for entry in _read_file(output, format):
             if not entry.result.is_error:
                 file.write(entry.data)
-    if errors.stat().st_size == 0:
+    if not has_failed:
         errors.unlink()
 
 
-def merge_errors(output: Path, errors: Path, format: LineFormat) -> None:
-    """Copy the failed lines back into the output; `errors` is kept until the next split."""
-    with replacing(output) as file:
+def rewrite(output: Path, errors: Path | None, format: LineFormat) -> None:
+    """Write all entries to the output, with failed lines in place and without a torn line.
+
+    `errors` is kept until the next split.
+    """
+    with replacing_lines(output) as file:
         for entry in read_entries(output, errors, format):
             file.write(entry.data)
 
 
 def is_split(output: Path, errors: Path, journal: Journal) -> bool:
     """Whether `errors` has all failed lines and the output has none."""
-    num_bytes = errors.stat().st_size if errors.exists() else 0
+    num_bytes = content_size(errors) if errors.exists() else 0
     if num_bytes != journal.num_failed_bytes or not output.exists():
         return False
-    return output.stat().st_size == journal.num_bytes - journal.num_failed_bytes
+    return content_size(output) == journal.num_bytes - journal.num_failed_bytes
+
+
+def content_size(path: Path) -> int | None:
+    """Size of a file in bytes after decompression; None if it is damaged or torn."""
+    codec = codec_of_name(path)
+    if codec is None:
+        return path.stat().st_size
+    size = 0
+    try:
+        with path.open("rb") as packed, codec.open(packed) as file:
+            while data := file.read(1 << 20):
+                size += len(data)
+    except (OSError, *DECOMPRESSION_ERRORS):
+        return None
+    return size
 
 
 def _first_per_line(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -151,10 +172,8 @@ def _read_file(path: Path, format: LineFormat) -> Iterator[Entry]:
     last_line = 0
     if not path.exists():
         return
-    with path.open("rb") as file:
-        for number, data in enumerate(file, start=1):
-            if not data.endswith(b"\n"):
-                break
+    with closing(_complete_lines(path)) as lines:
+        for number, data in enumerate(lines, start=1):
             try:
                 entry = Entry(format.read_back(json.loads(data)), data)
                 if entry.line <= last_line:
@@ -166,6 +185,29 @@ def _read_file(path: Path, format: LineFormat) -> Iterator[Entry]:
                 ) from exc
             last_line = entry.line
             yield entry
+
+
+def _complete_lines(path: Path) -> Generator[bytes]:
+    """Yield the lines of a file up to a torn one, or up to a torn compressed member.
+
+    Raises:
+        ResumeRefused: the file is not compressed as its name says.
+    """
+    codec = codec_of_name(path)
+    with path.open("rb") as packed:
+        head = packed.read(LONGEST_MAGIC)
+        packed.seek(0)
+        if codec is not None and not head.startswith(codec.magic[: len(head)]):
+            raise ResumeRefused(
+                f"{path} is not a {codec.name} file; "
+                "choose another --output, or start over with --overwrite"
+            )
+        file = packed if codec is None else codec.open(packed)
+        with suppress(*(() if codec is None else (OSError, *DECOMPRESSION_ERRORS))):
+            for data in file:
+                if not data.endswith(b"\n"):
+                    return
+                yield data
 
 
 @contextmanager

@@ -26,11 +26,12 @@ from smolcli.batch.journal import (
     Entry,
     Journal,
     LineSet,
+    content_size,
     is_split,
-    merge_errors,
     output_lock,
     read_entries,
     read_journal,
+    rewrite,
     split_errors,
 )
 from smolcli.batch.manifest import Manifest, load_manifest, manifest_path, save_manifest
@@ -38,8 +39,8 @@ from smolcli.batch.pipeline import answer_all, read_ahead
 from smolcli.batch.progress import RunProgress
 from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.batch.statistics import RunStatistics, StatisticsCollector
-from smolcli.data.compression import without_codec_suffix
-from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing
+from smolcli.data.compression import codec_of_name, without_codec_suffix
+from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing_lines
 from smolcli.data.reader import read_rows, row_numbers
 from smolcli.data.rows import Row
 from smolcli.data.table_writer import check_table, write_table
@@ -332,14 +333,20 @@ class Run:
         if errors is not None:
             if is_new or not is_split(output, errors, self.journal):
                 split_errors(output, errors, self._format)
+        elif self._is_compressed and (is_new or not self._is_intact):
+            rewrite(output, errors, self._format)  # as few members as possible, always the same
         elif not (is_new or self._is_intact):
             self._open_writer().close()
+
+    @property
+    def _is_compressed(self) -> bool:
+        return codec_of_name(self.settings.output) is not None
 
     @property
     def _is_intact(self) -> bool:
         """Whether the output has all results of the journal and no torn line after them."""
         output = self.settings.output
-        return output.exists() and output.stat().st_size == self.journal.num_bytes
+        return output.exists() and content_size(output) == self.journal.num_bytes
 
     def _check_gaps(self) -> None:
         numbers = islice(row_numbers(self.settings.input, self.settings.rows), self.settings.limit)
@@ -373,12 +380,14 @@ class Run:
     def _open_writer(self) -> ResultWriter:
         """Open the output for appending, with failed lines merged and a torn line cut off."""
         output, errors = self.settings.output, self.settings.errors
-        if errors is not None and errors.exists():
-            if self.journal.num_bytes:
-                merge_errors(output, errors, self._format)
-            else:
-                errors.unlink()
-        return ResultWriter(output, self.journal.num_bytes)
+        num_bytes = self.journal.num_bytes
+        has_errors_file = errors is not None and errors.exists()
+        if num_bytes and (has_errors_file or self._is_compressed):
+            rewrite(output, errors, self._format)
+            num_bytes = output.stat().st_size
+        elif errors is not None and has_errors_file:
+            errors.unlink()
+        return ResultWriter(output, num_bytes)
 
     def _append_results(
         self, backend: Backend, writer: ResultWriter, progress: RunProgress
@@ -406,7 +415,7 @@ class Run:
         with (
             self._shown(progress, statistics),
             closing(_answers(items, backend)) as results,
-            replacing(self.settings.output) as file,
+            replacing_lines(self.settings.output) as file,
         ):
             for entry in self._entries():
                 data = entry.data

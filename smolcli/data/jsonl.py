@@ -4,18 +4,20 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from smolcli.data.compression import Codec, codec_of_name
 from smolcli.data.source import READ_ERRORS, open_source
 from smolcli.errors import InputError, RunError, error_reason
 
 MAX_LINE_BYTES = 1 << 20
 SYNC_INTERVAL_S = 1.0
+MEMBER_BYTES = 1 << 20  # of lines that are compressed together
 
 _LONGEST_READ = MAX_LINE_BYTES + len(b"\r\n")
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -118,6 +120,51 @@ def replacing(path: Path) -> Iterator[BufferedIOBase]:
         raise RunError(f"cannot write {path}: {error_reason(exc)}") from exc
 
 
+class _Compressor:
+    """Gathers lines into compressed members of MEMBER_BYTES; see `Codec.compress`.
+
+    Args:
+        codec: the compression; None writes the lines as they are.
+        write: receives each member.
+    """
+
+    def __init__(self, codec: Codec | None, write: Callable[[bytes], object]) -> None:
+        self._codec = codec
+        self._write = write
+        self._lines = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Take one line."""
+        if self._codec is None:
+            self._write(data)
+            return
+        self._lines += data
+        if len(self._lines) >= MEMBER_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been gathered as one member."""
+        if self._codec is not None and self._lines:
+            member = self._codec.compress(bytes(self._lines))
+            self._lines.clear()
+            self._write(member)
+
+
+@contextmanager
+def replacing_lines(path: Path) -> Iterator[_Compressor]:
+    """Like `replacing`, for lines; they are compressed if the name of `path` says so.
+
+    Equal lines give equal bytes.
+    """
+    codec = codec_of_name(path)
+    with replacing(path) as file:
+        lines = _Compressor(codec, file.write)
+        yield lines
+        lines.flush()
+        if codec is not None and file.tell() == 0:
+            file.write(codec.compress(b""))  # an empty file is not a valid compressed one
+
+
 def _sync_folder(folder: Path) -> None:
     """Make a rename durable. Windows cannot open folders, and does this by itself."""
     if os.name == "posix":
@@ -134,6 +181,9 @@ class ResultWriter:
     If the process is killed, the file is a prefix of the final one, torn at worst inside its last
     line. If the machine loses power, the last SYNC_INTERVAL_S seconds may be missing.
 
+    If the name of the file says that it is compressed, records are gathered and written as one
+    compressed member at least every SYNC_INTERVAL_S seconds; a kill may lose the last of them.
+
     Args:
         path: the file, or `-` for stdout.
         num_bytes: how much of the existing file to keep; the rest is truncated.
@@ -146,6 +196,8 @@ class ResultWriter:
         self._path = path
         self._can_sync = not is_stream(path)
         self._is_dirty = False
+        self._lock = threading.Lock()  # guards the compressor
+        self._lines = _Compressor(codec_of_name(path), self._append)
         self._sync_fault: OSError | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep_synced, name="smol-fsync", daemon=True)
@@ -167,10 +219,9 @@ class ResultWriter:
             RunError: the file cannot be written, for example because the disk is full.
             BrokenPipeError: the reader of stdout is gone.
         """
-        data = encode(record)
         try:
-            while data:
-                data = data[self._file.write(data) :]
+            with self._lock:
+                self._lines.write(encode(record))
             self._is_dirty = True
             if self._sync_fault is not None:
                 raise self._sync_fault
@@ -185,12 +236,18 @@ class ResultWriter:
         """
         self._stopping.set()
         with self._file:
-            if self._can_sync:
-                self._thread.join()
-                try:
+            try:
+                if self._can_sync:
+                    self._thread.join()
                     self._sync()
-                except OSError as exc:
-                    self._fail(exc)
+                else:
+                    self._lines.flush()
+            except OSError as exc:
+                self._fail(exc)
+
+    def _append(self, data: bytes) -> None:
+        while data:
+            data = data[self._file.write(data) :]
 
     def _keep_synced(self) -> None:
         while not self._stopping.wait(SYNC_INTERVAL_S):
@@ -205,6 +262,8 @@ class ResultWriter:
             raise self._sync_fault
         if self._is_dirty:
             self._is_dirty = False  # before the sync: a write during it needs the next one
+            with self._lock:
+                self._lines.flush()
             os.fsync(self._file.fileno())
 
     def _fail(self, exc: OSError) -> NoReturn:
