@@ -55,8 +55,9 @@ class RunOptions:
             "--output",
             "-o",
             metavar="FILE",
-            help="Where to write results: JSON Lines (compressed if it ends in .gz, .zst, .bz2 or .xz), "
-            "or a .csv, .tsv or .parquet table. A path, a URL, or - for stdout. Default: the name of INPUT with .results.jsonl.",
+            help="Where to write results: JSON Lines (compressed if it ends in .gz, .zst, .bz2 or "
+            ".xz), or a .csv, .tsv or .parquet table. A path, a URL, or - for stdout. Default: the "
+            "name of INPUT with .results.jsonl.",
         ),
     ] = None
     errors: Annotated[
