@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from smolcli.errors import ModelError, QueryError
 from smolcli.text.tokenizer import ChatTokenizer, context_length
@@ -187,3 +188,45 @@ def test_context_length(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"max_position_embeddings": "many"}')
     with pytest.raises(ModelError, match="no valid max_position_embeddings"):
         context_length(tmp_path)
+
+
+def test_tokenizer_with_more_tokens_than_the_model_is_rejected(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Their ids reached the embedding, whose size nobody compared."""
+    folder = copy_tokenizer(tiny_folder, tmp_path)
+    for size in (384, 400):
+        (folder / "config.json").write_text(json.dumps({"vocab_size": size}))
+        assert ChatTokenizer.load(folder).encode([Message("user", "Hi")])
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 383}))
+    with pytest.raises(ModelError, match=r"token ids up to 383, .* vocab_size 383"):
+        ChatTokenizer.load(folder)
+
+
+def test_added_token_beyond_the_embedding_is_rejected_unless_it_is_padding(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = copy_tokenizer(tiny_folder, tmp_path)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 384}))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[PAD]"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ModelError, match="token ids up to 384"):
+        ChatTokenizer.load(folder)
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
+    ChatTokenizer.load(folder)
+    (folder / "chat_template.jinja").write_text("{{ pad_token }}")
+    with pytest.raises(QueryError, match="no embedding for the token 384"):
+        ChatTokenizer.load(folder).encode([Message("user", "Hi")])
+
+
+def test_sparse_ids_are_checked_in_each_prompt(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = copy_tokenizer(tiny_folder, tmp_path)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 384}))
+    values = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    values["model"]["vocab"]["z"] = 9999
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = ChatTokenizer.load(folder)
+    assert tokenizer.encode([Message("user", "a")])
+    with pytest.raises(QueryError, match="no embedding for the token 9999"):
+        tokenizer.encode([Message("user", "z")])

@@ -32,6 +32,7 @@ class ChatTokenizer:
         template: renders messages to a prompt.
         template_source: the template's source.
         special_tokens: texts that the template may refer to, by name (`bos_token`, ...).
+        vocab_size: rows of the model's embedding; None if unknown.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class ChatTokenizer:
         template: Template,
         template_source: str,
         special_tokens: Mapping[str, str],
+        vocab_size: int | None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._json = tokenizer_json
         self._template = template
         self._special_tokens = special_tokens
@@ -55,7 +58,8 @@ class ChatTokenizer:
         The template is read from chat_template.jinja, else from tokenizer_config.json.
 
         Raises:
-            ModelError: a file is missing or invalid.
+            ModelError: a file is missing or invalid, or the tokenizer has more tokens than the
+                model that config.json describes.
         """
         tokenizer, tokenizer_json = _load_tokenizer(folder / "tokenizer.json")
         config_path = folder / "tokenizer_config.json"
@@ -63,14 +67,12 @@ class ChatTokenizer:
         special_tokens = {
             name: _token_text(config[name]) for name in SPECIAL_TOKENS if name in config
         }
+        vocab_size = _vocab_size(folder)
+        if vocab_size is not None:
+            _check_ids(tokenizer, vocab_size, special_tokens.get("pad_token"), folder)
         source = _template_source(folder, config)
-        return cls(
-            tokenizer,
-            tokenizer_json,
-            _compile(source, folder),
-            source,
-            special_tokens,
-        )
+        template = _compile(source, folder)
+        return cls(tokenizer, tokenizer_json, template, source, special_tokens, vocab_size)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Encode a conversation as a prompt that ends where the assistant's answer begins.
@@ -78,9 +80,16 @@ class ChatTokenizer:
         The text of a message never becomes a control token.
 
         Raises:
-            QueryError: the chat template rejects the messages.
+            QueryError: the chat template rejects the messages, or the model has no embedding for
+                one of their tokens.
         """
-        return self._encoder.encode(messages, self.render)
+        ids = self._encoder.encode(messages, self.render)
+        if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
+            raise QueryError(
+                f"the model has no embedding for the token {max(ids)} of this prompt",
+                field="messages",
+            )
+        return ids
 
     def render(self, messages: Sequence[Message]) -> str:
         """Apply the chat template.
@@ -310,6 +319,28 @@ def context_length(folder: Path) -> int:
     if not isinstance(length, int) or length < 1:
         raise ModelError(f"{path} has no valid max_position_embeddings")
     return length
+
+
+def _vocab_size(folder: Path) -> int | None:
+    """The number of rows of the model's embedding, if config.json is there to tell."""
+    path = folder / "config.json"
+    size = _read_json(path).get("vocab_size") if path.is_file() else None
+    return size if type(size) is int else None  # the loader rejects anything else
+
+
+def _check_ids(tokenizer: Tokenizer, vocab_size: int, padding: str | None, folder: Path) -> None:
+    """Check that all tokens have a row in the embedding.
+
+    Padding may lie beyond it: fine-tuned models add such a token, and no prompt contains it.
+    """
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+    beyond = [i for i, text in added.items() if i >= vocab_size and text != padding]
+    num_tokens = tokenizer.get_vocab_size(with_added_tokens=False)
+    if num_tokens > vocab_size or beyond:
+        raise ModelError(
+            f"{folder / 'tokenizer.json'} has token ids up to "
+            f"{max([num_tokens - 1, *beyond])}, but config.json has vocab_size {vocab_size}"
+        )
 
 
 def _read_text(path: Path) -> str:
