@@ -1,5 +1,7 @@
 """The local backend on a tiny random model: text, stop strings, cancellation, failures."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import wait
@@ -197,10 +199,27 @@ def test_the_identity_names_model_dtype_and_revision(
     assert identity["model"] == str(tiny_folder)
     assert identity["dtype"] == "float32"
     assert len(identity["revision"]) == 64
+    assert identity["kernel_variant"].endswith("-float32")
+
+
+def test_the_cpu_path_imports_neither_torch_nor_transformers(settings: EngineSettings) -> None:
+    code = (
+        "import sys; from smolcli.backends.local import open_local, resolved_dtype\n"
+        "from smolcli.settings import EngineSettings\n"
+        "from smolcli.types import Message, Query, Sampling\n"
+        f"settings = {settings!r}\n"
+        "backend = open_local(settings)\n"
+        "query = Query('q', (Message('user', 'Hi'),), Sampling(4, temperature=0.8))\n"
+        "assert not backend.submit(query).result().is_error\n"
+        "assert backend.identity()['dtype'] == resolved_dtype(settings)\n"
+        "backend.close()\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unavailable_device_is_a_usage_error(settings: EngineSettings) -> None:
-    with pytest.raises(UsageError, match="device 'cuda:99' cannot be used here"):
+    with pytest.raises(UsageError, match="device 'cuda:99' is not available"):
         open_local(replace(settings, device="cuda:99"))
 
 

@@ -104,7 +104,7 @@ def whole(questions: Path, tiny_folder: Path) -> Path:
 
 def start(questions: Path, output: Path, *options: str, **how: Any) -> "subprocess.Popen[bytes]":
     """`smol run`, outside the repository, because workers would inherit its path."""
-    arguments = [str(questions), "-o", str(output), "--max-new-tokens", "320"]
+    arguments = [str(questions), "-o", str(output), "--max-new-tokens", "160"]
     return subprocess.Popen(
         [sys.executable, "-m", "smolcli", "run", *arguments, *SETTINGS, *options],
         cwd=questions.parent,
@@ -265,9 +265,12 @@ def test_a_node_with_another_version_is_refused(
 def test_a_node_with_other_kernels_is_refused() -> None:
     from smolcli.backends.ray.backend import check_kernels
 
-    check_kernels("b", {"kernels": "native"}, {"kernels": "native"})
+    native = {"kernels": "native", "kernel_variant": "x86-64-v3-bfloat16"}
+    check_kernels("b", native, native)
     with pytest.raises(BackendError, match="node b computes with torch kernels and another"):
-        check_kernels("b", {"kernels": "torch"}, {"kernels": "native"})
+        check_kernels("b", {"kernels": "torch", "kernel_variant": None}, native)
+    with pytest.raises(BackendError, match="computes with x86-64-v4-bfloat16 kernels"):
+        check_kernels("b", native | {"kernel_variant": "x86-64-v4-bfloat16"}, native)
 
 
 def test_a_cluster_that_is_too_small_is_a_usage_error(

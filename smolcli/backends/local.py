@@ -27,7 +27,7 @@ from smolcli.backends.base import (
 from smolcli.engine.autoconfig import ResolvedConfig, resolve_config, resolve_dtype
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
-from smolcli.errors import BackendError, QueryError
+from smolcli.errors import BackendError
 from smolcli.settings import EngineSettings
 from smolcli.text.detokenizer import Detokenizer, incomplete_json, logprob_entries
 from smolcli.text.grammar import GrammarCompiler, GrammarMatcher
@@ -94,13 +94,14 @@ def _identity(files: ModelFiles, config: ResolvedConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "device": config.device,
         "kernels": "native" if config.kernels else "torch",
+        "kernel_variant": config.kernels.name if config.kernels else None,
         "threads": config.threads,
         "versions": versions(),
     }
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that determines the answers."""
+    """Versions of the software that determines the answers, without importing any of it."""
     return {
         "smol": smolcli.__version__,
         "torch": version("torch"),
@@ -121,9 +122,9 @@ class LocalQuery(PendingQuery):
 class LocalBackend:
     """Answers queries with an engine in this process; see `Backend`.
 
-    The engine is built on the thread that runs it: any thread that has computed once keeps its
-    own OpenMP workers, and with two such threads their workers outnumber the cores and sleep
-    between operations instead of spinning, which costs a third of the throughput.
+    The engine is built on the thread that runs it, while the tokenizer loads on the caller's. On a
+    GPU it matters that they are the same thread: torch gives each one a stream and workers of its
+    own.
 
     Args:
         load_tokenizer: loads the model's tokenizer and chat template.
@@ -303,7 +304,7 @@ class LocalBackend:
                 try:
                     self._engine.add(sequence)
                     self._queries[sequence] = pending
-                except QueryError as exc:
+                except Exception as exc:
                     pending.complete(failed_result(pending.query, exc))
 
     def _drop_cancelled(self) -> None:

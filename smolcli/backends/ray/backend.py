@@ -22,6 +22,7 @@ from smolcli.backends.ray.cluster import (
 )
 from smolcli.backends.ray.work_queue import WAKE_INTERVAL_S, ClusterQuery, WorkQueue
 from smolcli.backends.ray.worker import NodeInfo
+from smolcli.engine.native.library import VARIANT_VARIABLE
 from smolcli.errors import BackendError, SmolError
 from smolcli.settings import EngineSettings, RaySettings
 from smolcli.types import Query, Result
@@ -240,9 +241,9 @@ def check_kernels(node: str, identity: dict[str, Any], first: dict[str, Any]) ->
     Raises:
         BackendError: it does not.
     """
-    ours, theirs = first["kernels"], identity["kernels"]
+    ours, theirs = (each["kernel_variant"] or each["kernels"] for each in (first, identity))
     if ours != theirs:
         raise BackendError(
-            f"the Ray node {node} computes with {theirs} kernels and another with {ours} ones; "
-            "install the same build of smol on all nodes"
+            f"the Ray node {node} computes with {theirs} kernels and another with {ours} ones, "
+            f"which round differently; use nodes of one kind, or set {VARIANT_VARIABLE} on all"
         )

@@ -56,7 +56,7 @@ class Worker:
 
     def info(self, settings: EngineSettings) -> NodeInfo:
         """Versions on this node, and the dtype that the settings select on it."""
-        from smolcli.backends.local import resolved_dtype, versions  # late: loads torch
+        from smolcli.backends.local import resolved_dtype, versions  # late: loads the engine
 
         return NodeInfo(platform.node(), resolved_dtype(settings), versions())
 
@@ -79,7 +79,7 @@ class Worker:
             The backend's identity, or None if this node does not have the model and no files
             were sent.
         """
-        from smolcli.backends.local import open_local  # late: loads torch
+        from smolcli.backends.local import open_local  # late: loads the engine
 
         sent = dict(zip(names, contents, strict=True))
         found = store_sent_model(files, sent) if names else _find(files)
