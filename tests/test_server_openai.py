@@ -58,6 +58,61 @@ def test_a_returned_message_may_be_sent_back(client: openai.OpenAI, tiny_folder:
     ).choices
 
 
+def test_messages_of_the_clients_helpers_may_be_sent_back(
+    client: openai.OpenAI, tiny_folder: Path
+) -> None:
+    """The stream helper and `model_dump` add members such as `parsed` and `tool_calls: null`."""
+    asked: Any = {"model": tiny_folder.name, "extra_body": {"choices": ["A force."]}}
+    with client.chat.completions.stream(messages=MESSAGES, **asked) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    whole = client.chat.completions.create(messages=MESSAGES, **asked).choices[0].message
+    for message in (streamed, streamed.model_dump(), whole.model_dump()):
+        messages = [*MESSAGES, message, {"role": "user", "content": "Go on."}]
+        assert client.chat.completions.create(messages=messages, **asked).choices
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"tools": None},
+        {"tools": [], "tool_choice": "none", "parallel_tool_calls": True},
+        {"logit_bias": {}, "store": False, "metadata": {"run": "1"}, "user": "me"},
+        {"service_tier": "auto", "safety_identifier": "x", "modalities": ["text"]},
+        {"min_tokens": 0, "top_k": -1, "top_logprobs": 0, "ignore_eos": False},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"messages": [{"role": "user", "content": "Hi", "name": "bob"}]},
+        {"messages": [{"role": "assistant", "content": None, "refusal": None}, *MESSAGES]},
+        {"messages": [{"role": "assistant", "content": "a", "tool_calls": None}, *MESSAGES]},
+    ],
+)
+def test_neutral_parameters_are_accepted(
+    server: RunningServer, tiny_folder: Path, extra: dict[str, Any]
+) -> None:
+    body = {"model": tiny_folder.name, "messages": MESSAGES, "max_tokens": 2} | extra
+    response = server.post("/v1/chat/completions", body)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([{"role": "tool", "tool_call_id": "c", "content": "42"}], "messages[0].role"),
+        (
+            [*MESSAGES, {"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "messages[1].content[0].type",
+        ),
+    ],
+)
+def test_an_unsupported_part_of_a_message_is_rejected_by_its_path(
+    client: openai.OpenAI, tiny_folder: Path, messages: Any, param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"not supported|must be") as caught:
+        client.chat.completions.create(model=tiny_folder.name, messages=messages)
+    assert caught.value.param == param
+    assert param in caught.value.message
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_stream_adds_up_to_the_whole_answer(
     client: openai.OpenAI, tiny_folder: Path, temperature: float
@@ -159,6 +214,7 @@ def test_truncated_json_is_an_error(
     with pytest.raises(openai.APIError, match="cut off after 2 tokens") as caught:
         list(client.chat.completions.create(model=tiny_folder.name, messages=MESSAGES, **asked))
     assert caught.value.code == "incomplete_json"
+    assert "max_new_tokens" not in caught.value.message, "which is max_tokens here"
 
 
 def test_logprobs_are_returned_whole_and_in_the_last_chunk(
@@ -230,6 +286,7 @@ def test_a_prompt_that_is_too_long_fails_a_stream_with_a_status(
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=tiny_folder.name, messages=messages, stream=True)
     assert caught.value.code == "context_length_exceeded"
+    assert "this model's maximum context length is 512 tokens" in caught.value.message
 
 
 def test_an_engine_that_dies_ends_a_stream_with_an_error_event(tiny_folder: Path) -> None:

@@ -139,6 +139,6 @@ def incomplete_json(query: Query, num_tokens: int) -> Result:
     """
     message = (
         f"the answer was cut off after {num_tokens:,} tokens, before its JSON was complete; "
-        "increase max_new_tokens, shorten the prompt or add limits to the schema"
+        "allow more tokens, shorten the prompt or add limits to the schema"
     )
     return failure(query, message, ErrorCode.INCOMPLETE_JSON)
