@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from run_tools import answer, no_backend, results
 
 from smolcli.backends.base import Backend
+from smolcli.backends.local import open_local
 from smolcli.batch.journal import output_lock
 from smolcli.batch.manifest import Manifest, load_manifest, manifest_path
 from smolcli.batch.progress import LogProgress
@@ -325,6 +327,34 @@ def test_run_of_0_1_0_can_be_resumed(job: RunSettings, limit: int | None) -> Non
     job.input.write_bytes(MIXED)
     answer(job)
     assert job.output.read_bytes() == job.output.with_name("whole.jsonl").read_bytes()
+
+
+def test_resume_with_another_kernel_variant_is_refused(job: RunSettings) -> None:
+    """Variants add in vectors of other widths, so that their answers may differ."""
+
+    class Variant(EchoBackend):
+        name: str | None = None
+
+        def identity(self) -> dict[str, Any]:
+            return super().identity() | ({"kernel_variant": self.name} if self.name else {})
+
+    class V3(Variant):
+        name = "x86-64-v3-float32"
+
+    class V4(Variant):
+        name = "x86-64-v4-float32"
+
+    answer(replace(job, limit=3), Variant)  # as 0.1.0 did
+    answer(replace(job, limit=5), V3)
+    with pytest.raises(ResumeRefused, match='kernel_variant was "x86-64-v3-float32"'):
+        answer(job, V4)
+
+
+def test_local_backend_tells_its_kernel_variant(tiny_folder: Path) -> None:
+    engine = EngineSettings(str(tiny_folder), max_batch_size=1, kv_cache_mb=16)
+    with closing(open_local(engine)) as backend:
+        identity = backend.identity()
+    assert (identity["kernel_variant"] is None) == (identity["kernels"] == "torch")
 
 
 def test_backend_values_are_not_confused_with_settings(job: RunSettings) -> None:
