@@ -43,6 +43,7 @@ class Engine:
         )
         self.max_length = self.kv_cache.max_length(kv_cache_bytes)
         self.num_steps = 0
+        self._vocab_size = model.config.vocab_size
 
     @property
     def has_work(self) -> bool:
@@ -58,12 +59,11 @@ class Engine:
         """
         if len(sequence.prompt_ids) >= self.max_length:
             raise PromptTooLong(len(sequence.prompt_ids), self.max_length - 1)
-        vocab_size = self.model.config.vocab_size
         for token_id in (min(sequence.prompt_ids), max(sequence.prompt_ids)):
-            if not 0 <= token_id < vocab_size:
+            if not 0 <= token_id < self._vocab_size:
                 raise QueryError(
                     f"the prompt contains token id {token_id}, but the model's vocabulary has "
-                    f"{vocab_size} tokens: the tokenizer does not belong to this model"
+                    f"{self._vocab_size} tokens: the tokenizer does not belong to this model"
                 )
         sequence.max_tokens = min(sequence.max_tokens, self.max_length)
         self.scheduler.add(sequence)
