@@ -112,7 +112,7 @@ def test_sigint_stops_the_run_and_explains_how_to_resume(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, talk = process.communicate(timeout=30)
+    _, talk = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130
     assert b"run the same command to resume" in talk
     assert b"Traceback" not in talk
