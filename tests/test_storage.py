@@ -90,7 +90,7 @@ def test_changed_remote_input_is_refused_on_resume(bucket: Any) -> None:
     assert smol_run("memory://bucket/in.jsonl").exit_code == 0
     bucket.pipe_file("/bucket/in.jsonl", LINES.replace(b"Hi 3", b"Ho 3"))
     refused = smol_run("memory://bucket/in.jsonl")
-    assert (refused.exit_code, "input" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "changed at line 4" in refused.stderr) == (2, True)
 
 
 def test_file_url_is_a_local_path(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _parse(row: Row, format: LineFormat, defaults: QueryDefaults) -> Query | Res
     except QueryError as exc:
         return Result(
             chat_id=format.id_of(row.value),
-            error=f"{exc}{_hint(row, exc)}",
+            error=f"{exc}{_hint(row, exc) if format.name == 'smol' else ''}",
             error_code=exc.code,
             field=exc.field,
             metadata=row.carried,
