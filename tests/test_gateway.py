@@ -148,6 +148,19 @@ def test_killing_the_model_service_loses_and_duplicates_nothing(
     assert out.read_bytes() == here.read_bytes()
 
 
+def test_an_openai_batch_resumes_with_answers_of_unknown_usage(tmp_path: Path) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+    line = {"method": "POST", "url": "/v1/chat/completions", "body": body}
+    lines = [json.dumps({"custom_id": str(n)} | line) for n in range(4)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    arguments = (tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--via")
+    with legacy_host() as host:
+        assert smol_run(*arguments, host.url, "--limit", "2").exit_code == 0
+        assert smol_run(*arguments, host.url).exit_code == 0
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [each["response"]["body"]["usage"] for each in written] == [None] * 4
+
+
 def kill_when(process: subprocess.Popen[str], output: Path, num_lines: int) -> None:
     eventually(lambda: output.exists() and output.read_bytes().count(b"\n") >= num_lines)
     process.send_signal(signal.SIGKILL)
@@ -227,6 +240,8 @@ class TestSurface:
                 {"model": "unknown", "messages": [{"role": "user", "content": "Hi"}]},
             )
             assert whole.json()["choices"][0]["message"]["content"].startswith("Indeed chatcmpl")
+            assert whole.json()["choices"][0]["finish_reason"] is None
+            assert whole.json()["usage"] is None
 
 
 def pieces(lines: list[str]) -> list[Any]:

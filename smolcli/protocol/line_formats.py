@@ -213,8 +213,9 @@ class OpenAIBatchFormat(LineFormat):
             code = error_code(body["error"]["code"])
             return Result(custom_id, error_code=code, line=line)
         usage = body["usage"]
-        tokens = Usage(usage["prompt_tokens"], usage["completion_tokens"])
-        return Result(custom_id, usage=tokens, line=line)
+        if usage is not None:
+            usage = Usage(usage["prompt_tokens"], usage["completion_tokens"])
+        return Result(custom_id, usage=usage, line=line)
 
     def _id(self, kind: str, line: int) -> str:
         return f"{kind}_{self.run.run_id}_{line}"

@@ -52,8 +52,6 @@ from smolcli.protocol.query import (
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, Usage
 
-UNKNOWN_USAGE = Usage(0, 0)  # for an upstream server that does not report it
-
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -326,7 +324,7 @@ class Completion:
         chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
         return chunk | {"usage": None} if self.includes_usage else chunk
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+    def usage_chunk(self, usage: Usage | None) -> dict[str, Any]:
         """The chunk after the last one, if usage was asked for."""
         return self._head("chat.completion.chunk") | {"choices": [], "usage": _usage(usage)}
 
@@ -346,7 +344,7 @@ def answer_fields(result: Result) -> dict[str, Any]:
         }
         for index, each in enumerate((result, *result.alternatives))
     ]
-    return {"choices": choices, "usage": _usage(result.usage or UNKNOWN_USAGE)}
+    return {"choices": choices, "usage": _usage(result.usage)}
 
 
 # OpenAI's clients recognise this code.
@@ -453,7 +451,10 @@ def _logprobs(result: Result) -> dict[str, Any] | None:
     return None if result.logprobs is None else {"content": result.logprobs}
 
 
-def _usage(usage: Usage) -> dict[str, int]:
+def _usage(usage: Usage | None) -> dict[str, int] | None:
+    """Null if an upstream server does not report it."""
+    if usage is None:
+        return None
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from smolcli.protocol.openai import UNKNOWN_USAGE, Completion, parse_completion
+from smolcli.protocol.openai import Completion, parse_completion
 from smolcli.server.errors import (
     HttpCode,
     HttpError,
@@ -131,7 +131,7 @@ def _final_lines(completion: Completion, result: Result) -> str:
         return _sse_line(error_body(result_error(result), is_openai=True))
     lines = _sse_line(completion.chunk({}, result))
     if completion.includes_usage:
-        lines += _sse_line(completion.usage_chunk(result.usage or UNKNOWN_USAGE))
+        lines += _sse_line(completion.usage_chunk(result.usage))
     return lines + "data: [DONE]\n\n"
 
 

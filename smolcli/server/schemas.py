@@ -168,7 +168,7 @@ class OpenAICompletion(Exact):
     created: int
     model: str
     choices: Annotated[list[OpenAIChoice], Field(min_length=1, max_length=MAX_ANSWERS)]
-    usage: OpenAIUsage
+    usage: OpenAIUsage | None = Field(description="Null if an upstream server does not report it.")
 
 
 class ModelIdentity(BaseModel):
