@@ -162,7 +162,7 @@ def read_gguf(path: Path) -> GgufFile:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     buffer = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
-    reader = _Reader(memoryview(buffer))
+    reader = _Reader(buffer.data)
     if reader.take(4) != MAGIC:
         raise ValueError("it is not a GGUF file")
     if (number := reader.number("<u4")) not in (2, 3):
