@@ -17,7 +17,7 @@ from rich.table import Table
 
 from smolcli.backends.local import open_local
 from smolcli.batch.pipeline import answer_all
-from smolcli.bench.work import WORDS, stories
+from smolcli.bench.workload import WORDS, stories
 from smolcli.settings import EngineSettings
 from smolcli.types import Message, Query, Sampling
 

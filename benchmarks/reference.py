@@ -24,13 +24,11 @@ from rich.table import Table
 
 from smolcli.backends.local import LocalBackend, open_local
 from smolcli.batch.pipeline import answer_all
-from smolcli.bench.work import QUESTIONS
+from smolcli.bench.transformers_peer import STATIC_BATCH, TransformersPeer
+from smolcli.bench.workload import QUESTIONS
+from smolcli.engine.hardware import num_cores
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
-from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message, Query, Sampling
-from smolcli.weights.resolve import resolve
-
-STATIC_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -78,28 +76,13 @@ def run_smol(queries: list[Query], backend: LocalBackend, dtype: str) -> Outcome
 
 
 def run_transformers(
-    queries: list[Query], chat: ChatTokenizer, model: torch.nn.Module, dtype: str, size: int
+    queries: list[Query], peer: TransformersPeer, dtype: str, size: int
 ) -> Outcome:
-    """Answer with `generate` in left-padded batches of a fixed size."""
-    began, tokens, calls = time.perf_counter(), 0, 0
-    latencies: list[float] = []
-    for at in range(0, len(queries), size):
-        batch = queries[at : at + size]
-        prompts = [chat.encode(q.messages) for q in batch]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[2] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        longest = max(q.sampling.max_new_tokens for q in batch)
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=longest, do_sample=False, pad_token_id=2
-        )[:, width:]
-        calls += out.shape[1]
-        for row, query in zip(out.tolist(), batch, strict=True):
-            row = row[: query.sampling.max_new_tokens]
-            tokens += row.index(2) + 1 if 2 in row else len(row)
-            latencies.append(time.perf_counter() - began)
+    """Answer with `generate` in static batches."""
+    began = time.perf_counter()
+    run = peer.answer(queries, size)
     name = "transformers, sequential" if size == 1 else f"transformers, batches of {size}"
-    return outcome(name, dtype, tokens, began, calls, latencies)
+    return outcome(name, dtype, run.tokens, began, run.model_calls, run.latencies)
 
 
 class Systems:
@@ -112,9 +95,7 @@ class Systems:
         self._queries = queries
         self._warm_up = [replace(q, sampling=Sampling(max_new_tokens=4)) for q in queries]
         self._settings = EngineSettings(args.model, args.dtype, max_batch_size=args.max_batch_size)
-        self._folder = resolve(args.model).folder
-        self._chat = ChatTokenizer.load(self._folder)
-        self._model: torch.nn.Module | None = None
+        self._peer: TransformersPeer | None = None
 
     def smol(self) -> Outcome:
         """smol, after a warm-up."""
@@ -135,13 +116,18 @@ class Systems:
             return thread.submit(self._run_transformers, size).result()
 
     def _run_transformers(self, size: int) -> Outcome:
-        if self._model is None:
-            from transformers import AutoModelForCausalLM
-
-            dtype = getattr(torch, self._settings.dtype)
-            self._model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=dtype)
-        run_transformers(self._warm_up[: max(size, 2)], self._chat, self._model, "", size)
-        return run_transformers(self._queries, self._chat, self._model, self._settings.dtype, size)
+        if self._peer is None:
+            settings = self._settings
+            self._peer = TransformersPeer(
+                {
+                    "model": settings.model,
+                    "dtype": settings.dtype,
+                    "device": "cpu",
+                    "threads": num_cores(),
+                }
+            )
+        self._peer.answer(self._warm_up[: max(size, 2)], size)
+        return run_transformers(self._queries, self._peer, self._settings.dtype, size)
 
 
 def measure(names: list[str], queries: list[Query], args: argparse.Namespace) -> list[Outcome]:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from smolcli.backends.base import Backend
 from smolcli.backends.local import open_local
-from smolcli.bench.work import long_prompt, stories
+from smolcli.bench.workload import long_prompt, stories
 from smolcli.settings import EngineSettings
 
 ANSWER_TOKENS = 256

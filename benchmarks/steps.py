@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from smolcli.bench.work import long_prompt
+from smolcli.bench.workload import long_prompt
 from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence

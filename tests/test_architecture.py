@@ -23,7 +23,7 @@ LAYERS = [  # top to bottom: a package imports only from the rows below its own
     ["errors"],
     ["types"],
 ]
-TORCH_ALLOWED = ("engine.torch_ops", "weights.loader", "bench.peer")
+TORCH_ALLOWED = ("engine.torch_ops", "weights.loader", "bench.transformers_peer")
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -80,7 +80,7 @@ def test_only_conversion_and_the_benchmark_import_transformers() -> None:
         for name, path in modules()
         if any(i.startswith("transformers") for i in imported(path))
     }
-    assert users == {"bench.peer"}
+    assert users == {"bench.transformers_peer"}
 
 
 def run_smol_without_torch(arguments: list[str]) -> None:

@@ -8,7 +8,7 @@ from fakes import EchoBackend
 from typer.testing import CliRunner
 
 from smolcli.bench.measure import Reading, medians, time_backend
-from smolcli.bench.work import long_prompt, reference, stories
+from smolcli.bench.workload import long_prompt, reference, stories
 from smolcli.cli.main import app
 from smolcli.errors import RunError
 from smolcli.settings import BenchPlan
@@ -38,7 +38,7 @@ def test_a_benchmark_against_transformers(tiny_folder: Path, tmp_path: Path) -> 
     args = ("bench", "--model", tiny_folder, *SMALL, "--compare", "transformers", *files)
     done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "120"})
     assert done.exit_code == 0, done.output
-    assert "against transformers" in done.stdout
+    assert "vs. transformers" in done.stdout
     assert "float32" in done.stdout
     record = json.loads(out.read_text())
     works = [(r["system"], r["work"], r["size"]) for r in record["medians"]]
@@ -82,7 +82,7 @@ def test_a_question_that_fails_ends_it() -> None:
     [
         (("--sizes", "1,x"), 2, "--sizes must be a comma-separated list"),
         (("--prompts", "0"), 2, "--prompts must be a comma-separated list"),
-        (("--peers", "nothing"), 1, "nothing does not hold the lines"),
+        (("--peers", "nothing"), 1, "nothing does not contain the output"),
     ],
 )
 def test_what_makes_no_sense(args: tuple[str, str], code: int, sentence: str) -> None:

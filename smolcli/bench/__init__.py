@@ -1,1 +1,1 @@
-"""`smol bench`: how fast this machine answers, and how fast others do on the same questions."""
+"""`smol bench`: throughput of a backend, and of transformers on the same work."""

@@ -1,4 +1,4 @@
-"""Times a backend, through the seam that every door uses."""
+"""Measures a backend through its public interface."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from smolcli.backends.base import Backend
-from smolcli.bench.work import long_prompt, reference, stories
+from smolcli.bench.workload import long_prompt, reference, stories
 from smolcli.errors import RunError
 from smolcli.settings import BenchPlan
 from smolcli.types import Query, Result
@@ -15,7 +15,15 @@ from smolcli.types import Query, Result
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One timing; `work` is prompt, batch or questions, `size` how many tokens or answers."""
+    """One measurement.
+
+    Args:
+        system: what was measured.
+        work: prompt, batch or questions.
+        size: words of the prompt, or number of answers.
+        tokens: processed or generated.
+        seconds: wall-clock time.
+    """
 
     system: str
     work: str
@@ -25,7 +33,7 @@ class Reading:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the prompt read, or tokens written by all answers, a second."""
+        """Prompt tokens processed, or tokens generated in all answers, per second."""
         return self.tokens / self.seconds
 
 
@@ -35,17 +43,17 @@ Show = Callable[[Reading], None]
 def time_backend(
     backend: Backend, plan: BenchPlan, turn: int, system: str, show: Show
 ) -> list[Reading]:
-    """Time all of a plan.
+    """Measure everything in a plan.
 
     Args:
-        backend: warm, and not at work for anybody else.
-        plan: what to time.
-        turn: a number that no earlier call had, so that no prompt is in a cache.
-        system: what to call the backend.
-        show: told of each reading.
+        backend: warmed up and otherwise idle.
+        plan: what to measure.
+        turn: differs in every call, so that no prompt is in the prefix cache.
+        system: name of the backend in the measurements.
+        show: called with each measurement.
 
     Raises:
-        RunError: a question was not answered.
+        RunError: a query failed.
     """
     readings = []
 
@@ -69,7 +77,7 @@ def time_backend(
 
 
 def medians(readings: Iterable[Reading]) -> list[Reading]:
-    """For each work the reading of median speed, in the order in which they came."""
+    """For each kind of work the measurement with the median rate, in order of first occurrence."""
 
     def kind(reading: Reading) -> tuple[str, str, int]:
         return (reading.system, reading.work, reading.size)
@@ -96,5 +104,5 @@ def _answers(backend: Backend, queries: list[Query]) -> list[Result]:
     results = [future.result() for future in [backend.submit(query) for query in queries]]
     for result in results:
         if result.is_error:
-            raise RunError(f"a question of the benchmark failed: {result.error}")
+            raise RunError(f"a benchmark query failed: {result.error}")
     return results

@@ -1,4 +1,4 @@
-"""Systems that take turns, each alone with the machine while it is timed."""
+"""A benchmark session: systems take turns, each alone on the machine while it is measured."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 from smolcli.backends.base import Backend
 from smolcli.bench.measure import Reading, Show, time_backend
-from smolcli.bench.work import stories
+from smolcli.bench.workload import stories
 from smolcli.settings import BenchPlan, EngineSettings
 
 if TYPE_CHECKING:
-    from smolcli.bench.peer import Peer
+    from smolcli.bench.transformers_peer import TransformersPeer
 
 SYSTEM = "smol"
 
 
 class Session:
-    """Times backends that are opened anew for each turn.
+    """Measures a backend, which is opened anew for each turn, and optionally transformers.
 
-    What computes with OpenMP keeps the workers of its thread; two such threads hinder each
-    other, so that each system's thread ends before the next one's begins.
+    A thread that has used OpenMP keeps its workers, and the workers of two threads compete. Each
+    system therefore runs on a thread of its own, which ends before the next one starts.
 
     Args:
         settings: of the backend.
-        open_backend: opens it.
-        plan: what is timed.
+        open_backend: opens the backend.
+        plan: what to measure.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class Session:
         self._settings = settings
         self._open_backend = open_backend
         self._plan = plan
-        self._peer: Peer | None = None
+        self._peer: TransformersPeer | None = None
 
     def run(self, num_turns: int, compares: bool, say: Callable[[str], None]) -> list[Reading]:
-        """All readings of all turns.
+        """Measure every system in every turn.
 
         Args:
-            num_turns: how often everything is timed.
-            compares: whether transformers takes turns, too.
-            say: told of each reading, for who waits.
+            num_turns: number of measurements of everything.
+            compares: whether to measure transformers as well.
+            say: called with a line of progress for each measurement.
         """
 
         def show(reading: Reading) -> None:
@@ -69,8 +69,8 @@ class Session:
             return time_backend(backend, self._plan, turn, SYSTEM, show)
 
     def _time_peer(self, turn: int, show: Show) -> list[Reading]:
-        from smolcli.bench.peer import Peer
+        from smolcli.bench.transformers_peer import TransformersPeer
 
         if self._peer is None:
-            self._peer = Peer(self.identity)
+            self._peer = TransformersPeer(self.identity)
         return self._peer.time(self._plan, turn, show)

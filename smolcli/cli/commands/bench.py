@@ -78,8 +78,8 @@ def bench(
     *, ctx: typer.Context, options: BenchOptions, engine: EngineOptions, remote: ViaOptions
 ) -> None:
     """Measure prompt processing and generation throughput on this machine."""
+    from smolcli.bench.output import plot, print_table, read_peers, write_json
     from smolcli.bench.session import Session
-    from smolcli.bench.show import plot, print_table, read_peers, write_json
 
     log_to_stderr(is_quiet=True)
     plan, peers = options.plan(), read_peers(options.peers) if options.peers else []

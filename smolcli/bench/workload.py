@@ -1,4 +1,4 @@
-"""What is asked to be timed: prompts of a length, batches of a size, and real questions."""
+"""The workload: prompts of a given length, batches of a given size, and real questions."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ WORDS = ("river", "clock", "garden", "letter", "storm", "bridge", "violin", "har
 
 
 def reference(num_questions: int = 64, max_new_tokens: int = REFERENCE_TOKENS) -> list[Query]:
-    """The first of 64 real questions, on all sorts of matters, as everybody asks them."""
+    """The first of 64 real questions on various topics."""
     lines = QUESTIONS.read_text("utf-8").splitlines()[:num_questions]
     return [
         _query(number, json.loads(line)["user_prompt"], max_new_tokens)
@@ -21,7 +21,7 @@ def reference(num_questions: int = 64, max_new_tokens: int = REFERENCE_TOKENS) -
 
 
 def stories(number: int, max_new_tokens: int = STORY_TOKENS) -> list[Query]:
-    """Different questions of one length whose answers are all longer than `max_new_tokens`."""
+    """Distinct prompts of equal length whose answers all reach `max_new_tokens`."""
     return [
         _query(n, f"Write a long story about {n + 10} years and a {WORDS[n % 8]}.", max_new_tokens)
         for n in range(number)
@@ -29,7 +29,7 @@ def stories(number: int, max_new_tokens: int = STORY_TOKENS) -> list[Query]:
 
 
 def long_prompt(num_words: int, turn: int) -> Query:
-    """A prompt of about so many tokens that no earlier turn's begins like."""
+    """A prompt of about `num_words` tokens whose beginning differs from every other turn's."""
     text = " ".join(WORDS[(n * n + turn) % 8] for n in range(num_words))
     return _query(turn, f"{turn + 2} {text}", max_new_tokens=1)
 

@@ -1,4 +1,4 @@
-"""The readings for people: a table and a plot."""
+"""Output of the measurements: a table, JSON and a plot."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from smolcli.bench.measure import Reading, medians
 from smolcli.errors import InputError, RunError
 
 TITLES = {
-    "prompt": "reading a prompt of {} words",
-    "batch": "writing {} answers at once",
-    "questions": "{} real questions",
+    "prompt": "prompt of {} words",
+    "batch": "batch of {} answers",
+    "questions": "{} reference questions",
 }
 
 
 def print_table(readings: Sequence[Reading], identity: Mapping[str, Any], file: IO[str]) -> None:
-    """Print the medians, and what they were measured with."""
+    """Print the medians, and the model and machine that they were measured with."""
     console = Console(file=file)
     console.print(_table(medians(readings)))
     facts = [identity.get(name) for name in ("model", "dtype", "device")]
@@ -31,7 +31,7 @@ def print_table(readings: Sequence[Reading], identity: Mapping[str, Any], file: 
 
 
 def write_json(readings: Sequence[Reading], identity: Mapping[str, Any], path: Path) -> None:
-    """Write all readings, the medians, and what they were measured with.
+    """Write all measurements, their medians, and the model and machine, as JSON.
 
     Raises:
         RunError: the file cannot be written.
@@ -49,10 +49,10 @@ def write_json(readings: Sequence[Reading], identity: Mapping[str, Any], path: P
 
 
 def read_peers(path: Path) -> list[Reading]:
-    """What scripts for other systems printed: lines with system, tokens and tokens_per_second.
+    """Read the lines that benchmarks/peer_*.py printed: system, tokens and tokens_per_second.
 
     Raises:
-        InputError: the file cannot be read, or holds something else.
+        InputError: the file cannot be read, or contains something else.
     """
     try:
         records = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
@@ -61,7 +61,9 @@ def read_peers(path: Path) -> list[Reading]:
             for r in records
         ]
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as exc:
-        raise InputError(f"{path} does not hold the lines of benchmarks/peer_*.py: {exc}") from exc
+        raise InputError(
+            f"{path} does not contain the output of benchmarks/peer_*.py: {exc}"
+        ) from exc
 
 
 def _record(reading: Reading) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _machine(identity: Mapping[str, Any]) -> list[str]:
 
 
 def _processor() -> str:
-    """The processor's name, which only Linux' list of them tells without more."""
+    """The name of the processor; only Linux has the full one in a file."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
@@ -83,10 +85,10 @@ def _processor() -> str:
 
 
 def _table(readings: Sequence[Reading]) -> Table:
-    """A row for each work, a column for each system, and how many times the first is faster."""
+    """A row for each kind of work, a column for each system, and the speed-up of the first one."""
     systems = list(dict.fromkeys(r.system for r in readings))
     rates = {(r.system, r.work, r.size): r.tokens_per_second for r in readings}
-    shown = Table("tokens/s", *systems, *(f"against {s}" for s in systems[1:]), box=None)
+    shown = Table("tokens/s", *systems, *(f"vs. {s}" for s in systems[1:]), box=None)
     for work, size in dict.fromkeys((r.work, r.size) for r in readings):
         found = [rates.get((system, work, size)) for system in systems]
         first, *others = found
@@ -99,7 +101,7 @@ def _table(readings: Sequence[Reading]) -> Table:
 
 
 def plot(all_readings: Sequence[Reading], path: Path) -> None:
-    """Draw tokens a second over batch size, and of the real questions; as .svg or .png.
+    """Plot tokens per second over batch size, and for the real questions, as .svg or .png.
 
     Raises:
         RunError: matplotlib is not installed, or the file cannot be written.
@@ -116,7 +118,7 @@ def plot(all_readings: Sequence[Reading], path: Path) -> None:
         if batches:
             rates = [r.tokens_per_second for r in batches]
             lines.plot([r.size for r in batches], rates, marker="o", label=system)
-    lines.set(xscale="log", xlabel="answers at once", ylabel="tokens/s", ylim=(0, None))
+    lines.set(xscale="log", xlabel="batch size", ylabel="tokens/s", ylim=(0, None))
     lines.set_xticks(sorted({r.size for r in readings if r.work == "batch"}))
     lines.xaxis.set_major_formatter("{x:.0f}")
     lines.minorticks_off()
@@ -126,10 +128,10 @@ def plot(all_readings: Sequence[Reading], path: Path) -> None:
     bars.bar_label(drawn, fmt="{:,.0f}", padding=3)
     bars.invert_yaxis()
     bars.margins(x=0.15)
-    bars.set(xlabel="tokens/s, real questions")
+    bars.set(xlabel="tokens/s, reference questions")
     for axes in (lines, bars):
         axes.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as exc:
-        raise RunError(f"cannot draw {path}: {exc}") from exc
+        raise RunError(f"cannot write the plot {path}: {exc}") from exc
