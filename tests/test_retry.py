@@ -92,11 +92,11 @@ def test_retrying_only_invalid_lines_needs_no_model(
 ) -> None:
     caplog.set_level("INFO")
     answer(job)
-    before = job.output.stat()
+    before = job.output.stat().st_mtime_ns
     statistics = answer(replace(job, retry_errors=True), no_backend)
     assert sum(statistics.failed.values()) == 2
     assert "every failed line is invalid input" in caplog.text
-    assert job.output.stat() == before
+    assert job.output.stat().st_mtime_ns == before
 
 
 def test_retry_needs_a_complete_run(job: RunSettings) -> None:
