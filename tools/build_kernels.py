@@ -123,6 +123,8 @@ def _kernel_job(target: Target, variant: Variant, dtype: str, folder: Path) -> _
     is_zig = _uses_zig(target)
     formats = {"BF16_WEIGHTS": dtype == "bfloat16", "BF16_PRODUCTS": variant.products[dtype]}
     command = [*_compiler(target), *FLAGS, variant.zig_flag if is_zig else variant.gcc_flag]
+    if target.machine == "aarch64" and not is_zig:
+        command += ["-fno-tree-pre"]  # gcc 12 has an internal error with vectors of two registers
     command += [f"-D{name}={int(value)}" for name, value in formats.items()]
     command += [*_defines(), str(FOLDER / "kernels.c"), str(FOLDER / "team.c")]
     if target.system == "windows":

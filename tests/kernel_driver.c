@@ -1,0 +1,191 @@
+/* Runs the kernels on a small random model without Python, for other architectures (under qemu), other
+   vector widths, and sanitizers.
+
+     driver THREADS               print hidden states and tokens of a few steps
+     driver stress STEPS SEED     many steps with changing teams beside busy and sleeping threads;
+                                  every step must give the same bits
+
+   Weights are exact in bfloat16 and do not depend on the layout, so all builds compute the same model. */
+
+#define _GNU_SOURCE
+#include "../smolcli/engine/native/kernels.c"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+enum {
+    LAYERS = 2, HIDDEN = 96, INTERMEDIATE = 96, HEADS = 6, KV_HEADS = 2, DIM = 32, VOCAB = 70,
+    POSITIONS = 256, NUM_SEQUENCES = 5, LENGTH = 160, MAX_ROWS = 512
+};
+
+static const int PROMPT_LENGTHS[NUM_SEQUENCES] = {1, 150, 64, 7, 65};
+
+static uint32_t hash_of(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t x = a * 0x9e3779b1u ^ b * 0x85ebca77u ^ c * 0xc2b2ae3du;
+    x ^= x >> 15, x *= 0x2c1b3c6du, x ^= x >> 12, x *= 0x297a2d39u, x ^= x >> 15;
+    return x;
+}
+
+/* -0.5 to 0.5 in steps of 1/128. */
+static float weight_at(int matrix, int row, int column) {
+    return ((int)(hash_of(matrix, row, column) % 129) - 64) / 128.0f;
+}
+
+static void *aligned(size_t size) {
+    void *memory = aligned_alloc(ALIGNMENT, (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    memset(memory, 0, size);
+    return memory;
+}
+
+/* The row of the matrix that is packed row `row`: the second half of each pair of vectors comes from
+   `distance` rows further on. */
+static int source_row(int row, int distance) {
+    int group = row / (2 * distance) * 2 * distance, within = row % (2 * distance);
+    int pair = within / PANEL, second = within % PANEL / WIDTH;
+    return group + second * distance + pair * WIDTH + within % WIDTH;
+}
+
+/* distance: 0 keeps the order of rows. */
+static lane *pack(int matrix, int rows, int columns, int distance) {
+    int panels = (rows + PANEL - 1) / PANEL;
+    lane *packed = aligned((size_t)panels * PANEL * columns / WEIGHTS * 4);
+    for (int row = 0; row < rows; row++)
+        for (int column = 0; column < columns; column++) {
+            float value = weight_at(matrix, distance ? source_row(row, distance) : row, column);
+            uint32_t bits;
+            memcpy(&bits, &value, 4);
+            lane *to = packed + ((size_t)row / PANEL * (columns / WEIGHTS) + column / WEIGHTS) * PANEL +
+                       row % PANEL;
+            *to |= WEIGHTS == 2 ? bits >> 16 << 16 * (column % 2) : bits;
+        }
+    return packed;
+}
+
+static float *vector(int matrix, int size, float offset) {
+    float *values = aligned(size * sizeof *values);
+    for (int i = 0; i < size; i++) values[i] = weight_at(matrix, 0, i) + offset;
+    return values;
+}
+
+static Model make_model(void) {
+    static Layer layers[LAYERS];
+    for (int i = 0; i < LAYERS; i++)
+        layers[i] = (Layer){pack(10 * i + 1, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, DIM / 2),
+                            pack(10 * i + 2, HIDDEN, HEADS * DIM, 0),
+                            pack(10 * i + 3, 2 * INTERMEDIATE, HIDDEN, INTERMEDIATE),
+                            pack(10 * i + 4, HIDDEN, INTERMEDIATE, 0),
+                            vector(10 * i + 5, HIDDEN, 1),
+                            vector(10 * i + 6, HIDDEN, 1)};
+    lane *embed = pack(100, VOCAB, HIDDEN, 0);
+    Model model = {.num_layers = LAYERS, .hidden = HIDDEN, .intermediate = INTERMEDIATE,
+                   .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM, .vocab = VOCAB,
+                   .eps = 1e-5f, .layers = layers, .embed = embed, .head = embed,
+                   .norm = vector(101, HIDDEN, 1), .cos = vector(102, POSITIONS * DIM / 2, 0),
+                   .sin = vector(103, POSITIONS * DIM / 2, 0)};
+    return model;
+}
+
+static Space make_space(void) {
+    Space space = {.squares_stride = MAX_ROWS + WIDTH};
+    space.x = aligned(MAX_ROWS * HIDDEN * 4);
+    space.normed = aligned(MAX_ROWS * HIDDEN * 4);
+    space.squares = aligned(HIDDEN / PANEL * space.squares_stride * 4);
+    space.queries = aligned(MAX_ROWS * HEADS * DIM * 4);
+    space.attended = aligned(MAX_ROWS * HEADS * DIM * 4);
+    space.act = aligned(MAX_ROWS * INTERMEDIATE * 4);
+    return space;
+}
+
+typedef struct {
+    Model model;
+    Space space;
+    elem *caches[NUM_SEQUENCES];
+    float hidden[NUM_SEQUENCES][HIDDEN];
+    int32_t ids[NUM_SEQUENCES];
+} Run;
+
+/* Reads all prompts in one step, then the head. */
+static void step(Run *run, Team *team) {
+    Span spans[NUM_SEQUENCES];
+    int32_t tokens[MAX_ROWS], span_of_row[MAX_ROWS], tasks[3 * MAX_ROWS];
+    int rows = 0, num_tasks = 0, size = TASK_ROWS / (HEADS / KV_HEADS);
+    for (int s = 0; s < NUM_SEQUENCES; s++) {
+        int length = PROMPT_LENGTHS[s];
+        spans[s] = (Span){rows, length, 0, LENGTH, run->caches[s]};
+        for (int first = 0; first < length; first += size) {
+            int32_t task[3] = {s, first, min_int(first + size, length)};
+            memcpy(tasks + 3 * num_tasks++, task, sizeof task);
+        }
+        for (int i = 0; i < length; i++, rows++)
+            tokens[rows] = hash_of(7, s, i) % VOCAB, span_of_row[rows] = s;
+    }
+    if (smol_forward(team, &run->model, tokens, span_of_row, rows, spans, tasks, num_tasks, &run->space))
+        abort();
+    for (int s = 0; s < NUM_SEQUENCES; s++)
+        memcpy(run->hidden[s],
+               run->space.x + (size_t)(spans[s].first_row + spans[s].num_rows - 1) * HIDDEN,
+               sizeof run->hidden[s]);
+    Best *best = aligned(sizeof *best * NUM_SEQUENCES * team_num_threads(team));
+    if (smol_best(team, &run->model, run->hidden[0], NUM_SEQUENCES, NULL, &run->space, best, run->ids))
+        abort();
+    free(best);
+}
+
+static void print(const Run *run) {
+    for (int s = 0; s < NUM_SEQUENCES; s++) {
+        printf("%d", run->ids[s]);
+        for (int i = 0; i < HIDDEN; i++) printf(" %.9g", run->hidden[s][i]);
+        printf("\n");
+    }
+}
+
+/* Takes a core from the team for a while, again and again. */
+static void *disturb(void *stop) {
+    for (unsigned turn = 0; !__atomic_load_n((int *)stop, __ATOMIC_RELAXED); turn++) {
+        if (hash_of(turn, 1, 1) % 2) usleep(hash_of(turn, 2, 2) % 2000);
+        for (volatile int i = 0; i < (int)(hash_of(turn, 3, 3) % 200000); i++) {}
+    }
+    return NULL;
+}
+
+static int stress(Run *run, int num_steps, uint32_t seed) {
+    static const int THREADS[4] = {1, 2, 3, 5};
+    enum { NUM_DISTURBING = 3 };
+    pthread_t disturbing[NUM_DISTURBING];
+    int stop = 0, num_wrong = 0;
+    for (int i = 0; i < NUM_DISTURBING; i++) pthread_create(disturbing + i, NULL, disturb, &stop);
+    Team *team = team_create(1);
+    step(run, team);
+    Run expected = *run;
+    for (int i = 0; i < num_steps; i++) {
+        if (hash_of(seed, i, 0) % 20 == 0) {
+            team_destroy(team);
+            team = team_create(THREADS[hash_of(seed, i, 1) % 4]);
+        }
+        if (hash_of(seed, i, 2) % 50 == 0) usleep(hash_of(seed, i, 3) % 1000);
+        step(run, team);
+        num_wrong += memcmp(run->hidden, expected.hidden, sizeof run->hidden) != 0;
+        num_wrong += memcmp(run->ids, expected.ids, sizeof run->ids) != 0;
+    }
+    team_destroy(team);
+    __atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
+    for (int i = 0; i < NUM_DISTURBING; i++) pthread_join(disturbing[i], NULL);
+    printf("%d steps, %d wrong\n", num_steps, num_wrong);
+    return num_wrong > 0;
+}
+
+int main(int argc, char **argv) {
+    Run *run = aligned(sizeof *run);
+    run->model = make_model();
+    run->space = make_space();
+    for (int s = 0; s < NUM_SEQUENCES; s++)
+        run->caches[s] = aligned((size_t)2 * LAYERS * KV_HEADS * LENGTH * DIM * sizeof(elem));
+    if (argc == 4 && strcmp(argv[1], "stress") == 0) return stress(run, atoi(argv[2]), atoi(argv[3]));
+    Team *team = team_create(argc > 1 ? atoi(argv[1]) : 1);
+    step(run, team);
+    print(run);
+    team_destroy(team);
+    return 0;
+}

@@ -1,0 +1,83 @@
+"""The kernels built for other CPUs: aarch64 under qemu, wide vectors emulated, sanitizers."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools.build_kernels import FLAGS
+
+DRIVER = Path(__file__).with_name("kernel_driver.c")
+TEAM = Path(__file__).parents[1] / "smolcli" / "engine" / "native" / "team.c"
+AVX2 = ("-march=x86-64-v3",)
+
+is_x86 = os.uname().machine == "x86_64" if hasattr(os, "uname") else False
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_x86, reason="compares other builds with x86-64"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc"),
+]
+
+
+def build(path: Path, *flags: str, compiler: str = "gcc", bf16: tuple[int, int] = (0, 0)) -> Path:
+    """The driver with the kernels in one format: bfloat16 weights, bfloat16 products."""
+    formats = [f"-DBF16_WEIGHTS={bf16[0]}", f"-DBF16_PRODUCTS={bf16[1]}", '-DSOURCE_HASH="test"']
+    shared = [flag for flag in FLAGS if flag not in ("-shared", "-O3")]
+    command = [compiler, *shared, "-O2", "-fno-tree-pre", *formats, *flags, str(DRIVER), str(TEAM)]
+    subprocess.run([*command, "-o", str(path), "-pthread", "-lm"], check=True, capture_output=True)
+    return path
+
+
+def output(*command: str | Path) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
+    """A row for each sequence: its next token and its hidden states."""
+    done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
+    return np.array([line.split() for line in done.stdout.splitlines()], float)
+
+
+@pytest.fixture(scope="module")
+def expected(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
+    return output(build(tmp_path_factory.mktemp("driver") / "driver", *AVX2), "2")
+
+
+@pytest.mark.parametrize("bf16", [(0, 0), (1, 0), (1, 1)])
+def test_aarch64_equals_x86(
+    expected: "np.ndarray[tuple[int, int], np.dtype[np.float64]]",
+    bf16: tuple[int, int],
+    tmp_path: Path,
+) -> None:
+    """Bit for bit with float32 arithmetic; closely with bfloat16 products."""
+    compiler, qemu = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
+    if not (compiler and qemu):
+        pytest.skip("needs aarch64-linux-gnu-gcc and qemu-aarch64")
+    march = "-march=armv8.2-a+bf16" if bf16[1] else "-march=armv8-a"
+    path = build(tmp_path / "driver", march, "-static", compiler=compiler, bf16=bf16)
+    found = output(qemu, path, "2")
+    if bf16[1]:
+        assert np.allclose(found, expected, rtol=0.05, atol=0.5)
+    else:
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [((0, 0), 1e-4), ((1, 0), 1e-4), ((1, 1), 0.5)])
+def test_wide_vectors_agree_with_narrow_ones(
+    expected: "np.ndarray[tuple[int, int], np.dtype[np.float64]]",
+    bf16: tuple[int, int],
+    tolerance: float,
+    tmp_path: Path,
+) -> None:
+    """The AVX-512 code, its vectors emulated by two of AVX2 and its bfloat16 products in C."""
+    flags = (*AVX2, "-DWIDTH=16", *(["-DEMULATE_BF16"] if bf16[1] else []))
+    found = output(build(tmp_path / "driver", *flags, bf16=bf16), "2")
+    assert np.allclose(found, expected, rtol=0.05 if bf16[1] else 1e-4, atol=tolerance)
+
+
+def test_any_team_gives_the_same_bits(tmp_path: Path) -> None:
+    """Teams of 1, 2, 3 and 5 threads that come and go beside threads that take their cores."""
+    path = build(tmp_path / "driver", *AVX2)
+    done = subprocess.run([path, "stress", "100", "1"], capture_output=True, text=True)
+    assert done.stdout == "100 steps, 0 wrong\n"
