@@ -321,10 +321,43 @@ def test_empty_parameter_asks_for_nothing(name: str, value: object) -> None:
         ("truncate_prompt_tokens", None),
         ("priority", 0),
         ("stream_options", {"include_usage": False}),
+        ("seed", -1),
+        ("thinking_token_budget", 0),
+        ("response_format", {"type": "text", "json_schema": None}),
+        ("response_format", {"type": None}),
+        ("structured_outputs", {"json": None, "choice": [], "disable_fallback": False}),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("audio", {"voice": ""}),
     ],
 )
 def test_neutral_parameter_asks_for_nothing(name: str, value: object) -> None:
     assert completion(**{name: value}) == completion()
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    [
+        {"type": "json_schema", "json_schema": {"schema": {}}},
+        {"type": "json_schema", "schema": None, "json_schema": {"schema": {}, "name": ""}},
+        {"type": "json_schema", "json_schema": {"schema": {}, "strict": None, "title": None}},
+    ],
+)
+def test_neutral_members_of_a_response_format_ask_for_nothing(
+    response_format: dict[str, Any],
+) -> None:
+    plain = {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}
+    assert completion(response_format=response_format) == completion(response_format=plain)
+    asked = {"chat_id": "1", "user_prompt": "Hi"}
+    assert parse_query(asked | {"response_format": response_format}, QueryDefaults()) == (
+        parse_query(asked | {"response_format": plain}, QueryDefaults())
+    )
+
+
+def test_refusal_parts_and_cache_breakpoints_are_text() -> None:
+    text = {"type": "text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    parts = [text, {"type": "refusal", "refusal": "b"}]
+    turns = [{"role": "assistant", "content": parts}, {"role": "user", "content": "Hi"}]
+    assert completion(messages=turns).messages[0].content == "ab"
 
 
 def test_stream_options_of_openai_and_vllm_are_accepted() -> None:
@@ -341,6 +374,14 @@ def test_stream_options_of_openai_and_vllm_are_accepted() -> None:
         ({"store": True}, "store", "nothing is stored"),
         ({"modalities": ["text", "audio"]}, "modalities[1]", "'audio' is not supported"),
         ({"ignore_eos": True}, "ignore_eos", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'xml' is not supported"),
+        ({"response_format": {"typ": "text"}}, "response_format.type", "is required"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schma": {"a": 1}}}},
+            "response_format.json_schema.schema",
+            "is required",
+        ),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "must be empty"),
         ({"max_token": 5}, "max_token", "did you mean 'max_tokens'?"),
         ({"max_new_tokens": 5}, "max_new_tokens", "did you mean 'max_tokens'?"),
         ({"stop": ["a", ""]}, "stop[1]", "(at stop[1])"),

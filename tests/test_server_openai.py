@@ -166,7 +166,7 @@ def test_text_parts_and_the_developer_role_are_supported(
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"response_format": {"type": "json"}}, "response_format"),
+        ({"response_format": {"type": "json"}}, "response_format.type"),
         ({"response_format": {"type": "json_object"}, "stop": "x"}, "stop"),
         ({"choices": [""]}, "choices[0]"),
         ({"max_tokens": 0}, "max_tokens"),

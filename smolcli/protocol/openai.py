@@ -8,35 +8,30 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    ValidationError,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
 from smolcli.protocol.query import (
     CHOICES_DESCRIPTION,
+    EMPTY,
     FORMAT_DESCRIPTION,
     MAX_ANSWERS,
     MAX_LOGPROBS,
+    MAX_SEED,
     WHOLE_NUMBER,
     Choices,
     Count,
     Flag,
+    JsonSchemaFields,
+    JsonSchemaFormat,
+    Lenient,
     NumAnswers,
     Number,
     NumLogprobs,
     Penalty,
     ResponseFormat,
-    Seed,
     Stop,
     Temperature,
     Text,
@@ -52,55 +47,27 @@ from smolcli.protocol.query import (
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, Usage
 
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-class Lenient(BaseModel):
-    """An object in which an empty member asks for nothing, whatever its name.
-
-    Null, "", [] and {} count as absent, except in required members and those in `KEPT`.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    KEPT: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        return {k: v for k, v in values.items() if not _is_empty(v) or k in cls._kept()}
-
-    @classmethod
-    def _kept(cls) -> set[str]:
-        required = {name for name, info in cls.model_fields.items() if info.is_required()}
-        return required | cls.KEPT
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        schema = handler.resolve_ref_schema(handler(core_schema))
-        empty = {"enum": list(_EMPTY)}
-        for name, definition in schema["properties"].items():
-            if name not in cls._kept():
-                described = {k: definition.pop(k) for k in ("description",) if k in definition}
-                schema["properties"][name] = described | {"anyOf": [definition, empty]}
-        schema["additionalProperties"] = empty
-        return schema
-
 
 class TextPart(Lenient):
     """One part of a message's content; only text is supported."""
 
-    KEPT = frozenset({"text"})
-
     type: Literal["text"]
     text: Text
+    prompt_cache_breakpoint: dict[str, Any] | None = Field(
+        None, description="an object; it has no effect"
+    )
+
+
+class RefusalPart(Lenient):
+    """A refusal in an earlier answer; it counts as text."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+    @property
+    def text(self) -> str:
+        """See `TextPart`."""
+        return self.refusal
 
 
 _CONTENT: Any = {"type": ["string", "array"]}
@@ -120,7 +87,7 @@ class ChatMessage(Lenient):
     KEPT = frozenset({"content"})
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart] | None = Field(
+    content: Text | list[TextPart | RefusalPart] | None = Field(
         None, description="a string or a list of text parts; null only from the assistant"
     )
     name: Text | None = Field(None, description="a string; it has no effect")
@@ -155,7 +122,7 @@ _STREAM_COMBINATIONS: list[Any] = [
         "required": ["include_usage"], "properties": {"include_usage": {"const": True}},
         "type": "object",
     }}}}]},
-    {"anyOf": [{"not": _STREAM}, {"properties": {"n": {"enum": [*_EMPTY, 1]}}}]},
+    {"anyOf": [{"not": _STREAM}, {"properties": {"n": {"enum": [*EMPTY, 1]}}}]},
 ]  # fmt: skip
 
 _ZERO = "0: it is not supported"
@@ -174,7 +141,7 @@ class CompletionFields(Lenient):
 
     model_config = ConfigDict(
         json_schema_extra=forbid_violations(
-            [*combinations(list(_EMPTY), True), *_STREAM_COMBINATIONS]
+            [*combinations(list(EMPTY), True), *_STREAM_COMBINATIONS]
         )
     )
 
@@ -196,7 +163,9 @@ class CompletionFields(Lenient):
     repetition_penalty: Penalty | None = Field(
         None, description="a number above 0 and up to 100; an extension"
     )
-    seed: Seed | None = Field(None, description="a whole number from 0 to 2^63 - 1")
+    seed: Annotated[int, Field(strict=True, ge=-1, le=MAX_SEED), WHOLE_NUMBER] | None = Field(
+        None, description="a whole number from 0 to 2^63 - 1, or -1 for the default"
+    )
     stop: Stop | None = Field(None, description="a non-empty string or a list of up to 16 of them")
     stream: Flag | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(
@@ -268,6 +237,7 @@ class CompletionFields(Lenient):
     length_penalty: One | None = Field(None, description="1: it is not supported")
     min_p: Zero | None = Field(None, description=_ZERO)
     min_tokens: Zero | None = Field(None, description=_ZERO)
+    thinking_token_budget: Zero | None = Field(None, description="0: the model does not reason")
     ignore_eos: Literal[False] | None = Field(None, description=_FALSE)
     stop_token_ids: None = Field(None, description=_UNSUPPORTED)
     bad_words: None = Field(None, description=_UNSUPPORTED)
@@ -415,7 +385,7 @@ def parse_completion(
 
 
 _SAME_NAME = (
-    *("temperature", "top_p", "repetition_penalty", "seed", "stop"),
+    *("temperature", "top_p", "repetition_penalty", "stop"),
     *("choices", "n", "logprobs", "top_logprobs"),
 )
 
@@ -430,6 +400,7 @@ def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
     return values | {
         "messages": [_message(index, each) for index, each in enumerate(fields.messages)],
         "max_new_tokens": fields.max_completion_tokens or fields.max_tokens,
+        "seed": None if fields.seed == -1 else fields.seed,
         "top_k": None if fields.top_k is None else max(fields.top_k, 0),
     }
 
@@ -476,7 +447,12 @@ def parameter_error(exc: ValidationError, model: type[BaseModel], value: object)
     # A union reports a fault for each of its types; the one that got furthest was meant.
     fault = max(same, key=lambda f: len(list(_location(value, f["loc"]))))
     location = list(_location(value, fault["loc"]))
-    path, kind, given = json_path(location), fault["type"], fault["input"]
+    kind, given = fault["type"], fault["input"]
+    if kind.startswith("union_tag"):  # the type of a response_format
+        location.append("type")
+        kind = "literal_error" if kind == "union_tag_invalid" else "missing"
+        given = given.get("type")
+    path = json_path(location)
     if kind == "missing":
         return QueryError(f"{path} is required", ErrorCode.MISSING_FIELD, path)
     if kind == "extra_forbidden":
@@ -504,6 +480,9 @@ def _location(value: Any, location: Sequence[int | str]) -> Iterator[int | str]:
 
 def _known(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
     """The names that the object at a location may have."""
+    if location[0] == "response_format":
+        known: type[BaseModel] = JsonSchemaFields if len(location) > 2 else JsonSchemaFormat
+        return [info.alias or name for name, info in known.model_fields.items()]
     models: dict[int, type[BaseModel]] = {1: model, 2: StreamOptions, 3: ChatMessage, 5: TextPart}
     return list(models.get(len(location), model).model_fields)
 

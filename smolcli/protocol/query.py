@@ -9,15 +9,17 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     TypeAdapter,
     ValidationError,
+    model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
@@ -103,14 +105,70 @@ Choice = Annotated[_ChoiceText, BeforeValidator(_stripped, json_schema_input_typ
 Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
+# Objects in which an empty member asks for nothing.
+
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a value asks for nothing: it is empty, or an object of empty and false members."""
+    if isinstance(value, dict):
+        return all(member is False or _is_plain_empty(member) for member in value.values())
+    return _is_plain_empty(value)
+
+
+def _is_plain_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+_EMPTY_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"enum": list(EMPTY)},
+        {"type": "object", "additionalProperties": {"enum": [*EMPTY, False]}},
+    ]
+}
+
+
+class Lenient(BaseModel):
+    """An object in which an empty member asks for nothing, whatever its name.
+
+    Null, "", [], {} and objects whose members are all empty or false count as absent, except in
+    required members and those in `KEPT`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    KEPT: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return {k: v for k, v in values.items() if not _is_empty(v) or k in cls._kept()}
+
+    @classmethod
+    def _kept(cls) -> set[str]:
+        fields = cls.model_fields.items()
+        required = {info.alias or name for name, info in fields if info.is_required()}
+        return required | cls.KEPT
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, definition in schema["properties"].items():
+            if name not in cls._kept():
+                described = {k: definition.pop(k) for k in ("description",) if k in definition}
+                schema["properties"][name] = described | {"anyOf": [definition, _EMPTY_SCHEMA]}
+        schema["additionalProperties"] = _EMPTY_SCHEMA
+        return schema
+
+
 # Answer formats.
 
 
-class _Exact(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class JsonSchemaFields(_Exact):
+class JsonSchemaFields(Lenient):
     """A schema in OpenAI's format; only the schema itself has an effect."""
 
     name: Text = SCHEMA_NAME
@@ -119,19 +177,19 @@ class JsonSchemaFields(_Exact):
     definition: dict[str, Any] = Field(alias="schema", description="a JSON Schema")
 
 
-class TextFormat(_Exact):
+class TextFormat(Lenient):
     """Any text."""
 
     type: Literal["text"]
 
 
-class JsonObjectFormat(_Exact):
+class JsonObjectFormat(Lenient):
     """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class JsonSchemaFormat(_Exact):
+class JsonSchemaFormat(Lenient):
     """JSON that conforms to a schema."""
 
     type: Literal["json_schema"]
