@@ -33,6 +33,7 @@ from smolcli.text.detokenizer import Detokenizer, incomplete_json, logprob_entri
 from smolcli.text.grammar import GrammarCompiler, GrammarMatcher
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import FinishReason, Query, Result, Timings, Usage
+from smolcli.weights.checkpoint import load_weights, matrix_dtype
 from smolcli.weights.loader import load_config, load_model
 from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
@@ -57,7 +58,11 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
     logger.debug("looking for %s", settings.model)
     files = files or resolve(settings.model)
     logger.debug("loading %s", files.model)
-    config = resolve_config(settings, load_config(files.folder))
+    model_config = load_config(files.folder)
+    stored_dtype = matrix_dtype(load_weights(files.folder, model_config))
+    config = resolve_config(settings, model_config, stored_dtype=stored_dtype)
+    if config.kernels is None and config.device == "cpu":
+        logger.warning("computing with torch, which is slower: %s", config.unsupported_reason)
 
     def build_engine() -> Engine:
         return Engine(

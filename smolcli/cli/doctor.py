@@ -167,9 +167,12 @@ def _found(files: ModelFiles) -> Finding:
 def _resolved(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
     try:
         from smolcli.engine.autoconfig import resolve_config
+        from smolcli.weights.checkpoint import load_weights, matrix_dtype
         from smolcli.weights.loader import load_config
 
-        config = resolve_config(settings, load_config(files.folder))
+        model_config = load_config(files.folder)
+        stored_dtype = matrix_dtype(load_weights(files.folder, model_config))
+        config = resolve_config(settings, model_config, stored_dtype=stored_dtype)
     except (ImportError, OSError):
         return  # reported by the torch check
     except SmolError as exc:

@@ -21,7 +21,7 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 KV_CACHE_DIVISOR = 4  # the KV cache may take this part of the memory,
 PREFIX_CACHE_DIVISOR = 32  # and the prefix cache this part,
 MAX_PREFIX_CACHE_BYTES = 256 << 20  # but no more than this
-OVERHEAD_BYTES = 640 << 20  # measured: the program and the intermediate values of a step
+OVERHEAD_BYTES = 320 << 20  # measured: the process and the intermediate values of a step
 TYPICAL_TOKENS = 256  # of a query and its answer; slots without memory for them would stay empty
 
 
@@ -47,7 +47,11 @@ class ResolvedConfig:
 
 
 def resolve_config(
-    settings: EngineSettings, config: LlamaConfig, memory: int | None = None
+    settings: EngineSettings,
+    config: LlamaConfig,
+    memory: int | None = None,
+    *,
+    stored_dtype: str | None = None,
 ) -> ResolvedConfig:
     """Fill in everything that the settings leave open.
 
@@ -58,17 +62,20 @@ def resolve_config(
         settings: what the user chose.
         config: the model's shape.
         memory: bytes of memory; by default the device's.
+        stored_dtype: dtype of the checkpoint's matrices, if known and the same for all.
 
     Raises:
         UsageError: the device is not available.
     """
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
-    kernels, reason = _kernels(config, dtype, device)
+    kernels, reason = _kernels(config, dtype, device, stored_dtype)
     memory = memory or _memory_bytes(device)
     prefix_cache_bytes = _prefix_cache_bytes(settings, memory)
-    taken = OVERHEAD_BYTES + config.num_weights * ITEM_BYTES[dtype] + prefix_cache_bytes
-    slot_bytes = config.kv_cache_bytes(TYPICAL_TOKENS, ITEM_BYTES[dtype])
+    weight_bytes = kernels.weight_dtype.itemsize if kernels else ITEM_BYTES[dtype]
+    taken = OVERHEAD_BYTES + config.num_weights * weight_bytes + prefix_cache_bytes
+    item_bytes = kernels.dtype.itemsize if kernels else ITEM_BYTES[dtype]
+    slot_bytes = config.kv_cache_bytes(TYPICAL_TOKENS, item_bytes)
     room = max(min(memory // KV_CACHE_DIVISOR, memory - taken), slot_bytes)
     kv_cache_bytes = settings.kv_cache_mb << 20 or room
     num_slots = max(1, min(MOST_SLOTS, kv_cache_bytes // slot_bytes))
@@ -129,12 +136,21 @@ def _dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> Dtype:
     return "bfloat16" if has_bfloat16(device) else "float32"
 
 
-def _kernels(config: LlamaConfig, dtype: Dtype, device: str) -> tuple[Kernels | None, str]:
-    """The native kernels, or None and the reason why torch computes instead."""
+def _kernels(
+    config: LlamaConfig, dtype: Dtype, device: str, stored_dtype: str | None
+) -> tuple[Kernels | None, str]:
+    """The native kernels, or None and the reason why torch computes instead.
+
+    float32 products of weights that are stored in bfloat16 are the same whether the weights are
+    expanded beforehand or in registers; the latter reads half as much memory.
+    """
     if device != "cpu":
         return None, "the device is a GPU"
     try:
         kernels = load_kernels(dtype)
+        if dtype == "float32" and stored_dtype == "bfloat16":
+            compact = load_kernels("bfloat16")
+            kernels = compact if compact.dtype == kernels.dtype else kernels
     except KernelError as exc:
         return None, str(exc)
     reason = unsupported_reason(config, kernels)

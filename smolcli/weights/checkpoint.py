@@ -57,6 +57,12 @@ def load_weights(folder: Path, config: LlamaConfig) -> Mapping[str, Array]:
     return weights
 
 
+def matrix_dtype(weights: Mapping[str, Array]) -> str | None:
+    """The dtype of all matrices, such as "bfloat16"; None if they differ."""
+    names = {array.dtype.name for array in weights.values() if array.ndim > 1}
+    return names.pop() if len(names) == 1 else None
+
+
 def tensor_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The names and shapes of all tensors of a Llama checkpoint; matrices are (out, in)."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
