@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -39,6 +39,17 @@ build(host(), runnable_only=True)  # compiles nothing if the kernels are up to d
 
 hypothesis.settings.register_profile("same-each-time", derandomize=True, database=None)
 hypothesis.settings.load_profile("same-each-time")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Make captured output safe to send between processes: file names may hold surrogates."""
+    report = yield
+    report.sections = [
+        (title, text.encode("utf-8", "backslashreplace").decode())
+        for title, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(autouse=True)
