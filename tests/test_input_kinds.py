@@ -120,10 +120,11 @@ def test_invalid_bytes_are_the_fault_of_their_line(tmp_path: Path) -> None:
     assert "not UTF-8" in str(faults[1])
 
 
-def test_unknown_encoding_is_wrong_usage(tmp_path: Path) -> None:
-    for encoding in ("klingon", "base64"):
-        with pytest.raises(UsageError, match="there is no text encoding"):
-            check_encoding(encoding)
+@pytest.mark.parametrize("encoding", ["klingon", "base64", "undefined", "idna", "punycode", "a\0"])
+def test_unknown_encoding_is_wrong_usage(encoding: str) -> None:
+    """`undefined` and names with a null character used to end in a traceback."""
+    with pytest.raises(UsageError, match="there is no text encoding"):
+        check_encoding(encoding)
 
 
 # JSON arrays and objects on several lines.

@@ -119,7 +119,8 @@ def check_encoding(encoding: str) -> None:
     """
     try:
         "".encode(encoding)
-    except LookupError as exc:
+        codecs.getincrementaldecoder(encoding)("surrogateescape").decode(b"", final=True)
+    except (LookupError, ValueError) as exc:  # the latter for idna, undefined and odd names
         raise UsageError(f"--encoding: there is no text encoding {encoding!r}") from exc
 
 
