@@ -148,6 +148,19 @@ def test_manifest_is_written_before_the_first_result(job: RunSettings) -> None:
     assert seen[0].input_sha256 == load_manifest(job.output).input_sha256
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"rows": 5}, {"rows": "!!"}, {"generation": None}, {"errors": 5}, {"seed": []}, {"new": 1}],
+)
+def test_damaged_manifest_is_refused(job: RunSettings, change: dict[str, Any]) -> None:
+    """Values of other types used to end in a traceback."""
+    answer(job)
+    path = manifest_path(job.output)
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
+    with pytest.raises(ResumeRefused, match="its manifest out"):
+        answer(job, no_backend)
+
+
 def test_resume_reuses_the_drawn_seed(job: RunSettings) -> None:
     job = replace(job, seed=None)
     answer(replace(job, limit=3))
@@ -284,7 +297,7 @@ def test_blank_lines_and_compression_do_not_change_an_input(job: RunSettings) ->
         (MIXED.replace(b"nonsense", b"garbage"), "changed at line 4 "),
         (MIXED.replace(b'{"row": 2}', b'{"row": 3}'), "changed at line 8 "),
         (b"\n" + MIXED[3:], "changed at line 1 since .* lines were inserted"),
-        (MIXED[:-4], "it ends after 10 of 11 lines"),
+        (MIXED[:-4], "it ends after 10 of 11 lines since .* written; restore it, or choose"),
     ],
 )
 def test_resume_names_the_changed_line(job: RunSettings, changed: bytes, said: str) -> None:

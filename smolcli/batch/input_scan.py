@@ -41,8 +41,12 @@ class RowDigests:
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Parse the result of `text`."""
-        return cls(base64.b64decode(text))
+        """Parse the result of `text`.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        return cls(base64.b64decode(text, validate=True))
 
     @property
     def text(self) -> str:

@@ -4,7 +4,9 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
+
+from pydantic import ConfigDict, TypeAdapter
 
 from smolcli.batch.input_scan import InputScan, RowDigests
 from smolcli.data.jsonl import replacing
@@ -49,6 +51,8 @@ class Manifest:
     statistics: dict[str, Any] | None = None
     run_id: str | None = None
     rows: str | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @classmethod
     def of(
@@ -141,8 +145,10 @@ def load_manifest(output: Path) -> Manifest:
     path = manifest_path(output)
     try:
         values = json.loads(path.read_bytes())
-        statistics = values.pop("report")
-        return Manifest(**values, statistics=statistics)
+        values["statistics"] = values.pop("report")
+        manifest = TypeAdapter(Manifest).validate_python(values)
+        _ = manifest.digests  # they must be readable
+        return manifest
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as exc:
         raise ResumeRefused(
             f"{output} exists, but its manifest {path.name} cannot be read; "

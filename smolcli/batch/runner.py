@@ -193,7 +193,7 @@ def _changed_lines(run: "Run", previous: Manifest) -> LineSet:
     assert new is not None
     if old is None:
         if previous.input_sha256 != run.scan.sha256:
-            raise _input_changed(settings, "")
+            raise _input_changed(settings, "", can_retry=False)
         return changed
     num_answered = run.journal.statistics.num_lines
     numbers = row_numbers(settings.input, settings.rows)
@@ -203,7 +203,8 @@ def _changed_lines(run: "Run", previous: Manifest) -> LineSet:
             changed.add(number)
     is_limited = settings.limit is not None and len(new) == settings.limit
     if index + 1 < num_answered and not is_limited:
-        raise _input_changed(settings, f": it ends after {index + 1:,} of {num_answered:,} lines")
+        where = f": it ends after {index + 1:,} of {num_answered:,} lines"
+        raise _input_changed(settings, where, can_retry=False)
     if changed:
         run.check_line_numbers()
     return changed
@@ -223,10 +224,11 @@ def _check_changes(run: "Run", previous: Manifest | None) -> None:
         raise _input_changed(settings, f" at line {first}")
 
 
-def _input_changed(settings: RunSettings, where: str) -> ResumeRefused:
+def _input_changed(settings: RunSettings, where: str, can_retry: bool = True) -> ResumeRefused:
+    retry = "ask changed lines again with --retry-errors, " if can_retry else ""
     return ResumeRefused(
         f"{settings.input} changed{where} since {settings.output} was written; restore it, "
-        "ask changed lines again with --retry-errors, or choose another --output"
+        f"{retry}or choose another --output"
     )
 
 
