@@ -3,7 +3,7 @@
 SmolError
 ├── QueryError              one query is invalid: becomes its error record, never ends a run
 │   └── PromptTooLong
-├── UsageError              the command is wrong as given (exit code 2)
+├── UsageError              the command or an option is invalid (exit code 2)
 │   └── ResumeRefused       the existing output belongs to another run
 └── RunError                the command failed (exit code 1)
     ├── InputError          the input cannot be read
@@ -54,7 +54,7 @@ class PromptTooLong(QueryError):
 
 
 class UsageError(SmolError):
-    """The command is wrong as given."""
+    """The command, or one of its options, is invalid."""
 
 
 class ResumeRefused(UsageError):
@@ -62,11 +62,11 @@ class ResumeRefused(UsageError):
 
 
 class RunError(SmolError):
-    """The command failed; what is already written stays."""
+    """The command failed; output written so far is kept."""
 
 
 class InputError(RunError):
-    """The input cannot be read, or not completely."""
+    """The input cannot be read to its end."""
 
 
 class ModelError(RunError):
@@ -86,5 +86,5 @@ class BackendError(RunError):
 
 
 def error_reason(exc: BaseException) -> str:
-    """Why a foreign call failed, in as few words as its exception has."""
+    """A short description of a foreign exception, for use in an error message."""
     return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__

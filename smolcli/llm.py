@@ -112,7 +112,7 @@ class LLM:
         return self._backend.identity()
 
     @overload
-    def chat(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
+    def chat(  # type: ignore[overload-overlap]  # a str is a Sequence[str]
         self,
         prompts: str | Conversation,
         *,
@@ -311,7 +311,7 @@ class LLM:
 
 
 class _Borrowed:
-    """A backend that stays open when a run closes it."""
+    """A backend wrapper whose `close` does nothing, so that a run does not close the backend."""
 
     def __init__(self, backend: "Backend") -> None:
         self._backend = backend
@@ -363,9 +363,9 @@ def _defaults(
 
     Args:
         system_prompt: default system prompt.
-        seed: drawn if None.
-        schema: of every answer, if any.
-        options: each an option of a query.
+        seed: drawn at random if None.
+        schema: schema of every answer, if any.
+        options: query fields.
         for_file: whether the options become defaults of a file's queries.
 
     Raises:

@@ -14,7 +14,7 @@ InputFormat = Literal["auto", "smol", "openai", "jsonl", "json", "csv", "tsv", "
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OPENAI_TEMPERATURE = 1.0  # the default of OpenAI's API
-MOST_SLOTS = 64  # more do not increase the throughput of a CPU
+MAX_AUTO_SLOTS = 64  # more do not increase the throughput of a CPU
 
 
 def smol_home() -> Path:
@@ -45,8 +45,8 @@ class QueryDefaults:
 class EngineSettings:
     """The model, and the resources that it may use.
 
-    `engine.autoconfig` chooses a number of 0 or None for the machine; `prefix_cache_mb` 0 turns the
-    prefix cache off.
+    `engine.autoconfig` replaces None and 0 by values that suit the machine, except that
+    `prefix_cache_mb` 0 disables the prefix cache.
     """
 
     model: str = DEFAULT_MODEL
@@ -59,9 +59,9 @@ class EngineSettings:
     prefix_cache_mb: int | None = None
 
     @property
-    def most_slots(self) -> int:
+    def max_slots(self) -> int:
         """The largest possible batch size, for planning before the model is loaded."""
-        return self.max_batch_size or MOST_SLOTS
+        return self.max_batch_size or MAX_AUTO_SLOTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class RaySettings:
 
     Args:
         address: of a running cluster; None starts a local one.
-        workers: number of workers; 0 is one per node or GPU.
+        workers: number of workers; 0 means one per GPU, or one per node without GPUs.
         gpus_per_worker: may be fractional.
     """
 
@@ -110,7 +110,7 @@ class RowSettings:
 
     Args:
         prompt: template of the prompt; None if the columns are named like query fields.
-        id_column: the column with the ids; None uses `chat_id` if there is one, or else the row
+        id_column: the column with the ids; None uses `chat_id` if present, otherwise the row
             number.
         fields: columns to copy to the metadata of the result.
         input_format: what the input is; auto detects it from the file name and the content.
@@ -140,7 +140,7 @@ class RunSettings:
         output: the results as JSON lines, or `-` for stdout.
         defaults: values for the fields that queries leave out.
         engine: the model and its resources.
-        seed: the run's seed; None draws one, or takes that of the run to resume.
+        seed: the run's seed; None draws one, or keeps that of the run to resume.
         limit: number of rows to answer; None is all.
         errors: where failed lines go; None leaves them in the output.
         retry_errors: answer only the failed lines of a finished output.

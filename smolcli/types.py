@@ -93,7 +93,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
+        """Whether decoding always takes the most probable token."""
         return self.temperature == 0.0
 
 
@@ -190,7 +190,7 @@ class Result:
         response: the text of the answer.
         finish_reason: why it ended; None if an upstream server did not say.
         logprobs: one entry per token of the text, in OpenAI's format.
-        alternatives: the answers after the first, if several were asked for.
+        alternatives: the answers after the first, if several were requested.
         usage: token counts of all answers.
         error: a sentence for people; None if there is an answer.
         error_code: the kind of error.

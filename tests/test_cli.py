@@ -131,9 +131,9 @@ def test_a_run_that_failed_is_1_and_says_why_and_how_to_go_on(queries: Path) -> 
     ("args", "said"),
     [
         (["--temperature", "-1"], "temperature must be a number from 0 (greedy) to 100"),
-        (["--top-p", "nan"], "top_p must be a number above 0 and up to 1"),
-        (["--max-new-tokens", "0"], "max_new_tokens must be a whole number from 1"),
-        (["--seed", "-1"], "seed must be a whole number from 0 to 2^63 - 1"),
+        (["--top-p", "nan"], "top_p must be a number greater than 0 and at most 1"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be a positive integer"),
+        (["--seed", "-1"], "seed must be an integer from 0 to 2^63 - 1"),
         (["--limit", "0"], "--limit"),
         (["--threads", "100000"], "--threads"),  # torch died of it: a segmentation fault
         (["--dtype", "float16"], "--dtype"),

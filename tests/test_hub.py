@@ -70,7 +70,7 @@ def test_model_is_downloaded_once(fake_hub: type[FakeHub], tiny_folder: Path) ->
 
 
 def test_model_that_the_hub_does_not_have(fake_hub: type[FakeHub]) -> None:
-    with pytest.raises(ModelNotFound, match="there is no model 'tests/none' on the Hub"):
+    with pytest.raises(ModelNotFound, match="no model named 'tests/none' on the Hub"):
         resolve("tests/none")
 
 

@@ -82,7 +82,7 @@ def test_damaged_gzip_reports_how_far_it_was_read(tmp_path: Path) -> None:
     flipped.write_bytes(packed[:5000] + b"\xff" * 200 + packed[5200:])
     for path in (cut, flipped):
         lines = read_lines(path)
-        with pytest.raises(InputError, match=r"beyond line \d+: ") as caught:
+        with pytest.raises(InputError, match=r"after line \d+: ") as caught:
             list(lines)
         assert caught.value.__cause__ is not None
 

@@ -204,14 +204,15 @@ def test_the_identity_names_model_dtype_and_revision(
 
 def test_the_cpu_path_imports_neither_torch_nor_transformers(settings: EngineSettings) -> None:
     code = (
-        "import sys; from smolcli.backends.local import open_local, resolved_dtype\n"
+        "import sys; from smolcli.backends.local import open_local\n"
+        "from smolcli.engine.autoconfig import resolve_dtype\n"
         "from smolcli.settings import EngineSettings\n"
         "from smolcli.types import Message, Query, Sampling\n"
         f"settings = {settings!r}\n"
         "backend = open_local(settings)\n"
         "query = Query('q', (Message('user', 'Hi'),), Sampling(4, temperature=0.8))\n"
         "assert not backend.submit(query).result().is_error\n"
-        "assert backend.identity()['dtype'] == resolved_dtype(settings)\n"
+        "assert backend.identity()['dtype'] == resolve_dtype(settings)\n"
         "backend.close()\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )

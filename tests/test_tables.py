@@ -217,7 +217,7 @@ def test_any_text_that_csv_writes_is_read_back(
 def test_rows_with_other_columns_get_a_hint_to_the_options(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", '{"id": 1, "prompt": "Hi"}\n{"id": 2, "user_promt": "Hi"}\n')
     first, second = items(path, RowSettings())
-    assert first.error.endswith("say what to ask with --prompt '{prompt}' --id-column id")
+    assert first.error.endswith("map the columns with --prompt '{prompt}' --id-column id")
     assert second.error.startswith("unknown field 'id'")
 
 
@@ -257,7 +257,7 @@ def test_json_lines_of_any_shape_can_be_mapped(tmp_path: Path) -> None:
     got = items(path, RowSettings("Say {text}", "n", ("n",)))
     assert (got[0].chat_id, prompt(got[0]), got[0].metadata) == ("1", "Say one", {"n": 1})
     assert [(i.line, str(i.error_code), i.error) for i in got[1:]] == [
-        (3, "missing_field", "there is no column 'text'; did you mean 'txt'?"),
+        (3, "missing_field", "no column named 'text'; did you mean 'txt'?"),
         (4, "invalid_json", "invalid JSON: Expecting value at column 1"),
         (5, "not_an_object", "a query must be a JSON object, not an array"),
         (6, "missing_field", "'n' must not be empty"),
@@ -289,7 +289,7 @@ def test_table_of_query_fields_needs_no_prompt(tmp_path: Path) -> None:
     )
     assert (first.sampling.max_new_tokens, first.sampling.temperature) == (5, 0.5)
     assert prompt(second) == "hello"
-    assert third.error == "max_new_tokens must be a whole number from 1"
+    assert third.error == "max_new_tokens must be a positive integer"
 
 
 def test_table_without_prompts_gets_a_hint_to_the_options() -> None:
@@ -569,7 +569,7 @@ def test_other_prompt_id_or_fields_are_another_run(tmp_path: Path, rows: RowSett
 def test_foreign_file_is_not_replaced(tmp_path: Path) -> None:
     job = table_job(tmp_path, ".csv")
     write(job.table, "mine")
-    with pytest.raises(UsageError, match="no run has written it"):
+    with pytest.raises(UsageError, match="was not written by a run"):
         run(job)
     assert job.table.read_bytes() == b"mine"
     run(replace(job, overwrite=True))

@@ -1,1 +1,1 @@
-"""Whatever computes answers, behind one interface."""
+"""Backends, which compute answers behind one interface."""

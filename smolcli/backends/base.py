@@ -1,4 +1,4 @@
-"""The interface to whatever computes answers, and what its implementations share."""
+"""The interface that all backends implement, and the code that they share."""
 
 import logging
 import operator
@@ -48,7 +48,7 @@ def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
     """Start a daemon thread.
 
     Raises:
-        BackendError: the process may not have more threads.
+        BackendError: the process has reached its limit of threads.
     """
     thread = threading.Thread(target=target, name=name, daemon=True)
     try:
@@ -62,7 +62,7 @@ def start_thread(target: Callable[[], None], name: str) -> threading.Thread:
 
 @dataclass(eq=False)
 class PendingQuery:
-    """A submitted query whose result somebody is waiting for.
+    """A submitted query whose result is awaited.
 
     `complete` and `fail` may race with each other and with a cancellation: the first one wins.
     """
@@ -83,7 +83,7 @@ class PendingQuery:
         complete_future(self.future, result)
 
     def fail(self, error: SmolError) -> None:
-        """Report that the backend is gone, so that there will be no result."""
+        """Report that the backend has failed and there will be no result."""
         complete_future(self.future, error)
 
 
@@ -135,7 +135,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class AnswerSource:
-    """What gives a backend's answers at the moment.
+    """Identifies the model behind a backend's answers at the moment.
 
     As long as it stays equal, equal queries may share an answer: any of them if the model is
     verified, otherwise only greedy ones, and only while they are in flight together.
@@ -169,7 +169,7 @@ class Backend(Protocol):
             query: what to answer.
             on_text: called with pieces of the answer as they are generated, on one of the
                 backend's threads.
-            is_interactive: whether somebody waits for the answer; such queries have priority
+            is_interactive: whether a person is waiting for the answer; such queries have priority
                 over batch work.
 
         Returns:
@@ -183,12 +183,12 @@ class Backend(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What determines the answers: model, revision, source, dtype, versions. Goes into the
-        manifest."""
+        """What determines the answers: model, revision, source, dtype, versions. It is recorded in
+        the manifest."""
         ...
 
     def answer_source(self) -> AnswerSource | None:
-        """What answers at the moment; None if that is unknown, so that no answer may be shared."""
+        """The current source of answers; None if it is unknown, so that no answer may be shared."""
         ...
 
     def counters(self) -> Counters:

@@ -34,7 +34,7 @@ def deduplicated(open_backend: OpenBackend) -> OpenBackend:
 
 
 class Generation:
-    """An answer being generated, everybody who waits for it, and its text so far."""
+    """An answer being generated, its waiters, and its text so far."""
 
     def __init__(self, first: PendingQuery) -> None:
         self.first = first
@@ -50,15 +50,15 @@ class Generation:
     def extend(self, text: str) -> None:
         """Pass new text on to every waiter."""
         self._pieces.append(text)
-        for waiter in tuple(self.waiters):  # one whose callback fails leaves
+        for waiter in tuple(self.waiters):  # a waiter whose callback fails is removed
             _show(waiter, text)
 
 
 class DedupBackend:
     """Answers equal queries of another backend once; see `Backend`.
 
-    Queries are equal if they differ in nothing but id, line and metadata. The seed counts if the
-    answer is sampled, and differs between ids unless the query sets it. An interactive or streamed
+    Queries are equal if they differ only in id, line and metadata. The seed matters only for
+    sampled answers, and differs between ids unless the query sets it. An interactive or streamed
     query joins a generation only if that one is interactive or streamed too. The most recent
     answers of a verified model are cached; see `AnswerSource` for what may be shared.
     """
@@ -160,7 +160,7 @@ class DedupBackend:
         source = self._backend.answer_source()
         if source != self._source:
             self._cached.clear()
-            self._running.clear()  # those who wait get their answer, but nobody joins them
+            self._running.clear()  # current waiters get their answer, but none may join them
             self._source = source
 
     def _is_shareable(self, query: Query) -> bool:
@@ -176,7 +176,7 @@ class DedupBackend:
                 self._cached.popitem(last=False)
 
     def _leave(self, key: Key, waiter: PendingQuery) -> None:
-        """Cancel a generation that is still running when nobody waits for it any more."""
+        """Cancel a running generation when its last waiter leaves."""
         with self._lock:
             generation = self._running.get(key)
             if generation is None or waiter not in generation.waiters:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 import smolcli
 from smolcli.backends.alternatives import submit_each
@@ -24,7 +24,7 @@ from smolcli.backends.base import (
     one_line,
     start_thread,
 )
-from smolcli.engine.autoconfig import ResolvedConfig, resolve_config, resolve_dtype
+from smolcli.engine.autoconfig import ResolvedConfig, resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError
@@ -82,15 +82,6 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
     )
 
 
-def resolved_dtype(settings: EngineSettings) -> Literal["float32", "bfloat16"]:
-    """The dtype that these settings select on this machine.
-
-    Raises:
-        UsageError: the device is not available on this machine.
-    """
-    return resolve_dtype(settings)
-
-
 def _identity(files: ModelFiles, config: ResolvedConfig) -> dict[str, Any]:
     return {
         "model": files.model,
@@ -127,9 +118,8 @@ class LocalQuery(PendingQuery):
 class LocalBackend:
     """Answers queries with an engine in this process; see `Backend`.
 
-    The engine is built on the thread that runs it, while the tokenizer loads on the caller's. On a
-    GPU it matters that they are the same thread: torch gives each one a stream and workers of its
-    own.
+    The engine is built on the thread that runs it, because torch gives each thread a stream and
+    workers of its own; meanwhile the tokenizer loads on the caller's thread.
 
     Args:
         load_tokenizer: loads the model's tokenizer and chat template.
@@ -158,7 +148,7 @@ class LocalBackend:
         built: Future[Engine] = Future()
         self._thread = start_thread(lambda: self._run(build_engine, built), "smol-engine")
         try:
-            for _ in range(max_concurrency):  # now, so that `submit` never has to start one
+            for _ in range(max_concurrency):  # now, so that `submit` never starts a thread
                 self._tokenizing.append(start_thread(self._tokenize_all, "smol-tokenize"))
             self._tokenizer = load_tokenizer()
             config = built.result().model.config
@@ -228,7 +218,7 @@ class LocalBackend:
             self._submitted.put(None)
         for thread in self._tokenizing:
             thread.join()
-        self._is_closed = True  # nobody tokenizes any more
+        self._is_closed = True  # no thread tokenizes any more
         self._fail_submitted()
         self._inbox.put(None)
         self._thread.join()
@@ -251,7 +241,7 @@ class LocalBackend:
             return
         try:
             sequence = self._sequence(pending)
-        except BaseException as exc:  # a Rust panic is not an Exception, and a caller is waiting
+        except BaseException as exc:  # including a Rust panic, which is not an Exception
             pending.complete(failed_result(pending.query, exc))
             return
         with self._lock:
@@ -305,7 +295,7 @@ class LocalBackend:
         with suppress(Empty):
             while item := self._inbox.get(block=not self._engine.has_work):
                 pending, sequence = item
-                self._stepped_at = time.perf_counter()  # idle until now, which is not stuck
+                self._stepped_at = time.perf_counter()  # idle until now, not stuck
                 try:
                     self._engine.add(sequence)
                     self._queries[sequence] = pending
@@ -345,7 +335,7 @@ class LocalBackend:
         return is_finished
 
     def _fail_all(self) -> None:
-        """Fail everything that is left, so that nobody waits forever."""
+        """Fail all remaining queries, so that no caller waits forever."""
         assert self._gone is not None
         with suppress(Empty):
             while True:

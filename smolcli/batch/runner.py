@@ -62,7 +62,7 @@ def default_output(input: Path) -> Path:
     if is_stream(input):
         return Path("-")
     if not input.name:
-        raise UsageError(f"{input} is a directory; give a file of queries")
+        raise UsageError(f"{input} is a directory; pass a file of queries")
     stem = without_codec_suffix(input).stem
     return input.with_name(f"{stem}.results.jsonl")
 
@@ -225,7 +225,7 @@ def _check_changes(run: "Run", previous: Manifest | None) -> None:
 
 
 def _input_changed(settings: RunSettings, where: str, can_retry: bool = True) -> ResumeRefused:
-    retry = "ask changed lines again with --retry-errors, " if can_retry else ""
+    retry = "answer the changed lines again with --retry-errors, " if can_retry else ""
     return ResumeRefused(
         f"{settings.input} changed{where} since {settings.output} was written; restore it, "
         f"{retry}or choose another --output"
@@ -509,7 +509,7 @@ def _check_options(settings: RunSettings) -> None:
     if settings.errors is not None and is_stream(settings.errors):
         raise UsageError(f"--errors {settings.errors} must be a regular file")
     if settings.retry_errors and settings.overwrite:
-        raise UsageError("--retry-errors and --overwrite exclude each other")
+        raise UsageError("--retry-errors and --overwrite cannot be combined")
 
 
 def _check_paths(settings: RunSettings) -> None:

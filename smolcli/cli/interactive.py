@@ -16,7 +16,7 @@ COMMANDS = {
     "/save": "[FILE]  append the conversation to a file for smol run (default: chat.jsonl)",
     "/reset": "        forget the conversation so far",
     "/help": "        show this list",
-    "/quit": "        quit, as Ctrl-D does",
+    "/quit": "        quit (also Ctrl-D)",
 }
 HELP = "\n".join(
     [f"{word:8}{does}" for word, does in COMMANDS.items()]

@@ -1,4 +1,4 @@
-"""Compressed files: recognised by their first bytes when read, by their suffix when written."""
+"""Compressed files: detected by their first bytes on reading, by their suffix on writing."""
 
 import bz2
 import gzip
@@ -27,10 +27,10 @@ class Codec:
         name: as users know it.
         suffix: of the names of its files.
         magic: the first bytes of its files.
-        open: gives the decompressed bytes of an open binary file; concatenated members are read
-            as one.
-        compress: makes one complete member of some bytes, the same bytes each time. Members that
-            are written one after another are a valid file, so each flush can be one member.
+        open: wraps a binary file in one that yields its decompressed bytes, across concatenated
+            members.
+        compress: compresses bytes to one complete member, deterministically. Concatenated members
+            are a valid file, so each flush can write one member.
     """
 
     name: str

@@ -22,9 +22,9 @@ def read_csv(
 ) -> Iterator[Row]:
     """Yield the rows below the header, numbered by the line on which they begin.
 
-    An invalid row costs only its first line: reading continues with the next one. Empty cells are
-    None. In a file with tabs, a cell that begins with a quote but is not a quoted cell is taken
-    literally, because most programs that write such files quote nothing.
+    After an invalid row, reading continues with the line after the row's first one. Empty cells are
+    None. In a tab-separated file, a cell that begins with a quote but is not a quoted cell is taken
+    literally, because most programs that write such files never quote.
 
     Args:
         file: to read from, in UTF-8.
@@ -69,7 +69,7 @@ def _row(number: int, cells: Cells, width: int, columns: Mapping[str, int]) -> R
 
 
 def _rows(source: "_Source", delimiter: str) -> Iterator[tuple[int, Cells]]:
-    """Number and cells of each row that is not blank, or what is wrong with it."""
+    """The number of each non-blank row, and its cells or its error."""
     reader = csv.reader(source, delimiter=delimiter, strict=True)
     while True:
         source.begin_row()
@@ -79,10 +79,10 @@ def _rows(source: "_Source", delimiter: str) -> Iterator[tuple[int, Cells]]:
         except StopIteration:
             return
         except UnicodeEncodeError:
-            yield source.number, QueryError("the row is not UTF-8; give its encoding: --encoding")
+            yield source.number, QueryError("the row is not valid UTF-8; set --encoding")
         except (csv.Error, QueryError) as exc:
             number, fault = source.number, _fault(exc)
-            source.give_back()
+            source.replay()
             yield number, fault
         else:
             if cells:
@@ -93,16 +93,16 @@ def _fault(exc: csv.Error | QueryError) -> QueryError:
     if isinstance(exc, QueryError):
         return exc
     reasons = {
-        "unexpected end of data": "a quoted cell is not closed",
-        "expected after": "text follows the closing quote of a cell",
-        "new-line character": "a carriage return stands outside quotes",
+        "unexpected end of data": "unterminated quoted cell",
+        "expected after": "text after the closing quote of a cell",
+        "new-line character": "a carriage return outside quotes",
     }
     reason = next((own for theirs, own in reasons.items() if theirs in str(exc)), "quotes misused")
     return QueryError(f"the row is not valid CSV: {reason}")
 
 
 class _Source:
-    """The lines of a file for csv.reader; those of an invalid row are given again but the first."""
+    """Feeds lines to csv.reader; replays an invalid row from its second line on."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
@@ -119,13 +119,13 @@ class _Source:
         self._row = []
         self._num_bytes = 0
 
-    def give_back(self) -> None:
-        """Have the reader continue with the second line of the row."""
+    def replay(self) -> None:
+        """Continue with the second line of the current row."""
         self._ahead.extendleft(reversed(self._row[1:]))
         del self._row[1:]
 
     def literal_row(self, width: int) -> list[str] | None:
-        """The cells of the row's first line, quotes taken literally; None if that is no row."""
+        """The cells of the row's first line with literal quotes; None if their number is wrong."""
         data = self._row[0].data or b""
         try:
             cells = data.decode().rstrip("\r\n").split("\t")
@@ -133,7 +133,7 @@ class _Source:
             return None
         if len(cells) != width:
             return None
-        self.give_back()
+        self.replay()
         return cells
 
     def __iter__(self) -> "_Source":

@@ -1,4 +1,4 @@
-"""What kind of file an input is, decided from its name and its first lines."""
+"""Detects the kind of an input file from its name and its first lines."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ _KINDS: dict[InputFormat, Kind] = {
     "parquet": "parquet",
 }
 _PARQUET_MAGIC = b"PAR1"
-_FOREIGN = {
+_UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Excel workbook; extract it, or export it as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel workbook; export it as CSV",
     b"%PDF": "a PDF document",
@@ -48,7 +48,7 @@ def table_suffix(path: Path) -> TableSuffix | None:
 
 
 def kind_of_name(path: Path, input_format: InputFormat) -> Kind | None:
-    """The kind of input that the user states, by option or by suffix; None if the content tells."""
+    """The kind that the option or the file suffix states; None if the content must tell."""
     suffix = table_suffix(path)
     if input_format == "auto" and suffix is not None:
         return _KINDS[suffix[1:]]  # type: ignore[index]
@@ -80,24 +80,24 @@ class Sample:
 
 
 def detect_kind(sample: Sample, path: Path, input_format: InputFormat) -> Kind:
-    """Decide from the content.
+    """Detect the kind of an input from its content.
 
-    A line that begins with a brace means JSON lines, wherever it stands in the sample: other lines
-    are then faults of their own.
+    A line that begins with a brace, anywhere in the sample, means JSON lines; all other lines are
+    then invalid lines.
 
     Args:
         sample: of the file.
         path: its name, for the error.
-        input_format: what the user says of it.
+        input_format: the value of `--input-format`.
 
     Raises:
-        UsageError: the content is of no kind that can be read.
+        UsageError: the format is not supported.
     """
     lines = sample.lines()
     first = next(lines, b"")
     if first.startswith(_PARQUET_MAGIC):
         return "parquet"
-    refuse_foreign(first, path)
+    reject_unsupported(first, path)
     if first == b"{":
         return "json"
     if first.startswith(b"[") and _is_array(first, lines):
@@ -113,24 +113,24 @@ def detect_kind(sample: Sample, path: Path, input_format: InputFormat) -> Kind:
         return "csv"
     what = "it is a binary file" if b"\0" in sample.head else f"it begins with {_quoted(first)}"
     raise UsageError(
-        f"{path} is neither JSON lines nor a JSON array nor a table: {what}; "
-        "say what it is with --input-format or --encoding"
+        f"{path} is not JSON lines, a JSON array or a table: {what}; "
+        "specify --input-format or --encoding"
     )
 
 
-def refuse_foreign(head: bytes, path: Path) -> None:
-    """Refuse a file that begins like one of a format that cannot be read.
+def reject_unsupported(head: bytes, path: Path) -> None:
+    """Reject a file whose first bytes identify an unsupported format.
 
     Raises:
         UsageError: naming the format.
     """
-    for magic, what in _FOREIGN.items():
+    for magic, what in _UNSUPPORTED.items():
         if head.startswith(magic):
             raise UsageError(f"{path} is {what}")
 
 
 def guess_delimiter(sample: Sample) -> str:
-    """The delimiter of a CSV file: a comma unless another one fits its first rows better."""
+    """The delimiter of a CSV file: a comma, unless another one fits the first rows better."""
     for _ in sample.lines():
         pass
     found = _guess_delimiter(sample.head, sample.is_whole)
@@ -142,7 +142,7 @@ def guess_delimiter(sample: Sample) -> str:
 
 
 def _guess_delimiter(head: bytes, is_whole: bool) -> str | None:
-    """The delimiter that splits the rows of a sample into equally many cells, and more than one."""
+    """The delimiter that splits all rows of a sample into the same number of cells, at least 2."""
     text = head.decode(errors="replace")
     for delimiter in DELIMITERS:
         try:
@@ -157,9 +157,9 @@ def _guess_delimiter(head: bytes, is_whole: bool) -> str | None:
 
 
 def _is_array(first: bytes, lines: Iterator[bytes]) -> bool:
-    """Whether a first line that begins with a bracket begins an array of objects.
+    """Whether a first line that begins with a bracket starts an array of objects.
 
-    It may also be one line of several: a log line, or an array where an object should be.
+    Otherwise it is an invalid line, such as a log line or an array in place of an object.
     """
     rest = first[1:].lstrip() or next(lines, b"")
     if not rest.startswith((b"{", b"]")):

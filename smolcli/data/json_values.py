@@ -18,7 +18,7 @@ _BLANK = b" \t\r\n"
 def json_values(file: BufferedIOBase, path: Path) -> Iterator[Line]:
     """Yield the text of each element of an array, or of each of several objects, numbered from 1.
 
-    A value that is not valid JSON does not end the reading: only its brackets are counted.
+    Values are split by counting brackets, so an invalid one does not affect the others.
 
     Args:
         file: to read from.
@@ -36,12 +36,12 @@ def json_values(file: BufferedIOBase, path: Path) -> Iterator[Line]:
                 yield Line(number, value)
         splitter.finish()
     except READ_ERRORS as exc:
-        where = f" beyond record {number}" if number else ""
+        where = f" after record {number}" if number else ""
         raise InputError(f"cannot read {path}{where}: {error_reason(exc)}") from exc
 
 
 class _Splitter:
-    """Cuts a stream of JSON text between the values of its outermost level."""
+    """Splits a stream of JSON text into its outermost values."""
 
     def __init__(self) -> None:
         self._base: int | None = None  # nesting depth of the values: 1 inside an array
@@ -70,7 +70,7 @@ class _Splitter:
             if token == b"\\":
                 at += 1
                 self._num_skipped = max(at - len(chunk), 0)
-            elif token in b'"\n':  # strings end with the line: a broken one harms no other line
+            elif token in b'"\n':  # a string ends with its line, so a broken one stays local
                 self._is_in_string = not self._is_in_string
             elif self._ends_value(token):
                 includes = token != b"," and self._base == 0
@@ -86,7 +86,7 @@ class _Splitter:
             EOFError: it is not.
         """
         if self._depth or self._value.strip(_BLANK):
-            raise EOFError("the JSON is not closed at the end of the file")
+            raise EOFError("the file ends inside a JSON value")
 
     def _ends_value(self, token: bytes) -> bool:
         assert self._base is not None

@@ -77,12 +77,12 @@ def physical_lines(file: BufferedIOBase, path: Path) -> Iterator[Line]:
         for number, data in enumerate(_split(file), start=1):
             yield Line(number, data)
     except READ_ERRORS as exc:
-        where = f" beyond line {number}" if number else ""
+        where = f" after line {number}" if number else ""
         raise InputError(f"cannot read {path}{where}: {error_reason(exc)}") from exc
 
 
 def _split(file: BufferedIOBase) -> Iterator[bytes | None]:
-    """Every line; None for one that is too long, which is never held as a whole."""
+    """Every line; None for one that is too long, which is never held in memory."""
     while data := file.readline(_LONGEST_READ):
         if len(data) == _LONGEST_READ and not data.endswith(b"\n"):
             while (rest := file.readline(_LONGEST_READ)) and not rest.endswith(b"\n"):
@@ -121,7 +121,7 @@ def replacing(path: Path) -> Iterator[BufferedIOBase]:
 
 
 class _Compressor:
-    """Gathers lines into compressed members of MEMBER_BYTES; see `Codec.compress`.
+    """Collects lines into compressed members of MEMBER_BYTES; see `Codec.compress`.
 
     Args:
         codec: the compression; None writes the lines as they are.
@@ -143,7 +143,7 @@ class _Compressor:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been gathered as one member."""
+        """Write the collected lines as one member."""
         if self._codec is not None and self._lines:
             member = self._codec.compress(bytes(self._lines))
             self._lines.clear()
@@ -181,8 +181,8 @@ class ResultWriter:
     If the process is killed, the file is a prefix of the final one, torn at worst inside its last
     line. If the machine loses power, the last SYNC_INTERVAL_S seconds may be missing.
 
-    If the name of the file says that it is compressed, records are gathered and written as one
-    compressed member at least every SYNC_INTERVAL_S seconds; a kill may lose the last of them.
+    If the name of the file says that it is compressed, records are collected and written as one
+    compressed member at least every SYNC_INTERVAL_S seconds; a kill may lose the last member.
 
     Args:
         path: the file, or `-` for stdout.

@@ -1,4 +1,4 @@
-"""Parquet files, by pyarrow, which is an optional dependency."""
+"""Parquet files, through pyarrow, an optional dependency."""
 
 import json
 import math
@@ -126,7 +126,7 @@ def arrow_to_json(array: Any) -> list[Any]:
 
 
 def _conversions() -> Iterator[tuple[Callable[[Any], bool], Callable[[Any], list[Any]]]]:
-    """Pairs of a predicate for Arrow types and the conversion of their arrays; the first holds."""
+    """Pairs of a predicate for Arrow types and a conversion; the first match applies."""
     import pyarrow
     from pyarrow import types
 
@@ -160,7 +160,7 @@ def _each(array: Any, convert: Callable[[Any], Any]) -> list[Any]:
 
 
 def _whole(values: list[Any]) -> Any:
-    """A list of values, or the fault of one of them."""
+    """A list of values, or the error of one of them."""
     return next((value for value in values if isinstance(value, QueryError)), values)
 
 

@@ -18,9 +18,9 @@ _PROMPT_NAMES = ("prompt", "question", "text", "input", "instruction", "query", 
 class Template:
     """A prompt with placeholders for columns: `Translate {text}`.
 
-    A placeholder holds the name of a column as it is, colons, exclamation marks and balanced
-    braces included. Any name can be written as a JSON string: `{"{odd}"}`. `{{` and `}}` stand for
-    braces.
+    A placeholder contains the name of a column verbatim, including colons, exclamation marks and
+    balanced braces. Any name can be written as a JSON string: `{"{odd}"}`. `{{` and `}}` are
+    literal braces.
 
     Raises:
         UsageError: the text is not a template.
@@ -57,7 +57,7 @@ def _parts(text: str) -> Iterable[tuple[str, str | None]]:
         if character in "{}" and text[at : at + 2] == character * 2:
             literal, at = literal + character, at + 2
         elif character == "}":
-            raise UsageError("--prompt: a single '}'; write '}}' for the brace itself")
+            raise UsageError("--prompt: unmatched '}'; write '}}' for a literal brace")
         elif character == "{":
             name, at = _name(text, at + 1)
             yield literal, name
@@ -83,10 +83,10 @@ def _name(text: str, start: int) -> tuple[str, int]:
         if depth == 0:
             break
     else:
-        raise UsageError("--prompt: a '{' is not closed; write '{{' for the brace itself")
+        raise UsageError("--prompt: unmatched '{'; write '{{' for a literal brace")
     name = text[start:end].replace("{{", "{").replace("}}", "}")
     if not name:
-        raise UsageError("--prompt: '{}' names no column; write {text}, or {{}} for the braces")
+        raise UsageError("--prompt: '{}' names no column; write {text}, or {{}} for literal braces")
     return name, end + 1
 
 
@@ -106,16 +106,18 @@ def no_column(column: str, columns: Iterable[str]) -> str:
     names = [name for name in columns if name]
     folded = {name.strip().casefold(): name for name in reversed(names)}
     near = difflib.get_close_matches(column.strip().casefold(), folded, n=1)
-    hint = f"did you mean {folded[near[0]]!r}?" if near else f"there are {', '.join(names[:20])}"
-    return f"there is no column {column!r}" + (f"; {hint}" if names else "")
+    hint = (
+        f"did you mean {folded[near[0]]!r}?" if near else f"the columns are {', '.join(names[:20])}"
+    )
+    return f"no column named {column!r}" + (f"; {hint}" if names else "")
 
 
 def options_hint(columns: Iterable[str]) -> str:
-    """How to ask about rows whose columns are not named like the fields of a query."""
+    """A hint at the options for rows whose columns are not named like query fields."""
     names = [name for name in columns if name]
     likely = (name for name in names if name.strip().casefold() in _PROMPT_NAMES)
     prompt = next(likely, None) or next(reversed(names), "text")
-    hint = f"say what to ask with --prompt '{_placeholder(prompt)}'"
+    hint = f"map the columns with --prompt '{_placeholder(prompt)}'"
     ids = [name for name in names if name.casefold().replace("_", "") in ("id", "key", "uid")]
     return hint + (f" --id-column {ids[0]}" if ids and ids[0] != prompt else "")
 
@@ -154,7 +156,7 @@ class RowMapper:
         self._json_fields = _json_fields()
 
     def choose(self, header: Sequence[str]) -> list[str]:
-        """The columns of a table that have to be read; a name comes twice if its columns clash.
+        """The columns of a table to read; ambiguous names occur twice.
 
         Raises:
             UsageError: a column that every row needs is missing.
@@ -165,7 +167,7 @@ class RowMapper:
         if self._template is not None:
             return [name for name in header if name in (*self._needed, "chat_id")]
         if not {"user_prompt", "messages"} & set(header):
-            raise UsageError(f"there is no column user_prompt; {options_hint(header)}")
+            raise UsageError(f"no column named 'user_prompt'; {options_hint(header)}")
         used = {*FIELDS, *self._needed}
         repeated = [name for name in header if name in used and header.count(name) > 1]
         return [*dict.fromkeys(name for name in header if name), *repeated[1:]]
@@ -180,7 +182,7 @@ class RowMapper:
     def query(self, row: Row) -> Row:
         """The query of a row.
 
-        It always has a chat_id, so a row of data is never taken for an OpenAI request.
+        It always has a chat_id, so that a row of data is never mistaken for an OpenAI request.
         """
         if row.fault is not None:
             return Row(row.number, fault=row.fault)
@@ -211,8 +213,8 @@ class RowMapper:
             raise QueryError(message, ErrorCode.MISSING_FIELD, self._id_column)
         if self._template is not None:
             return {"user_prompt": self._template.render(values)}
-        used_up = {self._id_column, *self._fields} - set(FIELDS) | {"chat_id"}
-        return {name: value for name, value in values.items() if name not in used_up}
+        consumed = {self._id_column, *self._fields} - set(FIELDS) | {"chat_id"}
+        return {name: value for name, value in values.items() if name not in consumed}
 
     def _typed(self, name: str, value: object) -> object:
         if name not in self._json_fields:
@@ -224,7 +226,7 @@ class RowMapper:
         try:
             return load_json(value.strip().encode())
         except QueryError:
-            return value  # the parser says what it must be
+            return value  # the parser reports it
 
 
 def _json_fields() -> set[str]:

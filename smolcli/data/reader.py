@@ -1,4 +1,4 @@
-"""The rows of any input, as the fields of queries."""
+"""Reads the rows of any input as query fields."""
 
 import io
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from smolcli.data.detection import (
     detect_kind,
     guess_delimiter,
     kind_of_name,
-    refuse_foreign,
+    reject_unsupported,
 )
 from smolcli.data.json_values import json_values
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, is_stream, nonblank_lines
@@ -44,7 +44,7 @@ class _Input:
 
 
 def read_rows(path: Path, settings: RowSettings, after: int = 0) -> Iterator[Row]:
-    """Yield the rows of an input as the fields of queries.
+    """Yield the rows of an input as query fields.
 
     Args:
         path: the file, or `-` for stdin.
@@ -52,7 +52,7 @@ def read_rows(path: Path, settings: RowSettings, after: int = 0) -> Iterator[Row
         after: skip rows up to this number.
 
     Raises:
-        UsageError: the input is of no kind that can be read, or lacks a column that `settings`
+        UsageError: the format is not supported, or the input lacks a column that `settings`
             name.
         InputError: the input cannot be read to its end.
     """
@@ -82,7 +82,7 @@ def row_numbers(path: Path, settings: RowSettings) -> Iterator[int]:
 
 
 def load_row(line: Line) -> Row:
-    """The JSON value of a line; the line itself if it is invalid, and what is wrong with it."""
+    """The JSON value of a line or, if it is invalid, its bytes and the error."""
     try:
         if line.data is None:
             message = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
@@ -94,10 +94,10 @@ def load_row(line: Line) -> Row:
 
 @contextmanager
 def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
-    """Open an input and decide what kind it is.
+    """Open an input and detect its kind.
 
     Raises:
-        UsageError: it is of no kind that can be read.
+        UsageError: its format is not supported.
         InputError: it cannot be opened.
     """
     kind = kind_of_name(path, settings.input_format)
@@ -110,13 +110,13 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
             kind = kind or detect_kind(sample, path, settings.input_format)
             if kind in ("csv", "tsv"):
                 delimiter = settings.delimiter or _delimiter(kind, sample)
-                refuse_foreign(sample.head, path)
+                reject_unsupported(sample.head, path)
             else:
                 delimiter = ""
         except READ_ERRORS as exc:
             raise InputError(f"cannot read {path}: {error_reason(exc)}") from exc
         if kind == "parquet" and is_stream(path):
-            raise UsageError(f"{path}: Parquet cannot be read from a pipe; give a file")
+            raise UsageError(f"{path}: Parquet cannot be read from a pipe; pass a file")
         rest = io.BufferedReader(Prefixed(sample.head, file))
         yield _Input(path, kind, rest, delimiter)
 

@@ -1,4 +1,4 @@
-"""Files at URLs that fsspec knows: downloaded before the work, uploaded after it."""
+"""Remote files, through fsspec: downloaded before a run and uploaded after it."""
 
 import tempfile
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ def local_path(name: str) -> Path:
 
 
 def is_remote(name: str) -> bool:
-    """Whether a path or URL is that of a file on another machine."""
+    """Whether a path or URL names a file on another machine."""
     return "://" in name and not _is_local(_resolve(name)[0])
 
 
 @contextmanager
 def downloaded(name: str) -> Iterator[Path]:
-    """Give a local file as it is, or a temporary copy of a remote one.
+    """Yield the path of a local file, or of a temporary copy of a remote one.
 
     Raises:
         InputError: the file cannot be downloaded.
@@ -65,7 +65,7 @@ def refuse_overwrite(url: str, output: Path) -> None:
     with _translated(RunError, f"cannot write {url}"):
         is_foreign = not output.exists() and files.exists(path)
     if is_foreign:
-        raise UsageError(f"{url} exists; give another --output, or --overwrite to replace it")
+        raise UsageError(f"{url} exists; choose another --output, or replace it with --overwrite")
 
 
 def upload(output: Path, url: str) -> None:
@@ -88,7 +88,7 @@ def _resolve(url: str) -> tuple[Any, str]:
         files, path = url_to_fs(url)
     except ImportError as exc:
         raise UsageError(f"cannot use {url}: {exc}") from exc
-    except Exception as exc:  # each file system raises its own: unknown names, no credentials
+    except Exception as exc:  # each file system raises exceptions of its own
         raise UsageError(f"cannot use {url}: {error_reason(exc)}") from exc
     return files, path
 

@@ -16,7 +16,7 @@ class Row:
 
     Args:
         number: its line number, or its position from 1 where rows have no lines.
-        value: what it holds as a JSON value; the bytes of a line that is not valid JSON.
+        value: its content as a JSON value; the raw bytes of a line that is not valid JSON.
         fault: what is wrong with it, if anything.
         carried: values to copy to the metadata of its result.
     """

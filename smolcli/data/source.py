@@ -29,7 +29,7 @@ _WIDE = ("utf-16", "utf-32")
 
 
 class Prefixed(io.RawIOBase):
-    """A stream of some bytes that were read already, and then the rest of a file."""
+    """A stream that yields bytes already read from a file, then the rest of the file."""
 
     def __init__(self, head: bytes, file: Any) -> None:
         self._head = memoryview(head)
@@ -48,8 +48,8 @@ class Prefixed(io.RawIOBase):
 class _Transcoded(io.RawIOBase):
     """A stream of text in some encoding, as UTF-8.
 
-    Bytes that are invalid in the encoding become bytes that are invalid in UTF-8, so that they
-    are the fault of their line.
+    Bytes that are invalid in the encoding become invalid UTF-8, so that only their own line
+    fails.
     """
 
     def __init__(self, file: Any, encoding: str) -> None:
@@ -76,7 +76,7 @@ class _Transcoded(io.RawIOBase):
 
 
 def read_some(file: Any, num_bytes: int) -> bytes:
-    """Up to so many bytes, as soon as there are any; empty at the end of the file."""
+    """Up to `num_bytes`, without waiting for all of them; empty at the end of the file."""
     read = getattr(file, "read1", file.read)
     data: bytes = read(num_bytes)
     return data
@@ -121,7 +121,7 @@ def check_encoding(encoding: str) -> None:
         "".encode(encoding)
         codecs.getincrementaldecoder(encoding)("surrogateescape").decode(b"", final=True)
     except (LookupError, ValueError) as exc:  # the latter for idna, undefined and odd names
-        raise UsageError(f"--encoding: there is no text encoding {encoding!r}") from exc
+        raise UsageError(f"--encoding: unknown text encoding {encoding!r}") from exc
 
 
 def _decompressed(file: Any) -> io.BufferedIOBase:
@@ -164,7 +164,7 @@ def _unmarked(head: bytes) -> str:
 
 
 def _take(file: Any, num_bytes: int, is_undecided: Callable[[bytes], bool]) -> bytes:
-    """The first bytes of a file, no more than the decision needs: a pipe may have no more yet."""
+    """The first bytes of a file, as few as the decision needs, because a pipe may block."""
     head = b""
     while len(head) < num_bytes and is_undecided(head):
         data = read_some(file, num_bytes - len(head))

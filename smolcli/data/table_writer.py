@@ -45,8 +45,8 @@ def check_table(table: Path, journal: Path, fields: Sequence[str], overwrite: bo
         require_pyarrow(table)
     if table.exists() and not journal.exists() and not overwrite:
         raise UsageError(
-            f"{table} exists, but no run has written it; "
-            "give another --output, or --overwrite to replace it"
+            f"{table} exists but was not written by a run; "
+            "choose another --output, or replace it with --overwrite"
         )
 
 
@@ -94,7 +94,7 @@ def _records(journal: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _types(records: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> dict[str, type]:
-    """Every column, with the type that holds all of its values; text holds any as JSON."""
+    """All columns, each with the narrowest type that fits its values; text fits any, as JSON."""
     found: dict[str, type | None] = {**_BEFORE, **dict.fromkeys(fields), **_AFTER}
     fixed = {*_BEFORE, *_AFTER}
     for record in records:
@@ -139,7 +139,7 @@ def _write_parquet(
     try:
         rows = (_cells(record, types) for record in _records(journal, fields))
         write_parquet(path, rows, types)
-    except (ValueError, TypeError, OverflowError):  # among them pyarrow's own
+    except (ValueError, TypeError, OverflowError):  # pyarrow's own errors derive from these
         types = dict.fromkeys(types, str)
         rows = (_cells(record, types) for record in _records(journal, fields))
         write_parquet(path, rows, types)
@@ -148,9 +148,9 @@ def _write_parquet(
 def _write_csv(
     path: Path, records: Iterable[Mapping[str, Any]], columns: Sequence[str], delimiter: str
 ) -> None:
-    """Write the results with every cell quoted that needs it, for any reader.
+    """Write the results, quoting every cell that any reader might otherwise misread.
 
-    Python's writer leaves a carriage return unquoted unless it is part of the line's end.
+    Python's csv.writer does not quote a carriage return unless it is part of the line terminator.
     """
     special = re.compile(f'[{delimiter}"\r\n]|^\\s|\\s$|^$')
 

@@ -13,21 +13,21 @@ from smolcli.engine.hardware import cpu_features, memory_bytes, num_cores
 from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
 from smolcli.engine.native.model import unsupported_reason
 from smolcli.errors import UsageError
-from smolcli.settings import MOST_SLOTS, EngineSettings
+from smolcli.settings import MAX_AUTO_SLOTS, EngineSettings
 
 Dtype = Literal["float32", "bfloat16"]
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-KV_CACHE_DIVISOR = 4  # the KV cache may take this part of the memory,
-PREFIX_CACHE_DIVISOR = 32  # and the prefix cache this part,
+KV_CACHE_DIVISOR = 4  # the KV cache may take 1/4 of the memory
+PREFIX_CACHE_DIVISOR = 32  # the prefix cache may take 1/32 of it,
 MAX_PREFIX_CACHE_BYTES = 256 << 20  # but no more than this
-OVERHEAD_BYTES = 320 << 20  # measured: the process and the intermediate values of a step
-TYPICAL_TOKENS = 256  # of a query and its answer; slots without memory for them would stay empty
+OVERHEAD_BYTES = 320 << 20  # measured: the process and the activations of a step
+TYPICAL_TOKENS = 256  # length of a typical query and its answer, for which each slot has memory
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedConfig:
-    """Where and how an engine computes, with nothing left to choose.
+    """Where and how an engine computes, with every setting resolved.
 
     `kernels` is None if torch computes: on a GPU, or if the native kernels cannot run the model on
     this CPU, and `unsupported_reason` says why. `memory_bytes` is the device's memory and
@@ -55,8 +55,8 @@ def resolve_config(
 ) -> ResolvedConfig:
     """Fill in everything that the settings leave open.
 
-    The batch size is as large as pays off, or as fits: each slot is counted with a query of typical
-    length.
+    The batch size is the largest that increases throughput and fits into memory, assuming queries
+    of typical length.
 
     Args:
         settings: what the user chose.
@@ -78,7 +78,7 @@ def resolve_config(
     slot_bytes = config.kv_cache_bytes(TYPICAL_TOKENS, item_bytes)
     room = max(min(memory // KV_CACHE_DIVISOR, memory - taken), slot_bytes)
     kv_cache_bytes = settings.kv_cache_mb << 20 or room
-    num_slots = max(1, min(MOST_SLOTS, kv_cache_bytes // slot_bytes))
+    num_slots = max(1, min(MAX_AUTO_SLOTS, kv_cache_bytes // slot_bytes))
     max_batch_size = settings.max_batch_size or num_slots
     return ResolvedConfig(
         device=device,

@@ -106,7 +106,7 @@ class Engine:
         return item.sequence.error is None
 
     def _run(self, items: list[ScheduledSequence]) -> None:
-        """Compute a batch; if it fails, bisect it until the sequences at fault stand alone.
+        """Compute a batch; if it fails, bisect it until each faulty sequence is isolated.
 
         Recomputing a token writes the same keys and values to the same place.
         """
@@ -135,10 +135,10 @@ class Engine:
             sequence.append(token, self.model.config.eos_ids, logprob)
 
     def _check_model(self) -> None:
-        """Compute a one-token sequence that no query is to blame for.
+        """Compute a one-token sequence, to tell a broken model from bad queries.
 
         Raises:
-            BackendError: it fails, so the engine cannot compute anything any more.
+            BackendError: it fails, so the engine can no longer compute anything.
         """
         trivial = Sequence([0])
         trivial.max_tokens = 2
@@ -149,7 +149,7 @@ class Engine:
             self.model.head.best(self.model.forward(batch))
         except Exception as exc:
             raise BackendError(
-                f"the model no longer computes anything, not even a single token: {exc}"
+                f"the model can no longer compute even a single token: {exc}"
             ) from exc
         finally:
             with suppress(Exception):  # the memory of a lost GPU cannot be freed
@@ -162,7 +162,7 @@ class Engine:
 
 @contextmanager
 def _blamed_on(sequence: Sequence) -> Iterator[None]:
-    """Make running out of memory for one sequence that sequence's error."""
+    """Record an out-of-memory error as the error of one sequence."""
     try:
         yield
     except (RuntimeError, MemoryError) as exc:

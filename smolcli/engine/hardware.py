@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, memory and CPU features."""
+"""The resources that this process may use: cores, memory and CPU features."""
 
 import os
 from collections.abc import Iterator

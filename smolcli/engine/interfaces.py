@@ -79,7 +79,7 @@ class KVCache(Protocol):
         ...
 
     def ensure_capacity(self, sequence: Sequence) -> None:
-        """Make sure that there is room for every token of the sequence, the newest included."""
+        """Make room for every token of the sequence, including the newest."""
         ...
 
     def batch_key(self, item: ScheduledSequence) -> tuple[int, int]:

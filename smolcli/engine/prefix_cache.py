@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 BLOCK_TOKENS = 4
-MAX_HITS = 64  # so that a prefix that was popular once gives way after as many prompts
+MAX_HITS = 64  # bounds how long a prefix that is no longer used outlives newer ones
 
 KV = TypeVar("KV")  # the keys and values of BLOCK_TOKENS tokens, as a model's KV cache keeps them
 
@@ -36,7 +36,7 @@ class PrefixCache(Generic[KV]):
 
     A new block replaces blocks of its own priority or less, so that one long prompt does not evict
     what many prompts share. A prompt that finds no room increases the age by one hit, so that
-    blocks that are no longer used give way eventually.
+    blocks that are no longer used are evicted eventually.
 
     Args:
         max_bytes: memory for blocks; 0 disables the cache.
@@ -62,7 +62,7 @@ class PrefixCache(Generic[KV]):
     def match(self, prompt_ids: list[int]) -> list[KV]:
         """Find the longest cached prefix of a prompt.
 
-        The prompt's last token is never part of it, because it has to be computed for the next
+        The prompt's last token is never part of it, because computing that token yields the next
         one.
 
         Returns:
@@ -117,7 +117,7 @@ class PrefixCache(Generic[KV]):
         block.priority = self._age + block.num_hits
 
     def _make_room(self, keep: Block[KV]) -> bool:
-        """Evict until there is room for one more block; whether there is."""
+        """Evict blocks until one more fits; returns whether it does."""
         while self.num_blocks >= self._max_blocks:
             victim = self._pop_leaf(keep)
             if victim is None:

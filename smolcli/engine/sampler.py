@@ -16,7 +16,7 @@ from smolcli.types import Sampling
 
 MIN_TEMPERATURE = 1e-6  # avoids overflow; the most likely token already wins every draw
 PICK_BLOCK = 256
-NUCLEUS_TOKENS = 512  # nearly always hold the mass of top-p; sorting the whole vocabulary is slow
+NUCLEUS_TOKENS = 512  # nearly always contain the top-p mass; sorting the vocabulary is slow
 
 
 def sample(
@@ -55,7 +55,7 @@ def sample(
 
 
 def sample_token(logits: Array, sequence: Sequence, mask: bytes | None = None) -> int:
-    """Choose one token as the sequence's settings say.
+    """Choose one token according to the sequence's settings.
 
     Args:
         logits: (vocab_size,), float32; overwritten.
@@ -77,7 +77,7 @@ def sample_token(logits: Array, sequence: Sequence, mask: bytes | None = None) -
 
 
 def token_logprob(logits: Array, token: int, num_alternatives: int) -> TokenLogprob:
-    """The log probability of a token and of the most likely tokens, as the model has them.
+    """The log probability of a token and of the most likely tokens, before sampling settings.
 
     Args:
         logits: (vocab_size,), masked, without penalty and temperature.

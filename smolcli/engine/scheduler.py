@@ -15,12 +15,12 @@ BATCH_STEP = 3  # while interactive sequences run, batch sequences take part in 
 class Scheduler:
     """Admits sequences while slots and KV cache last, and divides each step among them.
 
-    A sequence reserves the KV cache of its full length when it is admitted, so whatever runs can
-    always run to its end. Each priority is served in order of arrival. Both are guaranteed a share
+    A sequence reserves KV cache for its full length when it is admitted, so every running sequence
+    can finish. Each priority is served in order of arrival. Both are guaranteed a share
     when they compete, so neither can starve the other:
 
     - Admission: interactive sequences go first, but while batch sequences hold less than a quarter
-      of `max_batch_size`, the next free slot and memory are theirs after at most INTERACTIVE_TURNS
+      of `max_batch_size`, they get the next free slot and memory after at most INTERACTIVE_TURNS
       interactive admissions. The head of the batch queue then waits only for running sequences to
       end. The head of the interactive queue waits for at most one batch admission.
     - Reserve: interactive sequences have `1 + max_batch_size // 8` slots more and an eighth of the
@@ -109,7 +109,7 @@ class Scheduler:
             if self._fits_batch(self._batch[0]):
                 return self._batch
             if is_batch_turn and not self._has_batch_share():
-                return None  # the next slot and the next memory are for it
+                return None  # the next free slot and memory are reserved for it
         if self._interactive and self._fits(self._interactive[0], self._num_slots):
             return self._interactive
         return None

@@ -1,4 +1,4 @@
-"""One generation: its token ids, its settings and how far it has come."""
+"""One generation: its token ids, settings and progress."""
 
 from dataclasses import dataclass, field
 from random import Random
@@ -31,7 +31,7 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log probability (natural logarithm) of a sampled token and of the likeliest tokens."""
+    """The log probability (natural logarithm) of a sampled token and of the most likely ones."""
 
     token_id: int
     logprob: float

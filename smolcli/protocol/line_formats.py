@@ -22,7 +22,7 @@ from smolcli.protocol.query import ChatId, chat_id_of, decimal_id, parse_query
 from smolcli.settings import InputFormat, QueryDefaults, RowSettings
 from smolcli.types import ErrorCode, Query, Result, Usage
 
-SAMPLE_LINES = 64  # how many lines the format is decided from, at most
+SAMPLE_LINES = 64  # maximum number of lines that the format is detected from
 
 _REQUEST_KEYS = {"custom_id", "method", "url", "body"}
 _OWN_ID = re.compile(r"batch_req_[0-9a-f]{16}_(\d+)")
@@ -244,7 +244,7 @@ def detect_format(values: Iterable[object], defaults: QueryDefaults) -> LineForm
     """Decide the format of an input from its first lines.
 
     The first line that is valid in one of the formats decides. If none of the first
-    SAMPLE_LINES is, the format that most of them resemble is taken, and smol's own in a tie.
+    SAMPLE_LINES is, the format that most of them resemble is chosen; smol's own wins a tie.
 
     Args:
         values: the JSON value of each line, or the bytes of one that is not valid JSON. No more
@@ -262,9 +262,9 @@ def detect_format(values: Iterable[object], defaults: QueryDefaults) -> LineForm
 
 
 def smol_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A result record of either format in smol's own.
+    """Convert a result record of either format to smol's own.
 
-    Accepts the output files of OpenAI and of other servers, too. What they leave out is absent.
+    Also accepts output files of OpenAI and of other servers; fields that they lack stay absent.
 
     Args:
         record: a line of a result file.
@@ -308,7 +308,7 @@ def _answer_fields(choice: dict[str, Any]) -> dict[str, Any]:
 
 
 def stated_format(rows: RowSettings) -> LineFormat | None:
-    """The format that the user states; None if it has to be detected."""
+    """The format that `--input-format` states; None if it has to be detected."""
     formats: dict[InputFormat, LineFormat] = {"smol": SMOL, "openai": OPENAI}
     return formats.get(rows.input_format)
 

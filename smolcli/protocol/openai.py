@@ -74,7 +74,7 @@ _CONTENT: Any = {"type": ["string", "array"]}
 
 
 class ChatMessage(Lenient):
-    """One message. What the official clients send back of an earlier answer is accepted."""
+    """One message. Fields of an earlier answer that the official clients send back are accepted."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -91,9 +91,7 @@ class ChatMessage(Lenient):
         None, description="a string or a list of text parts; null only from the assistant"
     )
     name: Text | None = Field(None, description="a string; it has no effect")
-    refusal: Text | None = Field(
-        None, description="a string, taken as the content of a message that has none"
-    )
+    refusal: Text | None = Field(None, description="a string; used as the content if that is null")
     annotations: list[Any] | None = Field(None, description="a list; it has no effect")
     parsed: Any = Field(None, description="any value; it has no effect")
     reasoning: Text | None = Field(None, description="a string; it has no effect")
@@ -135,8 +133,7 @@ _UNSUPPORTED = "empty: it is not supported"
 class CompletionFields(Lenient):
     """The parameters of a request; descriptions complete "<parameter> must be ...".
 
-    Parameters of OpenAI and vLLM that smol does not support are listed with the values that ask
-    for nothing.
+    Parameters of OpenAI and vLLM that smol does not support are listed with their neutral values.
     """
 
     model_config = ConfigDict(
@@ -147,24 +144,25 @@ class CompletionFields(Lenient):
 
     model: Text = Field(description="the name of the model, as listed by GET /v1/models")
     messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
-        description="a non-empty list of {role, content} with text contents, the last from the user"
+        description="a non-empty list of {role, content} with text content, ending with a user "
+        "message"
     )
-    max_tokens: Count | None = Field(None, description="a whole number from 1")
-    max_completion_tokens: Count | None = Field(None, description="a whole number from 1")
+    max_tokens: Count | None = Field(None, description="a positive integer")
+    max_completion_tokens: Count | None = Field(None, description="a positive integer")
     temperature: Temperature | None = Field(
         None,
         description="a number from 0 (greedy) to 100; the default is the server's, or else 0, "
         "and 1 if n is above 1",
     )
-    top_p: TopP | None = Field(None, description="a number above 0 and up to 1")
+    top_p: TopP | None = Field(None, description="a number greater than 0 and at most 1")
     top_k: Annotated[int, Field(strict=True, ge=-1), WHOLE_NUMBER] | None = Field(
-        None, description="a whole number from 1, or 0 or -1 (off); an extension"
+        None, description="a positive integer, or 0 or -1 to disable it; an extension"
     )
     repetition_penalty: Penalty | None = Field(
-        None, description="a number above 0 and up to 100; an extension"
+        None, description="a number greater than 0 and at most 100; an extension"
     )
     seed: Annotated[int, Field(strict=True, ge=-1, le=MAX_SEED), WHOLE_NUMBER] | None = Field(
-        None, description="a whole number from 0 to 2^63 - 1, or -1 for the default"
+        None, description="an integer from 0 to 2^63 - 1, or -1 for the default"
     )
     stop: Stop | None = Field(None, description="a non-empty string or a list of up to 16 of them")
     stream: Flag | None = Field(None, description="true or false")
@@ -172,11 +170,11 @@ class CompletionFields(Lenient):
         None, description="an object with include_usage, if stream is true"
     )
     n: NumAnswers | None = Field(
-        None, description=f"a whole number from 1 to {MAX_ANSWERS}, and 1 if stream is true"
+        None, description=f"an integer from 1 to {MAX_ANSWERS}, and 1 if stream is true"
     )
     logprobs: Flag | None = Field(None, description="true or false")
     top_logprobs: NumLogprobs | None = Field(
-        None, description=f"a whole number from 0 to {MAX_LOGPROBS}, with logprobs true"
+        None, description=f"an integer from 0 to {MAX_LOGPROBS}, and requires logprobs to be true"
     )
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=f"{CHOICES_DESCRIPTION}; an extension")
@@ -221,7 +219,7 @@ class CompletionFields(Lenient):
     web_search_options: None = Field(None, description=_UNSUPPORTED)
 
     # vLLM's parameters without an effect here.
-    priority: Whole | None = Field(None, description="a whole number; it has no effect")
+    priority: Whole | None = Field(None, description="an integer; it has no effect")
     request_id: Text | None = Field(None, description=_NO_EFFECT)
     cache_salt: Text | None = Field(None, description=_NO_EFFECT)
     guided_decoding_backend: Text | None = Field(None, description=_NO_EFFECT)
@@ -273,7 +271,7 @@ class CompletionFields(Lenient):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One request for a completion, and the JSON of what answers it."""
+    """A chat completion request, and the JSON of its responses."""
 
     query: Query
     model: str
@@ -282,11 +280,11 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def answer(self, result: Result) -> dict[str, Any]:
-        """The body of the whole answer."""
+        """The body of a complete response."""
         return self._head("chat.completion") | answer_fields(result)
 
     def chunk(self, delta: dict[str, str], result: Result | None = None) -> dict[str, Any]:
-        """One chunk of a streamed answer; the last one is given the result."""
+        """One chunk of a streamed answer; `result` is passed with the last one."""
         choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None}
         choice["finish_reason"] = None
         if result is not None:
@@ -295,7 +293,7 @@ class Completion:
         return chunk | {"usage": None} if self.includes_usage else chunk
 
     def usage_chunk(self, usage: Usage | None) -> dict[str, Any]:
-        """The chunk after the last one, if usage was asked for."""
+        """The final chunk, if usage was requested."""
         return self._head("chat.completion.chunk") | {"choices": [], "usage": _usage(usage)}
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -339,14 +337,14 @@ def error_code(name: str) -> ErrorCode:
     """The error code of an error object: the inverse of `error_object`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not an error code.
     """
     names = {openai_code: code for code, openai_code in _OPENAI_CODES.items()}
     return names.get(name) or ErrorCode(name)
 
 
 def model_name(model: str) -> str:
-    """What clients call the model: its name on the Hub, or that of its folder or file."""
+    """The name that clients use for a model: its Hub id, or the name of its folder or file."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else model
 
@@ -391,7 +389,7 @@ _SAME_NAME = (
 
 
 def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
-    """The fields of the query that a request stands for."""
+    """The query fields equivalent to a request."""
     values = {name: getattr(fields, name) for name in _SAME_NAME}
     if fields.temperature is None and (fields.n or 1) > 1:
         values["temperature"] = defaults.several_temperature
@@ -434,7 +432,7 @@ def _usage(usage: Usage | None) -> dict[str, int] | None:
 
 
 def parameter_error(exc: ValidationError, model: type[BaseModel], value: object) -> QueryError:
-    """The error of the first invalid parameter; an unknown one comes before the others.
+    """The error for the first invalid parameter; unknown parameters come first.
 
     Args:
         exc: what validating `value` raised.
@@ -444,7 +442,7 @@ def parameter_error(exc: ValidationError, model: type[BaseModel], value: object)
     faults = exc.errors(include_url=False, include_context=False)
     top = [f for f in faults if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or faults
     same = [f for f in top if f["loc"][0] == top[0]["loc"][0]]
-    # A union reports a fault for each of its types; the one that got furthest was meant.
+    # A union reports an error for each of its types; take the one that validated furthest.
     fault = max(same, key=lambda f: len(list(_location(value, f["loc"]))))
     location = list(_location(value, fault["loc"]))
     kind, given = fault["type"], fault["input"]
@@ -479,7 +477,7 @@ def _location(value: Any, location: Sequence[int | str]) -> Iterator[int | str]:
 
 
 def _known(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
-    """The names that the object at a location may have."""
+    """The valid member names of the object at a location."""
     if location[0] == "response_format":
         known: type[BaseModel] = JsonSchemaFields if len(location) > 2 else JsonSchemaFormat
         return [info.alias or name for name, info in known.model_fields.items()]

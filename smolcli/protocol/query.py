@@ -35,7 +35,7 @@ MAX_SEED = 2**63 - 1
 MAX_ANSWERS = 16
 MAX_LOGPROBS = 20
 MAX_DEPTH = 64  # nested arrays and objects
-MAX_EXACT_FLOAT = 2**53  # above it, a float no longer tells neighbouring integers apart
+MAX_EXACT_FLOAT = 2**53  # the largest integer up to which floats are exact
 MAX_SHOWN = 100  # characters of a user's text that an error message quotes
 
 SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
@@ -63,7 +63,7 @@ def _one_or_many(value: object) -> object:
 
 
 def _stripped(value: object) -> object:
-    """Refuse a choice with outer white space: answers are stripped, so none could match it."""
+    """Reject a choice with outer white space: answers are stripped, so none could match it."""
     if isinstance(value, str) and value != value.strip():
         raise ValueError("leading or trailing white space")
     return value
@@ -105,13 +105,13 @@ Choice = Annotated[_ChoiceText, BeforeValidator(_stripped, json_schema_input_typ
 Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
-# Objects in which an empty member asks for nothing.
+# Objects whose empty members have no effect.
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 def _is_empty(value: object) -> bool:
-    """Whether a value asks for nothing: it is empty, or an object of empty and false members."""
+    """Whether a value has no effect: it is empty, or an object of empty and false members."""
     if isinstance(value, dict):
         return all(member is False or _is_plain_empty(member) for member in value.values())
     return _is_plain_empty(value)
@@ -130,7 +130,7 @@ _EMPTY_SCHEMA: dict[str, Any] = {
 
 
 class Lenient(BaseModel):
-    """An object in which an empty member asks for nothing, whatever its name.
+    """An object whose empty members have no effect, whatever their names.
 
     Null, "", [], {} and objects whose members are all empty or false count as absent, except in
     required members and those in `KEPT`.
@@ -212,7 +212,7 @@ CHOICES_DESCRIPTION = (
 def model_schema(kind: Any) -> dict[str, Any]:
     """The JSON Schema of a pydantic model, or of any other type that pydantic can describe.
 
-    Sets are lists in it: pydantic removes duplicates when it parses the answer.
+    Sets become lists: pydantic removes duplicates when it parses the answer.
     """
     return TypeAdapter(kind).json_schema(schema_generator=_SchemaOfAnswers)
 
@@ -326,7 +326,7 @@ def combinations(absent: list[Any], default_temperature: bool) -> list[Any]:
 def forbid_violations(rules: list[dict[str, Any]]) -> dict[str, Any]:
     """A JSON Schema of which all rules hold.
 
-    Equivalent to `allOf`, whose alternatives some generators of test data multiply out.
+    Equivalent to `allOf`, but some test data generators expand the product of its alternatives.
     """
     return {"not": {"anyOf": [{"not": rule} for rule in rules]}}
 
@@ -350,26 +350,28 @@ class QueryFields(BaseModel):
     )
 
     chat_id: ChatId = Field(description="a non-empty string or an integer")
-    user_prompt: Text | None = Field(None, description="a string that is not blank")
+    user_prompt: Text | None = Field(None, description="a non-blank string")
     system_prompt: Text | None = Field(
         None, description="a string; an empty one omits the default system prompt"
     )
     messages: Annotated[list[MessageFields], Field(min_length=1)] | None = Field(
-        None, description="a non-empty list of {role, content}, the last from the user"
+        None, description="a non-empty list of {role, content}, ending with a user message"
     )
-    max_new_tokens: Count | None = Field(None, description="a whole number from 1")
+    max_new_tokens: Count | None = Field(None, description="a positive integer")
     temperature: Temperature | None = Field(None, description="a number from 0 (greedy) to 100")
-    top_p: TopP | None = Field(None, description="a number above 0 and up to 1")
-    top_k: TopK | None = Field(None, description="a whole number from 0 (off)")
-    repetition_penalty: Penalty | None = Field(None, description="a number above 0 and up to 100")
-    seed: Seed | None = Field(None, description="a whole number from 0 to 2^63 - 1")
+    top_p: TopP | None = Field(None, description="a number greater than 0 and at most 1")
+    top_k: TopK | None = Field(None, description="a non-negative integer; 0 disables it")
+    repetition_penalty: Penalty | None = Field(
+        None, description="a number greater than 0 and at most 100"
+    )
+    seed: Seed | None = Field(None, description="an integer from 0 to 2^63 - 1")
     stop: Stop | None = Field(None, description="a non-empty string or a list of up to 16 of them")
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=CHOICES_DESCRIPTION)
-    n: NumAnswers | None = Field(None, description=f"a whole number from 1 to {MAX_ANSWERS}")
+    n: NumAnswers | None = Field(None, description=f"an integer from 1 to {MAX_ANSWERS}")
     logprobs: Flag | None = Field(None, description="true or false")
     top_logprobs: NumLogprobs | None = Field(
-        None, description=f"a whole number from 0 to {MAX_LOGPROBS}, with logprobs true"
+        None, description=f"an integer from 0 to {MAX_LOGPROBS}, and requires logprobs to be true"
     )
     metadata: dict[str, Any] | None = Field(None, description="an object")
 
@@ -435,7 +437,7 @@ def _messages(fields: QueryFields, system_prompt: str | None) -> tuple[Message, 
                 raise QueryError(f"{other} cannot be combined with messages", field=other)
         turns = [Message(turn.role, turn.content) for turn in fields.messages]
         if turns[-1].role != "user" or not turns[-1].content.strip():
-            message = "messages must end with a message from the user that is not blank"
+            message = "messages must end with a non-blank user message"
             raise QueryError(message, field="messages")
         system = None if turns[0].role == "system" else system_prompt
     return (Message("system", system), *turns) if system else tuple(turns)
@@ -449,7 +451,7 @@ def _sampling(fields: QueryFields, defaults: Sampling) -> Sampling:
 
 
 def derived_seed(seed: int, name: str) -> int:
-    """The seed of one query, which depends only on the run's seed and the query's id."""
+    """The seed of one query, derived from the run's seed and the query's id alone."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") & MAX_SEED
 
@@ -528,7 +530,7 @@ def load_json(text: bytes) -> object:
     except UnicodeDecodeError as exc:
         _refuse_json(f"not UTF-8: byte {exc.start + 1} is 0x{text[exc.start]:02x}", exc)
     except UnicodeEncodeError as exc:
-        _refuse_json("a string holds a lone surrogate (\\ud800 to \\udfff)", exc)
+        _refuse_json("a string contains a lone surrogate (\\ud800 to \\udfff)", exc)
     except json.JSONDecodeError as exc:
         _refuse_json(f"{exc.msg.removesuffix(' at')} at column {exc.colno}", exc)
     except RecursionError as exc:

@@ -260,7 +260,7 @@ class Server:
     def __init__(
         self, settings: ServerSettings, open_backend: Callable[[EngineSettings], Backend]
     ) -> None:
-        max_requests = request_limit(settings.engine.most_slots, settings.max_queue)
+        max_requests = request_limit(settings.engine.max_slots, settings.max_queue)
         self._loader = BackendLoader(
             lambda: open_backend(settings.engine), warms_up=not settings.is_gateway
         )

@@ -1,11 +1,11 @@
-"""Rewrites JSON Schemas for llguidance, which refuses some keywords that constrain nothing."""
+"""Rewrites JSON Schemas for llguidance, which rejects some keywords that constrain nothing."""
 
 from collections.abc import Iterator
 from typing import Any
 
 Schema = dict[str, Any]
 
-# The formats that llguidance constrains. In JSON Schema, any other only annotates.
+# The formats that llguidance enforces. In JSON Schema, all others are mere annotations.
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid")
 )
@@ -17,13 +17,13 @@ _WITH_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions"
 
 
 def rewrite_schema(schema: Schema) -> Schema:
-    """A schema that allows the same answers, without the keywords that llguidance does not know.
+    """Return an equivalent schema without the keywords that llguidance does not support.
 
-    Unknown formats are dropped, and those that pydantic has for UUIDs and IP addresses are put
-    into other keywords. `propertyNames` becomes `properties` or `patternProperties`.
+    Unknown formats are dropped, and pydantic's formats for UUIDs and IP addresses are expressed
+    with other keywords. `propertyNames` becomes `properties` or `patternProperties`.
 
     Args:
-        schema: a JSON Schema, which stays as it is.
+        schema: a JSON Schema; not modified.
     """
     return _rewritten(schema, schema)
 

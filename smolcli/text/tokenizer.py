@@ -147,8 +147,8 @@ class TextDecoder:
 class PromptEncoder:
     """Encodes rendered prompts without letting the text of a message become a control token.
 
-    `tokenizers` recognizes a control token by its text, no matter who wrote it. Therefore the
-    encoder gives every control token an alias, a token with the same properties and a secret
+    `tokenizers` recognizes a control token by its text, no matter who wrote it. The encoder
+    therefore gives every control token an alias, a token with the same properties and a secret
     text, and makes the library treat the original text as ordinary text. To find out which
     control tokens the template itself wrote, it renders the messages a second time with the
     characters of their contents replaced by private ones, which no control token contains. Only
@@ -158,7 +158,7 @@ class PromptEncoder:
     A control token is an added token that is marked as special or that the template mentions.
 
     Args:
-        tokenizer: the model's tokenizer; aliases are added to it, which decoding never meets.
+        tokenizer: the model's tokenizer; aliases are added to it, which never occur in output.
         template_source: the chat template.
         special_tokens: texts that the template may refer to, by name.
     """
@@ -286,7 +286,7 @@ def _letters(control_tokens: Iterable[str]) -> list[str]:
 
 
 def _harmless_unknown(tokenizer: Tokenizer, mentioned: str) -> set[int]:
-    """The id of the unknown token, which stands for any text, unless it has another meaning too."""
+    """The id of the unknown token, unless the template also uses that token."""
     unknown = getattr(tokenizer.model, "unk_token", None)
     if not isinstance(unknown, str) or mentioned.count(unknown) > 1:
         return set()
@@ -322,7 +322,7 @@ def context_length(folder: Path) -> int:
 
 
 def _vocab_size(folder: Path) -> int | None:
-    """The number of rows of the model's embedding, if config.json is there to tell."""
+    """The number of rows of the model's embedding; None without a config.json."""
     path = folder / "config.json"
     size = _read_json(path).get("vocab_size") if path.is_file() else None
     return size if type(size) is int else None  # the loader rejects anything else

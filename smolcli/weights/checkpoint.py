@@ -36,8 +36,8 @@ def load_weights(folder: Path, config: LlamaConfig) -> Mapping[str, Array]:
         Tensors in float32, float16 or bfloat16, by their names without the leading "model.".
 
     Raises:
-        ModelError: a file is damaged, or a tensor is missing, unknown or of another shape or
-            number format than it should be.
+        ModelError: a file is damaged, or a tensor is missing, unknown, or has the wrong shape or
+            number format.
     """
     stored: dict[str, Array] = {}
     for path in weight_files(folder):
@@ -89,8 +89,8 @@ def tensor_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a checkpoint.
 
-    A directory may hold the same weights again in another layout, such as Mistral's
-    consolidated.safetensors, so an index or a model.safetensors decides.
+    An index or model.safetensors takes precedence, because a directory may also contain the same
+    weights in another layout, such as Mistral's consolidated.safetensors.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():

@@ -32,7 +32,7 @@ NUMBERS = {  # of metadata values, by type id
     6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
 STRING, ARRAY = 8, 9
-CONTROL, USER_DEFINED = 3, 4  # types of tokens
+CONTROL, USER_DEFINED = 3, 4  # token types
 
 NAMES = {  # llama.cpp's names of tensors, and those of a Llama checkpoint
     "token_embd": "model.embed_tokens",
@@ -141,7 +141,7 @@ def _quantization(file: GgufFile) -> str:
 
 
 def _check(gguf: Path, folder: Path) -> None:
-    """Load what was converted, which checks all sizes and shapes."""
+    """Load the converted model, which checks all sizes and shapes."""
     from smolcli.weights.checkpoint import load_weights
     from smolcli.weights.loader import load_config
 
@@ -182,9 +182,7 @@ def read_gguf(path: Path) -> GgufFile:
             raise ValueError(f"the tensor {name!r} of shape {list(shape)} is invalid")
         first, last = start + offset, start + offset + num_elements // block * block_bytes
         if last > len(buffer):
-            raise ValueError(
-                f"it is truncated: the tensor {name!r} ends behind the end of the file"
-            )
+            raise ValueError(f"it is truncated: the tensor {name!r} ends past the end of the file")
         tensors[name] = GgufTensor(type_id, shape, buffer[first:last])
     return GgufFile(metadata, tensors)
 
@@ -366,7 +364,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> "Tokenizer":
 
 
 def _merges(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, the highest score first."""
+    """All pairs of tokens that merge into a token, highest score first."""
     found = [
         (token[:cut], token[cut:], score)
         for token, score in scores.items()
@@ -384,7 +382,7 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _checked(make: Any, **options: Any) -> Any:
-    """The library raises a bare Exception for a merge of unknown tokens."""
+    """Translate the bare Exception that the library raises for a merge of unknown tokens."""
     try:
         return make(**options)
     except Exception as exc:
@@ -408,7 +406,7 @@ def _weights(file: GgufFile, config: dict[str, Any]) -> dict[str, Array]:
 
 
 def _rows(tensor: GgufTensor) -> Array:
-    """The data as `gguf.dequantize` takes it: rows of numbers, or of the bytes of blocks."""
+    """The data as `gguf.dequantize` expects it: rows of numbers, or of quantized blocks."""
     from gguf import GGMLQuantizationType as Type
 
     numbers = {Type.F32: np.float32, Type.F16: np.float16, Type.F64: np.float64}
@@ -417,7 +415,7 @@ def _rows(tensor: GgufTensor) -> Array:
 
 
 def _unpermuted(weight: Array, num_heads: int) -> Array:
-    """llama.cpp interleaves the two halves of the rows of each head; put them back."""
+    """Undo llama.cpp's interleaving of the two halves of each head's rows."""
     pairs = weight.reshape(num_heads, weight.shape[0] // num_heads // 2, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 

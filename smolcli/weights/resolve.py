@@ -1,4 +1,4 @@
-"""From a model's name or path to its files."""
+"""Finds the files of a model by its name or path."""
 
 import logging
 import re
@@ -26,10 +26,10 @@ REVISION_FILES = (  # every file that can change a model's answers
     "*.safetensors",
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-def resolve(model: str, notify: Notify = log.info) -> ModelFiles:
+def resolve(model: str, notify: Notify = logger.info) -> ModelFiles:
     """Find a model, downloading it from the Hub if this machine does not have it.
 
     The lookup order is: local directory or .gguf file, Hugging Face cache, model store, Hub.
@@ -45,7 +45,7 @@ def resolve(model: str, notify: Notify = log.info) -> ModelFiles:
     return on_disk(model, notify) or hub.download(model, notify)
 
 
-def on_disk(model: str, notify: Notify = log.info) -> ModelFiles | None:
+def on_disk(model: str, notify: Notify = logger.info) -> ModelFiles | None:
     """Find a model on this machine; None if it has to be downloaded."""
     return local(model, notify) or hub.cached(model) or stored(model)
 

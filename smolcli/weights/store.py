@@ -1,4 +1,4 @@
-"""The model store: complete model directories under SMOL_HOME, each installed by one rename."""
+"""The model store: model directories under SMOL_HOME, each installed by an atomic rename."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from smolcli.errors import ModelError, ModelNotFound
 
 RECORD = "smol.json"
 
-Notify = Callable[[str], None]  # receives one sentence about what is being waited for
+Notify = Callable[[str], None]  # receives progress messages of one sentence
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ModelFiles:
     """A complete model on the local disk.
 
     Args:
-        model: the name it is known by.
+        model: its name.
         folder: the directory that holds its files.
         revision: changes whenever the model's answers could change.
         source: where it came from: `hub`, `pypi`, `gguf` or `folder`.
@@ -115,7 +115,7 @@ def install(
     scratch: Path,
     quantization: str | None = None,
 ) -> ModelFiles:
-    """Move the finished `files.folder` to its place in the store.
+    """Move the finished `files.folder` to its final path in the store.
 
     The caller holds the store's lock on `files.model`.
 
@@ -194,11 +194,11 @@ def find_entry(name: str) -> StoreEntry:
     Raises:
         ModelNotFound: there is none; the message lists the models in the store.
     """
-    held = list(entries())
-    for entry in held:
+    found = list(entries())
+    for entry in found:
         if name in (entry.name, entry.folder.name):
             return entry
-    names = ", ".join(entry.name for entry in held) or "none"
+    names = ", ".join(entry.name for entry in found) or "none"
     raise ModelNotFound(f"the store has no model {name!r}; models in the store: {names}")
 
 
@@ -218,7 +218,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def weight_format(folder: Path) -> str | None:
-    """What the weights in `folder` are stored as, as in "bfloat16" or "bfloat16, from Q4_1"."""
+    """The number format of the weights in `folder`, such as "bfloat16, from Q4_1"."""
     from safetensors import SafetensorError, safe_open
 
     dtypes: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The Ray backend: one thread here for each worker on the cluster, and one queue for all."""
+"""The Ray backend: one local thread per worker of the cluster, and one queue for all."""
 
 import logging
 import threading
@@ -30,7 +30,7 @@ from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
 
 BATCHES_AHEAD = 2  # held by each worker
-WINDOW_BATCHES = 3  # for each worker; those that none holds go to the first that is free
+WINDOW_BATCHES = 3  # per worker; queries that no worker holds go to the first free one
 MAX_FAILED_STARTS = 5  # in a row, of one worker
 START_TIMEOUT_S = 120.0
 POLL_S = 0.02
@@ -99,7 +99,7 @@ class RayBackend:
         """Wait until a worker is ready.
 
         Raises:
-            SmolError: none will be.
+            SmolError: no worker can be started.
         """
         while not self._identity:
             self._queue.check()
@@ -108,7 +108,7 @@ class RayBackend:
     @property
     def window(self) -> int:
         """A few batches for each worker."""
-        return WINDOW_BATCHES * self._settings.most_slots * self._plan.num_workers
+        return WINDOW_BATCHES * self._settings.max_slots * self._plan.num_workers
 
     def counters(self) -> Counters:
         """Totals of all workers, as of their last replies."""
@@ -161,7 +161,7 @@ class RayBackend:
                     time.sleep(WAKE_INTERVAL_S)
                 finally:
                     worker.kill()
-            self._go_on_without(f"a worker failed to start {MAX_FAILED_STARTS} times: {reason}")
+            self._give_up_worker(f"a worker failed to start {MAX_FAILED_STARTS} times: {reason}")
         except Exception as exc:
             self._queue.close(exc if isinstance(exc, SmolError) else BackendError(last_line(exc)))
 
@@ -181,7 +181,7 @@ class RayBackend:
         self._queue.join(worker.load)
 
     def _feed(self, worker: WorkerHandle) -> None:
-        max_held = BATCHES_AHEAD * self._settings.most_slots
+        max_held = BATCHES_AHEAD * self._settings.max_slots
         while True:
             for query, result in worker.exchange(self._queue.take(worker.load, max_held)):
                 query.complete(result)
@@ -205,8 +205,8 @@ class RayBackend:
             self._lost_counters += worker.counters
         self._queue.put_back(worker.load, reason)
 
-    def _go_on_without(self, reason: str) -> None:
-        """Give up on one worker; the backend is gone when none is left."""
+    def _give_up_worker(self, reason: str) -> None:
+        """Give up on one worker; close the queue if it was the last one."""
         with self._lock:
             self._num_kept -= 1
             is_last = not self._num_kept
@@ -216,7 +216,7 @@ class RayBackend:
 
 
 def check_versions(info: NodeInfo) -> None:
-    """Check that a node has the same versions as this machine; builds for a device may differ.
+    """Check that a node has the same versions as this machine; local versions (+cpu) may differ.
 
     Raises:
         BackendError: it does not.
@@ -231,7 +231,7 @@ def check_versions(info: NodeInfo) -> None:
 
 
 def check_kernels(node: str, identity: dict[str, Any], first: dict[str, Any]) -> None:
-    """Check that a worker rounds as the first one does, so that it does not matter who answers.
+    """Check that a worker rounds like the first one, so that all give the same answers.
 
     Args:
         node: name of the worker's node.

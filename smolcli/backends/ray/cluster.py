@@ -18,7 +18,7 @@ from smolcli.settings import EngineSettings, RaySettings
 from smolcli.types import Result
 from smolcli.weights.store import ModelFiles
 
-# Ray prints events of its processes to stdout, which is data here. It reads these on import.
+# Keep Ray from printing events to stdout, which is data here. It reads these on import.
 os.environ["RAY_DEDUP_LOGS"] = "1"
 os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = ".*"
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -49,7 +49,7 @@ class WorkerPlan:
     settings: EngineSettings
 
     def actor_options(self) -> dict[str, Any]:
-        """Options for Ray. We replace a dead worker ourselves; Ray must not restart it."""
+        """Options for Ray, which must not restart a dead worker: the backend replaces it."""
         return {
             "num_cpus": self.num_cpus,
             "num_gpus": self.num_gpus,
@@ -64,7 +64,7 @@ def connect(cluster: RaySettings, settings: EngineSettings) -> None:
 
     Args:
         cluster: where the cluster is.
-        settings: of the workers, for the size of a cluster that is started here.
+        settings: the workers' settings, which determine the size of a local cluster.
 
     Raises:
         BackendError: the cluster cannot be reached or started, or runs another version of Ray.
@@ -88,7 +88,7 @@ def disconnect() -> None:
 
 
 def plan_workers(cluster: RaySettings, settings: EngineSettings) -> WorkerPlan:
-    """Decide how many workers to start and what each gets.
+    """Decide how many workers to start, and with which resources.
 
     The default is one worker for each GPU if GPUs are used, otherwise one for each node.
 

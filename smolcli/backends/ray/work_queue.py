@@ -11,7 +11,7 @@ from smolcli.backends.base import PendingQuery, complete_future
 from smolcli.errors import BackendError, SmolError
 from smolcli.types import Result
 
-MAX_WORKERS_LOST = 5  # with one query in progress; then the query is given up
+MAX_WORKERS_LOST = 5  # while they held the same query, which then fails
 WAKE_INTERVAL_S = 0.2
 
 
@@ -45,8 +45,8 @@ class WorkerLoad:
 class WorkQueue:
     """Queries that wait for a worker and those that workers hold. Usable from any thread.
 
-    Futures are completed outside the lock: whoever waits for one may hold a lock that the
-    submitter of another needs.
+    Futures are completed outside the lock, because their callbacks may wait for a lock that a
+    submitter holds.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class WorkQueue:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing will be answered any more."""
+        """Whether the queue no longer accepts queries."""
         return self._closed_by is not None
 
     def check(self) -> None:
@@ -132,10 +132,15 @@ class WorkQueue:
                 self._loads.remove(load)
             self._waiting.extendleft(reversed(requeued))
             self._changed.notify_all()
-        _fail_all(given_up, BackendError(f"{MAX_WORKERS_LOST} workers were lost with it: {reason}"))
+        _fail_all(
+            given_up,
+            BackendError(
+                f"{MAX_WORKERS_LOST} workers were lost while they held this query: {reason}"
+            ),
+        )
 
     def close(self, reason: SmolError) -> None:
-        """Fail everything, now and from now on; the first reason counts."""
+        """Fail all current and future queries; the first reason given is kept."""
         with self._changed:
             closed_by = self._closed_by = self._closed_by or reason
             held = [query for load in self._loads for query in tuple(load.queries.values())]

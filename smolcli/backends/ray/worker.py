@@ -17,12 +17,12 @@ from smolcli.types import Query, Result
 from smolcli.weights.resolve import on_disk
 from smolcli.weights.store import ModelFiles, install, locked_scratch, stored
 
-LINGER_S = 0.05  # results of this long share a reply, so that there are few calls
+LINGER_S = 0.05  # how long to collect results for one reply, to reduce the number of calls
 
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """What the driver checks before it uses a worker."""
+    """Facts that the driver checks before it uses a worker."""
 
     node: str
     dtype: Literal["float32", "bfloat16"]
@@ -56,9 +56,10 @@ class Worker:
 
     def info(self, settings: EngineSettings) -> NodeInfo:
         """Versions on this node, and the dtype that the settings select on it."""
-        from smolcli.backends.local import resolved_dtype, versions  # late: loads the engine
+        from smolcli.backends.local import versions  # late: loads the engine
+        from smolcli.engine.autoconfig import resolve_dtype
 
-        return NodeInfo(platform.node(), resolved_dtype(settings), versions())
+        return NodeInfo(platform.node(), resolve_dtype(settings), versions())
 
     def open(
         self,

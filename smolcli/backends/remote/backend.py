@@ -22,7 +22,7 @@ from smolcli.types import Query, Result
 
 POLL_S = 0.01
 CONNECT_TIMEOUT_S, WRITE_TIMEOUT_S, KEEP_ALIVE_S = 5.0, 60.0, 30.0
-MAX_BATCH_CHARS = 1 << 20  # at most 4 MiB of UTF-8: half of what a server accepts by default
+MAX_BATCH_CHARS = 1 << 20  # at most 4 MiB of UTF-8, half of a server's default limit
 LINGER_S, MAX_LINGER_S = 0.002, 0.1
 
 
@@ -30,7 +30,7 @@ def open_remote(settings: RemoteSettings) -> "RemoteBackend":
     """Connect to the servers at `settings.urls`; returns once one of them is healthy.
 
     Raises:
-        BackendError: no server can be reached, or none is what the settings expect.
+        BackendError: no server can be reached, or none matches the settings.
         UsageError: a URL is invalid.
     """
     backend = RemoteBackend(settings, is_pinned=True)
@@ -90,7 +90,7 @@ class RemoteBackend:
         return self._token_counters + Counters(num_requests)
 
     def identity(self) -> dict[str, Any]:
-        """What the servers are, as far as they report it; empty until one has been healthy."""
+        """The servers' identity as they report it; empty until one has been healthy."""
         return dict(self._pool.identity)
 
     def answer_source(self) -> AnswerSource | None:
@@ -219,7 +219,7 @@ class RemoteBackend:
                 try:
                     await send(upstream, left, self._slots)
                 except Unavailable as exc:
-                    if not all(pending.is_open for pending in left):  # progress: a new fault
+                    if not all(pending.is_open for pending in left):  # some progress
                         deadline = math.inf
                         busy_deadline = time.monotonic() + self._settings.timeout_s
                     retry_deadline = time.monotonic() + self._settings.retry_s
@@ -294,7 +294,7 @@ def _fail_all(queries: list[RemoteQuery], error: BackendError) -> None:
 
 
 def _base_url(url: str) -> str:
-    """The URL without a trailing slash or the /v1 that OpenAI clients are configured with."""
+    """The URL without a trailing slash, and without the /v1 that OpenAI clients expect."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as exc:

@@ -28,7 +28,7 @@ from smolcli.errors import BackendError, QueryError
 from smolcli.types import ErrorCode, FinishReason, Result, Timings, failure
 
 NDJSON = "application/x-ndjson"
-MAX_REQUEST_ID_CHARS = 128  # that a smol server accepts
+MAX_REQUEST_ID_CHARS = 128  # the maximum that a smol server accepts
 _NO_SUCH_ROUTE = (404, 405, 501)
 _BATCH_FAILED = (*_NO_SUCH_ROUTE, 400, 413, 415, 422, 500)
 
@@ -64,7 +64,7 @@ class BatchFailed(Exception):
     """Queries that are still open must be sent one by one.
 
     Args:
-        is_route_missing: whether the server takes no batches at all.
+        is_route_missing: whether the server does not support batches at all.
     """
 
     def __init__(self, is_route_missing: bool) -> None:
@@ -112,7 +112,7 @@ def _is_supported(upstream: Upstream, pending: RemoteQuery) -> bool:
 
 
 async def _try_batch(upstream: Upstream, queries: list[RemoteQuery]) -> None:
-    """Answer what can be answered as a batch, and remember if the server takes none."""
+    """Send queries as a batch, and remember if the server does not support batches."""
     try:
         await _send_batch(upstream, queries)
     except MalformedAnswer:
@@ -167,7 +167,7 @@ async def _read_batch(
 
 
 def _request_id(queries: list[RemoteQuery]) -> str:
-    """The ids of the HTTP requests that these queries came with, as many as fit into one id."""
+    """The request ids of the queries, joined into one; ids beyond the length limit are left out."""
     request_ids = dict.fromkeys(pending.query.request_id or "" for pending in queries)
     joined = ""
     for request_id in filter(None, request_ids):
@@ -180,7 +180,7 @@ def _request_id(queries: list[RemoteQuery]) -> str:
 
 def _at(queries: list[RemoteQuery], index: object) -> RemoteQuery:
     if not isinstance(index, int) or not 0 <= index < len(queries):
-        raise MalformedAnswer("a result has no place in the batch")
+        raise MalformedAnswer("a result has no valid index")
     return queries[index]
 
 
@@ -207,7 +207,7 @@ async def _send_one(upstream: Upstream, pending: RemoteQuery, slots: asyncio.Sem
     pending.task = asyncio.current_task()
     try:
         async with _slot(upstream, pending, slots):
-            if not upstream.is_ready:  # another query found out while this one waited
+            if not upstream.is_ready:  # it became unavailable while this query waited
                 raise Unavailable(upstream.reason)
             if pending.is_open:
                 pending.complete(await _result(upstream, pending))
@@ -230,8 +230,8 @@ def _slot(
     upstream: Upstream, pending: RemoteQuery, slots: asyncio.Semaphore
 ) -> AbstractAsyncContextManager[None]:
     """A stream from a smol server needs no slot: that server limits itself."""
-    is_free = upstream.dialect is Dialect.SMOL and pending.on_text is not None
-    return nullcontext() if is_free else slots
+    is_exempt = upstream.dialect is Dialect.SMOL and pending.on_text is not None
+    return nullcontext() if is_exempt else slots
 
 
 async def _result(upstream: Upstream, pending: RemoteQuery) -> Result:
@@ -305,7 +305,7 @@ async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The lines of a body. Only \\n ends a line: text may hold Unicode's other line breaks."""
+    """The lines of a body. Only \\n ends a line: text may contain other Unicode line breaks."""
     rest = b""
     async for data in response.aiter_bytes():
         *lines, rest = (rest + data).split(b"\n")

@@ -1,4 +1,4 @@
-"""Upstream servers: what each one is, whether it is healthy, and HTTP requests to it."""
+"""Upstream servers: their identity, their health, and HTTP requests to them."""
 
 import asyncio
 import json
@@ -18,10 +18,10 @@ from smolcli.settings import RemoteSettings
 
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
 MAX_RETRY_AFTER_S = 60.0
-BATCH_ROUTE_RETRY_S = 60.0  # how long a missing /generate_batch is not tried again
+BATCH_ROUTE_RETRY_S = 60.0  # how long to wait before trying a missing /generate_batch again
 HEALTH_CHECK_INTERVAL_S, HEALTH_CHECK_TIMEOUT_S = 5.0, 5.0
 POLL_S = 0.02
-WINDOW_BATCHES = 3  # as the local backend has it
+WINDOW_BATCHES = 3  # as in the local backend
 DEFAULT_BATCH_SIZE = 64  # of a server that does not report its window
 RETRIED_STATUSES = (429, 502, 503, 504)
 DECIDING = ("api", "model", "revision", "dtype", "system_prompt")
@@ -88,7 +88,7 @@ class Upstream:
 
     @property
     def backoff_s(self) -> float:
-        """How long to leave it alone: exponential, with jitter."""
+        """How long to back off, in seconds: exponential, with jitter."""
         longest_s = min(MIN_BACKOFF_S * 2.0 ** min(self._num_failures, 10), MAX_BACKOFF_S)
         return longest_s * random.uniform(0.5, 1.0)
 
@@ -119,9 +119,9 @@ class Upstream:
         self.became_unhealthy.set()
 
     def back_off(self, fault: Unavailable) -> None:
-        """Leave it alone for as long as it asks; mark it unhealthy if it is unreachable.
+        """Back off, at least for its Retry-After; mark it unhealthy if it is unreachable.
 
-        Of several simultaneous faults the first one counts, and the longest Retry-After.
+        Of several simultaneous faults, only the first and the longest Retry-After count.
         """
         now = time.monotonic()
         if self.is_ready and fault.is_unreachable:
@@ -181,7 +181,7 @@ class UpstreamPool:
 
     Args:
         upstreams: at least one.
-        settings: what they are expected to be.
+        settings: what the servers must be.
         is_pinned: whether their model must never change.
     """
 
@@ -214,7 +214,7 @@ class UpstreamPool:
         return "; ".join(upstream.reason for upstream in self.upstreams)
 
     def answer_source(self) -> AnswerSource | None:
-        """See `Backend`. Only a smol server tells which model it runs and honors seeds.
+        """See `Backend`. Only a smol server identifies its model and honors seeds.
 
         A server that was unhealthy may have been replaced, whatever it reports.
         """
@@ -294,7 +294,7 @@ class UpstreamPool:
             logger.info("upstream healthy: %s", upstream.url)
 
     async def _identify(self, upstream: Upstream) -> dict[str, Any]:
-        """What a server is, from /ready and /v1/models."""
+        """Identify a server by its /ready and /v1/models."""
         await _check_ready(upstream)
         response = await upstream.get("/v1/models")
         check_status(response, upstream.url)
@@ -323,7 +323,7 @@ class UpstreamPool:
         return next((m for m in models if m["id"] == self._settings.model), dict(models[0]))
 
     def _admit(self, upstream: Upstream, identity: dict[str, Any]) -> None:
-        """Accept a server that is what the settings expect and what the other servers are."""
+        """Accept a server that matches the settings and the other servers."""
         for name, wanted in (("model", self._settings.model), ("dtype", self._settings.dtype)):
             if wanted not in (None, "auto", identity.get(name)) and identity.get(name):
                 _refuse(upstream, name, identity[name], wanted)
@@ -337,7 +337,7 @@ class UpstreamPool:
 
 
 def check_status(response: httpx.Response, url: str) -> None:
-    """Raise for statuses that say nothing about the query.
+    """Raise for statuses that do not concern the query.
 
     Raises:
         Unavailable: the server cannot answer for now.
@@ -350,19 +350,19 @@ def check_status(response: httpx.Response, url: str) -> None:
     if status in (401, 403):
         raise BackendError(f"{url} answered {status}: check the API key")
     if 300 <= status < 400:
-        raise BackendError(f"{url} answered {status}: it redirects to another address")
+        raise BackendError(f"{url} answered {status}: unexpected redirect to another address")
 
 
 @contextmanager
 def _translated_errors(url: str) -> Iterator[None]:
     """Raise httpx's errors as ours.
 
-    A failed connection may be retried: answers are only computed, and come out the same the
+    A failed connection may be retried, because answers have no side effects and are the same the
     second time. A server that does not respond may still be computing, so it is not retried.
 
     Raises:
         Unavailable: the connection failed.
-        MalformedAnswer: the response is not encoded as it says.
+        MalformedAnswer: the response does not match its Content-Encoding.
         BackendError: the server does not respond, or the request cannot be made.
     """
     try:
@@ -397,7 +397,7 @@ def _window(reported: Mapping[str, Any]) -> int:
 
 
 async def _check_ready(upstream: Upstream) -> None:
-    """Ask a smol server whether it takes work. A full one counts; other servers have no /ready.
+    """Check that a smol server accepts work, or is full; other servers have no /ready.
 
     Raises:
         Unavailable: it does not.

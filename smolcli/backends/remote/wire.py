@@ -1,4 +1,4 @@
-"""Queries and answers as JSON in the dialects that smol can speak to a server. No I/O."""
+"""Queries and answers as JSON in the dialects of upstream servers. No I/O."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ def _sampling(query: Query) -> dict[str, Any]:
 
 
 def _options(query: Query, dialect: Dialect) -> dict[str, Any]:
-    """What a query requests beyond a single free text.
+    """Request fields for everything beyond a single unconstrained text.
 
     Raises:
         QueryError: the dialect cannot express it.
@@ -133,7 +133,7 @@ def parse_batch(data: bytes, queries: list[Query], dialect: Dialect) -> list[Res
         MalformedAnswer: the body does not hold one response for each query.
     """
     try:
-        body = json.loads(data)  # lenient, so that one response does not spoil the others
+        body = json.loads(data)  # lenient, so that one bad response does not affect the others
         records = body["responses"]
         if not isinstance(records, list) or len(records) != len(queries):
             raise ValueError
@@ -246,7 +246,7 @@ def _answer(query: Query, record: Mapping[str, Any]) -> Result:
 
 
 def _finish_reason(value: object) -> FinishReason | None:
-    """Why an answer ended; None if the server did not say, or not in OpenAI's words."""
+    """Why an answer ended; None if the server reports no reason, or an unknown one."""
     is_known = isinstance(value, str) and value in set(FinishReason)
     return FinishReason(str(value)) if is_known else None
 
@@ -273,7 +273,7 @@ def parse_error(body: Mapping[str, Any], query: Query, status: int = 500) -> Res
     Args:
         body: holds the error.
         query: what was asked.
-        status: the response's HTTP status, which tells whose fault it is if the body does not.
+        status: the response's HTTP status, which determines the code if the body has none.
     """
     error = body.get("error", body)
     detail = error if isinstance(error, dict) else body

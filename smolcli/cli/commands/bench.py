@@ -31,7 +31,7 @@ class BenchOptions:
 
     compare: Annotated[
         Literal["none", "transformers"],
-        _bench("--compare", help="Measure this library as well, on the same work."),
+        _bench("--compare", help="Also measure this library, on the same workload."),
     ] = "none"
     prompts: Annotated[
         str,

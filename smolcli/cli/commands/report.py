@@ -46,7 +46,7 @@ def report(results: Results, output: Output = None, png: Png = None) -> None:
     if output is None and is_stream(results):
         raise UsageError("a report on stdin needs --output to say where to write it")
     if not results.name:
-        raise UsageError(f"{results} is a directory; give a file of results")
+        raise UsageError(f"{results} is a directory; pass a file of results")
     page = output or results.with_name(f"{results.stem}.report.html")
     if {page, png} & {results, journal_path(results)}:
         raise UsageError("the report would overwrite the results; choose another --output or --png")

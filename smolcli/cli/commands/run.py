@@ -38,8 +38,8 @@ Input = Annotated[
     str,
     typer.Argument(
         metavar="INPUT",
-        help="Queries in JSON Lines (may be .gz), or a .csv, .tsv or .parquet table: a path, a "
-        "URL, or - for stdin.",
+        help="Queries in JSON Lines, or a .csv, .tsv or .parquet table; text may be compressed. A "
+        "path, a URL, or - for stdin.",
     ),
 ]
 _run = functools.partial(option, panel="Input and output")
@@ -70,7 +70,7 @@ class RunOptions:
     ] = None
     retry_errors: Annotated[
         bool,
-        _run("--retry-errors", help="Answer only the failed lines of a finished output again."),
+        _run("--retry-errors", help="Retry only the failed lines of a finished output."),
     ] = False
     check: Annotated[
         bool,

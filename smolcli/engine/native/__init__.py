@@ -1,1 +1,1 @@
-"""The model in kernels of our own, compiled for the CPU that they run on."""
+"""The model on native C kernels, compiled ahead of time for each CPU variant."""

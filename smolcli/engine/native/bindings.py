@@ -1,4 +1,4 @@
-"""The structures and functions of kernels.c and team.c in Python."""
+"""ctypes bindings for kernels.c and team.c."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from smolcli.engine.native import library
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
-ALIGNMENT = 64  # bytes, of weights and scratch: one cache line and the widest vector
+ALIGNMENT = 64  # bytes; of weights and scratch space: a cache line, and the widest vector
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +49,7 @@ class ModelStruct(ctypes.Structure):
 
 
 class SpaceStruct(ctypes.Structure):
-    """Buffers for the intermediate values of a step."""
+    """Buffers for the activations of a step."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("x", "normed", "squares", "queries", "attended", "act")),
@@ -58,20 +58,20 @@ class SpaceStruct(ctypes.Structure):
 
 
 class KernelError(Exception):
-    """A kernel library that cannot be loaded or used; the text says why."""
+    """A kernel library cannot be loaded or used; the message says why."""
 
 
 class Kernels:
-    """A kernel library: one CPU variant and one format of weights.
+    """A kernel library for one CPU variant and one weight format.
 
     Args:
         opened: the shared library.
-        name: its variant and format, as in "x86-64-v3-bfloat16".
+        name: variant and weight format, such as "x86-64-v3-bfloat16".
 
     Attributes:
-        width: float32 values of one vector.
-        panel: output columns of one panel of packed weights.
-        task_rows: query rows of one KV head that attend together.
+        width: float32 values per vector.
+        panel: output columns per panel of packed weights.
+        task_rows: maximum number of query rows of one KV head in an attention task.
         weight_dtype: of packed weights.
         dtype: of activations and the KV cache.
 
@@ -111,7 +111,7 @@ class Kernels:
 
 @cache
 def load_kernels(dtype: str) -> Kernels:
-    """Load the fastest kernels for a format that this CPU can run.
+    """Load the fastest kernels for a weight format that this CPU can run.
 
     The environment variable SMOL_KERNEL_VARIANT selects another variant, for tests.
 
@@ -119,11 +119,11 @@ def load_kernels(dtype: str) -> Kernels:
         dtype: format of the weights, "float32" or "bfloat16".
 
     Raises:
-        KernelError: there are none for this CPU, or they are not built, or out of date.
+        KernelError: the kernels do not support this CPU, are not built, or are out of date.
     """
     machine, forced = library.machine_name(), library.forced_variant()
     if not any(variant.machine == machine for variant in library.VARIANTS.values()):
-        raise KernelError(f"there are no native kernels for {machine}")
+        raise KernelError(f"no native kernels are available for {machine}")
     cpu_variants: int = _open_library(library.CPU_LIBRARY).smol_cpu_variants()
     variant = library.best_variant(dtype, cpu_variants, forced)
     if variant is None and forced:
@@ -138,7 +138,7 @@ def load_kernels(dtype: str) -> Kernels:
 
 
 def _open_library(name: str) -> ctypes.CDLL:
-    """Open a library and check that it was built from the sources beside it, if there are any."""
+    """Open a library and check that it was built from the C sources next to it, if present."""
     path = library.library_path(name, library.system_name(), library.FOLDER)
     advice = f"build them with `{library.BUILD_COMMAND}`"
     if not path.exists():
@@ -158,14 +158,14 @@ def _text(opened: ctypes.CDLL, name: str) -> str:
 
 
 class ThreadTeam:
-    """The threads that compute the steps of one model, see team.c.
+    """The threads that compute the steps of one model; see team.c.
 
-    Threads do not survive `fork`; in a child process the team is replaced by a new one on first
-    use. Threads end with the object.
+    Threads do not survive `fork`, so a child process starts a new team on first use. The threads
+    exit when the object is garbage collected.
 
     Args:
         kernels: the library.
-        num_threads: how many compute, the calling thread included.
+        num_threads: number of threads, including the calling one.
 
     Raises:
         KernelError: the threads cannot be started.
@@ -200,12 +200,16 @@ class ThreadTeam:
             self._start()
         status = function(self._handle, *arguments)
         if status:
-            reasons = {1: "forked since", 2: "in use by another thread", 3: "weights not aligned"}
+            reasons = {
+                1: "the process was forked",
+                2: "the team is in use by another thread",
+                3: "the weights are not aligned",
+            }
             raise KernelError(f"{self._kernels.name}: {reasons[status]}")
 
 
 def address(array: Array) -> int:
-    """Address of the first value of a contiguous array."""
+    """The address of the first value of a contiguous array."""
     assert array.flags.c_contiguous
     return array.ctypes.data
 

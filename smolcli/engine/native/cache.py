@@ -1,4 +1,4 @@
-"""Keys and values, a buffer for each sequence, as long as the sequence may become."""
+"""The KV cache of the native kernels: one buffer per sequence, allocated at its full length."""
 
 from dataclasses import dataclass
 
@@ -12,20 +12,20 @@ from smolcli.engine.sequence import ScheduledSequence, Sequence
 
 @dataclass(frozen=True, slots=True)
 class NativeBatch:
-    """The tokens of one step: (T,) ids, which sequence has which, and whose next one is wanted."""
+    """The T tokens of one step, and the rows of the N sequences that produce a next token."""
 
-    token_ids: Array  # int32
-    spans: Array  # of SPAN
+    token_ids: Array  # (T,), int32
+    spans: Array  # (sequences,), SPAN
     last_rows: Array  # (N,)
 
 
 class BufferCache:
-    """See `model.Cache`.
+    """See `interfaces.KVCache`.
 
     Args:
-        config: the model's shapes.
-        kernels: for which values are laid out.
-        prefix_cache_bytes: memory for the beginnings of prompts, kept for prompts to come.
+        config: the model's shape.
+        kernels: the library, which determines dtype and padding.
+        prefix_cache_bytes: memory for the prefix cache; 0 disables it.
     """
 
     def __init__(self, config: LlamaConfig, kernels: Kernels, prefix_cache_bytes: int) -> None:
@@ -37,22 +37,22 @@ class BufferCache:
 
     @property
     def num_sequences(self) -> int:
-        """See `model.Cache`."""
+        """See `interfaces.KVCache`."""
         return len(self._buffers)
 
     def bytes_needed(self, sequence: Sequence) -> int:
-        """See `model.Cache`."""
+        """See `interfaces.KVCache`."""
         length = self._padded(sequence.max_tokens)
         return self._config.kv_cache_bytes(length, self._kernels.dtype.itemsize)
 
     def max_length(self, num_bytes: int) -> int:
-        """See `model.Cache`."""
+        """See `interfaces.KVCache`."""
         panel = self._kernels.panel
         most = num_bytes // self._config.kv_cache_bytes(panel, self._kernels.dtype.itemsize) * panel
         return min(most, self._config.max_positions)
 
     def allocate(self, sequence: Sequence) -> None:
-        """See `model.Cache`; what is not computed yet is never looked at."""
+        """See `interfaces.KVCache`; the rest of the buffer stays uninitialized."""
         if sequence in self._buffers:
             return
         config, length = self._config, self._padded(sequence.max_tokens)
@@ -65,36 +65,36 @@ class BufferCache:
         self._buffers[sequence] = buffer
 
     def store_prefix(self, sequence: Sequence) -> None:
-        """See `model.Cache`."""
+        """See `interfaces.KVCache`."""
         buffer = self._buffers[sequence]
         self.prefix_cache.insert(
             sequence.prompt_ids, lambda start, stop: buffer[..., start:stop, :].copy()
         )
 
     def ensure_capacity(self, sequence: Sequence) -> None:
-        """See `model.Cache`; there is room from the beginning."""
+        """See `interfaces.KVCache`; the buffer has its full length from the start."""
         assert len(sequence.token_ids) <= self._buffers[sequence].shape[3]
 
-    def batch_key(self, work: ScheduledSequence) -> tuple[int, int]:
-        """See `model.Cache`; long pieces first, so that what is short fills the gaps."""
-        return work.start - work.stop, -work.stop
+    def batch_key(self, item: ScheduledSequence) -> tuple[int, int]:
+        """See `interfaces.KVCache`; long spans first, so that short ones fill the gaps."""
+        return item.start - item.stop, -item.stop
 
-    def make_batch(self, works: list[ScheduledSequence]) -> NativeBatch:
-        """See `model.Cache`."""
-        ids = [t for w in works for t in w.sequence.token_ids[w.start : w.stop]]
-        ends = np.cumsum([w.stop - w.start for w in works])
-        spans = np.empty(len(works), SPAN)
-        for index, (end, work) in enumerate(zip(ends, works, strict=True)):
-            num_rows, buffer = work.stop - work.start, self._buffers[work.sequence]
+    def make_batch(self, items: list[ScheduledSequence]) -> NativeBatch:
+        """See `interfaces.KVCache`."""
+        ids = [t for i in items for t in i.sequence.token_ids[i.start : i.stop]]
+        ends = np.cumsum([i.stop - i.start for i in items])
+        spans = np.empty(len(items), SPAN)
+        for index, (end, item) in enumerate(zip(ends, items, strict=True)):
+            num_rows, buffer = item.stop - item.start, self._buffers[item.sequence]
             at = address(buffer)
-            spans[index] = (end - num_rows, num_rows, work.start, buffer.shape[3], at)
-        completed = np.array([w.completes for w in works])
+            spans[index] = (end - num_rows, num_rows, item.start, buffer.shape[3], at)
+        completed = np.array([i.completes for i in items])
         return NativeBatch(np.array(ids, np.int32), spans, ends[completed] - 1)
 
     def free(self, sequence: Sequence) -> None:
-        """See `model.Cache`."""
+        """See `interfaces.KVCache`."""
         self._buffers.pop(sequence, None)
 
     def _padded(self, num_tokens: int) -> int:
-        """Rounded up to the number of keys that the kernels read at a time."""
+        """Round up to a multiple of the number of keys that the kernels read at once."""
         return -(-num_tokens // self._kernels.panel) * self._kernels.panel

@@ -1,4 +1,4 @@
-"""From hidden states to the next token."""
+"""The final norm and LM head on the native kernels."""
 
 import ctypes
 
@@ -18,7 +18,7 @@ from smolcli.engine.native.bindings import (
 
 
 class NativeHead:
-    """See `interfaces.Head`. Logits are float32 sums, never rounded to less.
+    """See `interfaces.Head`. Logits are computed in float32 in every dtype.
 
     Args:
         kernels: the library.
@@ -43,7 +43,7 @@ class NativeHead:
         return logits
 
     def best(self, x: Array, masks: Masks = ()) -> list[int]:
-        """See `interfaces.Head`. No logit is written to memory."""
+        """See `interfaces.Head`. Logits are never written to memory."""
         x = np.ascontiguousarray(x, np.float32)
         num_rows = len(x)
         num_bytes = num_rows * self._team.num_threads * self._kernels.best_bytes
@@ -66,7 +66,7 @@ class NativeHead:
         return [int(token_id) for token_id in ids]
 
     def _bits(self, masks: Masks) -> Array:
-        """The masks as rows of whole panels; tokens beyond a mask are allowed."""
+        """The masks, padded to whole panels with ones."""
         bits = np.full((len(masks), self._num_panels * self._kernels.panel // 8), 255, np.uint8)
         for row, mask in zip(bits, masks, strict=True):
             if mask is not None:
@@ -74,7 +74,7 @@ class NativeHead:
         return bits
 
     def _space(self, num_rows: int) -> tuple[tuple[Array, Array], SpaceStruct]:
-        """Scratch for the norm of `num_rows` rows, and the structure that points to it."""
+        """Scratch space for the norm of `num_rows` rows, and the structure that points to it."""
         hidden, stride = self._struct.hidden, num_rows + self._kernels.width
         normed = aligned_empty((num_rows, hidden), self._kernels.dtype)
         squares = aligned_empty((hidden // self._kernels.panel, stride), FLOAT32)

@@ -1,7 +1,7 @@
-"""Which kernel library to load on this machine.
+"""Selects the kernel library to load on this machine.
 
-Libraries are compiled ahead of time (tools/build_kernels.py); nothing is compiled here. Imports
-only the standard library, so that the build can use it too.
+Libraries are compiled ahead of time by tools/build_kernels.py, which also uses this module; it
+therefore imports only the standard library.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ class Variant:
     """Kernels for one level of CPU features.
 
     Args:
-        name: as in file names and SMOL_KERNEL_VARIANT.
-        machine: architecture.
-        bit: of `smol_cpu_variants` in cpu.c.
-        gcc_flag: selects the features for gcc and clang.
-        zig_flag: the same for zig.
-        products: the weight formats that it is built for, each with whether products are computed
-            by bfloat16 instructions.
+        name: used in file names and SMOL_KERNEL_VARIANT.
+        machine: CPU architecture.
+        bit: its bit in the result of `smol_cpu_variants` in cpu.c.
+        gcc_flag: enables the CPU features in gcc and clang.
+        zig_flag: enables them in zig.
+        products: the weight formats that it is built for, and whether each uses bfloat16
+            instructions.
     """
 
     name: str
@@ -76,25 +76,25 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 
 
 def library_path(name: str, system: str, folder: Path = FOLDER) -> Path:
-    """Where the library of a variant and format lies.
+    """The path of a kernel library.
 
     Args:
-        name: as in "x86-64-v3-float32".
+        name: variant and weight format, such as "x86-64-v3-float32".
         system: "linux", "darwin" or "windows".
-        folder: where all of them are.
+        folder: the directory of all libraries.
     """
     suffix = {"darwin": ".dylib", "windows": ".dll"}.get(system, ".so")
     return folder / f"libsmol-{name}{suffix}"
 
 
 def machine_name() -> str:
-    """The architecture of this machine, as `Variant.machine` has it."""
+    """The architecture of this machine, as in `Variant.machine`."""
     machine = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
 def source_hash(folder: Path = FOLDER) -> str:
-    """Of the C sources; "" in an installation without them."""
+    """A digest of the C sources; "" in an installation without them."""
     if not (folder / SOURCES[0]).exists():
         return ""
     text = b"".join((folder / name).read_bytes() for name in SOURCES)
@@ -102,15 +102,12 @@ def source_hash(folder: Path = FOLDER) -> str:
 
 
 def best_variant(dtype: str, cpu_variants: int, forced: str | None = None) -> Variant | None:
-    """The fastest variant for a format.
+    """The fastest variant for a weight format; None if there is none.
 
     Args:
-        dtype: format of the weights, "float32" or "bfloat16".
+        dtype: weight format, "float32" or "bfloat16".
         cpu_variants: bits of the variants that the CPU supports.
         forced: name of the only variant to consider.
-
-    Returns:
-        None if there is none.
     """
     usable = [
         variant
@@ -123,10 +120,10 @@ def best_variant(dtype: str, cpu_variants: int, forced: str | None = None) -> Va
 
 
 def forced_variant() -> str | None:
-    """What SMOL_KERNEL_VARIANT says."""
+    """The value of SMOL_KERNEL_VARIANT, if set."""
     return os.environ.get(VARIANT_VARIABLE) or None
 
 
 def system_name() -> str:
-    """This operating system, as `library_path` takes it."""
+    """The name of this operating system, as in `library_path`."""
     return {"win32": "windows"}.get(sys.platform, sys.platform)

@@ -1,8 +1,8 @@
-"""A Llama runner whose whole forward pass is one call of kernels.c.
+"""The Llama model on the native kernels: a forward pass is one call into kernels.c.
 
-Architecture as in `torch_ops.model`. Weights are used as they come: norms and scales are applied in
-float32. Outputs are batch-invariant: a sequence's hidden states have the same bits whatever else is
-in the batch and however many threads compute it.
+The architecture is that of `torch_ops.model`, but norm weights and scales are not folded into the
+matrices; they are applied in float32. Outputs are batch-invariant: the hidden states of a sequence
+have the same bits whatever else is in the batch and however many threads compute it.
 """
 
 import ctypes
@@ -53,11 +53,11 @@ class NativeModel:
     """Packed weights and the forward pass; see `interfaces.Model`.
 
     Args:
-        config: shapes that the kernels support.
+        config: a shape that the kernels support.
         weights: float32, float16 or bfloat16 arrays by their names in a Llama checkpoint, without
             the leading "model.".
         kernels: the library.
-        num_threads: how many threads compute.
+        num_threads: number of threads.
 
     Raises:
         KeyError: a weight is missing.
@@ -79,16 +79,16 @@ class NativeModel:
     def from_packed(
         cls, config: LlamaConfig, packed: Array, kernels: Kernels, num_threads: int = 1
     ) -> "NativeModel":
-        """A model on weights that are packed already, such as a memory-mapped file.
+        """Create a model from packed weights, such as a memory-mapped file.
 
         Args:
-            config: shapes that the kernels support.
-            packed: uint8 as `pack_into` writes it, aligned to 64 bytes; may be read-only.
-            kernels: the library that it was packed for.
-            num_threads: how many threads compute.
+            config: a shape that the kernels support.
+            packed: uint8, as `pack_into` writes it, aligned to 64 bytes; may be read-only.
+            kernels: the library that the weights were packed for.
+            num_threads: number of threads.
 
         Raises:
-            KernelError: the buffer has another size, or is not aligned.
+            KernelError: the buffer has the wrong size, or is not aligned.
         """
         expected = packed_layout(config, kernels).num_bytes
         if len(packed) != expected:
@@ -136,7 +136,7 @@ class NativeModel:
         return hidden
 
     def _tasks(self, num_rows: Array) -> Array:
-        """Which rows of which span attend together: (tasks, 3), a span, first and end row."""
+        """The attention tasks, (tasks, 3): span, first row and end row of each."""
         size = self._kernels.task_rows // self.config.group_size
         counts = -(-num_rows // size)
         span = np.repeat(np.arange(len(counts)), counts)
@@ -146,7 +146,7 @@ class NativeModel:
 
 
 def _model_struct(config: LlamaConfig, packed: Array, kernels: Kernels) -> tuple[ModelStruct, Any]:
-    """The model for kernels.c, and the layers that it points to."""
+    """The model as kernels.c expects it, and the layers that it points to."""
     tensors, start = packed_layout(config, kernels).tensors, address(packed)
     at = {name: start + tensor.offset for name, tensor in tensors.items()}
     names = [field[0] for field in LayerStruct._fields_]
@@ -176,12 +176,12 @@ def _model_struct(config: LlamaConfig, packed: Array, kernels: Kernels) -> tuple
 
 
 class Space:
-    """Buffers for the intermediate values of a step.
+    """Buffers for the activations of a step.
 
     Args:
-        config: shapes of the model.
+        config: the model's shape.
         kernels: the library.
-        num_rows: most tokens of a step.
+        num_rows: maximum number of tokens in a step.
     """
 
     def __init__(self, config: LlamaConfig, kernels: Kernels, num_rows: int) -> None:

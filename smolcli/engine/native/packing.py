@@ -1,9 +1,9 @@
 """The layout of packed weights: one contiguous buffer that can be stored and memory-mapped.
 
 A matrix (out_features, in_features) becomes panels of `Kernels.panel` output columns; within a
-panel, consecutive input features follow each other, two at a time in bfloat16. Rows are permuted so
-that the two vectors of a panel hold values that are used together: gate and up, and the two halves
-of a head that the rotary embedding turns.
+panel, the weights of one input feature (in bfloat16, of two) are contiguous. Rows are permuted so
+that the two vectors of a panel contain values that are used together: gate and up, or the two
+halves of a head that the rotary embedding combines.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from smolcli.engine.native.bindings import ALIGNMENT, FLOAT32, Array, Kernels
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """Where a packed tensor lies in the buffer."""
+    """The location of a packed tensor in the buffer."""
 
     offset: int  # bytes, a multiple of ALIGNMENT
     shape: tuple[int, ...]
@@ -26,7 +26,7 @@ class PackedTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Size without the padding behind it."""
+        """Size in bytes, without trailing padding."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def view(self, buffer: Array) -> Array:
@@ -48,8 +48,8 @@ def packed_layout(config: LlamaConfig, kernels: Kernels) -> PackedLayout:
     """The layout of a model's packed weights for a kernel library.
 
     Args:
-        config: shapes of the model.
-        kernels: the library; its `width` and `weight_dtype` decide the layout.
+        config: the model's shape.
+        kernels: the library; its `width` and `weight_dtype` determine the layout.
     """
     tensors, offset = {}, 0
     for name, shape, is_packed in _tensors(config, kernels):
@@ -65,8 +65,8 @@ def pack_into(
     """Pack a model's weights.
 
     Args:
-        buffer: (num_bytes of the layout,) uint8, written completely.
-        config: shapes of the model.
+        buffer: (num_bytes of the layout,) uint8; overwritten completely.
+        config: the model's shape.
         weights: float32, float16 or bfloat16 arrays by their names in a Llama checkpoint, without
             the leading "model.".
         kernels: the library to pack for.
@@ -101,21 +101,21 @@ def rotary_table(config: LlamaConfig, kind: str) -> Array:
 
 
 def interleave(first: Array, second: Array, width: int) -> Array:
-    """`width` rows of one matrix, then as many of the other, and so on."""
+    """Alternate `width` rows of one matrix with `width` rows of the other."""
     shape = (-1, width, first.shape[1])
     pairs = np.stack([first.reshape(shape), second.reshape(shape)], axis=1)
     return pairs.reshape(-1, first.shape[1])
 
 
 def split_heads(weight: Array, head_dim: int, width: int) -> Array:
-    """Rows of each head permuted: `width` of its first half, then as many of its second half."""
+    """Alternate `width` rows of the first half of each head with `width` rows of its second."""
     halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])
     return interleave(
         halves[:, 0].reshape(-1, weight.shape[1]), halves[:, 1].reshape(-1, weight.shape[1]), width
     )
 
 
-# The tensors of a checkpoint that each packed tensor is made of.
+# The checkpoint tensors that each packed tensor is built from.
 _SOURCES = {
     "embed": ("embed_tokens",),
     "head": ("lm_head",),
@@ -135,7 +135,7 @@ def _checkpoint_name(name: str, part: str) -> str:
 
 
 def _tensors(config: LlamaConfig, kernels: Kernels) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Name, shape and whether it is packed, of all tensors in the order of their use."""
+    """Name, shape and whether it is packed, for all tensors in order of use."""
     hidden, inner = config.hidden_size, config.num_heads * config.head_dim
     num_qkv = inner + 2 * config.num_kv_heads * config.head_dim
 
