@@ -1,5 +1,5 @@
-/* What the CPU and the operating system support, to select a variant of the kernels. Compiled for the
-   baseline of the architecture, so that it runs everywhere. */
+/* Detects the kernel variants that the CPU and the operating system support. Compiled for the baseline
+   of the architecture, so that it runs everywhere. */
 
 #include <stdint.h>
 

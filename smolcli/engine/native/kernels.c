@@ -1,22 +1,21 @@
-/* One forward pass of a Llama over the tokens of many sequences, and the choice of the next token.
+/* The forward pass of a Llama over the tokens of many sequences, and greedy selection of tokens.
 
-   Compiled ahead of time, once for each CPU variant and format (tools/build_kernels.py):
+   Compiled ahead of time, once per CPU variant and weight format (tools/build_kernels.py):
 
      BF16_WEIGHTS   weights are stored in bfloat16, otherwise in float32
-     BF16_PRODUCTS  activations and the KV cache are bfloat16 too and are multiplied by the CPU's
-                    bfloat16 instructions; otherwise they are float32 and so is the arithmetic
+     BF16_PRODUCTS  activations and the KV cache are bfloat16 too, multiplied by the CPU's
+                    bfloat16 instructions; otherwise they and the arithmetic are float32
 
    All matrices are packed into panels of PANEL output columns, so that a step reads each weight once,
    in order. Softmax, norms and the residual stream are float32 in every format.
 
-   Outputs are batch-invariant: every sum runs over its terms in one order, however many rows are
-   computed together and whichever thread computes them. All multiply-adds that matter are written as
-   such (`fma_of`), and the compiler is told not to contract others (-ffp-contract=off), so every tile
-   height rounds in the same way.
+   Outputs are batch-invariant: every sum adds its terms in the same order, however many rows are
+   computed together and whichever thread computes them. Fused multiply-adds are explicit (`fma_of`), and
+   the compiler must not fuse any others (-ffp-contract=off), so all tile heights round identically.
 
    Dimensions in comments: R rows (tokens) of the step, H hidden size, I intermediate size, D head
-   dimension. "Elements" are what activations and the KV cache hold, bfloat16 or float32; "lanes" are 4
-   bytes of them. */
+   dimension. "Elements" are the values of activations and the KV cache, bfloat16 or float32; a "lane" is
+   4 bytes of them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -54,10 +53,10 @@ typedef float elem;
 #endif
 
 enum {
-    TILE_ROWS = WIDTH == 16 ? 12 : 6, /* rows of a product that fit into registers, with 2 vectors each */
+    TILE_ROWS = WIDTH == 16 ? 12 : 6, /* rows of a product whose sums, 2 vectors each, fit into registers */
     PANEL = 2 * WIDTH,                /* output columns of a panel */
-    ELEMS = 4 / sizeof(elem),         /* elements of a lane */
-    WEIGHTS = BF16_WEIGHTS ? 2 : 1,   /* weights of a lane */
+    ELEMS = 4 / sizeof(elem),         /* elements per lane */
+    WEIGHTS = BF16_WEIGHTS ? 2 : 1,   /* weights per lane */
     VALUE_ROWS = TILE_ROWS / 2,       /* rows of the weighted sum, with 4 vectors each */
     KEY_BLOCK = 64,                   /* keys between two updates of the online softmax */
     TASK_ROWS = 48,                   /* query rows that share the transposed keys */
@@ -84,22 +83,22 @@ typedef struct {
     int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab, padding;
     float eps, padding_2;
     const Layer *layers;
-    const lane *embed, *head; /* packed, the same if they are tied */
+    const lane *embed, *head; /* packed; the same pointer if they are tied */
     const float *norm;
     const float *cos, *sin; /* (positions, D / 2) */
 } Model;
 
-/* Consecutive rows of the step that are tokens of one sequence, from position `start` on.
+/* Consecutive rows of the step: tokens of one sequence, starting at position `start`.
    cache is (2, layers, kv_heads, length, D), keys first; length is a multiple of PANEL. */
 typedef struct {
     int32_t first_row, num_rows, start, length;
     elem *cache;
 } Span;
 
-/* Space for the intermediate values of R rows. */
+/* Buffers for the activations of R rows. */
 typedef struct {
     float *x;         /* (R, H), the residual stream */
-    elem *normed;     /* (R, H), x times the weight of the norm, not yet divided by its RMS */
+    elem *normed;     /* (R, H), x * norm weight, not yet divided by the RMS */
     float *squares;   /* (H / PANEL, squares_stride), sums of squares of PANEL columns of x */
     elem *queries;    /* (R, num_heads, D) */
     elem *attended;   /* (R, num_heads, D) */
@@ -107,7 +106,7 @@ typedef struct {
     int64_t squares_stride; /* at least R + WIDTH */
 } Space;
 
-/* The best logit of each of WIDTH lanes so far, whose it is, and whether a logit was NaN. */
+/* For each vector lane: the best logit so far, its token id, and whether any logit was NaN. */
 typedef struct {
     vec value;
     ivec id, is_nan;
@@ -121,7 +120,7 @@ EXPORT const int32_t smol_formats[2] = {BF16_WEIGHTS, BF16_PRODUCTS};
 EXPORT const int32_t smol_struct_sizes[5] = {sizeof(Layer), sizeof(Model), sizeof(Span), sizeof(Space),
                                              sizeof(Best)};
 
-/* What the exported functions return; the first three are TeamStatus. */
+/* Return values of the exported functions; the first three are those of TeamStatus. */
 enum { OK = TEAM_OK, FORKED = TEAM_FORKED, BUSY = TEAM_BUSY, MISALIGNED = 3 };
 
 /* ---- Vectors ---- */
@@ -166,16 +165,13 @@ INLINE vec fma_of(vec a, vec b, vec c) {
 #endif
 }
 
-#if BF16_PRODUCTS
-/* The float32 of lanes that hold bfloat16 in their lower or upper halves. */
-INLINE vec low_half(uvec lanes) { return (vec)(lanes << 16); }
-INLINE vec high_half(uvec lanes) { return (vec)(lanes & 0xffff0000u); }
-#elif BF16_WEIGHTS
+#if BF16_WEIGHTS
+/* The bfloat16 values in the lower or upper halves of lanes, as float32. */
 INLINE vec low_half(uvec lanes) { return (vec)(lanes << 16); }
 INLINE vec high_half(uvec lanes) { return (vec)(lanes & 0xffff0000u); }
 #endif
 
-/* acc plus the products of the elements of two lanes. */
+/* acc + a * b, summed over the elements of each lane. */
 INLINE vec dot(vec acc, vec a, vec b) {
 #if !BF16_PRODUCTS
     return fma_of(a, b, acc);
@@ -235,9 +231,9 @@ INLINE float max_of(vec value) {
     return max;
 }
 
-/* e^x: 0 below -87, e^88 above 88, NaN of NaN; to 2 units in the last place (Cephes, S. Moshier). */
+/* e^x within 2 ulp (Cephes, S. Moshier); 0 below -87, e^88 above 88, NaN for NaN. */
 INLINE vec exp_of(vec x) {
-    const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vec bounded = select_lanes(x > 88.0f, broadcast(88.0f), x);
     vec shifted = fma_of(bounded, broadcast(1.44269504f), broadcast(round)), n = shifted - round;
     vec r = fma_of(n, broadcast(-0.693359375f), bounded);
@@ -259,7 +255,7 @@ INLINE vec exp_of(vec x) {
 /* Products of `rows` rows of x with the two vectors of columns of one panel.
 
    panel is (depth, PANEL) lanes, WEIGHTS input features each. x is (rows, depth * WEIGHTS) elements.
-   Prefetches a share of the panel that comes next. */
+   Prefetches part of the next panel. */
 INLINE void tile(int rows, const lane *panel, int depth, const elem *x, const char *next, int next_step,
                  vec acc[][2]) {
     vec sum[TILE_ROWS][2];
@@ -288,7 +284,7 @@ INLINE void tile(int rows, const lane *panel, int depth, const elem *x, const ch
     for (int r = 0; r < rows; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
 }
 
-/* Call with ROWS as a constant, so that the compiler keeps all sums in registers. */
+/* Evaluate `call` with ROWS as a constant, so that the compiler keeps all sums in registers. */
 #define CASE(n, call) \
     case n: { \
         enum { ROWS = n <= TILE_ROWS ? n : 1 }; \
@@ -306,7 +302,7 @@ static void any_tile(int rows, const lane *panel, int depth, const elem *x, cons
     FOR_ROWS(rows, tile(ROWS, panel, depth, x, next, next_step, acc))
 }
 
-/* A packed matrix and the rows that it is multiplied with. */
+/* A product of input rows with a packed matrix. */
 typedef struct {
     const lane *weight; /* (num_panels, depth, PANEL) */
     int num_panels, depth;
@@ -314,7 +310,7 @@ typedef struct {
     int rows;
 } Product;
 
-/* One panel of columns and a few rows: an item of a product. */
+/* One item of a product: a panel of columns and a few rows. */
 typedef struct {
     int panel, first_row, end_row;
     vec acc[TILE_ROWS][2];
@@ -324,14 +320,14 @@ INLINE int num_tiles(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 INLINE int num_product_items(int num_panels, int rows) { return num_panels * num_tiles(rows); }
 
-/* Item by item, each panel is read once; its tiles follow one another. */
+/* The tiles of a panel are consecutive items, so each panel is read from memory once. */
 static void compute_tile(const Product *product, int item, Tile *out) {
     int tiles = num_tiles(product->rows), number = item % tiles, depth = product->depth;
     out->panel = item / tiles;
     out->first_row = (int64_t)number * product->rows / tiles;
     out->end_row = (int64_t)(number + 1) * product->rows / tiles;
     const lane *panel = product->weight + (int64_t)out->panel * depth * PANEL;
-    int next_step = (2 * WIDTH * 4 << 8) / 64 / tiles; /* lines of the next panel for each k */
+    int next_step = (2 * WIDTH * 4 << 8) / 64 / tiles; /* cache lines of the next panel per k, times 256 */
     const char *next = (const char *)(panel + (int64_t)depth * PANEL);
     next += ((int64_t)number * depth * next_step >> 8) * 64;
     any_tile(out->end_row - out->first_row, panel, depth,
@@ -340,9 +336,9 @@ static void compute_tile(const Product *product, int item, Tile *out) {
 
 /* ---- RMSNorm ----
 
-   norm(x) = x / rms(x) * weight. Who writes x also writes x * weight and sums of squares, one for each
-   PANEL columns; the product behind the norm divides its result by the RMS, so there is no pass over x
-   in between. */
+   norm(x) = x / rms(x) * weight. The operation that writes x also writes x * weight, and one sum of
+   squares per PANEL columns. The product that follows the norm divides its result by the RMS, which
+   saves a pass over x. */
 
 INLINE void prepare_norm(const Space *space, int hidden, const float *weight, int row, int panel,
                          vec first, vec second) {
@@ -366,7 +362,7 @@ INLINE void inverse_rms(const Space *space, int hidden, float eps, const Tile *t
 
 /* ---- The operations of a step; see `step_items` for their order. ---- */
 
-/* A forward pass: rows of the step, the spans that they belong to, and the attention's tasks, each a
+/* A forward pass: its rows, the spans that they belong to, and the attention tasks, each of which is a
    span and a range of its rows. */
 typedef struct {
     const Model *model;
@@ -378,7 +374,7 @@ typedef struct {
     const Space *space;
 } Step;
 
-/* x[row] = embedding of its token, an item for each row. */
+/* x[row] = embedding of its token. One item per row. */
 static void embed(const Step *step, int row) {
     const Model *model = step->model;
     int depth = model->hidden / WEIGHTS, id = step->token_ids[row];
@@ -398,12 +394,12 @@ static void embed(const Step *step, int row) {
     }
 }
 
-/* One row of a tile of q, k and v: rotated queries to their place, rotated keys and values to the KV
-   cache.
+/* Applies the rotary embedding to one row of a q, k and v tile; stores queries in the buffer, and keys
+   and values in the KV cache.
 
-   Weights are packed so that the two vectors of a panel are dimensions i.. and D / 2 + i.. of one
-   head, the pairs that the rotation turns. */
-INLINE void put_qkv(const Step *step, int layer, int row, int panel, vec first, vec second) {
+   Weights are packed so that the two vectors of a panel are dimensions i.. and D / 2 + i.. of one head,
+   which the rotation combines. */
+INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first, vec second) {
     const Model *model = step->model;
     const Span *span = step->spans + step->span_of_row[row];
     int dim = model->head_dim, half = dim / 2, heads = model->num_heads;
@@ -421,9 +417,9 @@ INLINE void put_qkv(const Step *step, int layer, int row, int panel, vec first, 
     if (head < heads + model->num_kv_heads) {
         vec cos = *(const loose *)(model->cos + position * half + i);
         vec sin = *(const loose *)(model->sin + position * half + i);
-        vec turned = first * cos - second * sin;
+        vec rotated = first * cos - second * sin;
         second = second * cos + first * sin;
-        first = turned;
+        first = rotated;
     }
     if (head < heads) {
         float scale = 1.0f / sqrtf(dim);
@@ -440,11 +436,11 @@ static void project_qkv(const Step *step, int layer, const Product *product, int
     compute_tile(product, item, &tile);
     inverse_rms(step->space, step->model->hidden, step->model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++)
-        put_qkv(step, layer, tile.first_row + r, tile.panel, tile.acc[r][0] * scale[r],
+        store_qkv(step, layer, tile.first_row + r, tile.panel, tile.acc[r][0] * scale[r],
                 tile.acc[r][1] * scale[r]);
 }
 
-/* x += rows @ weight.T, and what the next norm needs of x. */
+/* x += rows @ weight.T; also prepares the next norm. */
 static void add_product(const Step *step, const Product *product, const float *next_norm, int item) {
     Tile tile;
     int hidden = step->model->hidden;
@@ -476,28 +472,28 @@ static void activate(const Step *step, const Product *product, int item) {
 /* ---- Attention ----
 
    softmax(q @ k.T) @ v in blocks of KEY_BLOCK keys with an online softmax (FlashAttention-2, Dao 2023,
-   arXiv:2307.08691). Blocks begin at multiples of KEY_BLOCK from position 0, whatever the step, so a
-   query's sums run in the same order alone, in a batch, and with its prompt read in any pieces. A key
-   that a query may not see has the weight 0, which changes no bit of its sums. */
+   arXiv:2307.08691). Blocks begin at multiples of KEY_BLOCK from position 0 in every step, so a query's
+   sums have the same order alone, in a batch, and however its prompt is split into chunks. A key that a
+   query must not see has the weight 0, which leaves its sums unchanged. */
 
-/* Up to TASK_ROWS query rows of one sequence and one KV head; later rows see at least as much. */
+/* Up to TASK_ROWS query rows of one sequence and one KV head, sorted by `visible`. */
 typedef struct {
     const elem *keys, *values; /* (length, D) */
     int num_keys, num_rows, dim;
     const elem *queries[TASK_ROWS]; /* (D,) each */
     elem *out[TASK_ROWS];           /* (D,) each */
-    int visible[TASK_ROWS];         /* number of keys that the row sees */
+    int visible[TASK_ROWS];         /* number of keys that the row attends to */
 } Task;
 
 /* The state of the online softmax, and scratch for one block. */
 typedef struct {
-    vec keys[KEY_BLOCK / WIDTH][MAX_HEAD_DIM]; /* transposed: one lane of WIDTH keys each */
+    vec keys[KEY_BLOCK / WIDTH][MAX_HEAD_DIM]; /* transposed: each vector is one lane of WIDTH keys */
     vec sums[TASK_ROWS][MAX_HEAD_DIM / WIDTH]; /* of weighted values */
     vec weights[TILE_ROWS][KEY_BLOCK / WIDTH];
     float highest[TASK_ROWS], total[TASK_ROWS]; /* score, sum of weights */
 } Attention;
 
-/* Transposes WIDTH rows of WIDTH lanes; `stride` lanes from row to row. */
+/* Transposes WIDTH rows of WIDTH lanes; rows are `stride` lanes apart. */
 INLINE void transpose_square(const lane *from, int stride, vec out[]) {
 #define ROW(i) (*(const loose *)(from + (int64_t)(i) * stride))
 #define SHUFFLE __builtin_shufflevector
@@ -545,7 +541,7 @@ INLINE void transpose_square(const lane *from, int stride, vec out[]) {
 #endif
 }
 
-/* Transposes the keys of a block, PANEL keys at a time; the last ones may not be written yet. */
+/* Transposes the keys of a block, PANEL keys at a time; the last ones may be uninitialized. */
 static void transpose_keys(const elem *keys, int num_keys, int depth, Attention *state) {
     for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group++)
         for (int k = 0; k < depth; k += WIDTH)
@@ -571,26 +567,26 @@ INLINE void score(int rows, const Task *task, int first, int num_keys, int depth
     }
 }
 
-/* Turns the scores of one row for a block into weights, exp(score - highest so far), and returns by
-   how much the sums so far shrink. `visible` of the keys of the block may be seen. */
+/* Replaces one row's scores for a block by weights, exp(score - highest so far), and returns the factor
+   that rescales the sums so far. The row attends to the first `visible` keys of the block. */
 INLINE float update_softmax(vec weights[], int visible, int num_keys, float *highest, float *total) {
     int num_vecs = (num_keys + WIDTH - 1) / WIDTH;
-    ivec places = {};
-    for (int i = 0; i < WIDTH; i++) places[i] = i;
+    ivec lane_ids = {};
+    for (int i = 0; i < WIDTH; i++) lane_ids[i] = i;
     vec top = broadcast(*highest);
     for (int v = 0; v < num_vecs; v++) {
-        ivec is_visible = places + v * WIDTH < visible;
+        ivec is_visible = lane_ids + v * WIDTH < visible;
         weights[v] = select_lanes(is_visible, weights[v], broadcast(-INFINITY));
         top = select_lanes(weights[v] > top, weights[v], top);
     }
-    float before = *highest, now = max_of(top);
+    float old_highest = *highest, new_highest = max_of(top);
     vec sum = {};
     for (int v = 0; v < num_vecs; v++) {
-        weights[v] = exp_of(weights[v] - now);
+        weights[v] = exp_of(weights[v] - new_highest);
         sum += weights[v];
     }
-    float shrink = exp_of(broadcast(before - now))[0];
-    *highest = now;
+    float shrink = exp_of(broadcast(old_highest - new_highest))[0];
+    *highest = new_highest;
     *total = *total * shrink + sum_of(sum);
     return shrink;
 }
@@ -626,7 +622,7 @@ static void add_values(int rows, const Task *task, int first, const elem *values
     for (; at < num_vecs; at += 1) VALUE_CASE(1)
 }
 
-/* A block of keys and values for up to TILE_ROWS rows. */
+/* Attention of up to TILE_ROWS rows to one block of keys and values. */
 static void attend_block(const Task *task, int first, int rows, int block, int num_keys,
                          Attention *state) {
     float shrink[TILE_ROWS];
@@ -666,7 +662,7 @@ static void attend(const Step *step, int layer, int item) {
     const Model *model = step->model;
     int dim = model->head_dim, heads = model->num_heads, kv_heads = model->num_kv_heads;
     int group = heads / kv_heads, head = item % kv_heads;
-    const int32_t *which = step->tasks + 3 * (item / kv_heads); /* span, its first and end row here */
+    const int32_t *which = step->tasks + 3 * (item / kv_heads); /* span, first row, end row */
     const Span *span = step->spans + which[0];
     Task task = {.num_keys = span->start + which[2], .dim = dim};
     task.keys = span->cache + ((int64_t)layer * kv_heads + head) * span->length * dim;
@@ -683,7 +679,7 @@ static void attend(const Step *step, int layer, int item) {
 
 /* ---- The forward pass ---- */
 
-/* An operation of a layer: its number in the layer. */
+/* The operations of a layer, in order. */
 enum { QKV, ATTEND, OUT, GATE_UP, DOWN };
 
 static Product layer_product(const Step *step, const Layer *layer, int kind) {
@@ -703,7 +699,7 @@ static Product layer_product(const Step *step, const Layer *layer, int kind) {
     }
 }
 
-/* Operation 0 is the embedding; then OPS_PER_LAYER for each layer. */
+/* Operation 0 is the embedding, followed by OPS_PER_LAYER operations per layer. */
 static int step_items(const void *work, int op) {
     const Step *step = work;
     if (op == 0) return step->rows;
@@ -746,10 +742,10 @@ static int has_aligned_weights(const Model *model) {
     return aligned;
 }
 
-/* The hidden states of all rows after the last layer, into space->x.
+/* Computes the hidden states of all rows after the last layer, in space->x.
 
-   token_ids and span_of_row are (rows,). tasks is (num_tasks, 3): a span, and from which to which of
-   its rows, at most TASK_ROWS / (query heads of a KV head). */
+   token_ids and span_of_row are (rows,). tasks is (num_tasks, 3): span, first row and end row, with at
+   most TASK_ROWS / (query heads per KV head) rows. */
 EXPORT int smol_forward(Team *team, const Model *model, const int32_t *token_ids,
                         const int32_t *span_of_row, int rows, const Span *spans, const int32_t *tasks,
                         int num_tasks, const Space *space) {
@@ -761,7 +757,7 @@ EXPORT int smol_forward(Team *team, const Model *model, const int32_t *token_ids
 
 /* ---- The head ---- */
 
-/* Logits, or the best of them, of (rows, H) hidden states. space needs only normed and squares. */
+/* Logits of (rows, H) hidden states, or the best of them. Uses only space->normed and space->squares. */
 typedef struct {
     const Model *model;
     const float *hidden;
@@ -769,16 +765,16 @@ typedef struct {
     const Space *space;
     float *logits;          /* (rows, vocab rounded up to panels), or NULL */
     Best *best;             /* (threads, rows) */
-    const uint8_t *allowed; /* a bit for each token, (rows, whole panels), or NULL */
+    const uint8_t *allowed; /* one bit per token, (rows, whole panels), or NULL */
 } HeadStep;
 
 INLINE int num_head_panels(const Model *model) { return (model->vocab + PANEL - 1) / PANEL; }
 
-/* The larger logit wins, the smaller id among equals, in whichever order they come. */
+/* The larger logit wins, and the smaller id in a tie, in whichever order they are compared. */
 INLINE void keep_best(const HeadStep *step, int row, vec value, int first_id, Best *best) {
-    ivec places = {};
-    for (int i = 0; i < WIDTH; i++) places[i] = i;
-    ivec ids = places + first_id;
+    ivec lane_ids = {};
+    for (int i = 0; i < WIDTH; i++) lane_ids[i] = i;
+    ivec ids = lane_ids + first_id;
     ivec is_real = ids < step->model->vocab;
     ivec better = (value > best->value) | ((value == best->value) & (ids < best->id));
     better &= is_real;
@@ -786,7 +782,7 @@ INLINE void keep_best(const HeadStep *step, int row, vec value, int first_id, Be
         const uint8_t *bytes = step->allowed +
                                (int64_t)row * num_head_panels(step->model) * (PANEL / 8) + first_id / 8;
         int32_t bits = WIDTH == 16 ? bytes[0] | bytes[1] << 8 : bytes[0];
-        better &= (((ivec){} + bits) >> places & 1) != 0;
+        better &= (((ivec){} + bits) >> lane_ids & 1) != 0;
     }
     best->value = select_lanes(better, value, best->value);
     best->id = (better & ids) | (~better & best->id);
@@ -832,7 +828,7 @@ static void compute_head(const void *work, int op, int item, int worker) {
 
 static const Program HEAD_PROGRAM = {head_items, compute_head};
 
-/* Logits of the whole vocabulary for (rows, H), into (rows, vocab rounded up to panels). */
+/* Computes logits of (rows, H) hidden states; out is (rows, vocab rounded up to panels). */
 EXPORT int smol_logits(Team *team, const Model *model, const float *hidden, int rows,
                        const Space *space, float *out) {
     if (!is_aligned(model->head)) return MISALIGNED;
@@ -840,10 +836,10 @@ EXPORT int smol_logits(Team *team, const Model *model, const float *hidden, int 
     return team_run(team, &HEAD_PROGRAM, &step);
 }
 
-/* The most likely token of each row, into (rows,) ids: of equals the first, -1 if a logit is NaN or
-   none is allowed.
+/* Computes the most likely token of each row, ids (rows,): the first one in a tie, -1 if a logit is NaN
+   or no token is allowed.
 
-   allowed has a bit for each token, (rows, whole panels), or is NULL; best is scratch,
+   allowed has one bit per token, (rows, whole panels), or is NULL; best is scratch space,
    (threads, rows), aligned like weights. */
 EXPORT int smol_best(Team *team, const Model *model, const float *hidden, int rows,
                      const uint8_t *allowed, const Space *space, Best *best, int32_t *ids) {

@@ -1,25 +1,25 @@
 /* A thread team without barriers.
 
-   An operation is complete when its items are, not when all threads have arrived: a thread that loses
-   its core to another program holds up the others by the one item that it is computing, never by the
-   work that it has not begun.
+   An operation is complete when its items are, not when all threads have arrived. A thread that loses
+   its core to another program delays the others only by the item that it is computing, never by work
+   that it has not started.
 
    Each thread owns a contiguous range of the items of an operation, so that it streams through
-   memory, and claims them one at a time from the front. A thread whose range is used up waits for the
-   operation to complete; when it has waited for long, it takes half of what is left from the end of
-   another thread's range. Whoever completes the last item of an operation publishes the next one.
+   memory, and claims them one at a time from the front. A thread whose range is empty waits for the
+   operation to complete; after a short wait, it steals the second half of another thread's remaining
+   range. The thread that completes the last item of an operation publishes the next one.
 
-   A range is one 64-bit word: the number of the operation it belongs to, its first item and its end.
-   Every claim is a compare-and-swap of that word, so a thread that slept through the end of an
-   operation cannot claim an item of the next one by mistake. A word with an older number stands for
-   the whole range that its thread owns; nobody has to reset the words between operations.
+   A range is one 64-bit word: the number of its operation, its first item and its end. Every claim is a
+   compare-and-swap of that word, so a thread that slept through the end of an operation cannot claim an
+   item of the next one by mistake. A word with an older number means the whole range that its thread
+   owns, so the words need no reset between operations.
 
-   The claim of an item keeps its operation from completing, and so the work it points to alive. A
-   thread looks at `work` only while it holds a claim; that is why `work` needs no copy.
+   A claimed item keeps its operation from completing, and thereby its `work` alive. Threads access
+   `work` only while they hold a claim, so it need not be copied.
 
-   Threads that wait spin for a moment and then sleep until the next operation is published (futex on
-   Linux, WaitOnAddress on Windows, a condition variable elsewhere). Waiters that spin or yield would
-   use up the time slices that the team needs on a busy machine. */
+   Waiting threads spin briefly and then sleep until the next operation is published (futex on Linux,
+   WaitOnAddress on Windows, a condition variable elsewhere). Spinning or yielding any longer would use
+   up time slices that the team needs on a busy machine. */
 
 #if !defined(_WIN32)
 #define _GNU_SOURCE
@@ -44,17 +44,17 @@
 #endif
 #endif
 
-/* Stealing sooner breaks up the other thread's sequential reads for no gain. */
+/* Stealing earlier breaks up the other thread's sequential reads for no gain. */
 static const int64_t STEAL_AFTER_NS = 20 * 1000;
 static const int64_t SLEEP_AFTER_NS = 50 * 1000;
 enum {
     PAUSES_PER_CLOCK_READ = 16,
-    MAX_CHUNKS = 65535, /* what 16 bits of a range word hold */
+    MAX_CHUNKS = 65535, /* fits into 16 bits of a range word */
     MAX_THREADS = 1024,
-    LINE = 128 /* bytes; two cache lines, which some CPUs fetch together */
+    LINE = 128 /* bytes: two cache lines, which some CPUs fetch in pairs */
 };
 
-/* A thread's range of the items of an operation: number of the operation, first item, end. */
+/* A thread's range of items: number of the operation, first item, end. */
 typedef struct {
     _Alignas(LINE) _Atomic uint64_t range;
 } Slot;
@@ -65,18 +65,18 @@ typedef struct {
 } Helper;
 
 struct Team {
-    /* The operation being computed: its number in the low 32 bits and how many chunks it has in the
-       high ones; no chunks: no program is running. */
+    /* The operation being computed: its number in the low 32 bits, its number of chunks in the high
+       32 bits. 0 chunks: no program is running. */
     _Alignas(LINE) _Atomic uint64_t current;
     _Alignas(LINE) _Atomic int32_t num_left; /* chunks of `current` that are not done */
     _Alignas(LINE) _Atomic int32_t num_sleeping;
     _Atomic int32_t is_stopping;
     _Atomic int32_t is_running;
 
-    /* Of `current`; written by whoever publishes it, read by who holds a claim of it. */
+    /* Of `current`; written by the thread that publishes it, read by threads that hold a claim. */
     _Alignas(LINE) const Program *program;
     const void *work;
-    int op, num_items, grain; /* a chunk is `grain` items; 1 unless there are very many */
+    int op, num_items, grain; /* a chunk is `grain` items: 1, unless there are more than MAX_CHUNKS */
 
     int num_threads, num_started;
     int64_t owner_pid;
@@ -147,7 +147,7 @@ static void sleep_while(Team *team, uint64_t seen) {
     atomic_fetch_sub(&team->num_sleeping, 1);
 }
 
-/* Wakes all that sleep; `current` has changed before. */
+/* Wakes all sleeping threads; called after `current` has changed. */
 static void wake_sleepers(Team *team) {
     if (atomic_load(&team->num_sleeping) == 0) return;
 #if defined(_WIN32)
@@ -161,7 +161,7 @@ static void wake_sleepers(Team *team) {
 #endif
 }
 
-/* ---- Operations and the claims of their items. ---- */
+/* ---- Claiming the items of operations. ---- */
 
 static inline uint32_t number_of(uint64_t current) { return (uint32_t)current; }
 static inline uint32_t chunks_of(uint64_t current) { return (uint32_t)(current >> 32); }
@@ -174,7 +174,7 @@ typedef struct {
     uint32_t first, end;
 } Range;
 
-/* What is left of an owner's range, as its word says; empty if the operation is over. */
+/* The remaining range of a thread according to its word; empty if the operation is over. */
 static Range range_left(const Team *team, int owner, uint64_t current, uint64_t word) {
     uint32_t number = (uint32_t)word;
     if (number == number_of(current)) return (Range){word >> 32 & 0xffff, word >> 48};
@@ -197,11 +197,11 @@ static int claim_own(Team *team, int worker, uint64_t current) {
     }
 }
 
-/* Takes half of what is left from the end of the longest range; returns the first chunk of it and
-   makes the others the worker's own range, from which they can be stolen in turn. -1: nothing left.
+/* Steals the second half of the longest range: returns its first chunk, and makes the others the
+   worker's own range, from which they can be stolen in turn. Returns -1 if nothing is left.
 
-   The worker's own range is empty, and an empty range is never swapped by others, so a plain store
-   replaces it. */
+   The worker's own range is empty, and other threads never modify an empty range, so a plain store
+   suffices. */
 static int steal(Team *team, int worker, uint64_t current) {
     for (;;) {
         int victim = -1;
@@ -248,7 +248,7 @@ static void compute_chunk(const Team *team, int chunk, int worker) {
         team->program->compute(team->work, team->op, item, worker);
 }
 
-/* Computes a claimed chunk and then what is left of the worker's own range. */
+/* Computes a claimed chunk, then the rest of the worker's own range. */
 static void compute_from(Team *team, int worker, uint64_t current, int chunk) {
     int num_done = 0;
     for (; chunk >= 0; chunk = claim_own(team, worker, current)) {
@@ -259,8 +259,8 @@ static void compute_from(Team *team, int worker, uint64_t current, int chunk) {
         publish_next(team, number_of(current));
 }
 
-/* Waits until another operation than `seen` is published, or a chunk of it could be stolen, which is
-   returned; -1 otherwise. */
+/* Waits until an operation other than `seen` is published; returns -1. If it manages to steal a chunk of
+   `seen` first, returns that. */
 static int wait_or_steal(Team *team, int worker, uint64_t seen) {
     int64_t start = now_ns();
     int may_steal = chunks_of(seen) > 0;
@@ -273,15 +273,15 @@ static int wait_or_steal(Team *team, int worker, uint64_t seen) {
         if (may_steal && waited > STEAL_AFTER_NS) {
             int chunk = steal(team, worker, seen);
             if (chunk >= 0) return chunk;
-            may_steal = 0; /* all items are claimed; only completion is left to wait for */
+            may_steal = 0; /* all items are claimed; wait for their completion */
         }
         if (waited > SLEEP_AFTER_NS) sleep_while(team, seen);
     }
 }
 
-/* Takes part in programs: the caller of team_run until its program ends, helpers until the team
-   ends. */
-static void take_part(Team *team, int worker) {
+/* Works on programs: the caller of team_run until its program ends, helpers until the team is
+   destroyed. */
+static void run_worker(Team *team, int worker) {
     for (;;) {
         uint64_t current = atomic_load_explicit(&team->current, memory_order_acquire);
         int chunk = -1;
@@ -300,19 +300,19 @@ TeamStatus team_run(Team *team, const Program *program, const void *work) {
     if (atomic_exchange(&team->is_running, 1)) return TEAM_BUSY;
     team->program = program, team->work = work, team->op = -1;
     publish_next(team, number_of(atomic_load(&team->current)));
-    take_part(team, 0);
+    run_worker(team, 0);
     atomic_store(&team->is_running, 0);
     return TEAM_OK;
 }
 
 int team_num_threads(const Team *team) { return team->num_threads; }
 
-/* ---- The life of a team. ---- */
+/* ---- Creating and destroying a team. ---- */
 
 #if defined(_WIN32)
 static DWORD WINAPI help(void *argument) {
     const Helper *helper = argument;
-    take_part(helper->team, helper->worker);
+    run_worker(helper->team, helper->worker);
     return 0;
 }
 
@@ -329,11 +329,11 @@ static void join_thread(Team *team, int worker) {
 #else
 static void *help(void *argument) {
     const Helper *helper = argument;
-    take_part(helper->team, helper->worker);
+    run_worker(helper->team, helper->worker);
     return NULL;
 }
 
-/* Signals are for the threads of the program that we are part of. */
+/* Helpers block all signals, which are meant for the host program's own threads. */
 static int start_thread(Team *team, int worker) {
     sigset_t all, before;
     sigfillset(&all);
@@ -396,7 +396,7 @@ Team *team_create(int num_threads) {
 void team_destroy(Team *team) {
     if (process_id() != team->owner_pid) return;
     atomic_store(&team->is_stopping, 1);
-    atomic_fetch_add(&team->current, 1); /* another number, still no chunks */
+    atomic_fetch_add(&team->current, 1); /* a new number, still no chunks */
     wake_sleepers(team);
     for (int worker = 1; worker < team->num_started; worker++) join_thread(team, worker);
 #if !defined(_WIN32) && !defined(__linux__)

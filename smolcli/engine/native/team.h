@@ -1,5 +1,5 @@
-/* A team of threads that computes programs: operations one after the other, each a number of
-   independent items. See team.c. */
+/* A team of threads that runs programs: sequences of operations, each of which consists of independent
+   items. See team.c. */
 
 #ifndef SMOL_TEAM_H
 #define SMOL_TEAM_H
@@ -13,19 +13,19 @@
 typedef struct Team Team;
 
 typedef struct {
-    /* Number of items of operation `op`; may be 0. Negative: the program has no such operation. */
+    /* Number of items of operation `op`; may be 0. Negative: the program ends before `op`. */
     int (*num_items)(const void *work, int op);
-    /* Computes one item. `worker` is less than the number of threads and no other thread uses it at
-       the same time, so it can select scratch space; results must not depend on it. */
+    /* Computes one item. `worker` is the calling thread's index, so it can select scratch space; results
+       must not depend on it. */
     void (*compute)(const void *work, int op, int item, int worker);
 } Program;
 
 typedef enum { TEAM_OK = 0, TEAM_FORKED = 1, TEAM_BUSY = 2 } TeamStatus;
 
-/* A team of `num_threads` threads, the caller of `team_run` included; NULL if they cannot start. */
+/* Creates a team of `num_threads` threads, including the caller of `team_run`. NULL on failure. */
 Team *team_create(int num_threads);
 
-/* Ends the threads. In a forked child there are none to end and the memory is left alone. */
+/* Stops the threads and frees the team. Does nothing in a forked child, which has no such threads. */
 void team_destroy(Team *team);
 
 int team_num_threads(const Team *team);
