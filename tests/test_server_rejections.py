@@ -63,6 +63,10 @@ MALFORMED = {
         b"0\r\n\r\n",
     ),
     "empty coding and length": (["Host: x", "Transfer-Encoding:", "Content-Length: 2"], b"{}"),
+    "empty coding": (["Host: x", "Transfer-Encoding:"], b"2\r\n{}\r\n0\r\n\r\n"),
+    "length of 5,000 digits": (["Host: x", "Content-Length: " + "9" * 5000], b""),
+    "endless chunk size": (["Host: x", "Transfer-Encoding: chunked"], b"0" * 5000),
+    "endless trailer": (["Host: x", "Transfer-Encoding: chunked"], b"0\r\nX: " + b"y" * 70_000),
     "chunked twice": (["Host: x", "Transfer-Encoding: chunked, chunked"], b"0\r\n\r\n"),
     "two codings": (
         ["Host: x", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
@@ -90,6 +94,25 @@ def test_malformed_framing_gets_400_and_closes_the_connection(
         assert reply.body["error"]["type"] == "invalid_request_error"
     else:
         assert reply.body["error_code"] == "bad_request"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "GET http://[ HTTP/1.1",
+        "GET http://[::1/ HTTP/1.1",
+        "GET /health HTTP/2.0",
+        "PRI * HTTP/2.0",
+        "GET /health HTTP/1.2",
+        "GET /health",
+    ],
+)
+def test_a_malformed_request_line_gets_400_and_closes_the_connection(
+    server: RunningServer, line: str
+) -> None:
+    reply = exchange(server, f"{line}\r\nHost: x\r\n\r\n".encode())
+    assert (reply.status, reply.body["error_code"], reply.is_closed) == (400, "bad_request", True)
+    assert "x-request-id" in reply.headers
 
 
 def test_http_1_0_needs_no_host_and_allows_no_transfer_encoding(server: RunningServer) -> None:

@@ -17,6 +17,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError, crack_first_line, split_uri
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import WSGITask
+from waitress.utilities import BadRequest
 
 from smolcli.backends.base import Backend
 from smolcli.errors import RunError
@@ -46,6 +47,8 @@ POLL_S = 0.2
 PAUSE_PER_CONNECTION_S = 0.0002  # between polls, each of which visits every connection
 MAX_PAUSE_S = 0.02
 FLUSH_TIMEOUT_S = 1.0
+MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
+MAX_TRAILER = 65_536  # bytes
 
 
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
@@ -61,6 +64,9 @@ class Parser(HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         num_consumed = super().received(data)
+        if self.error is None and self.chunked and self._has_long_framing():
+            self.error = BadRequest("the chunk sizes or trailers are too long")
+            self.completed = True
         if self.error is not None:
             self.expect_continue = False  # Waitress would still ask for the body
             if self.error.code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
@@ -69,7 +75,12 @@ class Parser(HTTPRequestParser):
 
     def parse_header(self, header_plus: bytes) -> None:
         self._read_target(header_plus)
-        super().parse_header(header_plus)
+        try:
+            super().parse_header(header_plus)
+        except ValueError as exc:  # from urlsplit, or from int with thousands of digits
+            raise ParsingError("the URL or Content-Length is invalid") from exc
+        if self.version not in ("1.0", "1.1"):
+            raise ParsingError("the HTTP version must be 1.0 or 1.1")
         fields = [line.partition(b":") for line in header_plus.split(b"\r\n")[1:]]
         values: dict[bytes, list[bytes]] = {}
         for name, _, value in fields:
@@ -78,8 +89,16 @@ class Parser(HTTPRequestParser):
         if codings := values.get(b"transfer-encoding"):
             if b"content-length" in values:
                 raise ParsingError("Transfer-Encoding and Content-Length must not be combined")
-            if self.version != "1.1" or len(b",".join(codings).split(b",")) > 1:
+            if not self.chunked or len(b",".join(codings).split(b",")) > 1:
                 raise ParsingError("Transfer-Encoding must be chunked, once, in HTTP/1.1")
+
+    def _has_long_framing(self) -> bool:
+        """Whether an unfinished line between chunks, or the trailers, exceed their limits.
+
+        Waitress searches all of it again whenever more arrives.
+        """
+        body: Any = self.body_rcv
+        return len(body.control_line) > MAX_CHUNK_LINE or len(body.trailer) > MAX_TRAILER
 
     def _check_host(self, hosts: list[bytes]) -> None:
         if len(hosts) > 1 or (self.version == "1.1" and not hosts):
@@ -89,7 +108,7 @@ class Parser(HTTPRequestParser):
 
     def _read_target(self, header: bytes) -> None:
         """Read method and path before anything that can fail, so that errors can report them."""
-        with suppress(ParsingError):
+        with suppress(ParsingError, ValueError):
             first_line: Any = header.partition(b"\r\n")[0].rstrip()
             command, uri, _ = crack_first_line(first_line)
             if uri:
