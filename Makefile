@@ -10,7 +10,7 @@ run: kernels
 	$(BIN)/smol run sample_inputs/queries.jsonl
 	@echo "The answers are in sample_inputs/queries.results.jsonl"
 
-# One process per core, up to four; the tests of one file share a process and its fixtures.
+# One process per core, at most four; the tests of a file share a process and its fixtures.
 test: check kernels
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
@@ -23,11 +23,11 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Compiles the kernels that this CPU can run, if their source has changed.
+# Compile the kernels that this CPU can run, if their source has changed.
 kernels: $(STAMP)
 	$(BIN)/python -m tools.build_kernels
 
-# Wheels of all platforms, cross-compiled with ziglang.
+# Build wheels for all platforms, cross-compiled with ziglang.
 WHEELS := linux-x86_64 linux-aarch64 macos-arm64 macos-x86_64 windows-x86_64
 wheels: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt hatchling ziglang

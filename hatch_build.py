@@ -16,18 +16,18 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
     """
 
     def dependencies(self) -> list[str]:
-        """The `ziglang` package if it is what compiles."""
-        from_here(self.root)
+        """The `ziglang` package, if it is needed as the compiler."""
+        add_to_path(self.root)
         from tools.build_kernels import system_compiler
 
         needs_zig = "SMOL_WHEEL_TARGET" in os.environ or system_compiler() is None
         return ["ziglang>=0.13"] if needs_zig else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and name the platform that the wheel is for."""
+        """Compile the kernels, and tag the wheel with its platform."""
         if self.target_name != "wheel":
             return
-        from_here(self.root)
+        add_to_path(self.root)
         from tools.build_kernels import WHEEL_TARGETS, build, host
 
         name = os.environ.get("SMOL_WHEEL_TARGET")
@@ -38,7 +38,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
         folder = Path(self.root) / "build" / "kernels" / (name or "host")
         libraries = build(target, folder)
         if not libraries:
-            self.app.display_warning(f"no native kernels for {target.machine}: torch computes")
+            self.app.display_warning(f"no native kernels for {target.machine}: smol will use torch")
             return
         tag = target.tag or sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
@@ -47,7 +47,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
             build_data["force_include"][str(path)] = f"smolcli/engine/native/{path.name}"
 
 
-def from_here(root: str) -> None:
-    """Let `tools` and `smolcli` be imported from the source tree."""
+def add_to_path(root: str) -> None:
+    """Make `tools` and `smolcli` importable from the source tree."""
     if root not in sys.path:
         sys.path.insert(0, root)

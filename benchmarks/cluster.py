@@ -1,9 +1,9 @@
 """One file answered by every backend: equal bytes, recovery from killed processes, and speed.
 
-python benchmarks/cluster.py same [LINES]       answer with every backend and compare the hashes
-python benchmarks/cluster.py killed [LINES]     kill processes during the runs, compare the hashes
-python benchmarks/cluster.py speed [LINES [ROUNDS]]   seconds per backend, alternating
-python benchmarks/cluster.py gateway            start-up time and memory of a gateway
+    python -m benchmarks.cluster same [LINES]             compare the outputs of all backends
+    python -m benchmarks.cluster killed [LINES]           do so while processes are killed
+    python -m benchmarks.cluster speed [LINES [ROUNDS]]   seconds per backend, alternating
+    python -m benchmarks.cluster gateway                  start-up time and memory of a gateway
 
 Uses float32, one thread per engine, and three Ray nodes on this machine.
 """
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from server_harness import Target, target
+
+from benchmarks.server_harness import Target, print_line, target
 
 NUM_LINES = 500
 ENGINE = ("--dtype", "float32", "--threads", "1")
@@ -45,44 +46,44 @@ def write_questions(path: Path, num_lines: int) -> None:
 
 
 class Runs:
-    """`smol run` on one file, with outputs of their own."""
+    """Runs of `smol run` on one file, each with its own output."""
 
     def __init__(self, folder: Path, num_lines: int) -> None:
         self.folder = folder
         self.questions = folder / "questions.jsonl"
         write_questions(self.questions, num_lines)
 
-    def start(self, name: str, *way: str) -> "subprocess.Popen[bytes]":
-        """Begin a run, or go on with it."""
+    def start(self, name: str, *options: str) -> "subprocess.Popen[bytes]":
+        """Start or resume a run."""
         command = [sys.executable, "-m", "smolcli", "run", str(self.questions), "-q", "--seed", "3"]
-        command += ["-o", str(self.output(name)), "--max-new-tokens", "8", *ENGINE, *way]
+        command += ["-o", str(self.output(name)), "--max-new-tokens", "8", *ENGINE, *options]
         return subprocess.Popen(command)
 
     def output(self, name: str) -> Path:
         return self.folder / f"{name}.jsonl"
 
-    def finish(self, name: str, *way: str) -> float:
-        """A whole run; gives the seconds that it took, without loading a model."""
-        if (code := self.start(name, *way).wait()) != 3:  # some lines are bad
-            raise SystemExit(f"{name} ended with {code}")
+    def finish(self, name: str, *options: str) -> float:
+        """Run to completion; returns its seconds, without loading the model."""
+        if (code := self.start(name, *options).wait()) != 3:  # some lines are invalid
+            raise SystemExit(f"{name} exited with {code}")
         manifest = self.output(name).with_name(f"{name}.jsonl.manifest.json")
         seconds: float = json.loads(manifest.read_bytes())["report"]["seconds"]
         return seconds
 
     def await_lines(self, name: str, num_lines: int, popen: "subprocess.Popen[bytes]") -> None:
-        """Until so many results are there."""
+        """Wait until a run has written `num_lines` results."""
         while num_written(self.output(name)) < num_lines:
             if popen.poll() is not None:
-                raise SystemExit(f"{name} ended before it could be disturbed")
+                raise SystemExit(f"{name} exited before it could be disturbed")
             time.sleep(POLL_S)
 
-    def tell(self, name: str, remark: str = "") -> None:
-        """Print the output's hash, and whether it is the local run's."""
+    def print_hash(self, name: str, remark: str = "") -> None:
+        """Print the output's hash, and whether it equals that of the local run."""
         data = self.output(name).read_bytes()
         is_same = data == self.output("local").read_bytes()
         digest = hashlib.sha256(data).hexdigest()[:16]
         num_lines = num_written(self.output(name))
-        say(f"{name:<12} {num_lines} lines  {digest}  same: {is_same}  {remark}")
+        print_line(f"{name:<12} {num_lines} lines  {digest}  same: {is_same}  {remark}")
 
 
 def num_written(path: Path) -> int:
@@ -90,13 +91,13 @@ def num_written(path: Path) -> int:
 
 
 def service(port: int = 0) -> Any:
-    """A model service, as a context."""
+    """A context manager that runs a model service."""
     return target(None, *ENGINE, "--port", str(port))
 
 
 @contextmanager
 def ray_nodes() -> Iterator[str]:
-    """Three nodes on this machine; gives the address of the cluster."""
+    """A Ray cluster of three nodes on this machine; yields its address."""
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
@@ -111,8 +112,8 @@ def ray_nodes() -> Iterator[str]:
 
 
 @contextmanager
-def ways() -> Iterator[dict[str, tuple[str, ...]]]:
-    """Every way to a model, by name, as options of `smol run`."""
+def routes() -> Iterator[dict[str, tuple[str, ...]]]:
+    """Every route to a model: options of `smol run`, by name."""
     with ExitStack() as stack:
         one, two = (stack.enter_context(service()) for _ in range(2))
         front = stack.enter_context(target(None, "--upstream", one.url))
@@ -131,83 +132,83 @@ def ways() -> Iterator[dict[str, tuple[str, ...]]]:
 
 
 def same(num_lines: int) -> None:
-    """Each way once."""
-    with scratch() as folder, ways() as options:
+    """Run every route once and compare the outputs."""
+    with scratch() as folder, routes() as options_of:
         runs = Runs(folder, num_lines)
-        for name, way in options.items():
-            seconds = runs.finish(name, *way)
-            runs.tell(name, f"{seconds:.1f} s")
+        for name, options in options_of.items():
+            seconds = runs.finish(name, *options)
+            runs.print_hash(name, f"{seconds:.1f} s")
 
 
 def speed(num_lines: int, num_rounds: int) -> None:
-    """Each way by turns; other work on the machine then slows all of them alike."""
-    with scratch() as folder, ways() as options:
+    """Time all routes alternately, so that other load on the machine affects all of them."""
+    with scratch() as folder, routes() as options_of:
         runs = Runs(folder, num_lines)
-        seconds: dict[str, list[float]] = {name: [] for name in options}
+        seconds: dict[str, list[float]] = {name: [] for name in options_of}
         for _ in range(num_rounds):
-            for name, way in options.items():
-                seconds[name].append(runs.finish(name, "--overwrite", *way))
+            for name, options in options_of.items():
+                seconds[name].append(runs.finish(name, "--overwrite", *options))
     for name, values in seconds.items():
         ratios = [mine / local for mine, local in zip(values, seconds["local"], strict=True)]
         rate = num_lines / statistics.median(values)
-        say(
+        print_line(
             f"{name:<12} {rate:6.1f} lines/s  {statistics.median(ratios):.2f} of the local time  "
             f"{' '.join(f'{value:.1f}' for value in values)}"
         )
 
 
 def killed(num_lines: int) -> None:
-    """Whoever computes is killed when a third is written, and started again by a supervisor."""
+    """Kill a service or worker when a third of the results is written, and restart it."""
     with scratch() as folder:
         runs = Runs(folder, num_lines)
         runs.finish("local")
-        runs.tell("local")
-        through(runs, "gateway", has_gateway=True)
-        through(runs, "via", has_gateway=False)
-        by_resuming(runs)
+        runs.print_hash("local")
+        restart_service(runs, "gateway", has_gateway=True)
+        restart_service(runs, "via", has_gateway=False)
+        resume_run(runs)
         with ray_nodes() as address:
             on_ray = ("--backend", "ray", "--ray-address", address)
             popen = runs.start("ray", *on_ray)
             runs.await_lines("ray", num_lines // 3, popen)
             ray_workers()[0].kill()
-            tell_end(runs, "ray", popen)
+            await_exit(runs, "ray", popen)
 
 
-def through(runs: Runs, name: str, has_gateway: bool) -> None:
-    """The service is back while the run waits for it."""
+def restart_service(runs: Runs, name: str, has_gateway: bool) -> None:
+    """Restart the service while the run is still retrying."""
     port = free_port()
-    waits = ("--retry-for", "120")
+    retries = ("--retry-for", "120")
     with ExitStack() as stack:
         first = stack.enter_context(service(port))
         front = (
-            stack.enter_context(target(None, "--upstream", first.url, *waits))
+            stack.enter_context(target(None, "--upstream", first.url, *retries))
             if has_gateway
             else first
         )
-        popen = runs.start(name, "--via", front.url, *waits)
+        popen = runs.start(name, "--via", front.url, *retries)
         runs.await_lines(name, num_written(runs.output("local")) // 3, popen)
         kill(first)
         with service(port):
-            tell_end(runs, name, popen)
+            await_exit(runs, name, popen)
 
 
-def by_resuming(runs: Runs) -> None:
-    """The service stays away until the run has given up; then the same command goes on."""
+def resume_run(runs: Runs) -> None:
+    """Restart the service only after the run has given up, then resume the run."""
     port = free_port()
     with service(port) as first:
-        way = ("--via", first.url, "--retry-for", "1")
-        popen = runs.start("resumed", *way)
+        options = ("--via", first.url, "--retry-for", "1")
+        popen = runs.start("resumed", *options)
         runs.await_lines("resumed", num_written(runs.output("local")) // 3, popen)
         kill(first)
         code, num_lines = popen.wait(), num_written(runs.output("resumed"))
     with service(port):
-        runs.finish("resumed", *way)
-    runs.tell("resumed", f"exit {code} with {num_lines} lines, then exit 3")
+        runs.finish("resumed", *options)
+    runs.print_hash("resumed", f"exit {code} with {num_lines} lines, then exit 3")
 
 
-def tell_end(runs: Runs, name: str, popen: "subprocess.Popen[bytes]") -> None:
+def await_exit(runs: Runs, name: str, popen: "subprocess.Popen[bytes]") -> None:
     code = popen.wait()
-    runs.tell(name, f"exit {code}")
+    runs.print_hash(name, f"exit {code}")
 
 
 def kill(server: Target) -> None:
@@ -216,13 +217,13 @@ def kill(server: Target) -> None:
 
 
 def ray_workers() -> list[psutil.Process]:
-    """Those of this process' cluster, and of no other on the machine."""
+    """The worker processes of this process' own cluster."""
     below = psutil.Process().children(recursive=True)
     return [p for p in below if "".join(p.cmdline()).startswith("ray::Worker")]
 
 
 def gateway() -> None:
-    """Start a gateway five times, the upstream being a port where nobody listens."""
+    """Start a gateway five times, with an upstream that does not exist."""
     starts, sizes = [], []
     for _ in range(5):
         port = free_port()
@@ -236,7 +237,7 @@ def gateway() -> None:
             sizes.append(psutil.Process(popen.pid).memory_info().rss)
             popen.terminate()
     start_s, num_bytes = statistics.median(starts), statistics.median(sizes)
-    say(f"a gateway listens after {start_s:.2f} s and takes {num_bytes / 1e6:.0f} MB")
+    print_line(f"a gateway listens after {start_s:.2f} s and uses {num_bytes / 1e6:.0f} MB")
 
 
 def is_open(port: int) -> bool:
@@ -254,11 +255,6 @@ def free_port() -> int:
 def scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
-
-
-def say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Latency that a gateway adds, and how many model services one client can keep busy.
 
-python benchmarks/gateway.py overhead [MODEL]    added latency of /chat, and time of a batch
-python benchmarks/gateway.py workers [NUM ...]   simulated services that take 1 s for 64 queries
+python -m benchmarks.gateway overhead [MODEL]    added latency of /chat, and time of a batch
+python -m benchmarks.gateway workers [NUM ...]   simulated services that take 1 s for 64 queries
 """
 
 import asyncio
@@ -14,8 +14,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import closing
 from typing import Any
 
-from server_harness import Target, post, prompts, target
-
+from benchmarks.server_harness import Target, post, print_line, prompts, target
 from smolcli.backends.remote.backend import open_remote
 from smolcli.batch.pipeline import answer_all
 from smolcli.settings import DEFAULT_MODEL, RemoteSettings
@@ -40,16 +39,16 @@ def overhead(model: str) -> None:
                 times[service.url].append(post(to_service, "/chat", asked).total_s)
                 times[front.url].append(post(to_front, "/chat", asked).total_s)
         alone, through = (1000 * statistics.median(values) for values in times.values())
-        say(f"/chat: {alone:.1f} ms alone, {through:.1f} ms through the gateway")
+        print_line(f"/chat: {alone:.1f} ms direct, {through:.1f} ms through the gateway")
         batches: dict[str, list[float]] = {service.url: [], front.url: []}
         for server in (service, front) * 3:
             batches[server.url].append(batch_s(server))
         alone, through = map(min, batches.values())
-        say(f"batch of {NUM_BATCH}: {alone:.2f} s alone, {through:.2f} s through the gateway")
+        print_line(f"batch of {NUM_BATCH}: {alone:.2f} s direct, {through:.2f} s via the gateway")
 
 
 def batch_s(server: Target) -> float:
-    """How long a batch takes."""
+    """The seconds that a batch takes."""
     queries = [
         {"chat_id": str(number), "user_prompt": prompt, "max_new_tokens": 16}
         for number, prompt in enumerate(prompts(NUM_BATCH))
@@ -59,14 +58,14 @@ def batch_s(server: Target) -> float:
 
 
 def workers(nums: list[int]) -> None:
-    """Answer ten batches of each of so many simulated services."""
+    """Measure throughput with various numbers of simulated services, ten batches for each."""
     for num in nums:
-        command = [sys.executable, __file__, "simulate", str(num)]
+        command = [sys.executable, "-m", "benchmarks.gateway", "simulate", str(num)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as popen:
             assert popen.stdout is not None
             urls = tuple(json.loads(popen.stdout.readline()))
             with closing(open_remote(RemoteSettings(urls))) as backend:
-                time.sleep(1)  # until all are known to be up
+                time.sleep(1)  # until all services are known to be healthy
                 queries = [
                     Query(str(n), (Message("user", f"What is {n} plus {n}?"),))
                     for n in range(10 * num * BATCH_SIZE)
@@ -76,19 +75,19 @@ def workers(nums: list[int]) -> None:
                 rate = num_answered / (time.perf_counter() - started)
             popen.terminate()
         ideal = num * BATCH_SIZE / BATCH_S
-        say(f"{num} services: {rate:,.0f} of {ideal:,.0f} queries/s, {rate / ideal:.0%}")
+        print_line(f"{num} services: {rate:,.0f} of {ideal:,.0f} queries/s, {rate / ideal:.0%}")
 
 
 async def simulate(num: int) -> None:
-    """So many services, each of which computes one batch at a time, for a fixed time."""
+    """Run simulated services, each of which takes a fixed time per batch, one batch at a time."""
     servers = [await asyncio.start_server(simulated(), "127.0.0.1") for _ in range(num)]
     ports = [server.sockets[0].getsockname()[1] for server in servers]
-    say(json.dumps([f"http://127.0.0.1:{port}" for port in ports]))
+    print_line(json.dumps([f"http://127.0.0.1:{port}" for port in ports]))
     await asyncio.gather(*(server.serve_forever() for server in servers))
 
 
 def simulated() -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-    """One service: HTTP as far as it is needed, and nothing at /v1/models."""
+    """One service: a minimal HTTP server without /v1/models."""
     computing = asyncio.Lock()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -108,17 +107,12 @@ def simulated() -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaita
 
 
 def reply(queries: list[Any] | None) -> bytes:
-    """An answer to each, or 404."""
+    """The response to a batch, or 404 without queries."""
     responses = [{"chat_id": q["chat_id"], "response": "A sum."} for q in queries or ()]
     body = json.dumps({"responses": responses}).encode()
     status = "200 OK" if queries else "404 Not Found"
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     return f"{head}\r\n\r\n".encode() + body
-
-
-def say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Throughput and memory of `smol run` with a backend that answers instantly.
 
-python benchmarks/pipeline.py [LINES]
+python -m benchmarks.pipeline [LINES]
 """
 
 import sys
@@ -14,9 +14,7 @@ from smolcli.backends.dedup import deduplicated
 from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import run_file
 from smolcli.settings import RunSettings
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from fakes import EchoBackend
+from tests.fakes import EchoBackend
 
 
 class MemoryProgress(LogProgress):
@@ -38,12 +36,12 @@ def main(num_lines: int) -> None:
                 file.write(f'{{"chat_id": "{number}", "user_prompt": "{prompt}"}}\n')
         measuring, num_bytes = MemoryProgress(), psutil.Process().memory_info().rss
         started = time.perf_counter()
-        report = run_file(RunSettings(source, output), deduplicated(EchoBackend), measuring)
+        statistics = run_file(RunSettings(source, output), deduplicated(EchoBackend), measuring)
         seconds = time.perf_counter() - started
         growth = (measuring.num_bytes - num_bytes) / 1e6
         sys.stdout.write(
-            f"{report.num_answered:,} lines in {seconds:.2f} s: "
-            f"{report.num_answered / seconds:,.0f} lines/s, memory grew by {growth:.1f} MB\n"
+            f"{statistics.num_answered:,} lines in {seconds:.2f} s: "
+            f"{statistics.num_answered / seconds:,.0f} lines/s, memory grew by {growth:.1f} MB\n"
         )
 
 

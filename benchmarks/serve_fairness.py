@@ -16,11 +16,11 @@ from benchmarks.server_harness import Target, percentiles, post, prompts, target
 SHORT = {"user_prompt": "What is the capital of France?", "max_new_tokens": 16}
 
 
-def ask(server: Target, number: int, while_true: threading.Event | None = None) -> list[float]:
+def ask(server: Target, number: int, is_running: threading.Event | None = None) -> list[float]:
     """Latencies of short queries sent one after another."""
     connection, latencies = server.connect(), []
     for index in range(number):
-        if while_true is not None and not while_true.is_set():
+        if is_running is not None and not is_running.is_set():
             break
         exchange = post(connection, "/chat", SHORT | {"chat_id": str(index)})
         assert exchange.status == 200, exchange.body
@@ -52,7 +52,7 @@ def measure(url: str | None, size: int, number: int) -> dict[str, Any]:
         began = time.perf_counter()
         batch.start()
         time.sleep(1)
-        busy = ask(server, 100_000, is_running)[:-1]  # the last may have had the batch's end
+        busy = ask(server, 100_000, is_running)[:-1]  # the last one may have outlived the batch
         batch.join()
         seconds = time.perf_counter() - began
     ratio = statistics.median(busy) / statistics.median(idle)
@@ -68,12 +68,12 @@ def measure(url: str | None, size: int, number: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--url", help="a server that runs; without, one is started")
+    parser.add_argument("--url", help="a running server; starts one by default")
     parser.add_argument("--batch", type=int, default=200)
-    parser.add_argument("--number", type=int, default=20, help="short questions without the batch")
+    parser.add_argument("--number", type=int, default=20, help="questions without the batch")
     arguments = parser.parse_args()
-    report = measure(arguments.url, arguments.batch, arguments.number)
-    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    summary = measure(arguments.url, arguments.batch, arguments.number)
+    sys.stdout.write(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The outcome of every request when something fails, as a table; takes up to four minutes.
 
-python -m benchmarks.serve_faults
+    python -m benchmarks.serve_faults
 
 Three faults are injected into the engine of a server in this process; the others arrive over the
 network at a separate `smol serve`. All use the real model.

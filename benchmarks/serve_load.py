@@ -4,7 +4,7 @@
     python -m benchmarks.serve_load --clients 16 --seconds 20 --url http://127.0.0.1:8000
 
 Three of four clients use /chat; the fourth streams from /v1/chat/completions to measure the time to
-the first token. Requests that finish within the measured time count, after a warm-up.
+the first token. Only requests that finish after the warm-up and within the measured time count.
 """
 
 import argparse
@@ -34,7 +34,7 @@ class Load:
         self._model = model
         self._lock = threading.Lock()
         self.num_asked = 0
-        self.cpu_share = 0.0  # share of the machine that the load generator takes
+        self.cpu_share = 0.0  # share of the machine that the load generator uses
         self._is_over = False
         self.answered: list[Exchange] = []
         self.streamed: list[Exchange] = []
@@ -44,7 +44,7 @@ class Load:
         ]
 
     def run(self, warm_up_s: float, seconds: float) -> tuple[float, float]:
-        """Returns when counting began and ended."""
+        """Put load on the server; returns when the measured time began and ended."""
         for thread in self._threads:
             thread.start()
         time.sleep(warm_up_s)
@@ -77,7 +77,7 @@ class Load:
             self.faults[f"{exchange.status} {exchange.body.get('error_code')}"] += 1
             time.sleep(1)
         elif exchange.body["chat_id"] != str(number):
-            self.faults["the answer to another question"] += 1
+            self.faults["answer to another question"] += 1
         else:
             self.answered.append(exchange)
 
@@ -94,13 +94,13 @@ class Load:
             self.faults[f"{exchange.status} {exchange.body['error']['code']}"] += 1
             time.sleep(1)
         elif "data: [DONE]" not in exchange.body:
-            self.faults["a stream without an end"] += 1
+            self.faults["truncated stream"] += 1
         else:
             self.streamed.append(exchange)
 
 
 def num_tokens(exchange: Exchange) -> int:
-    """How many tokens an answer has."""
+    """The number of tokens of an answer."""
     if isinstance(exchange.body, dict):
         return int(exchange.body["usage"]["completion_tokens"])
     last = [line for line in exchange.body if line.startswith("data: {")][-1]
@@ -108,7 +108,7 @@ def num_tokens(exchange: Exchange) -> int:
 
 
 def stream_id(exchange: Exchange) -> str:
-    """What the server calls a streamed answer."""
+    """The id of a streamed answer."""
     return str(json.loads(exchange.body[0].removeprefix("data: "))["id"])
 
 
@@ -119,7 +119,7 @@ def model_of(server: Target) -> str:
 
 
 def measure(url: str | None, num_clients: int, warm_up_s: float, seconds: float) -> dict[str, Any]:
-    """Put load on a server."""
+    """Measure a server under load."""
     with target(url) as server:
         load = Load(server, model_of(server), num_clients)
         began, ended = load.run(warm_up_s, seconds)
@@ -128,13 +128,13 @@ def measure(url: str | None, num_clients: int, warm_up_s: float, seconds: float)
     return {
         "clients": num_clients,
         "seconds": round(ended - began, 1),
-        "answers_that_count": len(counted),
-        "asked": load.num_asked,  # the time to warm up included
+        "measured_answers": len(counted),
+        "asked": load.num_asked,  # including the warm-up
         "answered": len(load.answered) + len(load.streamed),
         "different_streams": len({stream_id(e) for e in load.streamed}),
         "streams": len(load.streamed),
         "faults": dict(load.faults),
-        "clients_share_of_the_cores": round(load.cpu_share, 3),
+        "cpu_share_of_clients": round(load.cpu_share, 3),
         "tokens_per_second": round(tokens / (ended - began), 1),
         "latency": percentiles([e.total_s for e in counted]),
         "first_token": percentiles([e.first_s for e in load.streamed if began <= e.ended < ended]),
@@ -142,7 +142,7 @@ def measure(url: str | None, num_clients: int, warm_up_s: float, seconds: float)
 
 
 def smol_run(number: int) -> float:
-    """Tokens a second of `smol run` on so many questions."""
+    """Tokens per second of `smol run` on `number` questions."""
     with tempfile.TemporaryDirectory() as folder:
         path, output = Path(folder, "q.jsonl"), Path(folder, "r.jsonl")
         lines = ({"chat_id": str(n), "user_prompt": p} for n, p in enumerate(prompts(number)))
@@ -155,17 +155,17 @@ def smol_run(number: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--url", help="a server that runs; without, one is started")
+    parser.add_argument("--url", help="a running server; starts one by default")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--warm-up", type=float, default=10, help="seconds that do not count")
+    parser.add_argument("--warm-up", type=float, default=10, help="warm-up, in seconds")
     arguments = parser.parse_args()
-    report = measure(arguments.url, arguments.clients, arguments.warm_up, arguments.seconds)
+    summary = measure(arguments.url, arguments.clients, arguments.warm_up, arguments.seconds)
     if arguments.url is None:
-        alone = smol_run(max(report["answers_that_count"], arguments.clients))
-        share = round(report["tokens_per_second"] / alone, 3)
-        report |= {"smol_run_tokens_per_second": alone, "share_of_smol_run": share}
-    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        alone = smol_run(max(summary["measured_answers"], arguments.clients))
+        share = round(summary["tokens_per_second"] / alone, 3)
+        summary |= {"smol_run_tokens_per_second": alone, "share_of_smol_run": share}
+    sys.stdout.write(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -44,12 +44,12 @@ def use(server: Target, seed: int, until: float, outcomes: Counter[str]) -> None
                 body = json.dumps(asked).encode()
                 connection.request("POST", "/chat", body, {"Content-Type": "application/json"})
                 time.sleep(rng.random())
-                outcomes["/chat left"] += 1
+                outcomes["/chat disconnected"] += 1
         connection.close()
 
 
 def measure(num_clients: int, seconds: float, every_s: float) -> dict[str, Any]:
-    """Memory of a server of our own, now and then."""
+    """Sample the memory of a new server under load."""
     with target(None) as server:
         assert server.process
         process = psutil.Process(server.process.pid)
@@ -71,14 +71,14 @@ def measure(num_clients: int, seconds: float, every_s: float) -> dict[str, Any]:
         return {
             "requests": dict(outcomes),
             "megabytes_at_second": samples,
-            "end_by_second_minute": growth(samples),
+            "growth_after_first_minute": growth(samples),
             "threads": process.num_threads(),
             "files": process.num_fds(),
         }
 
 
 def growth(samples: dict[int, float]) -> float | None:
-    """The last value by that after a minute, when every kind of request has come; else None."""
+    """The last sample relative to the first one after a minute of warm-up; None if too short."""
     settled = [megabytes for second, megabytes in samples.items() if second >= 60]
     return round(settled[-1] / settled[0], 3) if settled else None
 
@@ -87,10 +87,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--every", type=float, default=20, help="seconds between two looks")
+    parser.add_argument("--every", type=float, default=20, help="seconds between samples")
     arguments = parser.parse_args()
-    report = measure(arguments.clients, arguments.seconds, arguments.every)
-    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    summary = measure(arguments.clients, arguments.seconds, arguments.every)
+    sys.stdout.write(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

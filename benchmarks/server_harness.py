@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-QUESTIONS = Path(__file__).parents[1] / "smolcli" / "bench" / "reference.jsonl"
+from smolcli.bench.workload import QUESTIONS
+
 TIMEOUT_S = 600
 
 
@@ -64,8 +65,8 @@ def target(url: str | None, *args: str) -> Iterator[Target]:
     command = [sys.executable, "-m", "smolcli", "serve", *options]
     with (
         tempfile.NamedTemporaryFile("r") as log,
-        open(log.name, "w") as said,
-        subprocess.Popen(command, stderr=said) as popen,
+        open(log.name, "w") as log_writer,
+        subprocess.Popen(command, stderr=log_writer) as popen,
     ):
         try:
             yield Target(_url_when_ready(popen, Path(log.name)), popen)
@@ -74,9 +75,9 @@ def target(url: str | None, *args: str) -> Iterator[Target]:
 
 
 def _url_when_ready(popen: subprocess.Popen[bytes], log: Path) -> str:
-    while not (found := re.search(r"ready at (http://[\w.:]+)", said := log.read_text())):
+    while not (found := re.search(r"ready at (http://[\w.:]+)", text := log.read_text())):
         if popen.poll() is not None:
-            raise SystemExit(f"the server exited: {said}")
+            raise SystemExit(f"the server exited: {text}")
         time.sleep(0.1)
     return found[1]
 
@@ -101,6 +102,11 @@ def prompts(number: int) -> list[str]:
     """The first questions of the reference set, repeated if there are more than 64."""
     lines = QUESTIONS.read_text("utf-8").splitlines()
     return [json.loads(line)["user_prompt"] for line in islice(cycle(lines), number)]
+
+
+def print_line(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def percentiles(values: list[float]) -> dict[str, float]:

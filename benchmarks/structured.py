@@ -49,21 +49,21 @@ ENDLESS = schema_format({"type": "array", "items": PERSON, "minItems": 1000})
 
 
 def load_queries() -> list[Query]:
-    """The questions, with their schemas; the values that are right are in their metadata."""
+    """The questions with their schemas; the expected values are in their metadata."""
     defaults = QueryDefaults(Sampling(max_new_tokens=128))
     lines = QUESTIONS.read_bytes().splitlines()
     return [parse_query(load_json(line), defaults) for line in lines]
 
 
 class Cost:
-    """Times decoding with and without a schema; no answer ends by itself."""
+    """Times decoding with and without a schema; answers never end early."""
 
     def __init__(self, queries: list[Query], settings: EngineSettings, num_tokens: int) -> None:
         folder = resolve(DEFAULT_MODEL).folder
         config = resolve_config(settings, load_config(folder))
         model = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
         chat, config = ChatTokenizer.load(folder), model.config
-        self._vocabulary = GrammarCompiler(chat.tokenizer_json, config.vocab_size, config.eos_ids)
+        self._grammars = GrammarCompiler(chat.tokenizer_json, config.vocab_size, config.eos_ids)
         model.config = replace(config, eos_ids=frozenset())
         self._model = model
         self._prompts = [chat.encode(query.messages) for query in queries]
@@ -73,7 +73,7 @@ class Cost:
         engine = Engine(self._model, batch_size, 4 << 30)
         prompts = (self._prompts * 2)[:batch_size]
         for prompt in prompts:
-            constraint = self._vocabulary.matcher(ENDLESS) if with_schema else None
+            constraint = self._grammars.matcher(ENDLESS) if with_schema else None
             engine.add(Sequence(prompt, self._sampling, constraint=constraint))
         while not all(s.is_decoding for s in engine.scheduler.running) or not engine.num_steps:
             engine.step()
@@ -84,21 +84,21 @@ class Cost:
 
 
 def measure_cost(cost: Cost, batch_sizes: list[int], rounds: int) -> Table:
-    table = Table("sequences at once", "ms a token", "with a schema", "ratio (median, range)")
+    table = Table("batch size", "ms per token", "with a schema", "ratio (median, range)")
     for batch_size in batch_sizes:
         pairs = [
             [cost.seconds_per_token(batch_size, with_schema) for with_schema in (False, True)]
             for _ in range(rounds + 1)
         ][1:]  # the first warms up
-        plain, held = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
-        ratios = sorted(held / plain for plain, held in pairs)
+        plain, constrained = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
+        ratios = sorted(constrained / plain for plain, constrained in pairs)
         shown = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        table.add_row(str(batch_size), f"{plain:.2f}", f"{held:.2f}", shown)
+        table.add_row(str(batch_size), f"{plain:.2f}", f"{constrained:.2f}", shown)
     return table
 
 
 def parsed(text: str | None) -> Any:
-    """What an answer holds; None where it is no JSON."""
+    """The JSON value of an answer; None if it is not valid JSON."""
     try:
         return json.loads(text or "")
     except ValueError:
@@ -114,9 +114,9 @@ def is_valid(value: Any, schema: dict[str, Any]) -> bool:
     return jsonschema.Draft202012Validator(schema).is_valid(value)
 
 
-def tell(name: str, queries: list[Query], results: list[Result], seconds: float) -> list[str]:
-    """A row: parsed, valid, and the share of values that are those expected."""
-    num_parsed = num_valid = num_unfenced = num_right = num_values = 0
+def summarize(name: str, queries: list[Query], results: list[Result], seconds: float) -> list[str]:
+    """A row of the table: how many answers parse and validate, and how many values are correct."""
+    num_parsed = num_valid = num_unfenced = num_correct = num_values = 0
     for query, result in zip(queries, results, strict=True):
         assert query.metadata is not None
         schema, expected = query.metadata["schema"], query.metadata["expected"]
@@ -125,16 +125,16 @@ def tell(name: str, queries: list[Query], results: list[Result], seconds: float)
         num_valid += is_valid(value, schema)
         num_unfenced += is_valid(lenient, schema)
         found = lenient if isinstance(lenient, dict) else {}
-        num_right += sum(found.get(key) == wanted for key, wanted in expected.items())
+        num_correct += sum(found.get(key) == wanted for key, wanted in expected.items())
         num_values += len(expected)
     counts = [num_parsed, num_valid, num_unfenced]
     errors = sum(result.is_error for result in results)
-    share = f"{num_right} of {num_values}"
+    share = f"{num_correct} of {num_values}"
     return [name, *(f"{n} of {len(queries)}" for n in counts), share, str(errors), f"{seconds:.1f}"]
 
 
-def measure_worth(queries: list[Query], backend: LocalBackend) -> Table:
-    names = ("arm", "parse", "validate", "validate without a fence", "values right", "errors", "s")
+def measure_benefit(queries: list[Query], backend: LocalBackend) -> Table:
+    names = ("mode", "parse", "validate", "validate unfenced", "values correct", "errors", "s")
     table = Table(*names)
     queries = [
         replace(q, metadata={**(q.metadata or {}), "schema": json.loads(q.format.schema)})
@@ -142,12 +142,12 @@ def measure_worth(queries: list[Query], backend: LocalBackend) -> Table:
         if q.format is not None
     ]
     for name, asked in (
-        ("asked in words", [replace(query, format=None) for query in queries]),
-        ("held to the schema", queries),
+        ("prompt only", [replace(query, format=None) for query in queries]),
+        ("constrained", queries),
     ):
         began = time.perf_counter()
         results = list(answer_all(asked, backend))
-        table.add_row(*tell(name, queries, results, time.perf_counter() - began))
+        table.add_row(*summarize(name, queries, results, time.perf_counter() - began))
     return table
 
 
@@ -161,7 +161,7 @@ def main() -> None:
     queries, console = load_queries(), Console()
     settings = EngineSettings(dtype=args.dtype)
     with closing(open_local(settings)) as backend:
-        console.print(measure_worth(queries, backend))
+        console.print(measure_benefit(queries, backend))
     cost = Cost(queries, settings, args.tokens)
     batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
     console.print(measure_cost(cost, batch_sizes, args.rounds))

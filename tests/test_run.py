@@ -651,7 +651,7 @@ def test_garbage_lines_never_end_a_run(job: RunSettings, lines: list[bytes], ext
 
 @pytest.mark.slow
 def test_memory_is_bounded_on_a_large_file(tmp_path: Path) -> None:
-    """200,000 lines take less than 50 MB; benchmarks/pipeline.py measures their throughput."""
+    """200,000 lines take less than 50 MB; benchmarks.pipeline measures their throughput."""
     source = tmp_path / "in.jsonl"
     with source.open("w") as file:
         for number in range(200_000):

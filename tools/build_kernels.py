@@ -3,7 +3,7 @@
     python -m tools.build_kernels          # the variants that this CPU can run, if out of date
     python -m tools.build_kernels --all    # all variants of this architecture
 
-Uses the compiler that CC names, else cc, gcc or clang, else the `ziglang` package. hatch_build.py
+Uses the compiler in CC, otherwise cc, gcc or clang, otherwise the `ziglang` package. hatch_build.py
 calls `build` when a wheel is built or the package is installed in editable mode.
 """
 
@@ -40,7 +40,7 @@ FLAGS = (
 
 
 class BuildError(Exception):
-    """The kernels cannot be compiled; the text says why."""
+    """The kernels cannot be compiled; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class Target:
     Args:
         system: "linux", "darwin" or "windows".
         machine: "x86_64" or "aarch64".
-        zig: zig's name of it; None: this machine, with the system's compiler if there is one.
-        tag: platform tag of its wheels; None: that of this machine.
+        zig: its target name in zig; None for this machine, with the system's compiler if any.
+        tag: platform tag of its wheels; None for the tag of this machine.
     """
 
     system: str
@@ -87,11 +87,11 @@ def build(target: Target, folder: Path = FOLDER, runnable_only: bool = False) ->
 
     Args:
         target: what to build for.
-        folder: where the libraries go.
-        runnable_only: leave out variants that this CPU cannot run.
+        folder: the directory to write to.
+        runnable_only: skip variants that this CPU cannot run.
 
     Returns:
-        All libraries of the target, none if there are no kernels for its architecture.
+        All libraries of the target; empty if its architecture is not supported.
 
     Raises:
         BuildError: no compiler was found, or it failed.
@@ -165,7 +165,7 @@ def _is_current(path: Path) -> bool:
 
 
 def _compile(job: _Job) -> None:
-    """Under another name first: two builds at once, or one that is killed, leave no torn file."""
+    """Compile to a temporary file first, so that concurrent or killed builds leave no torn file."""
     job.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=job.path.parent, prefix=".build-") as folder:
         made = Path(folder) / job.path.name
@@ -178,7 +178,7 @@ def _compile(job: _Job) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--all", action="store_true", help="build variants this CPU cannot run, too"
+        "--all", action="store_true", help="also build variants that this CPU cannot run"
     )
     args = parser.parse_args()
     try:

@@ -1,7 +1,7 @@
 """Counts modules, packages and the imports between packages: python -m tools.import_graph [FOLDER].
 
-A package is a direct child of FOLDER (default: smolcli), a module at its top level included.
-Imports for type checkers only are left out.
+A package is a direct child of FOLDER (default: smolcli), which may be a single module. Imports
+under TYPE_CHECKING do not count.
 """
 
 import ast
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def imported(path: Path, root: str) -> Iterator[str]:
-    """Names, relative to the root package, of its modules that a file imports at run time."""
+    """The modules of the root package that a file imports at run time, relative to the root."""
     tree = ast.parse(path.read_text("utf-8"))
     typing_only = {
         inner
