@@ -18,8 +18,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
-from smolcli.bench.work import long_prompt
 
+from smolcli.bench.workload import long_prompt
 from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Model

@@ -128,7 +128,7 @@ def _kernel_job(target: Target, variant: Variant, dtype: str, folder: Path) -> _
     command += [f"-D{name}={int(value)}" for name, value in formats.items()]
     command += [*_defines(), str(FOLDER / "kernels.c"), str(FOLDER / "team.c")]
     if target.system == "windows":
-        command += ["-lsynchronization"]
+        command += ["-lapi-ms-win-core-synch-l1-2-0"]
     else:
         command += ["-lm", *(["-pthread"] if target.system == "linux" else [])]
     return _Job(library_path(f"{variant.name}-{dtype}", target.system, folder), command)
