@@ -26,7 +26,8 @@ from smolcli.batch.pipeline import answer_all
 from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
-from smolcli.protocol.query import load_json, parse_query, schema_format
+from smolcli.protocol.query import parse_query, schema_format
+from smolcli.protocol.strict_json import load_json
 from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults
 from smolcli.text.grammar import GrammarCompiler
 from smolcli.text.tokenizer import ChatTokenizer

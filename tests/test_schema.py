@@ -13,7 +13,8 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.openai import CompletionFields, error_code, error_object, parse_completion
-from smolcli.protocol.query import FIELDS, QueryFields, chat_id_of, load_json, parse_query
+from smolcli.protocol.query import FIELDS, QueryFields, chat_id_of, parse_query
+from smolcli.protocol.strict_json import load_json
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Message, Query, Sampling
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from smolcli.data.compression import without_codec_suffix
 from smolcli.errors import QueryError, UsageError
-from smolcli.protocol.query import load_json, shown
+from smolcli.protocol.strict_json import load_json, shown
 from smolcli.settings import InputFormat
 
 Kind = Literal["jsonl", "json", "csv", "tsv", "parquet"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError, UsageError
-from smolcli.protocol.query import FIELDS, QueryFields, load_json, whole_number
+from smolcli.protocol.query import FIELDS, QueryFields, whole_number
+from smolcli.protocol.strict_json import load_json
 from smolcli.settings import RowSettings
 from smolcli.types import ErrorCode
 

@@ -23,7 +23,7 @@ from smolcli.data.prompt_template import RowMapper
 from smolcli.data.rows import Row
 from smolcli.data.source import READ_ERRORS, Prefixed, open_source
 from smolcli.errors import InputError, QueryError, UsageError, error_reason
-from smolcli.protocol.query import load_json
+from smolcli.protocol.strict_json import load_json
 from smolcli.settings import RowSettings
 from smolcli.types import ErrorCode
 

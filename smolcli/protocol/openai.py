@@ -42,8 +42,8 @@ from smolcli.protocol.query import (
     forbid_violations,
     json_path,
     parse_query,
-    shown,
 )
+from smolcli.protocol.strict_json import shown
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, Usage
 

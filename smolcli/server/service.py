@@ -15,7 +15,7 @@ from flask import Response, request
 from smolcli.backends.base import Backend, Counters, Health
 from smolcli.errors import BackendError, ModelError, SmolError
 from smolcli.protocol.openai import model_name
-from smolcli.protocol.query import load_json
+from smolcli.protocol.strict_json import load_json
 from smolcli.server.access_log import current_record
 from smolcli.server.admission import AdmissionLimit, unavailable
 from smolcli.server.errors import HttpCode, HttpError

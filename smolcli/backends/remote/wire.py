@@ -7,7 +7,8 @@ from enum import StrEnum
 from typing import Any, TypeGuard
 
 from smolcli.errors import QueryError
-from smolcli.protocol.query import format_fields, load_json
+from smolcli.protocol.query import format_fields
+from smolcli.protocol.strict_json import load_json
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage, failure
 
 MAX_ERROR_CHARS = 1000

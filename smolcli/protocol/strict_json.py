@@ -1,0 +1,82 @@
+"""Strict JSON: no duplicate keys, NaN, infinities, lone surrogates or excessive nesting."""
+
+import json
+import math
+from typing import Any, NoReturn
+
+from smolcli.errors import QueryError
+from smolcli.types import ErrorCode
+
+MAX_DEPTH = 64  # nested arrays and objects
+MAX_SHOWN = 100  # characters of a user's text that an error message quotes
+
+
+def shown(text: str) -> str:
+    """Text from a user, short enough for an error message."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+# JSON.
+
+
+def load_json(text: bytes) -> object:
+    """Parse one I-JSON value (RFC 7493): no NaN, no infinities, no duplicate keys, no lone
+    surrogates.
+
+    Raises:
+        QueryError: with code `invalid_json`, saying what is wrong and at which column.
+    """
+    try:
+        value: object = _DECODER.decode(text.decode())
+        if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise RecursionError
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as exc:
+        _refuse_json(f"not UTF-8: byte {exc.start + 1} is 0x{text[exc.start]:02x}", exc)
+    except UnicodeEncodeError as exc:
+        _refuse_json("a string contains a lone surrogate (\\ud800 to \\udfff)", exc)
+    except json.JSONDecodeError as exc:
+        _refuse_json(f"{exc.msg.removesuffix(' at')} at column {exc.colno}", exc)
+    except RecursionError as exc:
+        _refuse_json(f"nested more than {MAX_DEPTH} levels deep", exc)
+    except ValueError as exc:
+        _refuse_json(str(exc).partition(";")[0], exc)
+    return value
+
+
+def _refuse_json(reason: str, cause: Exception) -> NoReturn:
+    raise QueryError(f"invalid JSON: {reason}", ErrorCode.INVALID_JSON) from cause
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)[:100]!r}")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return value
+
+
+def _depth(value: object) -> int:
+    """How many levels of arrays and objects a value nests."""
+    level, depth = [value], 0
+    while level := [v for v in level if isinstance(v, dict | list) and v]:
+        depth += 1
+        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite
+)
