@@ -168,13 +168,19 @@ def test_quotes_in_a_tsv_file_may_be_literal(tmp_path: Path, cell: str) -> None:
     ]
 
 
-def test_only_columns_in_use_must_be_unique(tmp_path: Path) -> None:
-    text = "id,review,notes,notes,chat_id\n1,Nice,a,b,7\n"
-    path = write(tmp_path / "x.csv", text)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_only_columns_in_use_must_be_unique(tmp_path: Path, suffix: str) -> None:
+    """In a Parquet file, the first of two columns used to be taken without a word."""
+    names, row = ["id", "review", "notes", "notes", "chat_id", "chat_id"], list("1Nab78")
+    path = write(tmp_path / f"x.{suffix}", f"{','.join(names)}\n{','.join(row)}\n")
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table([[cell] for cell in row], names=names), path)
     assert [item.chat_id for item in items(path, RowSettings("{review}", "id"))] == ["1"]
-    for ambiguous in (RowSettings("{notes}"), RowSettings("{review}", None, ("notes",))):
-        with pytest.raises(InputError, match="more than one column 'notes'"):
+    for ambiguous in (RowSettings("{notes}", "id"), RowSettings("{review}", "id", ("notes",))):
+        with pytest.raises(UsageError, match=f"x.{suffix}: more than one column is named 'notes'"):
             items(path, ambiguous)
+    with pytest.raises(UsageError, match="more than one column is named 'chat_id'"):
+        items(path, RowSettings("{review}"))
 
 
 def test_table_cells_of_spreadsheets_are_understood(tmp_path: Path) -> None:
@@ -188,9 +194,7 @@ def test_table_cells_of_spreadsheets_are_understood(tmp_path: Path) -> None:
 FLAGS = ["TRUE", "True", "1.0", "False", "0"]
 
 
-@pytest.mark.parametrize(
-    ("data", "said"), [("", "empty"), ("a,a\n", "more than one column 'a'"), ('"a\n', "header")]
-)
+@pytest.mark.parametrize(("data", "said"), [("", "empty"), ('"a\n', "header")])
 def test_invalid_header_is_refused(tmp_path: Path, data: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         cells(write(tmp_path / "x.csv", data))

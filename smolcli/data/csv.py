@@ -23,8 +23,9 @@ def read_csv(
     """Yield the rows below the header, numbered by the line on which they begin.
 
     After an invalid row, reading continues with the line after the row's first one. Empty cells are
-    None. In a tab-separated file, a cell that begins with a quote but is not a quoted cell is taken
-    literally, because most programs that write such files never quote.
+    None. A first line such as `sep=;`, which tells Excel the delimiter, is skipped. In a
+    tab-separated file, a cell that begins with a quote but is not a quoted cell is taken literally,
+    because most programs that write such files never quote.
 
     Args:
         file: to read from, in UTF-8.
@@ -33,17 +34,13 @@ def read_csv(
         choose: selects the columns to read from the names of all of them.
 
     Raises:
-        InputError: the file or its header cannot be read, or two of the columns to read have the
-            same name.
+        InputError: the file or its header cannot be read.
     """
     csv.field_size_limit(MAX_LINE_BYTES)
     source = _Source(physical_lines(file, path))
     rows = _rows(source, delimiter)
     header = _header(path, rows)
-    chosen = choose(header)
-    if repeated := [name for name in chosen if header.count(name) > 1 and chosen.count(name) > 1]:
-        raise InputError(f"{path} has more than one column {repeated[0]!r}")
-    columns = {name: header.index(name) for name in chosen}
+    columns = {name: header.index(name) for name in choose(header)}
     for number, cells in rows:
         if delimiter == "\t" and (isinstance(cells, QueryError) or len(cells) != len(header)):
             cells = source.literal_row(len(header)) or cells
@@ -52,6 +49,8 @@ def read_csv(
 
 def _header(path: Path, rows: Iterator[tuple[int, Cells]]) -> list[str]:
     _, header = next(rows, (0, []))
+    if header == ["sep=", ""]:  # tells Excel the delimiter
+        _, header = next(rows, (0, []))
     if isinstance(header, QueryError):
         raise InputError(f"cannot read the header of {path}: {header}")
     if not header:

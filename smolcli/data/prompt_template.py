@@ -157,21 +157,25 @@ class RowMapper:
         self._json_fields = _json_fields()
 
     def choose(self, header: Sequence[str]) -> list[str]:
-        """The columns of a table to read; ambiguous names occur twice.
+        """The columns of a table to read.
 
         Raises:
-            UsageError: a column that every row needs is missing.
+            UsageError: a column that every row needs is missing, or two have the same name.
         """
         for column in self._needed:
             if column not in header:
                 raise UsageError(no_column(column, header))
-        if self._template is not None:
-            return [name for name in header if name in (*self._needed, "chat_id")]
-        if not {"user_prompt", "messages"} & set(header):
-            raise UsageError(f"no column named 'user_prompt'; {options_hint(header)}")
-        used = {*FIELDS, *self._needed}
-        repeated = [name for name in header if name in used and header.count(name) > 1]
-        return [*dict.fromkeys(name for name in header if name), *repeated[1:]]
+        if self._template is None:
+            if not {"user_prompt", "messages"} & set(header):
+                raise UsageError(f"no column named 'user_prompt'; {options_hint(header)}")
+            used, chosen = {*FIELDS, *self._needed}, [name for name in header if name]
+        else:
+            used = {*self._needed, *(["chat_id"] if self._id_column is None else [])}
+            chosen = [name for name in header if name in used]
+        for name in chosen:
+            if name in used and header.count(name) > 1:
+                raise UsageError(f"more than one column is named {name!r}")
+        return list(dict.fromkeys(chosen))
 
     def query_of_cells(self, row: Row) -> Row:
         """The query of a table's row: cells are parsed as JSON where the field is not a string."""
