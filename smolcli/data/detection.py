@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,8 @@ _KINDS: dict[InputFormat, Kind] = {
     "tsv": "tsv",
     "parquet": "parquet",
 }
+# The first line of a CSV file that tells Excel the delimiter.
+_STATED_DELIMITER = re.compile(rb"sep=([!#-~\t])\r?\n")
 _PARQUET_MAGIC = b"PAR1"
 _UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Excel workbook; extract it, or export it as CSV",
@@ -98,8 +101,8 @@ def detect_kind(sample: Sample, path: Path, input_format: InputFormat) -> Kind:
     if first.startswith(_PARQUET_MAGIC):
         return "parquet"
     reject_unsupported(first, path)
-    if first == b"{":
-        return "json"
+    if first == b"{" or (first.startswith(b"{") and b"\r" in first and b"\n" not in sample.head):
+        return "json"  # the latter has lines that end in carriage returns
     if first.startswith(b"[") and _is_array(first, lines):
         return "json"
     if input_format in ("smol", "openai"):
@@ -134,37 +137,48 @@ def guess_delimiter(sample: Sample) -> str:
     for _ in sample.lines():
         pass
     found = _guess_delimiter(sample.head, sample.is_whole)
-    if found is None:  # one column only, or rows that do not fit the header
+    if found is None:  # one column only, or most rows do not fit the header
         header = sample.head.partition(b"\n")[0].decode(errors="replace")
         counts = {delimiter: header.count(delimiter) for delimiter in DELIMITERS}
         found = max(DELIMITERS, key=lambda each: (each == "," and counts[each] > 0, counts[each]))
-    return found if found in DELIMITERS else ","
+    return found
 
 
 def _guess_delimiter(head: bytes, is_whole: bool) -> str | None:
-    """The delimiter that splits all rows of a sample into the same number of cells, at least 2."""
-    text = head.decode(errors="replace")
-    for delimiter in DELIMITERS:
-        try:
-            rows = [row for row in csv.reader(io.StringIO(text, ""), delimiter=delimiter) if row]
-        except csv.Error:
-            continue
-        if not is_whole and len(rows) > 1:
-            rows.pop()  # it may be cut off
-        if len(rows) > 1 and len(rows[0]) > 1 and len({len(row) for row in rows}) == 1:
-            return delimiter
-    return None
+    """The delimiter that splits the rows of a sample into as many cells as the header has.
+
+    It need not fit every row: an invalid one does not decide.
+    """
+    if stated := _STATED_DELIMITER.match(head):
+        return stated[1].decode()
+    shares = {delimiter: _share_that_fits(head, is_whole, delimiter) for delimiter in DELIMITERS}
+    best = max(DELIMITERS, key=lambda each: shares[each])
+    return best if shares[best] > 0.5 else None
+
+
+def _share_that_fits(head: bytes, is_whole: bool, delimiter: str) -> float:
+    """The share of rows with as many cells as the header; 0 if that is a single cell."""
+    text = io.StringIO(head.decode(errors="replace"), newline="")
+    try:
+        header, *rows = [row for row in csv.reader(text, delimiter=delimiter) if row] or [[]]
+    except csv.Error:
+        return 0.0
+    if not is_whole and rows:
+        rows.pop()  # it may be cut off
+    if len(header) < 2 or not rows:
+        return 0.0
+    return sum(len(row) == len(header) for row in rows) / len(rows)
 
 
 def _is_array(first: bytes, lines: Iterator[bytes]) -> bool:
-    """Whether a first line that begins with a bracket starts an array of objects.
+    """Whether a first line that begins with a bracket starts an array, whatever its elements are.
 
     Otherwise it is an invalid line, such as a log line or an array in place of an object.
     """
-    rest = first[1:].lstrip() or next(lines, b"")
-    if not rest.startswith((b"{", b"]")):
-        return False
-    return not _is_json(first) or next(lines, None) is None
+    if _is_json(first):
+        return next(lines, None) is None
+    rest = first[1:].lstrip()
+    return not rest or rest.startswith((b"{", b"]"))
 
 
 def _is_object(line: bytes, seen: list[bytes]) -> bool:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
+from typing import Any
 
 from smolcli.data.csv import read_csv
 from smolcli.data.detection import (
@@ -21,7 +22,7 @@ from smolcli.data.jsonl import MAX_LINE_BYTES, Line, is_stream, nonblank_lines
 from smolcli.data.parquet import read_parquet
 from smolcli.data.prompt_template import RowMapper
 from smolcli.data.rows import Row
-from smolcli.data.source import READ_ERRORS, Prefixed, open_source
+from smolcli.data.source import READ_ERRORS, Prefixed, open_source, read_some
 from smolcli.errors import InputError, QueryError, UsageError, error_reason
 from smolcli.protocol.strict_json import load_json
 from smolcli.settings import RowSettings
@@ -41,6 +42,21 @@ class _Input:
         """The JSON text of each row."""
         read = json_values if self.kind == "json" else nonblank_lines
         return read(self.file, self.path)
+
+
+class _CarriageReturns(io.RawIOBase):
+    """A file whose lines end in carriage returns, as old Macs and some spreadsheets write them."""
+
+    def __init__(self, file: BufferedIOBase) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = read_some(self._file, len(buffer)).replace(b"\r", b"\n")
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def read_rows(path: Path, settings: RowSettings, after: int = 0) -> Iterator[Row]:
@@ -109,6 +125,7 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
         try:
             kind = kind or detect_kind(sample, path, settings.input_format)
             if kind in ("csv", "tsv"):
+                next(sample.lines(), None)
                 delimiter = settings.delimiter or _delimiter(kind, sample)
                 reject_unsupported(sample.head, path)
             else:
@@ -118,6 +135,8 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
         if kind == "parquet" and is_stream(path):
             raise UsageError(f"{path}: Parquet cannot be read from a pipe; pass a file")
         rest = io.BufferedReader(Prefixed(sample.head, file))
+        if kind in ("csv", "tsv") and b"\r" in sample.head and b"\n" not in sample.head:
+            rest = io.BufferedReader(_CarriageReturns(rest))
         yield _Input(path, kind, rest, delimiter)
 
 
