@@ -1,10 +1,10 @@
-"""How generation holds up beside other programs: throughput beside busy loops.
+"""Generation throughput on a machine that is busy with other programs.
 
     python -m benchmarks.busy
     python -m benchmarks.busy --runs 5 --levels 0,1,2,4,2n
 
-A level is a number of busy loops of normal priority; `2n` is two loops at nice 19. Levels take
-turns in every run, so that a slow phase of the machine affects all of them.
+A level is a number of busy loops of normal priority; `2n` is two loops at nice 19. Levels
+alternate in every run, so that a slow phase of the machine affects all of them.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PROMPT_WORDS = 20
 
 @contextmanager
 def busy_loops(level: str) -> Iterator[None]:
-    """Other programs that compute all the time."""
+    """Run programs that keep the CPU busy."""
     nice = ["nice", "-n", "19"] if level.endswith("n") else []
     command = [*nice, sys.executable, "-c", "while True: pass"]
     loops = [subprocess.Popen(command) for _ in range(int(level.rstrip("n")))]

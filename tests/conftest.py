@@ -1,4 +1,4 @@
-"""Models for tests: the real one, and a tiny random Llama that runs the real code."""
+"""Fixtures: the real model, a tiny random Llama that runs the same code, and an isolated home."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(autouse=True)
 def _closed_logs() -> Iterator[None]:
-    """A command logs to the stderr that its test runner gave it, which is closed by now."""
+    """Drop log handlers of a finished command, whose stderr has been closed."""
     yield
     root = logging.getLogger()
     for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
@@ -104,7 +104,7 @@ def tiny_gguf(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store and a Hugging Face cache of the test's own, and a Hub that refuses connections."""
+    """An empty store and Hugging Face cache for one test, and a Hub that refuses connections."""
     from huggingface_hub import constants
 
     monkeypatch.setenv("SMOL_HOME", str(tmp_path / "home"))
@@ -114,15 +114,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_settings_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests may have a config file."""
+def no_user_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignore the config file of the user who runs the tests."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-settings"))
     monkeypatch.delenv("SMOL_CONFIG", raising=False)
 
 
 @pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
-    """After each test, every thread of ours has ended."""
+    """Check after each test that all of smol's threads have ended."""
     yield
     deadline = time.monotonic() + LEAK_GRACE_S
     while leaked := [t.name for t in threading.enumerate() if t.name.startswith("smol-")]:
@@ -131,7 +131,7 @@ def no_thread_left() -> Iterator[None]:
 
 
 def _save_tiny_tokenizer(folder: Path) -> int:
-    """Write a byte-level BPE tokenizer with all 256 bytes and some merges; gives its size."""
+    """Write a byte-level BPE tokenizer with all 256 bytes and some merges; returns its size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

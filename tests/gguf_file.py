@@ -96,7 +96,7 @@ def _permuted(name: str, weight, config):
 
 
 def add_sentencepiece(writer, folder: Path) -> None:
-    """A vocabulary as Llama 2 has it: scores in place of merges, spaces as letters."""
+    """Add a vocabulary like that of Llama 2: scores in place of merges, spaces as letters."""
     size = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += [

@@ -9,7 +9,7 @@ from model_stores import COMMIT, MODEL
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """The few routes of the Hub that a download takes; `folder` is the one model's."""
+    """The few routes of the Hub that a download needs; `folder` contains the only model."""
 
     folder: Path
     requested: list[str]
@@ -49,4 +49,4 @@ class FakeHub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Requests are not talked about."""
+        """Do not log requests."""

@@ -1,4 +1,4 @@
-"""Models for engine tests, in every way that this machine can compute them."""
+"""Models for engine tests, on every implementation that this machine supports."""
 
 from dataclasses import replace
 from pathlib import Path

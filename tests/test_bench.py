@@ -1,4 +1,4 @@
-"""`smol bench` times real work, and says what it found in every form."""
+"""`smol bench`: measurements of real work, as a table, JSON and a plot."""
 
 import json
 from pathlib import Path
@@ -30,8 +30,10 @@ SMALL = (
 )
 
 
-def test_a_benchmark_against_transformers(tiny_folder: Path, tmp_path: Path) -> None:
-    """Both systems do all of the work, and the table, the JSON and the picture agree."""
+def test_smol_and_transformers_are_measured_on_the_same_work(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Both systems do all of the work, and the table, the JSON and the plot agree."""
     out, picture, peers = tmp_path / "b.json", tmp_path / "b.svg", tmp_path / "peers"
     peers.write_text('{"system": "other", "tokens": 100, "tokens_per_second": 50.0}\n')
     files = ("--json", out, "--plot", picture, "--peers", peers)
@@ -55,20 +57,20 @@ def test_a_benchmark_against_transformers(tiny_folder: Path, tmp_path: Path) -> 
     assert "<svg" in picture.read_text()
 
 
-def test_medians_keep_the_order_and_the_middle() -> None:
+def test_medians_keep_the_order_of_the_work() -> None:
     slow, middle, fast = (Reading("a", "batch", 8, 100, s) for s in (4.0, 2.0, 1.0))
     other = Reading("b", "batch", 8, 100, 3.0)
     assert medians([slow, other, fast, middle]) == [middle, other]
 
 
-def test_no_prompt_is_in_a_cache_and_no_answer_is_another_s() -> None:
+def test_no_prompt_or_answer_is_reused() -> None:
     queries = [*reference(), *stories(128), *(long_prompt(64, turn) for turn in range(9))]
     prompts = [query.messages[-1].content for query in queries]
     assert len(set(prompts)) == len(prompts)
     assert len({prompt[:2] for prompt in prompts[-9:]}) == 9
 
 
-def test_a_question_that_fails_ends_it() -> None:
+def test_a_failed_query_ends_the_benchmark() -> None:
     class Failing(EchoBackend):
         def answer(self, query: Query) -> Result:
             return failure(query, "no luck", ErrorCode.INTERNAL)
@@ -85,6 +87,6 @@ def test_a_question_that_fails_ends_it() -> None:
         (("--peers", "nothing"), 1, "nothing does not contain the output"),
     ],
 )
-def test_what_makes_no_sense(args: tuple[str, str], code: int, sentence: str) -> None:
+def test_invalid_options_are_usage_errors(args: tuple[str, str], code: int, sentence: str) -> None:
     done = CliRunner().invoke(app, ["bench", *args], obj=EchoBackend)
     assert (done.exit_code, sentence in done.stderr) == (code, True), done.stderr

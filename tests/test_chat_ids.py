@@ -27,7 +27,7 @@ def test_ids_survive_the_growth_of_the_table() -> None:
 
 
 def test_an_id_takes_at_most_16_bytes() -> None:
-    """A set of 16-byte digests took 98 bytes for each id."""
+    """A set of 16-byte digests used to take 98 bytes per id."""
     tracemalloc.start()
     try:
         ids = ChatIds()

@@ -1,4 +1,4 @@
-"""The command line: what goes to stdout, what to stderr, and what the exit code says."""
+"""The command line: stdout, stderr and exit codes."""
 
 import json
 import os
@@ -31,12 +31,12 @@ OpenBackend = Callable[[EngineSettings], EchoBackend]
 
 
 def smol(*args: object, backend: OpenBackend = EchoBackend, **options: Any) -> Result:
-    """`smol` in this process; the context object opens its backends."""
+    """Run `smol` in this process; the context object opens its backends."""
     return CliRunner().invoke(app, [str(arg) for arg in args], obj=backend, **options)
 
 
 def process(*args: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    """`smol` in a process of its own."""
+    """Run `smol` in a separate process."""
     command = [sys.executable, "-m", "smolcli", *(str(arg) for arg in args)]
     if "input" not in options:
         options.setdefault("stdin", subprocess.DEVNULL)
@@ -45,14 +45,14 @@ def process(*args: object, **options: Any) -> subprocess.CompletedProcess[bytes]
 
 @pytest.fixture
 def queries(tmp_path: Path) -> Path:
-    """A file of one good line."""
+    """A file with one valid line."""
     path = tmp_path / "queries.jsonl"
     path.write_bytes(GOOD)
     return path
 
 
 class Seen(EchoBackend):
-    """Keeps the settings and the queries it was given."""
+    """Records the settings and queries that it receives."""
 
     settings_seen: EngineSettings
     queries_seen: list[Query]
@@ -77,13 +77,13 @@ def test_version() -> None:
     assert smol("--version").stdout == f"smol {__version__}\n"
 
 
-def test_without_a_command_there_is_help() -> None:
+def test_help_is_shown_without_a_command() -> None:
     help_text = smol().output
     for command in ("run", "ask", "pull"):
         assert command in help_text
 
 
-def test_help_is_quick_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "smolcli", "run", "--help"],
         capture_output=True,
@@ -104,7 +104,7 @@ def test_a_check_does_not_import_torch(queries: Path) -> None:
     assert not imported & {b"torch", b"transformers", b"numpy"}
 
 
-def test_every_line_answered_is_0_some_failed_is_3(queries: Path) -> None:
+def test_exit_code_is_0_if_all_lines_are_answered_and_3_if_some_fail(queries: Path) -> None:
     done = smol("run", queries)
     assert (done.exit_code, done.stdout) == (0, "")
     assert "answered" in done.stderr
@@ -119,7 +119,7 @@ def test_every_line_answered_is_0_some_failed_is_3(queries: Path) -> None:
     assert smol("run", queries).exit_code == 3
 
 
-def test_a_run_that_failed_is_1_and_says_why_and_how_to_go_on(queries: Path) -> None:
+def test_a_failed_run_exits_with_1_and_explains_how_to_resume(queries: Path) -> None:
     done = smol("run", queries, backend=lambda settings: DyingBackend(num_answers=0))
     assert done.exit_code == 1
     assert "0 results are in" in done.stderr
@@ -135,19 +135,19 @@ def test_a_run_that_failed_is_1_and_says_why_and_how_to_go_on(queries: Path) -> 
         (["--max-new-tokens", "0"], "max_new_tokens must be a positive integer"),
         (["--seed", "-1"], "seed must be an integer from 0 to 2^63 - 1"),
         (["--limit", "0"], "--limit"),
-        (["--threads", "100000"], "--threads"),  # torch died of it: a segmentation fault
+        (["--threads", "100000"], "--threads"),  # used to crash torch with a segmentation fault
         (["--dtype", "float16"], "--dtype"),
         (["--no-such-option"], "--no-such-option"),
         (["-o", "no/such/folder/out"], "cannot write no/such/folder/out"),
     ],
 )
-def test_wrong_usage_is_2(queries: Path, args: list[str], said: str) -> None:
+def test_wrong_usage_exits_with_2(queries: Path, args: list[str], said: str) -> None:
     done = smol("run", queries, *args)
     assert done.exit_code == 2
     assert said in done.stderr
 
 
-def test_other_settings_than_before_are_wrong_usage(queries: Path) -> None:
+def test_resuming_with_other_settings_is_wrong_usage(queries: Path) -> None:
     smol("run", queries, "--seed", 1)
     done = smol("run", queries, "--seed", 2)
     assert done.exit_code == 2
@@ -155,7 +155,7 @@ def test_other_settings_than_before_are_wrong_usage(queries: Path) -> None:
     assert "--overwrite" in done.stderr
 
 
-def test_quiet_says_nothing_but_errors(queries: Path) -> None:
+def test_quiet_prints_errors_only(queries: Path) -> None:
     assert smol("run", queries, "--quiet").output == ""
     queries.write_bytes(b"")
     assert smol("run", queries, "--quiet").stderr.count("\n") == 1
@@ -198,7 +198,7 @@ def test_the_environment_sets_options(
     assert seen.settings_seen.max_batch_size == 2
 
 
-def test_every_option_has_its_variable() -> None:
+def test_every_option_has_an_environment_variable() -> None:
     for command in ("run", "ask"):
         help_text = smol(command, "--help", env={"COLUMNS": "200"}).output
         flags = [line.split()[1] for line in help_text.splitlines() if line.startswith("│ --")]
@@ -215,7 +215,7 @@ def test_limit_extra_fields_and_timings(queries: Path) -> None:
     assert result["timings"] == {"queue_s": 0.0, "first_token_s": 0.01, "total_s": 0.02}
 
 
-def test_failed_lines_are_split_off_and_asked_again(queries: Path) -> None:
+def test_failed_lines_are_moved_and_retried(queries: Path) -> None:
     def failing(settings: EngineSettings) -> EchoBackend:
         backend = EchoBackend(settings)
         backend.answer = lambda query: failure(query, "no luck", ErrorCode.INTERNAL)  # type: ignore[method-assign]
@@ -232,7 +232,7 @@ def test_failed_lines_are_split_off_and_asked_again(queries: Path) -> None:
 
 @pytest.fixture
 def schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A file that holds one, and beside it a module with a pydantic model of the same."""
+    """A schema file, next to a module with an equivalent pydantic model."""
     monkeypatch.chdir(tmp_path)
     Path("trips.py").write_text("import pydantic\nclass Trip(pydantic.BaseModel): end: str\n")
     Path("broken.py").write_text("1 / 0")
@@ -243,8 +243,8 @@ def schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(path)
 
 
-def test_a_schema_is_that_of_every_answer(queries: Path, schema: str) -> None:
-    """But of one that says otherwise; another schema, or none, does not go on with the output."""
+def test_schema_applies_to_every_answer(queries: Path, schema: str) -> None:
+    """Except answers that set their own; the output is not resumed with another schema, or none."""
     queries.write_bytes(
         GOOD + b'{"chat_id": "2", "user_prompt": "x", "response_format": {"type": "text"}}\n'
     )
@@ -274,7 +274,7 @@ def test_a_schema_is_that_of_every_answer(queries: Path, schema: str) -> None:
         ("broken:Trip", "ZeroDivisionError"),
     ],
 )
-def test_what_is_no_schema_is_refused_at_once(
+def test_invalid_schema_is_rejected_before_the_run(
     queries: Path, schema: str, value: str, reason: str
 ) -> None:
     done = smol("run", queries, "--schema", value)
@@ -304,7 +304,9 @@ def test_check_lists_every_bad_line_and_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "num_calls"), [([], 1), (["--no-dedupe"], 2)])
-def test_equal_questions_are_asked_once(tmp_path: Path, options: list[str], num_calls: int) -> None:
+def test_equal_queries_are_computed_once(
+    tmp_path: Path, options: list[str], num_calls: int
+) -> None:
     same = tmp_path / "same.jsonl"
     same.write_bytes(GOOD + GOOD.replace(b'"1"', b'"2"'))
     done = smol("run", same, *options)
@@ -315,12 +317,12 @@ def test_equal_questions_are_asked_once(tmp_path: Path, options: list[str], num_
 
 
 @pytest.mark.parametrize("name", ["queries", "multi_turn", "settings"])
-def test_the_good_samples_are_good(name: str) -> None:
+def test_sample_queries_are_valid(name: str) -> None:
     done = smol("run", SAMPLES / f"{name}.jsonl", "--check")
     assert (done.exit_code, done.stdout) == (0, "")
 
 
-def test_the_mixed_sample_has_every_kind_of_bad_line(tmp_path: Path) -> None:
+def test_mixed_sample_has_every_kind_of_invalid_line(tmp_path: Path) -> None:
     smol("run", SAMPLES / "mixed.jsonl", "-o", tmp_path / "out")
     lines = (tmp_path / "out").read_bytes().splitlines()
     codes = {json.loads(line).get("error_code") for line in lines}
@@ -330,7 +332,7 @@ def test_the_mixed_sample_has_every_kind_of_bad_line(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_check_knows_the_prompts_that_do_not_fit(queries: Path, tiny_folder: Path) -> None:
+def test_check_finds_prompts_that_are_too_long(queries: Path, tiny_folder: Path) -> None:
     long = json.dumps({"chat_id": "2", "user_prompt": "word " * 5000}).encode()
     queries.write_bytes(GOOD + long)
     done = process("run", queries, "--check", "--model", tiny_folder)
@@ -341,7 +343,7 @@ def test_check_knows_the_prompts_that_do_not_fit(queries: Path, tiny_folder: Pat
     assert b"prompt lengths not checked" in done.stderr
 
 
-def test_ask_prints_the_answer_alone() -> None:
+def test_ask_prints_only_the_answer() -> None:
     done = smol("ask", "Hi there", "--seed", 1)
     assert done.exit_code == 0
     assert done.stdout.startswith("Hi there (")
@@ -389,7 +391,7 @@ def test_ask_without_a_question_is_wrong_usage() -> None:
     assert "cannot be empty" in done.stderr
 
 
-def test_ask_that_fails_says_why_on_stderr() -> None:
+def test_failed_ask_prints_the_reason_to_stderr() -> None:
     class Failing(EchoBackend):
         def answer(self, query: Query) -> Any:
             return failure(query, "the prompt is too long", ErrorCode.PROMPT_TOO_LONG)
@@ -422,7 +424,9 @@ def test_ask_streams_to_a_terminal(tiny_folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_interrupted_is_130_and_the_same_command_goes_on(tmp_path: Path, tiny_folder: Path) -> None:
+def test_interrupted_run_exits_with_130_and_can_be_resumed(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text(
         "".join(
@@ -448,7 +452,7 @@ def test_interrupted_is_130_and_the_same_command_goes_on(tmp_path: Path, tiny_fo
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes")
-def test_whoever_reads_stdout_may_leave(queries: Path, tiny_folder: Path) -> None:
+def test_closed_stdout_ends_the_run_quietly(queries: Path, tiny_folder: Path) -> None:
     queries.write_bytes(b"".join(b'{"chat_id": "%d"}\n' % number for number in range(20_000)))
     command = [sys.executable, "-m", "smolcli", "run", str(queries), "-o", "-", "--quiet"]
     with subprocess.Popen(

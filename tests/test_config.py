@@ -1,4 +1,4 @@
-"""The config file: flags win over the environment, that over the file, that over defaults."""
+"""The config file, which the environment and flags override."""
 
 import sys
 from pathlib import Path
@@ -27,8 +27,8 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def asked(*args: object, **options: object) -> Seen:
-    """What a backend saw of `smol ... ask Hi`."""
+def seen_by_backend(*args: object, **options: object) -> Seen:
+    """The settings and query that a backend receives from `smol ... ask Hi`."""
     seen, open_backend = Seen.opener()
     done = smol(*args, backend=open_backend, **options)
     assert done.exit_code == 0, done.stderr
@@ -43,22 +43,22 @@ def asked(*args: object, **options: object) -> Seen:
         ([], {}, 7),
     ],
 )
-def test_flags_win_over_the_environment_and_that_over_the_file(
+def test_flags_override_the_environment_which_overrides_the_file(
     config: Path, flags: list[object], variables: dict[str, str], tokens: int
 ) -> None:
-    seen = asked("--config", config, "ask", "Hi", *flags, env=variables)
+    seen = seen_by_backend("--config", config, "ask", "Hi", *flags, env=variables)
     assert seen.queries_seen[0].sampling.max_new_tokens == tokens
     assert seen.settings_seen.threads == 2
 
 
-def test_a_table_is_for_its_command_alone(config: Path) -> None:
-    asking = asked("--config", config, "ask", "Hi").queries_seen[0].sampling
+def test_a_table_applies_to_its_command_only(config: Path) -> None:
+    asking = seen_by_backend("--config", config, "ask", "Hi").queries_seen[0].sampling
     assert (asking.top_k, asking.temperature) == (5, 0.5)
-    talking = asked("--config", config, "chat", input="Hi\n").queries_seen[0].sampling
+    talking = seen_by_backend("--config", config, "chat", input="Hi\n").queries_seen[0].sampling
     assert (talking.top_k, talking.max_new_tokens) == (0, 7)
 
 
-def test_what_is_on_can_be_turned_off(tmp_path: Path) -> None:
+def test_a_flag_of_the_file_can_be_turned_off(tmp_path: Path) -> None:
     path, queries = tmp_path / "c.toml", tmp_path / "in.jsonl"
     path.write_text("dedupe = false\ntimings = true\n")
     queries.write_text('{"chat_id": 1, "user_prompt": "Hi"}\n{"chat_id": 2, "user_prompt": "Hi"}\n')
@@ -70,19 +70,19 @@ def test_what_is_on_can_be_turned_off(tmp_path: Path) -> None:
     assert "timings" in output.read_text()
 
 
-def test_the_variable_names_a_file_too(config: Path) -> None:
-    seen = asked("ask", "Hi", env={"SMOL_CONFIG": str(config)})
+def test_environment_variable_names_the_file(config: Path) -> None:
+    seen = seen_by_backend("ask", "Hi", env={"SMOL_CONFIG": str(config)})
     assert seen.settings_seen.threads == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where Linux keeps settings")
-def test_the_users_own_file_is_found(tmp_path: Path) -> None:
+def test_file_in_the_users_config_directory_is_found(tmp_path: Path) -> None:
     folder = tmp_path / "settings" / "smol"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text("threads = 3\n")
     own = {"XDG_CONFIG_HOME": str(tmp_path / "settings")}
-    assert asked("ask", "Hi", env=own).settings_seen.threads == 3
-    assert asked("--config", "/dev/null", "ask", "Hi", env=own).settings_seen.threads == 0
+    assert seen_by_backend("ask", "Hi", env=own).settings_seen.threads == 3
+    assert seen_by_backend("--config", "/dev/null", "ask", "Hi", env=own).settings_seen.threads == 0
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_users_own_file_is_found(tmp_path: Path) -> None:
         (None, "cannot read the config file"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, text: str | None, said: str) -> None:
+def test_errors_in_a_file_are_explained(tmp_path: Path, text: str | None, said: str) -> None:
     path = tmp_path / "bad.toml"
     if text is not None:
         path.write_bytes(text.encode(errors="surrogateescape"))

@@ -116,7 +116,7 @@ class Terminal(io.StringIO):
 
 
 def test_status_line_shows_the_steps_of_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run showed nothing, or a bar at zero, while its model was downloaded and loaded."""
+    """A run used to show nothing, or a bar at zero, while its model was downloaded and loaded."""
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     monkeypatch.setenv("TERM", "xterm")
     logger = logging.getLogger("smolcli.backends.local")

@@ -1,4 +1,4 @@
-"""smol doctor and smol models: what is here, whether it is whole, and what to do if not."""
+"""`smol doctor` and `smol models`: installed models, damage and remedies."""
 
 import json
 import re
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("home")
 
 
 def doctor(*args: object) -> tuple[int, dict[str, dict[str, str]]]:
-    """The exit code, and what was found by name."""
+    """Run `smol doctor`; returns the exit code and the findings by name."""
     done = smol("doctor", "--json", *args)
     found = json.loads(done.stdout)
     assert found["ok"] is (done.exit_code == 0)
@@ -25,13 +25,13 @@ def doctor(*args: object) -> tuple[int, dict[str, dict[str, str]]]:
 
 
 def install(tiny_folder: Path, home: Path) -> Path:
-    """Put the tiny model into the store as `smol` does; gives its folder."""
+    """Install the tiny model into the store; returns its folder."""
     contents = {path.name: path.read_bytes() for path in tiny_folder.iterdir()}
     store_sent_model(ModelFiles(MODEL, tiny_folder, "abc", "test"), contents)
     return home / "models" / "shipped--abc"
 
 
-def test_all_is_well_where_the_model_is(tiny_folder: Path) -> None:
+def test_everything_is_ok_with_a_model(tiny_folder: Path) -> None:
     code, found = doctor("--model", tiny_folder, "--dtype", "float32", "--max-batch-size", 5)
     assert code == 0
     assert {"python", "packages", "torch", "machine", "gpu", "disk", "model", "memory"} <= set(
@@ -43,7 +43,7 @@ def test_all_is_well_where_the_model_is(tiny_folder: Path) -> None:
     assert found["hub"]["status"] == "note"
 
 
-def test_without_a_model_and_a_hub_nothing_can_run(home: Path) -> None:
+def test_missing_model_without_a_hub_is_fatal(home: Path) -> None:
     code, found = doctor()
     assert code == 1
     assert (found["model"]["status"], found["model"]["remedy"]) == ("bad", "smol pull")
@@ -65,13 +65,13 @@ def test_damaged_model_is_detected(home: Path, tiny_folder: Path) -> None:
     assert "model.safetensors is damaged" in doctor("--model", MODEL)[1]["model"]["detail"]
 
 
-def test_a_device_that_is_not_there_is_bad(tiny_folder: Path) -> None:
+def test_missing_device_is_fatal(tiny_folder: Path) -> None:
     code, found = doctor("--model", tiny_folder, "--device", "cuda:99")
     assert code == 1
     assert found["resolved"]["status"] == "bad"
 
 
-def test_the_text_has_the_remedies(tiny_folder: Path) -> None:
+def test_text_output_includes_remedies(tiny_folder: Path) -> None:
     done = smol("doctor", "--model", tiny_folder)
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
@@ -127,7 +127,7 @@ def test_unknown_model_name_lists_the_models_in_the_store(home: Path, tiny_folde
         ("smol ask --max-n", 2, ["--max-new-tokens"]),
     ],
 )
-def test_a_shell_completes(
+def test_shell_completion(
     home: Path, tiny_folder: Path, typed: str, index: int, completed: list[str]
 ) -> None:
     fill_store(home, tiny_folder)

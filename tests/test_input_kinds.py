@@ -1,4 +1,4 @@
-"""What an input is: compression, encoding, and JSON lines, JSON arrays or tables by content."""
+"""Detection of compression, encoding, and JSON lines, JSON arrays or tables by content."""
 
 import bz2
 import gzip
@@ -167,7 +167,7 @@ OBJECTS = st.lists(st.dictionaries(st.text(st.characters(codec="utf-8")), VALUES
 
 
 class Trickle(io.BytesIO):
-    """Gives a few bytes at a time, as a pipe may."""
+    """Returns a few bytes at a time, as a pipe may."""
 
     def __init__(self, data: bytes, size: int) -> None:
         super().__init__(data)
@@ -277,7 +277,7 @@ def test_input_format_can_be_stated(tmp_path: Path, input_format: Any, data: str
 
 
 def test_line_format_can_be_stated(tmp_path: Path) -> None:
-    """Every line fails as one of the format that is insisted on."""
+    """Every line is parsed in the stated format, and fails."""
     path = write(tmp_path / "in.jsonl", LINES)
     args = ["run", str(path), "--input-format", "openai", "-o", str(tmp_path / "out.jsonl")]
     done = CliRunner().invoke(app, args, obj=EchoBackend)

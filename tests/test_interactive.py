@@ -1,4 +1,4 @@
-"""smol chat: what it remembers, what it saves, and what an interrupt stops."""
+"""`smol chat`: conversation state, saving and interrupts."""
 
 import json
 import os
@@ -24,16 +24,16 @@ from smolcli.cli.interactive import InteractiveChat
 from smolcli.settings import QueryDefaults
 from smolcli.types import Query, Result, Sampling
 
-READS = "\x1b[?2004h"  # a terminal is told to mark what is pasted: the prompt is up
+READS = "\x1b[?2004h"  # enables bracketed paste, so the prompt is ready
 
 
-def spoken(query: Query) -> list[str]:
-    """Who says what, system turns with their role."""
+def turns_of(query: Query) -> list[str]:
+    """The content of each message; system messages are marked."""
     return [t.content if t.role != "system" else f"system: {t.content}" for t in query.messages]
 
 
 def talk(backend: EchoBackend, *lines: str, max_new_tokens: int = 256) -> tuple[str, list[str]]:
-    """What is shown of the answers, and all remarks."""
+    """Run a session; returns the printed answers and the notices."""
     shown: list[str] = []
     said: list[str] = []
     conversation = Conversation(QueryDefaults(Sampling(max_new_tokens=max_new_tokens)))
@@ -43,12 +43,12 @@ def talk(backend: EchoBackend, *lines: str, max_new_tokens: int = 256) -> tuple[
     return "".join(shown), said
 
 
-def test_each_question_comes_with_what_was_said_before() -> None:
+def test_each_question_includes_the_earlier_exchanges() -> None:
     seen, open_backend = Seen.opener()
     done = smol("chat", "--seed", 1, backend=open_backend, input="Hi\n\n  \nHow are you?\n")
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout == "Hi (1)\nHow are you? (1)\n"
-    assert [spoken(query) for query in seen.queries_seen] == [
+    assert [turns_of(query) for query in seen.queries_seen] == [
         ["Hi"],
         ["Hi", "Hi (1)", "How are you?"],
     ]
@@ -58,7 +58,7 @@ def test_system_reset_and_quit() -> None:
     seen, open_backend = Seen.opener()
     lines = "one\n/system Be brief.\ntwo\n/reset\n/system\nthree\n/quit\nfour\n"
     done = smol("chat", "--system", "Be kind.", "--seed", 1, backend=open_backend, input=lines)
-    assert [spoken(query) for query in seen.queries_seen] == [
+    assert [turns_of(query) for query in seen.queries_seen] == [
         ["system: Be kind.", "one"],
         ["system: Be brief.", "one", "one (1)", "two"],
         ["three"],
@@ -70,7 +70,7 @@ def test_system_reset_and_quit() -> None:
     ]
 
 
-def test_help_lists_every_command_and_a_slip_is_told_from_a_question() -> None:
+def test_help_lists_every_command_and_a_typo_is_not_a_question() -> None:
     shown, said = talk(EchoBackend(), "/help", "/sve", "/xyz", " /etc is what?")
     for command in ("/system", "/save", "/reset", "/help", "/quit"):
         assert command in said[0]
@@ -81,7 +81,7 @@ def test_help_lists_every_command_and_a_slip_is_told_from_a_question() -> None:
     assert shown == "/etc is what? (0)\n"
 
 
-def test_a_saved_conversation_is_a_query_that_gets_the_same_answer(
+def test_saved_conversation_is_a_query_with_the_same_answer(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
     path, output = tmp_path / "saved.jsonl", tmp_path / "out.jsonl"
@@ -101,13 +101,13 @@ def test_a_saved_conversation_is_a_query_that_gets_the_same_answer(
     assert roles == ["system", "user", "assistant", "user"]
 
 
-def test_a_file_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+def test_unwritable_file_does_not_end_the_session(tmp_path: Path) -> None:
     shown, said = talk(EchoBackend(), "one", f"/save {tmp_path}/no/such", "two")
     assert shown == "one (0)\ntwo (0)\n"
     assert said == [f"cannot write {tmp_path}/no/such: No such file or directory"]
 
 
-def test_a_long_conversation_forgets_its_beginning(tiny_folder: Path) -> None:
+def test_long_conversation_drops_its_oldest_exchanges(tiny_folder: Path) -> None:
     """512 tokens of context: neither a full one nor a last short answer ends the conversation."""
     with closing(open_local(replace(tiny_engine(tiny_folder), threads=1))) as backend:
         questions = [f"Is it {number}? {'Say something. ' * 6}" for number in range(20)]
@@ -120,7 +120,7 @@ def test_a_long_conversation_forgets_its_beginning(tiny_folder: Path) -> None:
         assert said[0].endswith("512 tokens, of which the answer needs at least 1")
 
 
-def test_a_question_without_an_answer_is_not_remembered() -> None:
+def test_unanswered_question_is_not_kept() -> None:
     done = smol("chat", backend=lambda settings: DyingBackend(num_answers=1), input="one\ntwo\n")
     assert done.exit_code == 3
     assert done.stdout.startswith("one (")
@@ -128,7 +128,7 @@ def test_a_question_without_an_answer_is_not_remembered() -> None:
 
 
 class Interrupted(EchoBackend):
-    """Says one word, and then its user presses Ctrl-C; the next question is answered."""
+    """Streams one word, then the user presses Ctrl-C; answers the next question."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,22 +149,22 @@ class Interrupted(EchoBackend):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_an_interrupt_stops_the_answer_alone() -> None:
+def test_interrupt_stops_only_the_answer() -> None:
     backend = Interrupted()
     shown, said = talk(backend, "A story.", "Go on.")
     assert shown == "Once\nGo on. (0)\n"
     assert said == ["stopped"]
     assert backend.futures[0].cancelled()
-    assert spoken(backend.queries[1]) == ["A story.", "Once", "Go on."]
+    assert turns_of(backend.queries[1]) == ["A story.", "Once", "Go on."]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
-def test_an_interrupt_ends_a_conversation_from_a_pipe() -> None:
+def test_interrupt_ends_a_piped_session() -> None:
     done = smol("chat", backend=lambda settings: Interrupted(), input="A story.\nGo on.\n")
     assert (done.exit_code, done.stdout) == (130, "Once")
 
 
-def test_via_a_server_the_answers_are_the_same(tiny_folder: Path) -> None:
+def test_answers_via_a_server_are_the_same(tiny_folder: Path) -> None:
     sampling = ("--max-new-tokens", 9, "--seed", 1)
     lines = "Hi\nWhy?\n"
     with serving(open_local, replace(tiny_engine(tiny_folder), threads=1)) as server:
@@ -176,14 +176,14 @@ def test_via_a_server_the_answers_are_the_same(tiny_folder: Path) -> None:
     assert len(local.stdout.splitlines()) >= 2
 
 
-def test_from_a_pipe_bytes_that_are_no_text_are_replaced(tiny_folder: Path) -> None:
+def test_invalid_utf8_from_a_pipe_is_replaced(tiny_folder: Path) -> None:
     done = process("chat", "--model", tiny_folder, "--max-new-tokens", 3, input=b"caf\xe9\n")
     assert (done.returncode, done.stderr) == (0, b"answer truncated after 3 tokens\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudoterminal")
 def test_on_a_terminal(tiny_folder: Path, tmp_path: Path) -> None:
-    """Lines are edited; Ctrl-C at the prompt drops the line, Ctrl-D ends."""
+    """Lines can be edited; Ctrl-C at the prompt clears the line, Ctrl-D exits."""
     import pty
 
     ours, theirs = pty.openpty()
@@ -208,7 +208,7 @@ def test_on_a_terminal(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def until(descriptor: int, text: str) -> str:
-    """What a terminal shows, up to some text."""
+    """Read what a terminal shows until some text appears."""
     shown = b""
     while text.encode() not in shown:
         assert select.select([descriptor], [], [], 60)[0], f"it stopped at {shown!r}"

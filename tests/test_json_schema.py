@@ -1,4 +1,4 @@
-"""Schemas as pydantic writes them, held by a grammar over bytes: no model is needed."""
+"""Schemas that pydantic generates, enforced by a grammar over bytes; no model is needed."""
 
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -44,7 +44,7 @@ SOME_UUID = "9b2e1f0c-58d4-4c39-8a51-0f6c2d7e3b11"
 
 
 def allows(schema: dict[str, Any], text: str) -> bool:
-    """Whether an answer that is held to a schema can be this text."""
+    """Whether an answer constrained by a schema can be this text."""
     matcher = LLMatcher(TOKENIZER, to_grammar(schema_format(schema)), log_level=0)
     tokens = list(text.encode())
     if matcher.validate_tokens(tokens) < len(tokens):
@@ -89,7 +89,7 @@ def allows(schema: dict[str, Any], text: str) -> bool:
     ],
 )
 def test_ordinary_pydantic_types_are_supported(kind: Any, good: str, bad: str) -> None:
-    """An unknown `format` only annotates, yet it had the schema refused."""
+    """An unknown `format` is an annotation, but used to cause the schema to be rejected."""
     schema = model_schema(kind)
     check_format(schema_format(schema))
     assert allows(schema, good)
@@ -129,7 +129,7 @@ def test_rewriting_leaves_the_schema_unchanged() -> None:
         {"type": "string", "enum": []},
     ],
 )
-def test_check_refuses_what_a_run_refuses(schema: dict[str, Any]) -> None:
-    """`--check` counted no bad line where the run then refused the schema."""
+def test_check_rejects_every_schema_that_a_run_rejects(schema: dict[str, Any]) -> None:
+    """`--check` used to accept schemas that a run then rejected."""
     with pytest.raises(QueryError, match="unsupported schema"):
         check_format(schema_format(schema))

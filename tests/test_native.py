@@ -1,4 +1,4 @@
-"""Kernels compiled here: when there are none, where they are kept, and what they compute."""
+"""The native kernels: selecting and loading a library, and what it computes."""
 
 import os
 import random
@@ -44,7 +44,7 @@ def kernels() -> Kernels:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Libraries and sources of the test's own, copied from the real ones; nothing is loaded yet."""
+    """A copy of the libraries and sources, none of which is loaded yet."""
     for path in library.FOLDER.iterdir():
         if path.suffix in (".c", ".h", ".so", ".dylib", ".dll"):
             shutil.copy(path, tmp_path)
@@ -101,21 +101,21 @@ def test_a_variant_can_be_forced(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         (0, None, None),
     ],
 )
-def test_the_best_variant_that_the_cpu_supports_is_selected(
+def test_best_supported_variant_is_selected(
     bits: int, float32: str | None, bfloat16: str | None
 ) -> None:
     found = [library.best_variant(dtype, bits) for dtype in ("float32", "bfloat16")]
     assert [variant and variant.name for variant in found] == [float32, bfloat16]
 
 
-def test_without_kernels_torch_computes(folder: Path, tiny_folder: Path) -> None:
+def test_torch_is_used_without_kernels(folder: Path, tiny_folder: Path) -> None:
     find_library(folder).unlink()
     config = resolve_config(FLOAT, load_config(tiny_folder))
     assert config.kernels is None
     assert "are not built" in config.unsupported_reason
 
 
-def test_a_shape_that_does_not_fit_is_left_to_torch(
+def test_torch_is_used_for_unsupported_shapes(
     kernels: Kernels, tiny_folder: Path, tmp_path: Path
 ) -> None:
     text = (tiny_folder / "config.json").read_text("utf-8")
@@ -237,8 +237,8 @@ def test_batch_size_and_threads_change_no_bit(dtype: str, tiny_folder: Path) -> 
             assert np.array_equal(np.concatenate(rows), expected), (num_threads, size)
 
 
-def test_pieces_of_a_prompt_change_no_bit(kernels: Kernels, tiny_folder: Path) -> None:
-    """A long prompt read at once, in pieces, and token by token, across blocks of keys."""
+def test_splitting_a_prompt_changes_no_bit(kernels: Kernels, tiny_folder: Path) -> None:
+    """A long prompt computed at once, in chunks, and token by token, across blocks of keys."""
     config = tiny_config(tiny_folder)
     model = NativeModel(config, random_weights(config), kernels, 2)
     source = random.Random(3)
@@ -277,7 +277,7 @@ def test_a_forked_child_computes_with_a_new_team(kernels: Kernels, tiny_folder: 
 
 
 def test_activations_of_any_size_are_computed(kernels: Kernels, tiny_folder: Path) -> None:
-    """The exponential inside of SiLU once overflowed into nonsense below -88."""
+    """The exponential in SiLU once overflowed below -88 and gave garbage."""
     config, weights = load_config(tiny_folder), load_file(tiny_folder / "model.safetensors")
     weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
     large = {n: w * 1000 if "gate_proj" in n else w for n, w in weights.items()}
@@ -288,14 +288,14 @@ def test_activations_of_any_size_are_computed(kernels: Kernels, tiny_folder: Pat
 
 
 def hidden_states(model: Model, token_ids: list[int]) -> Any:
-    """After the last token."""
+    """Hidden states after the last token."""
     cache, sequence = model.make_kv_cache(0), Sequence(token_ids)
     cache.allocate(sequence)
     cache.ensure_capacity(sequence)
     return model.forward(cache.make_batch([ScheduledSequence(sequence, 0, len(token_ids))]))
 
 
-def test_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:
+def test_native_and_torch_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:
     """Scores of the whole vocabulary, and the best of them, are those that torch computes."""
     ours = load_model(tiny_folder, "float32", "cpu", kernels)
     assert isinstance(ours, NativeModel)
@@ -322,7 +322,7 @@ def test_nan_is_an_error(kernels: Kernels, tiny_folder: Path) -> None:
 
 
 def test_a_single_nan_logit_is_an_error(kernels: Kernels, tiny_folder: Path) -> None:
-    """It once lost every comparison and vanished."""
+    """NaN compares false with everything, so it was once silently ignored."""
     config = tiny_config(tiny_folder)
     weights = random_weights(config)
     weights["embed_tokens.weight"][41, 0] = np.nan
@@ -332,7 +332,7 @@ def test_a_single_nan_logit_is_an_error(kernels: Kernels, tiny_folder: Path) -> 
 
 
 def test_a_nan_score_is_an_error(kernels: Kernels, tiny_folder: Path) -> None:
-    """exp(NaN) was 0 once, so that one key with NaN was left out of the softmax."""
+    """exp(NaN) was once 0, so that a key with NaN was left out of the softmax."""
     config = tiny_config(tiny_folder)
     weights = random_weights(config)
     weights["layers.0.self_attn.k_proj.weight"][0] = np.nan

@@ -40,7 +40,7 @@ def files(tiny_folder: Path) -> ModelFiles:
 
 @pytest.fixture
 def num_packed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """How often weights have been packed."""
+    """Counts how often weights are packed."""
     calls = []
 
     def counting(*args: Any) -> None:

@@ -90,10 +90,10 @@ def test_bfloat16_nearly_always_agrees(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_company_changes_no_token_of_the_native_kernels(
+def test_native_kernels_are_batch_invariant(
     model_folder: Path, prompts: list[list[int]], dtype: Literal["bfloat16", "float32"]
 ) -> None:
-    """Near ties, too, come out the same alone, in a crowd, and with prompts read in pieces."""
+    """Even near ties are the same alone, in a batch, and with prompts split into chunks."""
     model = load(model_folder, dtype, "native")
     alone = generate(model, prompts, 1)
     assert generate(model, prompts, NUM_QUESTIONS) == alone
@@ -103,7 +103,7 @@ def test_company_changes_no_token_of_the_native_kernels(
 def next_tokens(
     model: Model, prompts: list[list[int]], answers: list[list[int]]
 ) -> list[list[int]]:
-    """What the model would say at each token of the answers, which it is made to give."""
+    """The most likely token at each position of the answers, teacher-forced."""
     said: list[list[int]] = []
     for prompt, answer in zip(prompts, answers, strict=True):
         cache, sequence = model.make_kv_cache(0), Sequence(prompt)

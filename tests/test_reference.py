@@ -1,4 +1,4 @@
-"""The reference page says what the program says."""
+"""The documentation matches the program."""
 
 from dataclasses import fields
 
@@ -10,7 +10,7 @@ from smolcli.server.errors import HttpCode
 from smolcli.types import ErrorCode
 from tools.reference import PAGE, page
 
-# Of files, and of those who do not wait for the answer.
+# Codes that occur only in files, or that no client receives.
 ONLY_ELSEWHERE = {ErrorCode.DUPLICATE_CHAT_ID, ErrorCode.LINE_TOO_LONG, ErrorCode.CANCELLED}
 
 
@@ -18,8 +18,7 @@ def test_the_reference_page_is_up_to_date() -> None:
     assert PAGE.read_text("utf-8") == page(), "run `make docs`"
 
 
-def test_the_page_on_serving_names_what_the_server_has() -> None:
-    """Its options, and the codes of its errors."""
+def test_serving_page_lists_every_option_and_error_code() -> None:
     text = (PAGE.parent / "serving.md").read_text("utf-8")
     serve = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     ours = {field.name for field in fields(ServeOptions)}

@@ -123,7 +123,7 @@ OPENAI = [
 
 
 def test_openai_results_have_a_report(tmp_path: Path) -> None:
-    """Only smol's own results were understood, and only with their token counts."""
+    """Only smol's own results, with token counts, used to be supported."""
     path = tmp_path / "batch_output.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in OPENAI))
     facts = gather(path)
@@ -143,7 +143,7 @@ def test_results_without_usage_have_a_report(tmp_path: Path) -> None:
 
 
 def test_skipped_lines_are_named(job: RunSettings) -> None:
-    """A last line that was not understood was dropped without a word."""
+    """An invalid last line used to be dropped silently."""
     lines = run(job).read_bytes().splitlines(keepends=True)
     job.output.write_bytes(b"".join([*lines[:2], b"[1]\n", *lines[2:], b'{"chat_id": "tor']))
     done = smol("report", job.output)

@@ -1,4 +1,4 @@
-"""`--retry-errors`: failed lines are asked again, and the output is replaced as a whole or not."""
+"""`--retry-errors`: failed lines are retried, and the output is replaced atomically."""
 
 import json
 import random
@@ -112,7 +112,7 @@ def test_retry_needs_a_complete_run(job: RunSettings) -> None:
 
 
 def test_retry_with_a_limit_leaves_later_lines_alone(job: RunSettings) -> None:
-    """It blamed the input for failed lines beyond the limit, and advised `--overwrite`."""
+    """Failed lines beyond the limit used to be reported as a changed input."""
     answer(job, Flaky)
     backend = Counting()
     statistics = answer(replace(job, retry_errors=True, limit=10), lambda settings: backend)

@@ -1,4 +1,4 @@
-"""Standard streams that are closed or full, and arguments that are no text."""
+"""Standard streams that are closed or full, and arguments that are not UTF-8."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def shell(
         ("<&-", ["chat"], 0, ""),
     ],
 )
-def test_streams_that_are_closed_or_full_are_no_reason_for_a_traceback(
+def test_closed_or_full_streams_cause_no_traceback(
     redirection: str,
     args: list[str],
     exit_code: int,
@@ -54,15 +54,15 @@ def test_streams_that_are_closed_or_full_are_no_reason_for_a_traceback(
     tmp_path: Path,
     tiny_folder: Path,
 ) -> None:
-    """Cron jobs and full disks met `'NoneType' object has no attribute 'isatty'`, 40 lines deep."""
+    """Cron jobs and full disks used to end in a traceback: 'NoneType' has no attribute 'isatty'."""
     (tmp_path / "good.jsonl").write_text(GOOD)
     (tmp_path / "bad.jsonl").write_text("{}\n")
     done = shell(redirection, *args, folder=tmp_path, tiny_folder=tiny_folder)
     assert (done.returncode, done.stderr[: len(said) or None]) == (exit_code, said)
 
 
-def test_a_run_needs_nobody_to_talk_to(tmp_path: Path, tiny_folder: Path) -> None:
-    """With stderr closed it ended with exit code 1 before it began, and could not say why."""
+def test_run_works_without_stderr(tmp_path: Path, tiny_folder: Path) -> None:
+    """With stderr closed, a run used to exit with 1 before it started, without a message."""
     (tmp_path / "good.jsonl").write_text(GOOD)
     done = shell("2>&-", "run", "good.jsonl", folder=tmp_path, tiny_folder=tiny_folder)
     assert done.returncode == 0
@@ -70,7 +70,7 @@ def test_a_run_needs_nobody_to_talk_to(tmp_path: Path, tiny_folder: Path) -> Non
 
 
 def test_file_names_may_be_any_bytes(tmp_path: Path, tiny_folder: Path) -> None:
-    """A name that is not UTF-8 in the manifest or the report ended in a UnicodeEncodeError."""
+    """A non-UTF-8 name in the manifest or the report used to end in a UnicodeEncodeError."""
     name = "caf\udce9"
     (tmp_path / f"{name}.jsonl").write_text(GOOD)
     args = ["run", f"{name}.jsonl", "--errors", f"{name}.err", "-q"]
@@ -92,10 +92,10 @@ def test_file_names_may_be_any_bytes(tmp_path: Path, tiny_folder: Path) -> None:
         (["run", "good.jsonl", "--prompt", "caf\udce9 {chat_id}"], "--prompt"),
     ],
 )
-def test_an_argument_that_is_no_text_is_wrong_usage(
+def test_non_utf8_argument_is_wrong_usage(
     args: list[str], what: str, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    """A Latin-1 terminal got `internal error: TypeError`, and a run that for each of its lines."""
+    """In a Latin-1 terminal, such an argument used to be an internal error on every line."""
     (tmp_path / "good.jsonl").write_text(GOOD)
     done = shell("", *args, folder=tmp_path, tiny_folder=tiny_folder)
     assert (done.returncode, done.stderr) == (2, f"smol: {what} is not UTF-8\n")

@@ -1,4 +1,4 @@
-"""Answers held to a schema or to choices, how likely they are, and several of them."""
+"""Structured output: schemas, choices, log probabilities and several answers per query."""
 
 import json
 import random
@@ -203,8 +203,8 @@ def test_logprobs_cover_every_token_of_the_text(backend: LocalBackend) -> None:
         )
 
 
-def test_likelihoods_are_transformers(backend: LocalBackend, tiny_folder: Path) -> None:
-    """Each is that of a forward pass over the whole text, and so are the likeliest ones."""
+def test_log_probabilities_equal_transformers(backend: LocalBackend, tiny_folder: Path) -> None:
+    """Also those of the most likely tokens, compared with a forward pass over the whole text."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -225,8 +225,8 @@ def test_likelihoods_are_transformers(backend: LocalBackend, tiny_folder: Path) 
         assert likeliest == pytest.approx(row.topk(5).values.tolist(), abs=2e-4)
 
 
-def test_likelihoods_of_choices_are_theirs_alone(backend: LocalBackend) -> None:
-    """What is forced is certain, and what is forbidden is not among the likeliest."""
+def test_log_probabilities_cover_only_allowed_tokens(backend: LocalBackend) -> None:
+    """A forced token has probability 1, and a forbidden one is never listed."""
     asked = query(format=AnswerFormat(choices=("ab", "ac")), top_logprobs=20)
     (result,) = answers(backend, [asked])
     assert result.logprobs is not None
@@ -235,7 +235,7 @@ def test_likelihoods_of_choices_are_theirs_alone(backend: LocalBackend) -> None:
     }
 
 
-def test_several_answers_are_drawn_and_the_first_is_the_only_one_of_one(
+def test_first_of_several_answers_equals_the_single_answer(
     backend: LocalBackend,
 ) -> None:
     one = query(sampling=Sampling(12, temperature=1.5, seed=5))
@@ -254,14 +254,14 @@ def test_several_answers_are_drawn_and_the_first_is_the_only_one_of_one(
     assert "usage" not in record["alternatives"][0]
 
 
-def test_one_of_several_that_fails_is_the_error_of_all(backend: LocalBackend) -> None:
+def test_error_of_one_answer_fails_the_query(backend: LocalBackend) -> None:
     asked = query(format=LONG, sampling=Sampling(9, 1.0), n=3)
     (result,) = answers(backend, [asked])
     assert result.error_code == ErrorCode.INCOMPLETE_JSON
     assert not result.alternatives
 
 
-def test_cancelling_several_frees_all_their_slots(backend: LocalBackend) -> None:
+def test_cancelling_several_answers_frees_all_slots(backend: LocalBackend) -> None:
     future = backend.submit(query(sampling=Sampling(400, 1.0), n=8))
     assert future.cancel()
     answers(backend, [query()])
