@@ -27,7 +27,7 @@ from smolcli.backends.remote.backend import (
     open_remote,
 )
 from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
-from smolcli.backends.remote.wire import MalformedAnswer, load_object
+from smolcli.backends.remote.wire import Dialect, MalformedAnswer, load_object, parse_record
 from smolcli.cli.main import app
 from smolcli.errors import BackendError, UsageError
 from smolcli.protocol.query import JSON_OBJECT, schema_format
@@ -553,6 +553,9 @@ class TestOpenAI:
             ('{"choices": [{"delta": {"content": ["x"]}}]}', "malformed answer"),
             ('{"choices": [{"delta": {"content": "x"}, "p": NaN}]}', "malformed answer"),
             ('{"choices": [{"finish_reason": "tool_calls"}]}', "(finish_reason 'tool_calls')"),
+            ('{"choices": []}', "gave no text"),
+            ('{"choices": [{"delta": {"refusal": "No."}, "finish_reason": "stop"}]}', "no text"),
+            ('{"error": {"message": "out of memory"}}', "out of memory"),
         ],
     )
     def test_an_odd_stream_is_the_error_of_its_query(self, chunk: str, expected: str) -> None:
@@ -561,6 +564,43 @@ class TestOpenAI:
             result = backend.submit(query(prompt="odd"), lambda _: None).result(TIMEOUT_S)
         assert result.error_code is ErrorCode.INTERNAL
         assert expected in str(result.error)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            'data: {"choices": [{"delta": {"content": "hi"}}], "error": null}\n\ndata: [DONE]\n\n',
+            '\ufeffdata: {"choices": [{"delta": {"content": "hi"}}]}\n\ndata: [DONE]\n\n',
+            '{"choices": [{"message": {"content": "hi"}}]}',
+        ],
+        ids=["null error", "byte order mark", "no stream"],
+    )
+    def test_an_unusual_stream_is_an_answer(self, body: str) -> None:
+        """The text of the first line was lost after a byte order mark."""
+        pieces: list[str] = []
+        with listening(odd_server(body)) as url, remote(url) as backend:
+            result = backend.submit(query(prompt="odd"), pieces.append).result(TIMEOUT_S)
+        assert (result.response, pieces, result.finish_reason) == ("hi", ["hi"], None)
+
+    def test_an_error_with_status_200_is_reported_in_its_own_words(self) -> None:
+        body = '{"error": {"message": "the GPU is gone", "code": 500}}'
+        with listening(odd_server(body)) as url, remote(url) as backend:
+            result = backend.submit(query(prompt="odd")).result(TIMEOUT_S)
+        assert (result.error, result.error_code) == ("the GPU is gone", ErrorCode.INTERNAL)
+
+    def test_a_server_that_has_got_another_model_is_identified_again(self) -> None:
+        with listening(changing_server()) as url, closing(gateway(url)) as backend:
+            eventually(lambda: backend.identity().get("model") == "old")
+            assert backend.submit(query(), is_interactive=True).result(TIMEOUT_S).response == "old"
+            httpx2.post(f"{url}/change")
+            assert backend.submit(query(), is_interactive=True).result(TIMEOUT_S).response == "new"
+            assert backend.identity()["model"] == "new"
+
+    @pytest.mark.parametrize("status", [408, 425, 529])
+    def test_a_transient_status_is_retried(self, status: int) -> None:
+        with legacy_host() as host, remote(host.url) as backend:
+            host.faults.append((status, {}, {"detail": "busy"}))
+            result = backend.submit(query(), is_interactive=True).result(TIMEOUT_S)
+        assert result.response == "Indeed 1."
 
     def test_error_codes_are_translated(self) -> None:
         with listening(self.app([])) as url, remote(url) as backend:
@@ -617,11 +657,53 @@ def odd_server(body: str) -> Flask:
     @app.post("/v1/chat/completions")
     def completions() -> Any:
         if request.get_json()["messages"][-1]["content"] == "odd":
-            return Response(body, mimetype="application/json")
+            kind = "application/json" if body.startswith(("{", "[", "<")) else "text/event-stream"
+            return Response(body, mimetype=kind)
         message = {"role": "assistant", "content": "fine"}
         return jsonify(choices=[{"message": message, "finish_reason": "stop"}])
 
     return app
+
+
+def changing_server() -> Flask:
+    """An OpenAI-compatible server whose model changes when POST /change says so."""
+    app, models = Flask(__name__), ["old"]
+
+    @app.get("/v1/models")
+    def listed() -> Any:
+        return jsonify(data=[{"id": models[-1]}])
+
+    @app.post("/change")
+    def change() -> Any:
+        models.append("new")
+        return {}
+
+    @app.post("/v1/chat/completions")
+    def completions() -> Any:
+        if request.get_json()["model"] != models[-1]:
+            return jsonify(error={"message": "no such model", "param": "model", "code": 404}), 404
+        return jsonify(choices=[{"message": {"content": models[-1]}}])
+
+    return app
+
+
+def gateway(url: str) -> RemoteBackend:
+    return open_gateway(RemoteSettings((url,), retry_s=TIMEOUT_S))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"response": None, "error": "boom"}, {"error": "boom"}, {"detail": "boom", "response": None}],
+)
+def test_an_error_beside_an_empty_response_is_the_error(record: dict[str, Any]) -> None:
+    result = parse_record({"chat_id": "1"} | record, query(), Dialect.SMOL)
+    assert (result.error, result.error_code) == ("boom", ErrorCode.INTERNAL)
+
+
+def test_a_count_that_no_table_could_hold_is_unknown() -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 10**40}
+    record = {"chat_id": "1", "response": "hi", "usage": usage}
+    assert parse_record(record, query(), Dialect.SMOL).usage is None
 
 
 def test_one_malformed_response_spoils_neither_its_batch_nor_later_ones() -> None:

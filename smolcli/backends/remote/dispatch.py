@@ -1,6 +1,7 @@
 """Sending queries to one server: as a batch, one by one, or as a stream."""
 
 import asyncio
+import codecs
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -25,7 +26,7 @@ from smolcli.backends.remote.wire import (
     to_result,
 )
 from smolcli.errors import BackendError, QueryError
-from smolcli.types import ErrorCode, FinishReason, Result, Timings, failure
+from smolcli.types import ErrorCode, Result, Timings, failure
 
 NDJSON = "application/x-ndjson"
 MAX_REQUEST_ID_CHARS = 128  # the maximum that a smol server accepts
@@ -215,7 +216,7 @@ async def _send_one(upstream: Upstream, pending: RemoteQuery, slots: asyncio.Sem
         message = f"malformed answer from {upstream.url}: {exc}"
         pending.complete(failure(pending.query, message, ErrorCode.INTERNAL))
     except BackendError as exc:
-        pending.fail(BackendError(f"{upstream.url}: {exc}"))
+        pending.fail(exc)
     except Unavailable as exc:
         upstream.back_off(exc)
         if not pending.first_text_at:
@@ -245,11 +246,11 @@ async def _result(upstream: Upstream, pending: RemoteQuery) -> Result:
     path = "/v1/chat/completions" if is_completion else "/chat"
     async with upstream.post(path, body, _request_id([pending])) as response:
         check_status(response, upstream.url)
-        if response.status_code in _NO_SUCH_ROUTE:
-            raise BackendError(f"{path} answered {response.status_code}; is it a model server?")
         if response.status_code != 200:
-            result = parse_error(await _error_body(response), query, response.status_code)
-        elif is_stream:
+            error = await _error_body(response)
+            _check_route(upstream, path, response.status_code, error)
+            result = parse_error(error, query, response.status_code)
+        elif is_stream and not _is_json(response):
             result = await _read_stream(response, pending)
         elif is_completion:
             result = parse_completion(load_object(await response.aread()), query)
@@ -257,9 +258,34 @@ async def _result(upstream: Upstream, pending: RemoteQuery) -> Result:
             result = parse_record(load_object(await response.aread()), query, dialect)
     if result.error_code is not None and result.error_code.is_transient:
         raise Unavailable(f"{upstream.url}: {result.error}")
-    if not is_stream:
+    if not pending.first_text_at:
         pending.show(result.response or "")
     return result
+
+
+def _is_json(response: httpx.Response) -> bool:
+    """Whether the body is declared as one JSON value, which is how some servers answer streams."""
+    content_type: str = response.headers.get("Content-Type", "")
+    return content_type.partition(";")[0].strip().lower() == "application/json"
+
+
+def _check_route(upstream: Upstream, path: str, status: int, body: dict[str, Any]) -> None:
+    """Raise if a server has lost its model or never had this route.
+
+    Raises:
+        Unavailable: it serves another model now, which the next health check finds out.
+        BackendError: it has no such route.
+    """
+    if status not in _NO_SUCH_ROUTE:
+        return
+    error = body.get("error")
+    names_model = isinstance(error, dict) and (
+        error.get("param") == "model" or error.get("code") == "model_not_found"
+    )
+    if names_model:
+        reason = f"{upstream.url} no longer serves {upstream.model!r}"
+        raise Unavailable(reason, is_unreachable=True)
+    raise BackendError(f"{upstream.url}{path} answered {status}; is it a model server?")
 
 
 async def _error_body(response: httpx.Response) -> dict[str, Any]:
@@ -276,30 +302,33 @@ async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result
     pieces: list[str] = []
     logprobs: list[Any] | None = None
     finish_reason = usage = None
-    is_done = False
+    is_done = has_refusal = False
     try:
         async for line in _lines(response):
+            line = line.removeprefix(codecs.BOM_UTF8)
             data = line.removeprefix(b"data:").strip()
             is_done = is_done or data == b"[DONE]"
             if is_done or not line.startswith(b"data:"):
                 continue
             chunk = load_object(data)
-            if "error" in chunk:
+            if chunk.get("error"):
                 return parse_error(chunk, pending.query)
             usage = chunk.get("usage") or usage
             for choice in chunk.get("choices") or []:
                 finish_reason = choice.get("finish_reason") or finish_reason
                 if entries := logprobs_of(choice):
                     logprobs = [*(logprobs or []), *entries]
-                if text := (choice.get("delta") or {}).get("content"):
+                delta = choice.get("delta") or {}
+                has_refusal = has_refusal or bool(delta.get("refusal"))
+                if text := delta.get("content"):
                     pieces.append(text + "")  # a TypeError unless it is a string
                     pending.show(text)
     except (LookupError, TypeError, AttributeError) as exc:
         raise MalformedAnswer("the stream does not consist of chat completion chunks") from exc
     if not is_done:
         raise Unavailable("the stream ended early")
-    has_text = bool(pieces) or finish_reason in (None, FinishReason.STOP, FinishReason.LENGTH)
-    response_text = "".join(pieces) if has_text else None
+    is_empty_answer = finish_reason in ("stop", "length") and not has_refusal
+    response_text = "".join(pieces) if pieces or is_empty_answer else None
     record = {"response": response_text, "finish_reason": finish_reason, "logprobs": logprobs}
     return to_result(pending.query, [record], usage)
 

@@ -12,6 +12,7 @@ from smolcli.protocol.strict_json import load_json
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage, failure
 
 MAX_ERROR_CHARS = 1000
+MAX_COUNT = 2**53  # tokens; larger counts fit neither a table nor every JSON parser
 _TOO_LONG = ("context_length_exceeded", "maximum context length", "prompt_too_long")
 _PLAIN_ROLES = (["user"], ["system", "user"])
 
@@ -160,9 +161,9 @@ def parse_record(record: Any, query: Query, dialect: Dialect) -> Result:
     """
     if not isinstance(record, dict):
         raise MalformedAnswer("a response is not an object")
+    if record.get("response") is None and (record.get("error") or record.get("detail")):
+        return parse_error(record, query)
     if "response" not in record:
-        if "error" in record or "detail" in record:
-            return parse_error(record, query)
         raise MalformedAnswer("a response has no text")
     text, chat_id = record["response"], record.get("chat_id", query.chat_id)
     if str(chat_id) != query.chat_id:
@@ -180,6 +181,8 @@ def parse_completion(body: Mapping[str, Any], query: Query) -> Result:
     Raises:
         MalformedAnswer: there is none.
     """
+    if not body.get("choices") and body.get("error"):
+        return parse_error(body, query)
     try:
         records = [
             {
@@ -304,7 +307,7 @@ def _usage(usage: object) -> Usage | None:
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
 
 
 def _without_prompt(text: str, query: Query) -> str:
