@@ -1,4 +1,4 @@
-"""What a run learns about its input before it answers the first line."""
+"""Scans the input of a run before its first line is answered."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 from smolcli.data.jsonl import is_stream
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
-from smolcli.errors import InputError, RunError
+from smolcli.errors import InputError, RunError, error_reason
 from smolcli.protocol.line_formats import LineFormat, detect_format, stated_format
 from smolcli.settings import RunSettings
 
@@ -22,7 +22,7 @@ from smolcli.settings import RunSettings
 class RowDigests:
     """A 24-bit digest of each row of an input, packed into bytes.
 
-    They tell a later run which rows have changed: a change goes unnoticed in one of 16 million.
+    A later run compares them to find changed rows; one change in 16 million goes unnoticed.
     """
 
     packed: bytes = b""
@@ -31,7 +31,7 @@ class RowDigests:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Self:
-        """Digest what a row asks and carries, and its number."""
+        """Digest the number, content and carried values of each row."""
         packed = bytearray()
         for row in rows:
             code = row.fault and row.fault.code
@@ -60,7 +60,7 @@ class RowDigests:
         return self.packed[index * self.SIZE : (index + 1) * self.SIZE]
 
     def extended(self, other: "RowDigests") -> "RowDigests":
-        """These digests, and those of `other` beyond their end."""
+        """These digests, followed by those of `other` beyond their end."""
         return RowDigests(self.packed + other.packed[len(self.packed) :])
 
 
@@ -122,7 +122,7 @@ def scan_input(settings: RunSettings) -> InputScan:
             status = os.stat(file.fileno())
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as exc:
-        raise InputError(f"cannot read {settings.input}: {exc.strerror or exc}") from exc
+        raise InputError(f"cannot read {settings.input}: {error_reason(exc)}") from exc
     return InputScan(
         modified=int(status.st_mtime),
         sha256=sha256,

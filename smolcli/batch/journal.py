@@ -1,4 +1,4 @@
-"""Reads back what an output already holds, so that a run can resume, split or rewrite it."""
+"""Reads back the results in an output, so that a run can resume, split or rewrite it."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from smolcli.batch.queries import ChatIds
 from smolcli.batch.statistics import StatisticsCollector
 from smolcli.data.compression import DECOMPRESSION_ERRORS, LONGEST_MAGIC, codec_of_name
 from smolcli.data.jsonl import replacing_lines
-from smolcli.errors import ResumeRefused, RunError, UsageError
+from smolcli.errors import ResumeRefused, RunError, UsageError, error_reason
 from smolcli.protocol.line_formats import LineFormat
 from smolcli.types import Result
 
@@ -229,7 +229,7 @@ def output_lock(output: Path) -> Iterator[None]:
     except Timeout as exc:
         raise UsageError(f"another run is writing {output}") from exc
     except OSError as exc:
-        raise RunError(f"cannot create a lock file for {output}: {exc.strerror or exc}") from exc
+        raise RunError(f"cannot create a lock file for {output}: {error_reason(exc)}") from exc
     try:
         yield
     finally:

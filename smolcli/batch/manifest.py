@@ -19,14 +19,14 @@ _MAY_DIFFER = ("versions", "threads", "device")  # backend values that do not pr
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that decided an output; written before its first line and completed at the end.
+    """Everything that determines an output; written before its first line and completed at the end.
 
     Args:
         input: path of the input.
         input_sha256: digest of the input; None for a stream.
         limit: maximum number of lines to answer.
         seed: seed of the run.
-        generation: settings that decide the answers.
+        generation: settings that determine the answers.
         model: `--model` as given.
         dtype: `--dtype` as given.
         created: `created` of answers in OpenAI's format, in seconds since the epoch: the input's
@@ -35,7 +35,7 @@ class Manifest:
         backend: identity of the backend that answered; None if nothing had to be answered.
         statistics: what the run counted; None until it is complete.
         run_id: part of the ids of answers in OpenAI's format; None before 0.2.
-        rows: digests of the rows that the output answers or is going to; None before 0.2.
+        rows: digests of the rows that the output answers, or will answer; None before 0.2.
     """
 
     input: str
@@ -95,7 +95,7 @@ class Manifest:
         return None if self.rows is None else RowDigests.from_text(self.rows)
 
     def has_model_of(self, engine: EngineSettings) -> bool:
-        """Whether `--model` and `--dtype` were given in the same words."""
+        """Whether `--model` and `--dtype` have the same values."""
         return (self.model, self.dtype) == (engine.model, engine.dtype)
 
     def check_same(self, new: "Manifest", output: Path) -> None:
@@ -170,9 +170,7 @@ def save_manifest(manifest: Manifest, output: Path) -> None:
 
 
 def _common(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What both backends told; a server may say less than another, and a version less than the
-    next.
-    """
+    """The values that both backends report; some servers and versions report fewer."""
     names = old.keys() & new.keys()
     return {name: old[name] for name in names}, {name: new[name] for name in names}
 

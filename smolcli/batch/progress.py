@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 class RunProgress(Protocol):
-    """Receives the events of a run that users see."""
+    """Shows the progress of a run to the user."""
 
     def waiting(self, message: str) -> AbstractContextManager[None]:
-        """Show what the run waits for before its first result."""
+        """Show what the run is waiting for before its first result."""
         ...
 
     def start(self, total: int | None, statistics: StatisticsCollector) -> None:
@@ -56,10 +56,10 @@ def open_progress(is_quiet: bool) -> RunProgress:
 
 @contextmanager
 def waiting(message: str) -> Iterator[None]:
-    """Show on a terminal what a command waits for, and for how long.
+    """Show on a terminal what a command is waiting for, and for how long.
 
-    Log messages of smol replace the message, down to level DEBUG; they name the steps of opening a
-    backend. Warnings are printed above it.
+    Log messages of smol, down to level DEBUG, replace the message, because they name the steps of
+    opening a backend. Warnings are printed above it.
 
     Args:
         message: what is shown until the first log message.

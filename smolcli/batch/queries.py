@@ -1,4 +1,4 @@
-"""Rows of an input to queries; an invalid row yields its error result instead."""
+"""Turns the rows of an input into queries, or into error results if they are invalid."""
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
@@ -9,6 +9,7 @@ from smolcli.data.rows import Row
 from smolcli.errors import QueryError
 from smolcli.protocol.line_formats import LineFormat, detect_format
 from smolcli.protocol.query import FIELDS
+from smolcli.protocol.strict_json import shorten
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, failure
 
@@ -47,9 +48,7 @@ class ChatIds:
 
     def _holds(self, bucket: bytearray, digest: bytes) -> bool:
         at = bucket.find(digest)
-        while (
-            at >= 0 and at % self._DIGEST_BYTES
-        ):  # the end of one digest and the start of the next
+        while at >= 0 and at % self._DIGEST_BYTES:  # a match across two digests
             at = bucket.find(digest, at + 1)
         return at >= 0
 
@@ -70,7 +69,7 @@ class ChatIds:
 class QueryReader:
     """Yields one query or error result for each row, in order.
 
-    The first row with an id owns it, valid or not; later queries with that id are duplicates.
+    The first row with an id claims it, valid or not; later queries with that id are duplicates.
 
     Args:
         rows: rows to read, once.
@@ -143,6 +142,5 @@ def _hint(row: Row, exc: QueryError) -> str:
 
 
 def _duplicate(query: Query, id_field: str) -> Result:
-    chat_id = query.chat_id if len(query.chat_id) <= 100 else f"{query.chat_id[:100]}..."
-    message = f"{id_field} {chat_id!r} was already used on an earlier line"
+    message = f"{id_field} {shorten(query.chat_id)!r} was already used on an earlier line"
     return failure(query, message, ErrorCode.DUPLICATE_CHAT_ID, id_field)

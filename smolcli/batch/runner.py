@@ -1,6 +1,6 @@
 """`smol run`: answers one input into one output, resumable at any point.
 
-A run finds its output in one of three states and takes it to the last one:
+A run finds its output in one of three states and brings it to the last one:
 
 - new or partial: `Run.answer_remaining` appends the missing results in input order.
 - answered: every line has its result; `Run.finalize` repairs a torn end or splits off errors.
@@ -44,7 +44,7 @@ from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing_lines
 from smolcli.data.reader import read_rows, row_numbers
 from smolcli.data.rows import Row
 from smolcli.data.table_writer import check_table, write_table
-from smolcli.errors import BackendError, ResumeRefused, RunError, UsageError
+from smolcli.errors import BackendError, ResumeRefused, RunError, UsageError, error_reason
 from smolcli.protocol.line_formats import LineFormat, RunInfo
 from smolcli.protocol.openai import model_name
 from smolcli.settings import EngineSettings, RunSettings
@@ -166,7 +166,7 @@ def _opened(
 def _new_run(
     settings: RunSettings, progress: RunProgress, previous: Manifest | None = None
 ) -> "Run":
-    """A run that has not read its output yet, with the seed and date of the run it continues."""
+    """A run that has not read its output yet, with the seed and date of the run that it resumes."""
     with progress.waiting(f"reading {settings.input}"):
         scan = scan_input(settings)
     if settings.seed is not None:
@@ -183,10 +183,10 @@ def _new_run(
 
 
 def _changed_lines(run: "Run", previous: Manifest) -> LineSet:
-    """The lines that have a result, but differ from those that it answers.
+    """The answered lines that have changed since.
 
     Raises:
-        ResumeRefused: lines were inserted or removed, or it is unknown which ones differ.
+        ResumeRefused: lines were inserted or removed, or it is unknown which ones changed.
     """
     settings, changed = run.settings, LineSet()
     old, new = previous.digests, run.scan.rows
@@ -233,7 +233,7 @@ def _input_changed(settings: RunSettings, where: str, can_retry: bool = True) ->
 
 
 def _extended(manifest: Manifest, previous: Manifest) -> str | None:
-    """The digests of a run with a smaller `--limit` than before keep those beyond it."""
+    """The digests of the rows, keeping earlier ones beyond a smaller `--limit`."""
     old, new = previous.digests, manifest.digests
     return manifest.rows if old is None or new is None else new.extended(old).text
 
@@ -245,7 +245,7 @@ class Run:
     Args:
         settings: of the run.
         scan: facts about the input.
-        seed: the seed given, drawn, or taken from the manifest.
+        seed: the seed: given, drawn, or from the manifest.
         created: `created` of answers in OpenAI's format, in seconds since the epoch.
         run_id: part of the ids of answers in OpenAI's format.
         journal: the results that the output holds.
@@ -309,7 +309,7 @@ class Run:
     def retry_failed(
         self, backend: Backend, progress: RunProgress, manifest: Manifest
     ) -> RunStatistics:
-        """Ask failed and changed lines again, and replace the output once all are done.
+        """Answer failed and changed lines again, and replace the output once all are done.
 
         Lines beyond `--limit` keep their results.
 
@@ -360,7 +360,7 @@ class Run:
             )
 
     def check_line_numbers(self) -> None:
-        """Check that each result still stands for a line of the input.
+        """Check that each result still belongs to a line of the input.
 
         Raises:
             ResumeRefused: lines were inserted or removed.
@@ -522,7 +522,7 @@ def _check_paths(settings: RunSettings) -> None:
         try:
             _check_path(path, option, settings.input)
         except OSError as exc:
-            raise UsageError(f"cannot write {path}: {exc.strerror or exc}") from exc
+            raise UsageError(f"cannot write {path}: {error_reason(exc)}") from exc
     if len({os.path.realpath(path) for path, _ in written}) < len(written):
         raise UsageError(f"{errors} is the output or its manifest; choose another --errors")
     if table is not None:

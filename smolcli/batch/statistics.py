@@ -1,4 +1,4 @@
-"""What a run counts: lines, tokens, throughput over time and latencies."""
+"""Statistics of a run: lines, tokens, throughput over time and latencies."""
 
 import math
 import time
@@ -26,7 +26,7 @@ class LatencyHistogram:
         self._bins[round(math.log(max(seconds, 1e-6)) / self._LOG_BASE)] += 1
 
     def quantile(self, fraction: float) -> float | None:
-        """The latency below which `fraction` of all lie, within 1 %; None if there are none."""
+        """The quantile at `fraction`, within 1 %; None if nothing was counted."""
         rank, num_seen = math.ceil(self._bins.total() * fraction), 0
         for bin_, count in sorted(self._bins.items()):
             num_seen += count

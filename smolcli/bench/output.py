@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smolcli.bench.measure import Reading, medians
-from smolcli.errors import InputError, RunError
+from smolcli.errors import InputError, RunError, error_reason
 
 TITLES = {
     "prompt": "prompt of {} words",
@@ -45,7 +45,7 @@ def write_json(readings: Sequence[Reading], identity: Mapping[str, Any], path: P
     try:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", "utf-8")
     except OSError as exc:
-        raise RunError(f"cannot write {path}: {exc.strerror or exc}") from exc
+        raise RunError(f"cannot write {path}: {error_reason(exc)}") from exc
 
 
 def read_peers(path: Path) -> list[Reading]:
@@ -76,7 +76,7 @@ def _machine(identity: Mapping[str, Any]) -> list[str]:
 
 
 def _processor() -> str:
-    """The name of the processor; only Linux has the full one in a file."""
+    """The name of the processor, in full on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)

@@ -1,4 +1,4 @@
-"""A benchmark session: systems take turns, each alone on the machine while it is measured."""
+"""A benchmark session: systems are measured alternately, one at a time."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +19,8 @@ SYSTEM = "smol"
 class Session:
     """Measures a backend, which is opened anew for each turn, and optionally transformers.
 
-    A thread that has used OpenMP keeps its workers, and the workers of two threads compete. Each
-    system therefore runs on a thread of its own, which ends before the next one starts.
+    transformers runs on a new thread each time: a thread that has used OpenMP keeps its workers,
+    which would compete with those of another thread.
 
     Args:
         settings: of the backend.

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from smolcli.errors import UsageError
+from smolcli.errors import UsageError, error_reason
 
 
 def find_config(given: Path | None) -> Path | None:
@@ -55,7 +55,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as exc:
-        raise UsageError(f"cannot read the config file {path}: {exc.strerror}") from exc
+        raise UsageError(f"cannot read the config file {path}: {error_reason(exc)}") from exc
     except ValueError as exc:  # invalid TOML or invalid UTF-8
         raise UsageError(f"the config file {path} is not valid TOML: {exc}") from exc
 

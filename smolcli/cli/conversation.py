@@ -1,4 +1,4 @@
-"""The state of a conversation, which becomes the next query and can be saved as one."""
+"""The state of a conversation, which forms the next query and can be saved as a query."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from smolcli.errors import RunError
+from smolcli.errors import RunError, error_reason
 from smolcli.settings import QueryDefaults
 from smolcli.types import Message, Query
 
@@ -58,7 +58,7 @@ class Conversation:
                     file.write(b"\n")
                 file.write(line.encode())
         except OSError as exc:
-            raise RunError(f"cannot write {path}: {exc.strerror or exc}") from exc
+            raise RunError(f"cannot write {path}: {error_reason(exc)}") from exc
 
     def _messages(self) -> list[Message]:
         system = [Message("system", self.system_prompt)] if self.system_prompt else []

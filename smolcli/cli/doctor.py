@@ -50,7 +50,7 @@ class Finding:
 
 
 def examine(settings: EngineSettings, config: Path | None) -> Iterator[Finding]:
-    """Check everything that a run with these settings needs or could use.
+    """Check everything that a run with these settings needs or can use.
 
     Args:
         settings: of the run.

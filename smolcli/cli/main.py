@@ -16,7 +16,7 @@ from smolcli.cli.commands import ask, bench, chat, doctor, models, pull, report,
 from smolcli.cli.config_file import find_config, load_config
 from smolcli.cli.exit_codes import ExitCode
 from smolcli.cli.terminal import replace_closed_streams
-from smolcli.errors import SmolError, UsageError
+from smolcli.errors import SmolError, UsageError, error_reason
 
 
 class SmolGroup(TyperGroup):
@@ -34,12 +34,12 @@ class SmolGroup(TyperGroup):
             raise typer.Exit(ExitCode.INTERRUPTED) from exc
         except OSError as exc:
             if not _concerns_stdout(exc) or isinstance(exc, BrokenPipeError):
-                raise  # a broken pipe ends the process silently: the reader has left
+                raise  # a broken pipe ends the process silently: the reader is gone
             _report_stdout(exc)
             raise typer.Exit(ExitCode.FAILED) from exc
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Run the command; what is written outside of `invoke`, such as help, may fail as well."""
+        """Run the command; output outside of `invoke`, such as help, may fail as well."""
         try:
             try:
                 return super().main(*args, **options)
@@ -74,12 +74,12 @@ def _concerns_stdout(exc: OSError) -> bool:
 
 
 def _report_stdout(exc: OSError) -> None:
-    typer.echo(f"smol: cannot write to stdout: {exc.strerror or exc}", err=True)
+    typer.echo(f"smol: cannot write to stdout: {error_reason(exc)}", err=True)
     _discard_stdout()
 
 
 def _discard_stdout() -> None:
-    """Drop what is still buffered, which Python would try to write again on exit."""
+    """Discard buffered output, which Python would try to write again on exit."""
     with suppress(OSError, ValueError):
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The standard streams: log lines on stderr, and lines that a person or a pipe sends to stdin."""
+"""The standard streams: log lines on stderr, and typed or piped lines on stdin."""
 
 import logging
 import os
@@ -55,8 +55,8 @@ def typed_lines(
     """Prompt for lines until Ctrl-D; pasted text of several lines counts as one.
 
     Args:
-        words: what the Tab key completes.
-        history: file of earlier lines, which the arrow keys recall.
+        words: completions for the Tab key.
+        history: file with earlier lines, which the arrow keys recall.
         notify: shows a hint to the user.
     """
     from prompt_toolkit import PromptSession

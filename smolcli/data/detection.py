@@ -9,7 +9,7 @@ from typing import Literal
 
 from smolcli.data.compression import without_codec_suffix
 from smolcli.errors import QueryError, UsageError
-from smolcli.protocol.strict_json import load_json, shown
+from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.settings import InputFormat
 
 Kind = Literal["jsonl", "json", "csv", "tsv", "parquet"]
@@ -195,4 +195,4 @@ def _is_json(line: bytes) -> bool:
 
 
 def _quoted(line: bytes) -> str:
-    return repr(shown(line.decode(errors="replace"))) if line else "an empty line"
+    return repr(shorten(line.decode(errors="replace"))) if line else "an empty line"

@@ -45,7 +45,7 @@ class _Input:
 
 
 class _CarriageReturns(io.RawIOBase):
-    """A file whose lines end in carriage returns, as old Macs and some spreadsheets write them."""
+    """Converts carriage returns to line feeds, for files of old Macs and some spreadsheets."""
 
     def __init__(self, file: BufferedIOBase) -> None:
         self._file = file
@@ -134,7 +134,7 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
             raise InputError(f"cannot read {path}: {error_reason(exc)}") from exc
         if kind == "parquet" and is_stream(path):
             raise UsageError(f"{path}: Parquet cannot be read from a pipe; pass a file")
-        rest = io.BufferedReader(Prefixed(sample.head, file))
+        rest: BufferedIOBase = io.BufferedReader(Prefixed(sample.head, file))
         if kind in ("csv", "tsv") and b"\r" in sample.head and b"\n" not in sample.head:
             rest = io.BufferedReader(_CarriageReturns(rest))
         yield _Input(path, kind, rest, delimiter)

@@ -172,7 +172,7 @@ def _manifest(path: Path) -> Manifest | None:
 
 
 def quantile(counts: Counter[Any], fraction: float) -> Any:
-    """The smallest value that at least `fraction` of all do not exceed."""
+    """The smallest value that at least the given fraction of values do not exceed."""
     rank, num_seen = math.ceil(counts.total() * fraction), 0
     for value in sorted(counts):
         num_seen += counts[value]

@@ -43,7 +43,7 @@ from smolcli.protocol.query import (
     json_path,
     parse_query,
 )
-from smolcli.protocol.strict_json import shown
+from smolcli.protocol.strict_json import shorten
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, Usage
 
@@ -459,7 +459,7 @@ def parameter_error(exc: ValidationError, model: type[BaseModel], value: object)
         code = ErrorCode.UNKNOWN_FIELD if len(location) == 1 else ErrorCode.INVALID_VALUE
         return QueryError(message, code, path)
     if len(location) > 1 and kind == "literal_error" and isinstance(given, str):
-        message = f"{path} {shown(given)!r} is not supported"
+        message = f"{path} {shorten(given)!r} is not supported"
         return QueryError(message, ErrorCode.INVALID_VALUE, path)
     return _invalid(str(location[0]), model, path)
 

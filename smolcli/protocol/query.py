@@ -24,7 +24,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from smolcli.errors import QueryError
-from smolcli.protocol.strict_json import shown
+from smolcli.protocol.strict_json import shorten
 from smolcli.settings import QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
 
@@ -478,8 +478,8 @@ def _query_error(exc: ValidationError) -> QueryError:
     fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     field = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
-        message = f"unknown field {shown(field)!r}{did_you_mean(field, FIELDS)}"
-        return QueryError(message, ErrorCode.UNKNOWN_FIELD, shown(field))
+        message = f"unknown field {shorten(field)!r}{did_you_mean(field, FIELDS)}"
+        return QueryError(message, ErrorCode.UNKNOWN_FIELD, shorten(field))
     if field == "chat_id" and (fault["type"] == "missing" or fault["input"] in (None, "")):
         return _required("chat_id")
     where = json_path(fault["loc"])
@@ -494,7 +494,7 @@ def _required(field: str) -> QueryError:
 
 def json_path(location: Sequence[int | str]) -> str:
     """A location inside a JSON value as text: `messages[1].content`."""
-    path = "".join(f"[{at}]" if isinstance(at, int) else f".{shown(at)}" for at in location)
+    path = "".join(f"[{at}]" if isinstance(at, int) else f".{shorten(at)}" for at in location)
     return path.removeprefix(".")
 
 

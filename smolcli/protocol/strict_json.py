@@ -11,12 +11,9 @@ MAX_DEPTH = 64  # nested arrays and objects
 MAX_SHOWN = 100  # characters of a user's text that an error message quotes
 
 
-def shown(text: str) -> str:
-    """Text from a user, short enough for an error message."""
+def shorten(text: str) -> str:
+    """Truncate text from a user, for an error message."""
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-
-
-# JSON.
 
 
 def load_json(text: bytes) -> object:
@@ -53,7 +50,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)[:100]!r}")
+        raise ValueError(f"duplicate key {shorten(next(k for k in keys if keys.count(k) > 1))!r}")
     return values
 
 

@@ -14,7 +14,7 @@ from smolcli.server.service import Service
 
 
 class Application(Flask):
-    """A Flask application that also handles exceptions that are no `Exception`."""
+    """A Flask application that also handles exceptions that do not derive from `Exception`."""
 
     def dispatch_request(self) -> ResponseReturnValue:
         try:

@@ -8,7 +8,7 @@ from flask import Flask, Response, request
 
 from smolcli.server.errors import HttpCode, HttpError
 
-# Probes and browsers opening the page send no key, and these paths reveal nothing secret.
+# Probes, and browsers that open the page, send no key; these paths reveal nothing secret.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/"})
 _OPEN_FOLDER = "/page/"
 _PREFLIGHT_AGE_S = 600

@@ -10,6 +10,7 @@ from flask import Blueprint, Response, request
 
 from smolcli.errors import QueryError
 from smolcli.protocol.query import chat_id_of, parse_query
+from smolcli.protocol.strict_json import shorten
 from smolcli.server.errors import HttpCode, HttpError, error_response, result_error
 from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.service import (
@@ -62,11 +63,11 @@ def chat_routes(service: Service) -> Blueprint:
 
 
 def _read_batch(max_queries: int) -> list[Any]:
-    """Read the `queries` of the current request, not yet validated one by one."""
+    """Read the `queries` of the current request, without validating each one."""
     body = read_json()
     if not isinstance(body, dict):
         raise QueryError("a batch must be a JSON object", ErrorCode.NOT_AN_OBJECT)
-    if unknown := [field[:100] for field in body if field != "queries"]:
+    if unknown := [shorten(field) for field in body if field != "queries"]:
         raise QueryError(f"unknown field {unknown[0]!r}", ErrorCode.UNKNOWN_FIELD, unknown[0])
     values = body.get("queries")
     if not isinstance(values, list) or not values:

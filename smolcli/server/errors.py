@@ -1,4 +1,4 @@
-"""HTTP errors: one vocabulary, always JSON, in OpenAI's shape under /v1."""
+"""HTTP errors: one set of codes, always JSON, in OpenAI's shape under /v1."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ INTERNAL_ERROR = "internal error; see the server log for details"
 
 
 class HttpCode(StrEnum):
-    """Error codes of requests that are rejected before their queries are looked at."""
+    """Error codes of requests that are rejected before their queries are parsed."""
 
     BAD_REQUEST = "bad_request"
     UNAUTHORIZED = "unauthorized"

@@ -21,7 +21,7 @@ _TOKEN_SECONDS = (
 
 
 class TokenCollector(Collector):
-    """Reports the tokens that the backend has computed, whoever received them.
+    """Reports the tokens that the backend has computed, whether or not a client received them.
 
     Args:
         counters: returns the totals of the backend.

@@ -11,6 +11,7 @@ from typing import Any
 from flask import Blueprint, Response
 
 from smolcli.protocol.openai import Completion, parse_completion
+from smolcli.protocol.strict_json import shorten
 from smolcli.server.errors import (
     HttpCode,
     HttpError,
@@ -73,7 +74,7 @@ def _check_model(requested: str, served: str) -> None:
     if requested != served:
         raise HttpError(
             HTTPStatus.NOT_FOUND,
-            f"model {requested[:100]!r} not found; this server serves {served!r}",
+            f"model {shorten(requested)!r} not found; this server serves {served!r}",
             HttpCode.MODEL_NOT_FOUND,
             "model",
         )

@@ -99,7 +99,7 @@ class BackendLoader:
             self._backend = backend
         except SmolError as exc:
             self.error = exc
-        except BaseException as exc:  # including a Rust panic, which is no Exception
+        except BaseException as exc:  # including a Rust panic, which is not an Exception
             logger.error("cannot load the model", exc_info=exc)
             self.error = ModelError(
                 "cannot load the model because of an internal error; see the log for details"

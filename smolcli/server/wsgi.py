@@ -1,4 +1,4 @@
-"""The Waitress server: connections with deadlines, a graceful shutdown, JSON for bad HTTP."""
+"""The Waitress server: connection timeouts, graceful shutdown, JSON errors for malformed HTTP."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ from waitress.task import WSGITask
 from waitress.utilities import BadRequest
 
 from smolcli.backends.base import Backend
-from smolcli.errors import RunError
+from smolcli.errors import RunError, error_reason
 from smolcli.server.admission import AdmissionLimit, request_limit
 from smolcli.server.app import create_app
 from smolcli.server.errors import (
@@ -126,7 +126,7 @@ class Task(WSGITask):
         except Exception:
             raise
         except BaseException as exc:
-            # Such as a Rust panic. Waitress would leave the connection open without a response.
+            # For example a Rust panic. Waitress would leave the connection open without a response.
             raise RuntimeError(f"{type(exc).__name__} while sending a response") from exc
 
     def get_environment(self) -> dict[str, Any]:
@@ -141,7 +141,7 @@ class Task(WSGITask):
 
 
 class RejectionTask(Task):
-    """Lets the application report an error that Waitress found, as it reports any other."""
+    """Lets the application report an error that Waitress found, like any other error."""
 
     def get_environment(self) -> dict[str, Any]:
         environ = super().get_environment()
@@ -391,9 +391,9 @@ def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict
             ident="smol",
         )
     except (OSError, ValueError) as exc:
-        reason = getattr(exc, "strerror", None) or exc
         raise RunError(
-            f"cannot listen on {host}:{settings.port}: {reason}; choose another --host or --port"
+            f"cannot listen on {host}:{settings.port}: {error_reason(exc)}; "
+            "choose another --host or --port"
         ) from exc
     for item in list(sockets.values()):
         if isinstance(item, BaseWSGIServer):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smolcli import settings
-from smolcli.errors import ModelError, ModelNotFound
+from smolcli.errors import ModelError, ModelNotFound, error_reason
 
 RECORD = "smol.json"
 
@@ -68,7 +68,7 @@ def sha256_of(*paths: Path) -> str:
             with path.open("rb") as file:
                 hashlib.file_digest(file, lambda: digest)
         except OSError as exc:
-            raise ModelError(f"cannot read {path}: {exc.strerror}") from exc
+            raise ModelError(f"cannot read {path}: {error_reason(exc)}") from exc
     return digest.hexdigest()
 
 

@@ -42,12 +42,12 @@ def option(
     max: int | None = None,
     completion: Callable[[str], list[str]] | None = None,
 ) -> Any:
-    """Declare an option that the environment variable `SMOL_<NAME>` sets as well.
+    """Declare an option that can also be set by the environment variable `SMOL_<NAME>`.
 
     Args:
         flags: the long flag, then short ones.
         help: one sentence, with the unit of the value.
-        metavar: what stands for the value in the help; by default its type.
+        metavar: placeholder for the value in the help; by default its type.
         panel: heading that the help lists the option under.
         alias: another environment variable that sets the option.
         min: smallest valid value.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from smolcli.cli.options import option, require_utf8
-from smolcli.errors import QueryError, UsageError
+from smolcli.errors import QueryError, UsageError, error_reason
 from smolcli.settings import OPENAI_TEMPERATURE, QueryDefaults
 from smolcli.types import AnswerFormat, Sampling
 
@@ -155,7 +155,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     try:
         definition = json.loads(path.read_bytes())
     except OSError as exc:
-        raise UsageError(f"--schema {path}: cannot read the file: {exc.strerror or exc}") from exc
+        raise UsageError(f"--schema {path}: cannot read the file: {error_reason(exc)}") from exc
     except ValueError as exc:
         raise UsageError(f"--schema {path} is not valid JSON: {exc}") from exc
     if not isinstance(definition, dict):
