@@ -47,8 +47,8 @@ class PromptTooLong(QueryError):
 
     def __init__(self, num_tokens: int, limit: int) -> None:
         super().__init__(
-            f"the prompt has {num_tokens} tokens, but this model's maximum context length is "
-            f"{limit + 1} tokens, of which the answer needs at least 1",
+            f"the prompt is too long: it has {num_tokens} tokens, but this model's maximum context "
+            f"length is {limit + 1} tokens, of which the answer needs at least 1",
             ErrorCode.PROMPT_TOO_LONG,
         )
 

@@ -337,7 +337,7 @@ def test_check_finds_prompts_that_are_too_long(queries: Path, tiny_folder: Path)
     queries.write_bytes(GOOD + long)
     done = process("run", queries, "--check", "--model", tiny_folder)
     assert done.returncode == 3
-    assert done.stdout.startswith(b"line 2: prompt_too_long: the prompt has ")
+    assert done.stdout.startswith(b"line 2: prompt_too_long: the prompt is too long: it has ")
     done = process("run", queries, "--check", "--model", "someone/unknown-to-this-disk")
     assert done.returncode == 0
     assert b"prompt lengths not checked" in done.stderr

@@ -470,10 +470,12 @@ def test_assistant_message_may_be_empty() -> None:
 
 
 def test_prompt_too_long_is_what_openai_clients_recognise() -> None:
+    """litellm looks for the context length, LangChain for "prompt is too long"."""
     exc = PromptTooLong(600, 511)
     error = error_object(400, str(exc), exc.code, None)
     assert error["code"] == "context_length_exceeded"
     assert "maximum context length is 512 tokens" in error["message"]
+    assert "prompt is too long" in error["message"]
     assert error_code(error["code"]) is ErrorCode.PROMPT_TOO_LONG
     assert error_code("invalid_value") is ErrorCode.INVALID_VALUE
 
