@@ -1,6 +1,5 @@
 """Imports between packages point down, and light commands stay light."""
 
-import ast
 import json
 import subprocess
 import sys
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from kernel_tools import native_kernels
+
+from tools.import_graph import imported
 
 PACKAGE = Path(__file__).parents[1] / "smolcli"
 LAYERS = [  # top to bottom: a package imports only from the rows below its own
@@ -40,24 +41,6 @@ def layer(module: str) -> int:
     rows = [index for index, row in enumerate(LAYERS) if package(module) in row]
     assert rows, f"{package(module)} is in no layer: add it to LAYERS"
     return rows[0]
-
-
-def imported(path: Path) -> Iterator[str]:
-    """Names of imported modules, those for type checkers alone left out."""
-    tree = ast.parse(path.read_text("utf-8"))
-    for_types = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in for_types:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
 
 
 @pytest.mark.parametrize(("name", "path"), [m for m in modules() if m[0] != "__init__"])

@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 
 
-def imported(path: Path, root: str) -> Iterator[str]:
-    """The modules of the root package that a file imports at run time, relative to the root."""
+def imported(path: Path) -> Iterator[str]:
+    """Names of the modules that a file imports at run time."""
     tree = ast.parse(path.read_text("utf-8"))
     typing_only = {
         inner
@@ -22,10 +22,12 @@ def imported(path: Path, root: str) -> Iterator[str]:
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
-        if node in typing_only or not isinstance(node, ast.ImportFrom):
+        if node in typing_only:
             continue
-        if node.module and node.module.startswith(f"{root}."):
-            yield node.module.removeprefix(f"{root}.")
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
 
 
 def package_graph(folder: Path) -> dict[str, set[str]]:
@@ -33,7 +35,8 @@ def package_graph(folder: Path) -> dict[str, set[str]]:
     graph: dict[str, set[str]] = defaultdict(set)
     for path in folder.rglob("*.py"):
         package = path.relative_to(folder).with_suffix("").parts[0]
-        graph[package] |= {name.partition(".")[0] for name in imported(path, folder.name)}
+        modules = (name.split(".") for name in imported(path))
+        graph[package] |= {parts[1] for parts in modules if parts[0] == folder.name and parts[1:]}
     graph.pop("__init__", None)
     return {package: targets - {package} for package, targets in graph.items()}
 
