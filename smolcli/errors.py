@@ -74,7 +74,7 @@ class ModelError(RunError):
 
 
 class ModelNotFound(ModelError):
-    """There is no model with this name or path."""
+    """No model has this name or path."""
 
 
 class HubUnreachable(ModelError):

@@ -176,7 +176,7 @@ def test_unsupported_contents_are_named(tiny_gguf: Path, tmp_path: Path) -> None
 def test_damaged_header_is_a_model_error(
     tiny_gguf: Path, tmp_path: Path, data: st.DataObject
 ) -> None:
-    """A length of 2 to the 60 was once believed, and any exception of a library came through."""
+    """A length of 2^60 was once trusted, and library exceptions were not translated."""
     whole = bytearray(tiny_gguf.read_bytes())
     size = len(whole) - sum(tensor.data.nbytes for tensor in read_gguf(tiny_gguf).tensors.values())
     for _ in range(data.draw(st.integers(1, 4))):

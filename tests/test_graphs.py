@@ -97,7 +97,7 @@ def test_the_inputs_of_a_graph_live_as_long_as_the_graph(plain: TorchModel) -> N
 
 @pytest.mark.parametrize("asks", [lambda x: x.sum().item(), lambda x: x.nonzero(), torch.tensor])
 def test_the_tape_rejects_what_a_graph_cannot_record(asks: Callable[[Any], Any]) -> None:
-    """So a step that no GPU could replay fails on the CPU, too."""
+    """Therefore a step that no GPU could replay fails on the CPU as well."""
     x = torch.ones(3)
     with pytest.raises(RuntimeError, match="cannot be recorded"):
         Tape().record(lambda: x * asks([1.0] if asks is torch.tensor else x))

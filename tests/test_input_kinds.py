@@ -51,7 +51,7 @@ def check(data: bytes) -> "subprocess.CompletedProcess[bytes]":
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstd.compress, bz2.compress, lzma.compress])
 @pytest.mark.parametrize("name", ["in.jsonl", "in.gz"])
-def test_compression_is_recognised_by_content(
+def test_compression_is_recognized_by_content(
     tmp_path: Path, compress: Callable[[bytes], bytes], name: str
 ) -> None:
     data = compress(LINES[:20].encode()) + compress(LINES[20:].encode())
@@ -86,7 +86,7 @@ def test_compression_is_deterministic_and_members_concatenate(codec: Codec) -> N
         assert file.read() == b"ab"
 
 
-def test_compressed_tables_are_recognised_by_name(tmp_path: Path) -> None:
+def test_compressed_tables_are_recognized_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv.zst", zstd.compress(b"id,t\n1,x\n"))
     assert [row["user_prompt"] for row in rows(path, RowSettings("{t}"))] == ["x"]
 
@@ -198,7 +198,7 @@ def test_invalid_first_line_does_not_decide_what_a_file_is(tmp_path: Path, first
     assert [row.value for row in found[1:]] == QUERIES
 
 
-def test_table_is_recognised_without_its_suffix(tmp_path: Path) -> None:
+def test_table_is_recognized_without_its_suffix(tmp_path: Path) -> None:
     found = rows(write(tmp_path / "x", CSV), RowSettings("{review}"))
     assert [row["user_prompt"] for row in found] == ["Nice, kettle", "Bad"]
 
@@ -214,7 +214,7 @@ def test_invalid_row_does_not_decide_what_a_file_is(tmp_path: Path, bad: str) ->
 @pytest.mark.parametrize("elements", [[], ["a", 1], [None, *QUERIES], [["id", "text"], [1, "a"]]])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_array_of_anything_is_read(tmp_path: Path, elements: list[Any], indent: int | None) -> None:
-    """An element that is no object is the fault of its row, not of the file."""
+    """An element that is not an object is an error of its row, not of the file."""
     assert rows(write(tmp_path / "x", json.dumps(elements, indent=indent))) == elements
 
 

@@ -102,7 +102,7 @@ def test_missing_config_key_is_named(folder: Path) -> None:
 def test_config_that_contradicts_the_weights_is_rejected(
     folder: Path, values: dict[str, Any]
 ) -> None:
-    """Sizes were not compared: some ended in a segmentation fault, others in nonsense."""
+    """Sizes were once not compared, which ended in a segmentation fault or garbage output."""
     change(folder, **values)
     with pytest.raises(ModelError, match=r"tensor|multiple|must be"):
         load_weights(folder, load_config(folder))

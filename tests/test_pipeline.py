@@ -152,7 +152,7 @@ def test_input_error_is_raised_after_the_items_before_it() -> None:
 
 
 def test_panic_while_reading_ends_the_run() -> None:
-    """A Rust panic is a BaseException; the reading thread died of it and the run hung."""
+    """A Rust panic is a BaseException, which once killed the reading thread and hung the run."""
 
     class PanicError(BaseException):
         pass

@@ -553,7 +553,7 @@ class TestOpenAI:
             ('{"choices": [{"delta": {"content": ["x"]}}]}', "malformed answer"),
             ('{"choices": [{"delta": {"content": "x"}, "p": NaN}]}', "malformed answer"),
             ('{"choices": [{"finish_reason": "tool_calls"}]}', "(finish_reason 'tool_calls')"),
-            ('{"choices": []}', "gave no text"),
+            ('{"choices": []}', "returned no text"),
             ('{"choices": [{"delta": {"refusal": "No."}, "finish_reason": "stop"}]}', "no text"),
             ('{"error": {"message": "out of memory"}}', "out of memory"),
         ],

@@ -632,7 +632,7 @@ GARBAGE = st.one_of(
 @given(st.lists(GARBAGE, max_size=12), st.sampled_from(["error", "ignore", "keep"]))
 def test_garbage_lines_never_end_a_run(job: RunSettings, lines: list[bytes], extra: Any) -> None:
     """Each line gets one valid JSON result, and a resume can read all of them back."""
-    # Compressed files and UTF-16 are recognised by their first bytes.
+    # Compressed files and UTF-16 are recognized by their first bytes.
     assume(not lines or not lines[0].startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")))
     job.input.write_bytes(b"\n".join(lines))
     rows = RowSettings(input_format="smol", encoding="utf-8")  # as detection may refuse it

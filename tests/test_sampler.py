@@ -183,7 +183,7 @@ def test_only_tokens_that_a_constraint_allows_are_chosen(options: dict[str, Any]
 def test_log_probabilities_are_those_of_the_model_among_the_allowed_tokens(
     options: dict[str, Any],
 ) -> None:
-    """Before penalty, temperature and cuts; forbidden tokens are no alternatives."""
+    """Before penalty, temperature, top-k and top-p; forbidden tokens are never alternatives."""
     head = TorchHead(torch.eye(VOCAB)[:, :8].contiguous(), torch.ones(8), 1e-6)
     hidden, allowed = torch.arange(8.0)[None], [2, 5, 7]
     sampling = Sampling(**options)

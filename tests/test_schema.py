@@ -469,7 +469,7 @@ def test_assistant_message_may_be_empty() -> None:
         assert query.messages[1] == Message("assistant", "")
 
 
-def test_prompt_too_long_is_what_openai_clients_recognise() -> None:
+def test_prompt_too_long_is_what_openai_clients_recognize() -> None:
     """litellm looks for the context length, LangChain for "prompt is too long"."""
     exc = PromptTooLong(600, 511)
     error = error_object(400, str(exc), exc.code, None)

@@ -34,7 +34,7 @@ class PanickingBackend(EchoBackend):
 
 
 def test_a_panic_while_loading_ends_the_server() -> None:
-    """It used to answer 503 "loading" for ever."""
+    """It used to answer 503 "loading" forever."""
 
     def panic(_: EngineSettings) -> Backend:
         raise Panic

@@ -49,7 +49,7 @@ def test_weights_stored_in_bfloat16_stay_so_for_float32_products() -> None:
     expanded = resolve_config(given, SMOLLM2_135M).kernels
     compact = resolve_config(given, SMOLLM2_135M, stored_dtype="bfloat16").kernels
     if expanded is None or compact is None:
-        pytest.skip("there are no native kernels for this machine")
+        pytest.skip("no native kernels for this machine")
     assert compact.dtype == expanded.dtype == np.float32
     assert expanded.weight_dtype == np.float32
     if load_kernels("bfloat16").dtype == np.float32:  # no bfloat16 products on this CPU
@@ -214,6 +214,6 @@ def test_cpu_features_are_read_from_cpuinfo(tmp_path: Path, text: str, features:
     ],
 )
 def test_a_config_that_no_model_can_have_is_refused(field: str, value: Any, message: str) -> None:
-    """Such values once ended in a segmentation fault or in nonsense."""
+    """Such values once ended in a segmentation fault or garbage output."""
     with pytest.raises(ModelError, match=re.escape(message)):
         replace(SMOLLM2_135M, **{field: value})

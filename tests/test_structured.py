@@ -220,9 +220,9 @@ def test_log_probabilities_equal_transformers(backend: LocalBackend, tiny_folder
         logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     expected = logits.log_softmax(-1)
     for row, token, entry in zip(expected, answer, result.logprobs, strict=True):
-        likeliest = [each["logprob"] for each in entry["top_logprobs"]]
+        most_likely = [each["logprob"] for each in entry["top_logprobs"]]
         assert entry["logprob"] == pytest.approx(row[token].item(), abs=2e-4)
-        assert likeliest == pytest.approx(row.topk(5).values.tolist(), abs=2e-4)
+        assert most_likely == pytest.approx(row.topk(5).values.tolist(), abs=2e-4)
 
 
 def test_log_probabilities_cover_only_allowed_tokens(backend: LocalBackend) -> None:

@@ -193,7 +193,7 @@ def test_context_length(tiny_folder: Path, tmp_path: Path) -> None:
 def test_tokenizer_with_more_tokens_than_the_model_is_rejected(
     tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Their ids reached the embedding, whose size nobody compared."""
+    """Their ids once reached the embedding, whose size was not checked."""
     folder = copy_tokenizer(tiny_folder, tmp_path)
     for size in (384, 400):
         (folder / "config.json").write_text(json.dumps({"vocab_size": size}))

@@ -88,7 +88,7 @@ class InputScan:
         return None if self.rows is None else len(self.rows)
 
     def check_unchanged(self, input: Path) -> None:
-        """Check that nobody wrote to the input while the run was reading it.
+        """Check that the input did not change while the run was reading it.
 
         Raises:
             RunError: size or modification time differ from those at the start.

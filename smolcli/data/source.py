@@ -86,7 +86,7 @@ def read_some(file: Any, num_bytes: int) -> bytes:
 def open_source(path: Path, encoding: str | None = None) -> Iterator[io.BufferedIOBase]:
     """Open a file, or stdin for `-`, as UTF-8 text without a byte order mark.
 
-    Compression is recognised by the first bytes, and so are UTF-16 and UTF-32.
+    Compression is recognized by the first bytes, and so are UTF-16 and UTF-32.
 
     Args:
         path: the file.

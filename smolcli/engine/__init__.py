@@ -1,1 +1,1 @@
-"""The engine: token ids in, token ids out. Knows no text, JSON, HTTP or files."""
+"""The engine: token ids in, token ids out. It deals with no text, JSON, HTTP or files."""

@@ -315,7 +315,7 @@ def answer_fields(result: Result) -> dict[str, Any]:
     return {"choices": choices, "usage": _usage(result.usage)}
 
 
-# OpenAI's clients recognise this code.
+# OpenAI's clients recognize this code.
 _OPENAI_CODES = {ErrorCode.PROMPT_TOO_LONG: "context_length_exceeded"}
 
 

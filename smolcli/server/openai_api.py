@@ -83,8 +83,8 @@ def _check_model(requested: str, served: str) -> None:
 def _stream(completion: Completion, in_flight: InFlightRequest) -> Response:
     """Stream the answer as server-sent events.
 
-    An error within the first second still gets an HTTP status of its own, as long as there is no
-    text. After that, the stream begins even if the query is waiting for a slot.
+    An error within the first second, before any text, still gets its own HTTP status. After that,
+    the stream begins even if the query is waiting for a slot.
     """
     events = (event and event[1] for event in in_flight.events())
     try:

@@ -214,7 +214,7 @@ def to_result(query: Query, records: Sequence[Mapping[str, Any]], usage: object)
         MalformedAnswer: a record is not an answer.
     """
     if len(records) < query.n:
-        message = f"the upstream server gave {len(records)} of {query.n} answers"
+        message = f"the upstream server returned {len(records)} of {query.n} answers"
         return failure(query, message, ErrorCode.INTERNAL, "n")
     try:
         first, *others = [_answer(query, record) for record in records[: query.n]]
@@ -228,7 +228,7 @@ def to_result(query: Query, records: Sequence[Mapping[str, Any]], usage: object)
 def _answer(query: Query, record: Mapping[str, Any]) -> Result:
     text, finish_reason = record["response"], _finish_reason(record.get("finish_reason"))
     if text is None:
-        message = "the upstream server gave no text"
+        message = "the upstream server returned no text"
         if finish_reason is not None:
             message += f" (finish_reason {str(finish_reason)!r})"
         return failure(query, message, ErrorCode.INTERNAL)

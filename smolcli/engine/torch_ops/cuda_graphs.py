@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def power_of_two_length(num_tokens: int) -> int:
-    """The slab length that holds so many tokens; few lengths, because each one costs a graph."""
+    """The slab length for a number of tokens; few lengths, because each one costs a graph."""
     length = MIN_LENGTH
     while length < num_tokens:
         length *= 2

@@ -26,7 +26,7 @@ LayerTensors = Iterable[tuple[Tensor, Tensor]]  # keys and values of each layer
 
 
 def padded_length(num_tokens: int) -> int:
-    """The slab length that holds so many tokens: two sizes per octave, from 32 up."""
+    """The slab length for a number of tokens: two sizes per octave, starting at 32."""
     size = 32
     while size < num_tokens:
         size = size * 4 // 3 if size % 3 == 0 else size * 3 // 2
@@ -94,7 +94,7 @@ class Slab:
             for tensor in (*self.keys, *self.values):
                 tensor[row] = tensor[last]
         if self.capacity - len(self.rows) >= 2 * self._row_step:
-            with suppress(RuntimeError):  # too little memory for a smaller copy: keep this one
+            with suppress(RuntimeError):  # no memory for a smaller copy: keep this one
                 self._resize(len(self.rows) + self._row_step)
 
     def read(self, sequence: Sequence) -> LayerTensors:
