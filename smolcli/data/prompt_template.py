@@ -7,7 +7,7 @@ from typing import Any
 
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError, UsageError
-from smolcli.protocol.query import FIELDS, QueryFields, whole_number
+from smolcli.protocol.query import FIELDS, QueryFields, float_to_int
 from smolcli.protocol.strict_json import load_json
 from smolcli.settings import RowSettings
 from smolcli.types import ErrorCode
@@ -225,7 +225,7 @@ class RowMapper:
         if name not in self._json_fields:
             return value
         if name == "logprobs":  # true, TRUE or True, and what pandas makes of them
-            return _BOOLEANS.get(str(whole_number(value)).strip().casefold(), value)
+            return _BOOLEANS.get(str(float_to_int(value)).strip().casefold(), value)
         if not isinstance(value, str):
             return value
         try:

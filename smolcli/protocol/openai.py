@@ -16,14 +16,15 @@ from smolcli.errors import QueryError
 from smolcli.protocol.query import (
     CHOICES_DESCRIPTION,
     EMPTY,
+    FLOAT_TO_INT,
     FORMAT_DESCRIPTION,
     MAX_ANSWERS,
     MAX_LOGPROBS,
     MAX_SEED,
-    WHOLE_NUMBER,
     Choices,
     Count,
     Flag,
+    Integer,
     JsonSchemaFields,
     JsonSchemaFormat,
     Lenient,
@@ -36,7 +37,6 @@ from smolcli.protocol.query import (
     Temperature,
     Text,
     TopP,
-    Whole,
     combinations,
     did_you_mean,
     forbid_violations,
@@ -155,13 +155,13 @@ class CompletionFields(Lenient):
         "and 1 if n is above 1",
     )
     top_p: TopP | None = Field(None, description="a number greater than 0 and at most 1")
-    top_k: Annotated[int, Field(strict=True, ge=-1), WHOLE_NUMBER] | None = Field(
+    top_k: Annotated[int, Field(strict=True, ge=-1), FLOAT_TO_INT] | None = Field(
         None, description="a positive integer, or 0 or -1 to disable it; an extension"
     )
     repetition_penalty: Penalty | None = Field(
         None, description="a number greater than 0 and at most 100; an extension"
     )
-    seed: Annotated[int, Field(strict=True, ge=-1, le=MAX_SEED), WHOLE_NUMBER] | None = Field(
+    seed: Annotated[int, Field(strict=True, ge=-1, le=MAX_SEED), FLOAT_TO_INT] | None = Field(
         None, description="an integer from 0 to 2^63 - 1, or -1 for the default"
     )
     stop: Stop | None = Field(None, description="a non-empty string or a list of up to 16 of them")
@@ -219,7 +219,7 @@ class CompletionFields(Lenient):
     web_search_options: None = Field(None, description=_UNSUPPORTED)
 
     # vLLM's parameters without an effect here.
-    priority: Whole | None = Field(None, description="an integer; it has no effect")
+    priority: Integer | None = Field(None, description="an integer; it has no effect")
     request_id: Text | None = Field(None, description=_NO_EFFECT)
     cache_salt: Text | None = Field(None, description=_NO_EFFECT)
     guided_decoding_backend: Text | None = Field(None, description=_NO_EFFECT)

@@ -42,7 +42,7 @@ SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetitio
 # Field types.
 
 
-def whole_number(value: object) -> object:
+def float_to_int(value: object) -> object:
     """A whole float, which JSON does not distinguish from an integer, as an int."""
     if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT_FLOAT:
         return int(value)
@@ -51,7 +51,7 @@ def whole_number(value: object) -> object:
 
 def decimal_id(value: object) -> object:
     """An integer id as its decimal string; any other value unchanged."""
-    value = whole_number(value)
+    value = float_to_int(value)
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -71,16 +71,16 @@ Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
 # Bounds must stand before the validator: after it, /openapi.json would not have them.
-WHOLE_NUMBER = BeforeValidator(whole_number)
-Whole = Annotated[int, Field(strict=True), WHOLE_NUMBER]
-Count = Annotated[int, Field(strict=True, ge=1), WHOLE_NUMBER]
+FLOAT_TO_INT = BeforeValidator(float_to_int)
+Integer = Annotated[int, Field(strict=True), FLOAT_TO_INT]
+Count = Annotated[int, Field(strict=True, ge=1), FLOAT_TO_INT]
 Temperature = Annotated[Number, Field(ge=0, le=100)]
 TopP = Annotated[Number, Field(gt=0, le=1)]
-TopK = Annotated[int, Field(strict=True, ge=0), WHOLE_NUMBER]
+TopK = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
 Penalty = Annotated[Number, Field(gt=0, le=100)]
-Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), WHOLE_NUMBER]
-NumAnswers = Annotated[int, Field(strict=True, ge=1, le=MAX_ANSWERS), WHOLE_NUMBER]
-NumLogprobs = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS), WHOLE_NUMBER]
+Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), FLOAT_TO_INT]
+NumAnswers = Annotated[int, Field(strict=True, ge=1, le=MAX_ANSWERS), FLOAT_TO_INT]
+NumLogprobs = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS), FLOAT_TO_INT]
 StopString = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
 StopStrings = Annotated[list[StopString], Field(max_length=16)]
 Stop = Annotated[
