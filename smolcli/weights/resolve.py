@@ -6,7 +6,6 @@ from pathlib import Path
 
 from smolcli.errors import ModelNotFound
 from smolcli.weights import hub
-from smolcli.weights.gguf import add_gguf
 from smolcli.weights.store import (
     ModelFiles,
     Notify,
@@ -80,6 +79,8 @@ def _from_folder(model: str, folder: Path) -> ModelFiles:
 
 def _from_gguf(path: Path, notify: Notify) -> ModelFiles:
     """The model in a .gguf file, converted when this content is first seen."""
+    from smolcli.weights.gguf import add_gguf  # late: imports numpy
+
     name = f"gguf--{sha256_of(path)}"
     if found := stored(name):
         return found
