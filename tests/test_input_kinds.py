@@ -205,7 +205,7 @@ def test_table_is_recognized_without_its_suffix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", ["short", "too;many;cells", '"not closed;'])
 def test_invalid_row_does_not_decide_what_a_file_is(tmp_path: Path, bad: str) -> None:
-    """One row with another number of cells made a table on stdin a file of no known kind."""
+    """One row with a wrong number of cells used to keep a table on stdin from being recognized."""
     path = write(tmp_path / "x", f"{CSV}{bad}\n4;Good\n")
     found = list(read_rows(path, RowSettings("{review}")))
     assert [row.fault is None for row in found] == [True, True, False, True]
@@ -220,7 +220,7 @@ def test_array_of_anything_is_read(tmp_path: Path, elements: list[Any], indent: 
 
 @pytest.mark.parametrize("name", ["x", "x.csv"])
 def test_lines_may_end_in_carriage_returns(tmp_path: Path, name: str) -> None:
-    """Excel's "CSV (Macintosh)" was refused for a carriage return outside quotes."""
+    """Excel's "CSV (Macintosh)" used to be rejected for a carriage return outside quotes."""
     found = rows(write(tmp_path / name, CSV.replace("\n", "\r")), RowSettings("{review}"))
     assert [(row["chat_id"], row["user_prompt"]) for row in found] == [
         ("2", "Nice, kettle"),
@@ -232,7 +232,7 @@ def test_lines_may_end_in_carriage_returns(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["x", "x.csv"])
 @pytest.mark.parametrize("delimiter", [";", ":", "\t"])
 def test_first_line_may_state_the_delimiter(tmp_path: Path, name: str, delimiter: str) -> None:
-    """Excel's `sep=;` was taken for the header."""
+    """Excel's `sep=;` used to be read as the header."""
     text = f"sep={delimiter}\r\n{CSV.replace(';', delimiter)}"
     found = rows(write(tmp_path / name, text), RowSettings("{review}", "id"))
     assert [row["user_prompt"] for row in found] == ["Nice, kettle", "Bad"]

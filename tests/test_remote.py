@@ -575,7 +575,7 @@ class TestOpenAI:
         ids=["null error", "byte order mark", "no stream"],
     )
     def test_an_unusual_stream_is_an_answer(self, body: str) -> None:
-        """The text of the first line was lost after a byte order mark."""
+        """The first line used to be lost if it followed a byte order mark."""
         pieces: list[str] = []
         with listening(odd_server(body)) as url, remote(url) as backend:
             result = backend.submit(query(prompt="odd"), pieces.append).result(TIMEOUT_S)
@@ -666,7 +666,7 @@ def odd_server(body: str) -> Flask:
 
 
 def changing_server() -> Flask:
-    """An OpenAI-compatible server whose model changes when POST /change says so."""
+    """An OpenAI-compatible server whose model changes on POST /change."""
     app, models = Flask(__name__), ["old"]
 
     @app.get("/v1/models")

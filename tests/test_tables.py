@@ -170,7 +170,7 @@ def test_quotes_in_a_tsv_file_may_be_literal(tmp_path: Path, cell: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_only_columns_in_use_must_be_unique(tmp_path: Path, suffix: str) -> None:
-    """In a Parquet file, the first of two columns used to be taken without a word."""
+    """In a Parquet file, the first of two columns used to be used silently."""
     names, row = ["id", "review", "notes", "notes", "chat_id", "chat_id"], list("1Nab78")
     path = write(tmp_path / f"x.{suffix}", f"{','.join(names)}\n{','.join(row)}\n")
     if suffix == "parquet":

@@ -145,7 +145,7 @@ def guess_delimiter(sample: Sample) -> str:
 
 
 def _guess_delimiter(head: bytes, is_whole: bool) -> str | None:
-    """The delimiter that splits the rows of a sample into as many cells as the header has.
+    """The delimiter that splits most rows of a sample into as many cells as the header.
 
     It need not fit every row: an invalid one does not decide.
     """
@@ -171,7 +171,7 @@ def _share_that_fits(head: bytes, is_whole: bool, delimiter: str) -> float:
 
 
 def _is_array(first: bytes, lines: Iterator[bytes]) -> bool:
-    """Whether a first line that begins with a bracket starts an array, whatever its elements are.
+    """Whether a first line that begins with a bracket starts an array with elements of any kind.
 
     Otherwise it is an invalid line, such as a log line or an array in place of an object.
     """

@@ -139,7 +139,7 @@ def _dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> Dtype:
 def _kernels(
     config: LlamaConfig, dtype: Dtype, device: str, stored_dtype: str | None
 ) -> tuple[Kernels | None, str]:
-    """The native kernels, or None and the reason why torch computes instead.
+    """The native kernels, or None and the reason why torch is used instead.
 
     float32 products of weights that are stored in bfloat16 are the same whether the weights are
     expanded beforehand or in registers; the latter reads half as much memory.
