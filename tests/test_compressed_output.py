@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from smolcli.batch.manifest import manifest_path
 from smolcli.cli.main import app
 from smolcli.data.compression import CODECS, codec_of_name
-from smolcli.errors import BackendError, ResumeRefused
+from smolcli.errors import BackendError, ResumeRefused, UsageError
 from smolcli.settings import RunSettings
 from smolcli.types import ErrorCode, Query, Result, failure
 
@@ -123,3 +123,16 @@ def test_gunzip_reads_the_output(tmp_path: Path) -> None:
     answer(job)
     done = subprocess.run(["gzip", "-dc", job.output], capture_output=True, check=True)
     assert json.loads(done.stdout)["chat_id"] == "1"
+
+
+@pytest.mark.parametrize("name", ["out.zip", "out.jsonl.lz4", "out.XLSX", "out.jsonl.Z", "out.tgz"])
+def test_names_of_formats_that_cannot_be_written_are_refused(tmp_path: Path, name: str) -> None:
+    """They used to become plain text under that name, like `out.jsonl.gz` once did."""
+    (tmp_path / "in.jsonl").write_text('{"chat_id": "1", "user_prompt": "Hi"}\n')
+    job = RunSettings(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    for refused in (replace(job, output=tmp_path / name), replace(job, errors=tmp_path / name)):
+        with pytest.raises(UsageError, match=r"cannot write \.\w+ files; choose another --"):
+            answer(refused, no_backend)
+    with pytest.raises(UsageError, match="holds JSON Lines"):
+        answer(replace(job, errors=tmp_path / "failed.csv"), no_backend)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

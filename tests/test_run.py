@@ -509,6 +509,9 @@ def test_output_must_not_be_the_input(job: RunSettings) -> None:
 
 
 def test_output_must_be_a_file_in_an_existing_directory(job: RunSettings, tmp_path: Path) -> None:
+    """The root directory, which has no name, used to end in a traceback."""
+    with pytest.raises(UsageError, match="cannot write /: it is a directory"):
+        answer(replace(job, output=Path("/")))
     for output in (tmp_path, tmp_path / "no" / "out.jsonl"):
         with pytest.raises(UsageError, match=r"cannot write .*: it is a directory, or its parent"):
             answer(replace(job, output=output), no_backend)

@@ -39,7 +39,8 @@ from smolcli.batch.pipeline import answer_all, read_ahead
 from smolcli.batch.progress import RunProgress
 from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.batch.statistics import RunStatistics, StatisticsCollector
-from smolcli.data.compression import codec_of_name, without_codec_suffix
+from smolcli.data.compression import FOREIGN_SUFFIXES, codec_of_name, without_codec_suffix
+from smolcli.data.detection import table_suffix
 from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing_lines
 from smolcli.data.reader import read_rows, row_numbers
 from smolcli.data.rows import Row
@@ -515,6 +516,10 @@ def _check_options(settings: RunSettings) -> None:
 def _check_paths(settings: RunSettings) -> None:
     """Refuse paths that cannot be written, or that would overwrite the input or each other."""
     output, errors, table = settings.output, settings.errors, settings.table
+    if not output.name:
+        raise UsageError(f"cannot write {output}: it is a directory")
+    if errors is not None and table_suffix(errors) is not None:
+        raise UsageError(f"--errors {errors} holds JSON Lines; choose a name such as failed.jsonl")
     written = [(path, "--output") for path in (table, output, manifest_path(output)) if path]
     if errors is not None:
         written.append((errors, "--errors"))
@@ -534,6 +539,8 @@ def _check_path(path: Path, option: str, input: Path) -> None:
         raise UsageError(
             f"cannot write {path}: it is a directory, or its parent directory does not exist"
         )
+    if path.suffix.lower() in FOREIGN_SUFFIXES:
+        raise UsageError(f"cannot write {path.suffix} files; choose another {option}")
     if path.exists() and os.path.exists(input) and path.samefile(input):
         raise UsageError(f"{path} is the input; choose another {option}")
     target = Path(os.path.realpath(path))

@@ -46,6 +46,12 @@ CODECS = (
     Codec("bzip2", ".bz2", b"BZh", bz2.open, bz2.compress),
     Codec("xz", ".xz", b"\xfd7zXZ\x00", lzma.open, lzma.compress),
 )
+# Names of files that are neither text nor compressed in one of these formats.
+FOREIGN_SUFFIXES = (
+    *(".7z", ".br", ".lz", ".lz4", ".lzma", ".rar", ".sz", ".z", ".zip"),
+    *(".tar", ".tbz2", ".tgz", ".txz"),
+    *(".arrow", ".avro", ".db", ".feather", ".ods", ".orc", ".sqlite", ".xls", ".xlsx"),
+)
 LONGEST_MAGIC = max(len(codec.magic) for codec in CODECS)
 
 
