@@ -131,6 +131,22 @@ def test_the_admission_limit_is_thread_safe() -> None:
     limit.enter(100)
 
 
+@pytest.mark.parametrize("is_interactive", [True, False])
+def test_neither_priority_takes_every_request(is_interactive: bool) -> None:
+    """With as many chat clients as the limit, every batch request was once rejected, forever."""
+    limit = AdmissionLimit(max_queries=1000, max_requests=64)
+    for _ in range(64):
+        limit.enter(1, is_interactive=is_interactive)
+    with pytest.raises(HttpError):
+        limit.enter(1, is_interactive=is_interactive)
+    for _ in range(8):
+        limit.enter(1, is_interactive=not is_interactive)
+    with pytest.raises(HttpError):
+        limit.enter(1, is_interactive=not is_interactive)
+    limit.leave(is_interactive=not is_interactive)
+    limit.enter(1, is_interactive=not is_interactive)
+
+
 @pytest.mark.parametrize(
     ("num_queries", "query_s", "expected"),
     [(0, 1.0, [2, 2, 2]), (10, 0.0, [2, 2, 2]), (20, 1.0, [2, 12, 21]), (2000, 1.0, [2, 60, 60])],

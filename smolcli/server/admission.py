@@ -13,11 +13,17 @@ MAX_RETRY_AFTER_S = 60
 RATE_SMOOTHING = 0.1  # weight of the latest query in the mean time between finished queries
 REQUESTS_PER_SLOT = 4  # in-flight requests for each slot of the batch
 MIN_REQUESTS = 64
+RESERVED_DIVISOR = 8  # each priority may always have 1/8 of the limit of requests in flight
 
 
 def request_limit(max_slots: int, max_queue: int) -> int:
     """The number of requests in flight, each with its own thread, that keeps the batch full."""
     return min(max(REQUESTS_PER_SLOT * max_slots, MIN_REQUESTS), max_queue)
+
+
+def reserved_requests(max_requests: int) -> int:
+    """How many requests of one priority are admitted even if the other has reached the limit."""
+    return max_requests // RESERVED_DIVISOR
 
 
 def unavailable(message: str, retry_after_s: int = MIN_RETRY_AFTER_S) -> HttpError:
@@ -49,6 +55,8 @@ def spread_retry_s(num_queries: int, query_s: float, fraction: float) -> int:
 class AdmissionLimit:
     """Counts unfinished requests and queries, and rejects what exceeds the limits.
 
+    Neither interactive nor batch requests can shut the other out: see `reserved_requests`.
+
     Args:
         max_queries: the largest number of unfinished queries.
         max_requests: the largest number of unfinished requests.
@@ -58,7 +66,8 @@ class AdmissionLimit:
         self._max_queries = max_queries
         self._max_requests = max_requests
         self._num_queries = 0
-        self._num_requests = 0
+        self._num_interactive = 0  # requests
+        self._num_batch = 0  # requests
         self._query_s = 0.0  # mean time between two finished queries
         self._last_finished_at = 0.0
         self._lock = threading.Lock()
@@ -67,20 +76,24 @@ class AdmissionLimit:
     @property
     def is_full(self) -> bool:
         """Whether a request with a single query would be rejected."""
-        return self._num_queries >= self._max_queries or self._num_requests >= self._max_requests
+        return self._num_queries >= self._max_queries or not self._has_request(True)
 
     @property
     def num_requests(self) -> int:
         """Number of unfinished requests."""
-        return self._num_requests
+        return self._num_interactive + self._num_batch
 
     @property
     def retry_after_s(self) -> int:
         """When a rejected client should retry, chosen at random to spread the retries."""
         return spread_retry_s(self._num_queries, self._query_s, random.random())
 
-    def enter(self, num_queries: int) -> None:
+    def enter(self, num_queries: int, *, is_interactive: bool = True) -> None:
         """Admit a request with all of its queries, or none of them.
+
+        Args:
+            num_queries: number of its queries.
+            is_interactive: whether it has interactive rather than batch priority.
 
         Raises:
             HttpError: 503 if a limit is reached or the server is shutting down.
@@ -89,12 +102,12 @@ class AdmissionLimit:
             if self.is_closed:
                 raise unavailable("the server is shutting down; retry later")
             has_room = self._num_queries + num_queries <= self._max_queries
-            if not has_room or self._num_requests >= self._max_requests:
+            if not has_room or not self._has_request(is_interactive):
                 raise unavailable("the queue is full; retry later", self.retry_after_s)
             if self._num_queries == 0:  # do not count the time spent idle
                 self._last_finished_at = time.monotonic()
             self._num_queries += num_queries
-            self._num_requests += 1
+            self._count(is_interactive, 1)
 
     def finish_query(self) -> None:
         """Release one query of a request that is still in flight."""
@@ -106,10 +119,22 @@ class AdmissionLimit:
             self._last_finished_at = now
             self._num_queries -= 1
 
-    def leave(self) -> None:
+    def leave(self, *, is_interactive: bool = True) -> None:
         """Release a request, all of whose queries are finished."""
         with self._lock:
-            self._num_requests -= 1
+            self._count(is_interactive, -1)
+
+    def _has_request(self, is_interactive: bool) -> bool:
+        """Whether there is room for another request of a priority."""
+        num_own = self._num_interactive if is_interactive else self._num_batch
+        is_below_limit = self.num_requests < self._max_requests
+        return is_below_limit or num_own < reserved_requests(self._max_requests)
+
+    def _count(self, is_interactive: bool, change: int) -> None:
+        if is_interactive:
+            self._num_interactive += change
+        else:
+            self._num_batch += change
 
     def close(self) -> None:
         """Reject every request from now on."""

@@ -26,6 +26,7 @@ class InFlightRequest:
         timeout_s: time after which unfinished queries fail with `timeout`.
         is_disconnected: returns whether the client has disconnected.
         observe: called with every result.
+        is_interactive: whether the queries have interactive rather than batch priority.
 
     Raises:
         HttpError: 503 if the queries exceed the admission limit.
@@ -39,8 +40,11 @@ class InFlightRequest:
         timeout_s: float,
         is_disconnected: Callable[[], bool],
         observe: Callable[[Result], None],
+        *,
+        is_interactive: bool,
     ) -> None:
-        admission.enter(len(queries))
+        admission.enter(len(queries), is_interactive=is_interactive)
+        self._is_interactive = is_interactive
         self._admission = admission
         self._backend = backend
         self._queries = dict(queries)  # the unfinished ones
@@ -53,16 +57,15 @@ class InFlightRequest:
         self._observe = observe
         self._is_closed = False
 
-    def submit(self, *, is_interactive: bool, with_text: bool) -> None:
+    def submit(self, *, with_text: bool) -> None:
         """Submit all queries to the backend.
 
         Args:
-            is_interactive: whether they have interactive rather than batch priority.
             with_text: whether `events` also yields the text as it is generated.
         """
         for index, query in self._queries.items():
             on_text = self._text_callback(index) if with_text else None
-            future = self._backend.submit(query, on_text, is_interactive=is_interactive)
+            future = self._backend.submit(query, on_text, is_interactive=self._is_interactive)
             self._futures[index] = future
             future.add_done_callback(lambda _, index=index: self._events.put((index, None)))  # type: ignore[misc]
 
@@ -105,7 +108,7 @@ class InFlightRequest:
             self._is_closed = True
             for _ in self._abandon("the request was cancelled", ErrorCode.CANCELLED):
                 pass
-            self._admission.leave()
+            self._admission.leave(is_interactive=self._is_interactive)
 
     def _next_event(self) -> tuple[int, str | None] | None:
         timeout_s = max(min(self._deadline - time.monotonic(), POLL_S), 0.0)

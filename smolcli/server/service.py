@@ -152,10 +152,11 @@ class Service:
             self.settings.request_timeout_s,
             request.environ["waitress.client_disconnected"],
             self._observer(),
+            is_interactive=is_interactive,
         )
         try:
             current_record().add_prompts(queries.values())
-            in_flight.submit(is_interactive=is_interactive, with_text=with_text)
+            in_flight.submit(with_text=with_text)
         except BaseException:
             in_flight.close()
             raise
