@@ -153,6 +153,25 @@ def test_skipped_lines_are_named(job: RunSettings) -> None:
     assert said in (job.output.parent / "out.report.html").read_text("utf-8")
 
 
+@pytest.mark.parametrize(
+    ("timings", "is_answer"),
+    [
+        ("null", True),
+        ('{"queue_s": 0, "first_token_s": 1, "total_s": 2}', True),
+        ('{"queue_s": 0}', False),
+        ('{"queue_s": 0, "first_token_s": 0, "total_s": NaN}', False),
+        ('{"queue_s": "a", "first_token_s": "b", "total_s": "c"}', False),
+    ],
+)
+def test_line_is_counted_or_skipped(tmp_path: Path, timings: str, is_answer: bool) -> None:
+    """A line with odd timings used to be counted as an answer and as skipped."""
+    line = f'{{"chat_id": "1", "response": "x", "finish_reason": "stop", "timings": {timings}}}\n'
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"chat_id": "0", "response": "x", "finish_reason": "stop"}\n' + line)
+    facts = gather(path)
+    assert (facts.num_answered, facts.num_skipped) == (1 + is_answer, 1 - is_answer)
+
+
 def test_failed_lines_in_the_errors_file_are_counted(job: RunSettings) -> None:
     run(replace(job, errors=job.output.with_name("bad.jsonl")))
     facts = gather(job.output)

@@ -93,13 +93,14 @@ class Facts:
             int(usage[name]) if usage.get(name) is not None else None
             for name in ("prompt_tokens", "completion_tokens")
         )
+        slow = _slow_answer(record, completion_tokens or 0)  # raises before anything is counted
         if prompt_tokens is not None:
             self.prompt_tokens[prompt_tokens] += 1
         if completion_tokens is not None:
             self.completion_tokens[completion_tokens] += 1
         self.finish_reasons[str(record.get("finish_reason") or "not reported")] += 1
-        if "timings" in record:
-            self._add_timings(record, completion_tokens or 0)
+        if slow is not None:
+            self._add_timings(slow)
 
     def skip(self, path: Path, number: int) -> None:
         """Count a line that is not a result."""
@@ -116,17 +117,27 @@ class Facts:
         more = f" and {others:,} more" if others else ""
         return f"skipped {', '.join(self.skipped)}{more}: not a result"
 
-    def _add_timings(self, record: dict[str, Any], completion_tokens: int) -> None:
-        slow = SlowAnswer(
-            **record["timings"],
-            completion_tokens=completion_tokens,
-            line=record.get("line") or 0,
-            chat_id=record["chat_id"],
-        )
+    def _add_timings(self, slow: SlowAnswer) -> None:
         self.latencies_s[float(f"{slow.total_s:.3g}")] += 1
         heapq.heappush(self.slowest, slow)
         if len(self.slowest) > NUM_SLOWEST:
             heapq.heappop(self.slowest)
+
+
+def _slow_answer(record: dict[str, Any], completion_tokens: int) -> SlowAnswer | None:
+    """The latencies of an answer; None if it has none."""
+    timings = record.get("timings")
+    if timings is None:
+        return None
+    slow = SlowAnswer(
+        **timings,
+        completion_tokens=completion_tokens,
+        line=record.get("line") or 0,
+        chat_id=record["chat_id"],
+    )
+    if not all(map(math.isfinite, (slow.total_s, slow.first_token_s, slow.queue_s))):
+        raise ValueError("a latency is not finite")
+    return slow
 
 
 def gather(results: Path) -> Facts:
