@@ -288,6 +288,18 @@ def test_command_writes_page_and_png(job: RunSettings, tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_command_writes_the_page_to_stdout(
+    job: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`-o -` used to create a file of that name."""
+    output = run(job)
+    monkeypatch.chdir(output.parent)
+    done = CliRunner().invoke(app, ["report", str(output), "-o", "-"])
+    assert (done.exit_code, done.stdout.rstrip()[-7:]) == (0, "</html>")
+    assert CliRunner().invoke(app, ["report", str(output), "--png", "-"]).exit_code == 2
+    assert not Path("-").exists()
+
+
 def test_command_never_replaces_the_results(job: RunSettings) -> None:
     before = run(job).read_bytes()
     for option in ("-o", "--png"):
