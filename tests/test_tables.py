@@ -142,7 +142,7 @@ def test_rows_are_numbered_by_the_line_they_begin_on(tmp_path: Path) -> None:
         (b"1,2,3", "the row has 3 cells, but the header has 2"),
         (b'1,"open', "not valid CSV"),
         (b'1,"x" y', "not valid CSV"),
-        (b"1,\xff", "not UTF-8"),
+        (b"1,\xff", "not valid UTF-8"),
         (b"1," + b"x" * MAX_LINE_BYTES, "longer than 1,048,576 bytes"),
     ],
 )
@@ -273,7 +273,7 @@ def test_json_lines_of_any_shape_can_be_mapped(tmp_path: Path) -> None:
     [RowSettings("{revew}"), RowSettings("{id}", "revew"), RowSettings("{id}", None, ("revew",))],
 )
 def test_missing_column_is_refused_with_a_suggestion(rows: RowSettings) -> None:
-    with pytest.raises(UsageError, match=r"no column 'revew'; did you mean 'review'\?"):
+    with pytest.raises(UsageError, match=r"no column named 'revew'; did you mean 'review'\?"):
         items(REVIEWS, rows)
 
 
