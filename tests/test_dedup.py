@@ -97,6 +97,18 @@ def test_a_model_known_by_name_only_shares_greedy_answers_in_flight() -> None:
     assert len(held.futures) == 4, "it may ignore the seed"
 
 
+def test_answers_of_a_model_that_may_change_unnoticed_are_shared_in_flight_only() -> None:
+    """A gateway gave cached answers of a server replaced since its last health check."""
+    backend = DedupBackend(held := SourcedBackend())
+    held.source = AnswerSource("model", is_verified=True, is_fixed=False)
+    backend.submit(QUERY)
+    backend.submit(SAME)
+    assert len(held.futures) == 1
+    held.futures[0].set_result(echo(QUERY))
+    backend.submit(SAME)
+    assert len(held.futures) == 2
+
+
 def test_an_answer_is_not_cached_if_the_model_changed_meanwhile() -> None:
     backend = DedupBackend(held := SourcedBackend())
     held.source = AnswerSource("first", is_verified=True)

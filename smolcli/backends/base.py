@@ -144,10 +144,12 @@ class AnswerSource:
         key: changes when another model may have taken over.
         is_verified: whether the model is known by its revision, rather than by the name that a
             foreign server gives it, and honors seeds.
+        is_fixed: whether the model cannot change unnoticed, so that finished answers may be cached.
     """
 
     key: str
     is_verified: bool
+    is_fixed: bool = True
 
 
 class Backend(Protocol):

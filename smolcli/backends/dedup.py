@@ -168,7 +168,8 @@ class DedupBackend:
         return source is not None and (source.is_verified or query.sampling.is_greedy)
 
     def _cache(self, canonical: Query, result: Result) -> None:
-        if self._source is None or not self._source.is_verified:
+        source = self._source
+        if source is None or not (source.is_verified and source.is_fixed):
             return
         if canonical.num_chars + result.num_chars <= MAX_CACHED_CHARS:
             self._cached[canonical] = result

@@ -216,7 +216,8 @@ class UpstreamPool:
     def answer_source(self) -> AnswerSource | None:
         """See `Backend`. Only a smol server identifies its model and honors seeds.
 
-        A server that was unhealthy may have been replaced, whatever it reports.
+        A server that was unhealthy may have been replaced, whatever it reports. One may also be
+        replaced between two health checks, which only a pinned pool takes for an error.
         """
         identities = [u.identity for u in self.upstreams if u.is_healthy]
         apis = {identity.get("api", Dialect.SMOL) for identity in identities}
@@ -224,7 +225,7 @@ class UpstreamPool:
             return None
         state = [(u.url, u.is_healthy, u.num_transitions, u.identity) for u in self.upstreams]
         is_verified = apis == {Dialect.SMOL} and all(each.get("revision") for each in identities)
-        return AnswerSource(json.dumps(state, sort_keys=True), is_verified)
+        return AnswerSource(json.dumps(state, sort_keys=True), is_verified, self._is_pinned)
 
     @property
     def window(self) -> int:
