@@ -20,14 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from smolcli.bench.workload import long_prompt
-from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Model
 from smolcli.engine.sequence import Sequence
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Sampling
-from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.loader import load_model, resolve_model_config
 from smolcli.weights.resolve import resolve
 
 NUM_SEQUENCES = 32
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--levels", default="0,1,2,4,2n")
     args = parser.parse_args()
     folder = resolve(DEFAULT_MODEL).folder
-    config = resolve_config(EngineSettings(), load_config(folder))
+    config = resolve_model_config(EngineSettings(), folder)
     model = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
     chat = ChatTokenizer.load(folder)
     turns = range(NUM_SEQUENCES)

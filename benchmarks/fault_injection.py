@@ -3,13 +3,12 @@
 from typing import Any
 
 from smolcli.backends.local import LocalBackend
-from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Batch, Hidden, Model
 from smolcli.settings import EngineSettings
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message
-from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.loader import load_model, resolve_model_config
 from smolcli.weights.resolve import resolve
 
 
@@ -39,7 +38,7 @@ class FaultyModel:
 def open_faulty(settings: EngineSettings, models: list[FaultyModel]) -> LocalBackend:
     """Open a local backend around a faulty model, which is appended to `models`."""
     folder = resolve(settings.model).folder
-    config = resolve_config(settings, load_config(folder))
+    config = resolve_model_config(settings, folder)
     chat = ChatTokenizer.load(folder)
 
     def build_engine() -> Engine:

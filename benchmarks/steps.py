@@ -19,13 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from smolcli.bench.workload import long_prompt
-from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Sampling
-from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.loader import load_model, resolve_model_config
 from smolcli.weights.resolve import resolve
 
 PROMPT_WORDS = 70
@@ -93,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = resolve(DEFAULT_MODEL).folder
     settings = EngineSettings(dtype=args.dtype)
-    config = resolve_config(settings, load_config(folder))
+    config = resolve_model_config(settings, folder)
     loaded = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
     model, chat = TimedModel(loaded), ChatTokenizer.load(folder)
     table = Table("sequences", "ms/step", "layers", "head", "rest", "tokens/s", box=None)

@@ -23,7 +23,6 @@ from rich.table import Table
 
 from smolcli.backends.local import LocalBackend, open_local
 from smolcli.batch.pipeline import answer_all
-from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.protocol.query import parse_query, schema_format
@@ -32,7 +31,7 @@ from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults
 from smolcli.text.grammar import GrammarCompiler
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Query, Result, Sampling
-from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.loader import load_model, resolve_model_config
 from smolcli.weights.resolve import resolve
 
 QUESTIONS = Path(__file__).with_name("extraction.jsonl")
@@ -61,7 +60,7 @@ class Cost:
 
     def __init__(self, queries: list[Query], settings: EngineSettings, num_tokens: int) -> None:
         folder = resolve(DEFAULT_MODEL).folder
-        config = resolve_config(settings, load_config(folder))
+        config = resolve_model_config(settings, folder)
         model = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
         chat, config = ChatTokenizer.load(folder), model.config
         self._grammars = GrammarCompiler(chat.tokenizer_json, config.vocab_size, config.eos_ids)

@@ -54,11 +54,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture(autouse=True)
 def _closed_logs() -> Iterator[None]:
-    """Drop log handlers of a finished command, whose stderr has been closed."""
+    """Undo the logging setup of a finished command, whose stderr has been closed."""
     yield
     root = logging.getLogger()
     for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
         root.removeHandler(handler)
+    for name in ("batch", "weights", "backends"):
+        logging.getLogger(f"smolcli.{name}").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -353,7 +353,7 @@ def test_an_engine_that_cannot_compute_anything_gives_up_at_once(
     engine = Engine(faulty, 4, 64 * MEGABYTE)
     for i in range(batch_size):
         engine.add(greedy([8 + i, 9]))
-    with pytest.raises(BackendError, match="not even a single token: out of memory"):
+    with pytest.raises(BackendError, match="no longer compute even a single token: out of memory"):
         engine.step()
     assert engine.kv_cache.num_sequences == batch_size, "nothing is left of its own sequence"
 

@@ -24,7 +24,7 @@ from smolcli.backends.base import (
     one_line,
     start_thread,
 )
-from smolcli.engine.autoconfig import ResolvedConfig, resolve_config
+from smolcli.engine.autoconfig import ResolvedConfig
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError
@@ -33,8 +33,7 @@ from smolcli.text.detokenizer import Detokenizer, incomplete_json, logprob_entri
 from smolcli.text.grammar import GrammarCompiler, GrammarMatcher
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import FinishReason, Query, Result, Timings, Usage
-from smolcli.weights.checkpoint import load_weights, matrix_dtype
-from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.loader import load_model, resolve_model_config
 from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
 
@@ -58,9 +57,7 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
     logger.debug("looking for %s", settings.model)
     files = files or resolve(settings.model)
     logger.debug("loading %s", files.model)
-    model_config = load_config(files.folder)
-    stored_dtype = matrix_dtype(load_weights(files.folder, model_config))
-    config = resolve_config(settings, model_config, stored_dtype=stored_dtype)
+    config = resolve_model_config(settings, files.folder)
     if config.kernels is None and config.device == "cpu":
         logger.warning("computing with torch, which is slower: %s", config.unsupported_reason)
 

@@ -166,13 +166,9 @@ def _found(files: ModelFiles) -> Finding:
 
 def _resolved(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
     try:
-        from smolcli.engine.autoconfig import resolve_config
-        from smolcli.weights.checkpoint import load_weights, matrix_dtype
-        from smolcli.weights.loader import load_config
+        from smolcli.weights.loader import resolve_model_config
 
-        model_config = load_config(files.folder)
-        stored_dtype = matrix_dtype(load_weights(files.folder, model_config))
-        config = resolve_config(settings, model_config, stored_dtype=stored_dtype)
+        config = resolve_model_config(settings, files.folder)
     except (ImportError, OSError):
         return  # reported by the torch check
     except SmolError as exc:

@@ -6,14 +6,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from smolcli.engine.autoconfig import ResolvedConfig, resolve_config
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.interfaces import Model
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.model import NativeModel
 from smolcli.errors import ModelError
-from smolcli.weights.checkpoint import Array, load_weights
+from smolcli.settings import EngineSettings
+from smolcli.weights.checkpoint import Array, load_weights, matrix_dtype
 from smolcli.weights.packed import packed_weights
 from smolcli.weights.store import ModelFiles
+
+
+def resolve_model_config(settings: EngineSettings, folder: Path) -> ResolvedConfig:
+    """Fill in everything that the settings leave open for the model in a directory.
+
+    Raises:
+        ModelError: the model cannot be used.
+        UsageError: the device is not available.
+    """
+    config = load_config(folder)
+    stored_dtype = matrix_dtype(load_weights(folder, config))
+    return resolve_config(settings, config, stored_dtype=stored_dtype)
 
 
 def load_model(
