@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -35,6 +36,8 @@ CHAT_TEMPLATE = (
 
 LEAK_GRACE_S = 2.0
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell script
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else tested processes ignore it too
 build(host(), runnable_only=True)  # compiles nothing if the kernels are up to date
 
 hypothesis.settings.register_profile("same-each-time", derandomize=True, database=None)
