@@ -1,37 +1,34 @@
 """Generation throughput on a machine that is busy with other programs.
 
     python -m benchmarks.busy
-    python -m benchmarks.busy --runs 5 --levels 0,1,2,4,2n
+    python -m benchmarks.busy --runs 5 --levels 0,1,2,4,2n \\
+        --peer "PYTHON benchmarks/peer_llama.py MODEL.gguf FOLDER --slots 32" \\
+        --peer "PYTHON benchmarks/peer_openvino.py openvino-int8 --slots 32"
 
-A level is a number of busy loops of normal priority; `2n` is two loops at nice 19. Levels
-alternate in every run, so that a slow phase of the machine affects all of them.
+A level is a number of busy loops of normal priority; `2n` is two loops at nice 19. In every run,
+each system answers the same questions at each level in turn, so that a slow phase of the machine
+affects all of them. PYTHON is the interpreter of the peer's own environment.
 """
 
 import argparse
+import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from smolcli.bench.workload import long_prompt
-from smolcli.engine.engine import Engine
-from smolcli.engine.interfaces import Model
-from smolcli.engine.sequence import Sequence
-from smolcli.settings import DEFAULT_MODEL, EngineSettings
-from smolcli.text.tokenizer import ChatTokenizer
-from smolcli.types import Sampling
-from smolcli.weights.loader import load_model, resolve_model_config
-from smolcli.weights.resolve import resolve
-
-NUM_SEQUENCES = 32
+SMOL = Path(__file__).with_name("peer_smol.py")
+NUM_QUESTIONS = 32
 NUM_TOKENS = 32
-PROMPT_WORDS = 20
+
+Run = Callable[[], float]
 
 
 @contextmanager
@@ -48,41 +45,61 @@ def busy_loops(level: str) -> Iterator[None]:
             loop.wait()
 
 
-def tokens_per_s(model: Model, prompts: list[list[int]]) -> float:
-    engine = Engine(model, NUM_SEQUENCES, 1 << 30)
-    sequences = [Sequence(ids, Sampling(max_new_tokens=NUM_TOKENS)) for ids in prompts]
-    began = time.perf_counter()
-    for sequence in sequences:
-        engine.add(sequence)
-    while engine.has_work:
-        engine.step()
-    return sum(s.num_output for s in sequences) / (time.perf_counter() - began)
+@contextmanager
+def system(command: list[str]) -> Iterator[tuple[str, Run]]:
+    """Start a system, which loads its model, and yield its name and a function that runs it.
+
+    Args:
+        command: a script that calls `peer_record.measure`, with its arguments.
+    """
+    shared = ["--questions", str(NUM_QUESTIONS), "--max-new-tokens", str(NUM_TOKENS), "--turns"]
+    with subprocess.Popen(
+        [*command, *shared], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        stdin, stdout = process.stdin, process.stdout
+
+        def tokens_per_s() -> float:
+            stdin.write("\n")
+            stdin.flush()
+            answer = json.loads(stdout.readline())
+            return float(answer["tokens"] / answer["seconds"])
+
+        facts = json.loads(stdout.readline())
+        yield f"{facts['system']}, {facts['model']}", tokens_per_s
+        stdin.close()
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Measure all systems at all levels and print a table."""
+    levels = args.levels.split(",")
+    smol = [sys.executable, str(SMOL), "--dtype", args.dtype]
+    with ExitStack() as stack:
+        commands = [smol, *map(shlex.split, args.peer)]
+        systems = dict(stack.enter_context(system(command)) for command in commands)
+        found: dict[tuple[str, str], list[float]] = {}
+        for _ in range(args.runs):
+            for level in levels:
+                for name, run in systems.items():
+                    with busy_loops(level):
+                        found.setdefault((name, level), []).append(run())
+    table = Table("system", "loops", "median tokens/s", "worst", "worst of idle", box=None)
+    for (name, level), values in found.items():
+        idle = statistics.median(found[name, levels[0]])
+        median, worst = statistics.median(values), min(values)
+        table.add_row(name, level, f"{median:,.0f}", f"{worst:,.0f}", f"{worst / idle:.0%}")
+    Console().print(table)
+    Console().print(f"{NUM_QUESTIONS} questions, {NUM_TOKENS} tokens, {os.cpu_count()} CPUs")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--levels", default="0,1,2,4,2n")
-    args = parser.parse_args()
-    folder = resolve(DEFAULT_MODEL).folder
-    config = resolve_model_config(EngineSettings(), folder)
-    model = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
-    chat = ChatTokenizer.load(folder)
-    turns = range(NUM_SEQUENCES)
-    prompts = [chat.encode(long_prompt(PROMPT_WORDS, turn).messages) for turn in turns]
-    levels = args.levels.split(",")
-    found: dict[str, list[float]] = {level: [] for level in levels}
-    for _ in range(args.runs):
-        for level in levels:
-            with busy_loops(level):
-                found[level].append(tokens_per_s(model, prompts))
-    idle = statistics.median(found[levels[0]])
-    table = Table("loops", "median tokens/s", "worst", "worst of idle", box=None)
-    for level, values in found.items():
-        median, worst = statistics.median(values), min(values)
-        table.add_row(level, f"{median:,.0f}", f"{worst:,.0f}", f"{worst / idle:.0%}")
-    Console().print(table)
-    Console().print(f"{config.threads} threads, {os.cpu_count()} CPUs, {config.dtype}")
+    parser.add_argument("--peer", action="append", default=[], help="command of another system")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dtype", default="auto", help="of smol")
+    compare(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 from llama_cpp import llama_cpp as api
-from peer_record import measure, read_questions
+from peer_record import add_options, measure, read_questions
 from tokenizers import Tokenizer
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -93,8 +93,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what `smol pull` prints")
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=3)
+    add_options(parser)
     args = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(args.folder / "tokenizer.json"))
     prompts = [
@@ -102,13 +101,13 @@ def main() -> None:
             f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
             f"{question}<|im_end|>\n<|im_start|>assistant\n"
         ).ids
-        for question in read_questions()
+        for question in read_questions(args.questions)
     ]
     engine = Engine(args.gguf, args.slots, args.threads)
     answer_all(engine, prompts, args.slots, 4)
     measure(
         lambda: answer_all(engine, prompts, args.slots, args.max_new_tokens),
-        args.runs,
+        args,
         system=f"llama-cpp-python {llama_cpp.__version__}",
         model=Path(args.gguf).name,
         slots=args.slots,

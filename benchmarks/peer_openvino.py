@@ -12,7 +12,7 @@ FOLDER is what `smol pull` prints. All questions are submitted at once, or one a
 import argparse
 
 import openvino_genai as genai
-from peer_record import measure, read_questions
+from peer_record import add_options, measure, read_questions
 
 
 def main() -> None:
@@ -20,8 +20,7 @@ def main() -> None:
     parser.add_argument("model", help="the exported folder")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "f32"])
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=3)
+    add_options(parser)
     args = parser.parse_args()
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = 2
@@ -37,7 +36,7 @@ def main() -> None:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True
         )
-        for question in read_questions()
+        for question in read_questions(args.questions)
     ]
     encoded = [tokenizer.encode(p, add_special_tokens=False).input_ids for p in prompts]
 
@@ -50,7 +49,7 @@ def main() -> None:
     answer(4)
     measure(
         lambda: answer(args.max_new_tokens),
-        args.runs,
+        args,
         system=f"OpenVINO GenAI {genai.__version__}",
         model=args.model,
         precision=args.precision,

@@ -1,0 +1,53 @@
+"""Throughput of smol's engine on the reference questions, measured as the other systems are.
+
+python benchmarks/peer_smol.py --slots 32
+python benchmarks/peer_smol.py --slots 1 --dtype float32
+"""
+
+import argparse
+
+from peer_record import add_options, measure, read_questions
+
+from smolcli.engine.engine import Engine
+from smolcli.engine.sequence import Sequence
+from smolcli.settings import DEFAULT_MODEL, EngineSettings
+from smolcli.text.tokenizer import ChatTokenizer
+from smolcli.types import Message, Sampling
+from smolcli.weights.loader import load_model, resolve_model_config
+from smolcli.weights.resolve import resolve
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--dtype", default="auto")
+    add_options(parser)
+    args = parser.parse_args()
+    folder = resolve(args.model).folder
+    config = resolve_model_config(EngineSettings(dtype=args.dtype), folder)
+    model = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
+    chat = ChatTokenizer.load(folder)
+    prompts = [chat.encode((Message("user", text),)) for text in read_questions(args.questions)]
+
+    def answer_all(limit: int) -> int:
+        engine = Engine(model, args.slots, 1 << 30)
+        sequences = [Sequence(ids, Sampling(max_new_tokens=limit)) for ids in prompts]
+        for sequence in sequences:
+            engine.add(sequence)
+        while engine.has_work:
+            engine.step()
+        return sum(sequence.num_output for sequence in sequences)
+
+    answer_all(4)
+    measure(
+        lambda: answer_all(args.max_new_tokens),
+        args,
+        system="smol",
+        model=str(config.dtype),
+        slots=args.slots,
+    )
+
+
+if __name__ == "__main__":
+    main()
