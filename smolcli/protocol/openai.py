@@ -130,25 +130,15 @@ _NO_TOOLS = "empty: tools are not supported"
 _UNSUPPORTED = "empty: it is not supported"
 
 
-class CompletionFields(Lenient):
-    """The parameters of a request; descriptions complete "<parameter> must be ...".
+class GenerationFields(Lenient):
+    """The parameters that requests for chat and text completions share; descriptions complete
+    "<parameter> must be ...".
 
     Parameters of OpenAI and vLLM that smol does not support are listed with their neutral values.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra=forbid_violations(
-            [*combinations(list(EMPTY), True), *_STREAM_COMBINATIONS]
-        )
-    )
-
     model: Text = Field(description="the name of the model, as listed by GET /v1/models")
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
-        description="a non-empty list of {role, content} with text content, ending with a user "
-        "message"
-    )
     max_tokens: Count | None = Field(None, description="a positive integer")
-    max_completion_tokens: Count | None = Field(None, description="a positive integer")
     temperature: Temperature | None = Field(
         None,
         description="a number from 0 (greedy) to 100; the default is the server's, or else 0, "
@@ -172,15 +162,76 @@ class CompletionFields(Lenient):
     n: NumAnswers | None = Field(
         None, description=f"an integer from 1 to {MAX_ANSWERS}, and 1 if stream is true"
     )
-    logprobs: Flag | None = Field(None, description="true or false")
-    top_logprobs: NumLogprobs | None = Field(
-        None, description=f"an integer from 0 to {MAX_LOGPROBS}, and requires logprobs to be true"
-    )
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=f"{CHOICES_DESCRIPTION}; an extension")
 
     # OpenAI's parameters without an effect here.
     user: Text | None = Field(None, description=_NO_EFFECT)
+
+    # OpenAI's parameters that are not supported.
+    presence_penalty: Zero | None = Field(None, description=_ZERO)
+    frequency_penalty: Zero | None = Field(None, description=_ZERO)
+    logit_bias: dict[str, Zero] | None = Field(None, description="empty: it is not supported")
+
+    # vLLM's parameters without an effect here.
+    priority: Integer | None = Field(None, description="an integer; it has no effect")
+    request_id: Text | None = Field(None, description=_NO_EFFECT)
+    cache_salt: Text | None = Field(None, description=_NO_EFFECT)
+    guided_decoding_backend: Text | None = Field(None, description=_NO_EFFECT)
+    spaces_between_special_tokens: Flag | None = Field(
+        None, description="true or false; it has no effect"
+    )
+
+    # vLLM's parameters that are not supported.
+    best_of: One | None = Field(None, description="1: it is not supported")
+    use_beam_search: Literal[False] | None = Field(None, description=_FALSE)
+    early_stopping: Literal[False] | None = Field(None, description=_FALSE)
+    length_penalty: One | None = Field(None, description="1: it is not supported")
+    min_p: Zero | None = Field(None, description=_ZERO)
+    min_tokens: Zero | None = Field(None, description=_ZERO)
+    ignore_eos: Literal[False] | None = Field(None, description=_FALSE)
+    stop_token_ids: None = Field(None, description=_UNSUPPORTED)
+    bad_words: None = Field(None, description=_UNSUPPORTED)
+    allowed_token_ids: None = Field(None, description=_UNSUPPORTED)
+    logits_processors: None = Field(None, description=_UNSUPPORTED)
+    include_stop_str_in_output: Literal[False] | None = Field(None, description=_FALSE)
+    skip_special_tokens: Literal[True] | None = Field(
+        None, description="true: special tokens are never part of an answer"
+    )
+    truncate_prompt_tokens: None = Field(None, description=_UNSUPPORTED)
+    prompt_logprobs: None = Field(None, description=_UNSUPPORTED)
+    return_tokens_as_token_ids: Literal[False] | None = Field(None, description=_FALSE)
+    return_token_ids: Literal[False] | None = Field(None, description=_FALSE)
+    guided_json: None = Field(None, description="empty: use response_format")
+    guided_choice: None = Field(None, description="empty: use choices")
+    guided_regex: None = Field(None, description=_UNSUPPORTED)
+    guided_grammar: None = Field(None, description=_UNSUPPORTED)
+    guided_whitespace_pattern: None = Field(None, description=_UNSUPPORTED)
+    structured_outputs: None = Field(None, description="empty: use response_format or choices")
+    kv_transfer_params: None = Field(None, description=_UNSUPPORTED)
+    vllm_xargs: None = Field(None, description=_UNSUPPORTED)
+
+
+class CompletionFields(GenerationFields):
+    """The parameters of a chat completion; see `GenerationFields`."""
+
+    model_config = ConfigDict(
+        json_schema_extra=forbid_violations(
+            [*combinations(list(EMPTY), True), *_STREAM_COMBINATIONS]
+        )
+    )
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
+        description="a non-empty list of {role, content} with text content, ending with a user "
+        "message"
+    )
+    max_completion_tokens: Count | None = Field(None, description="a positive integer")
+    logprobs: Flag | None = Field(None, description="true or false")
+    top_logprobs: NumLogprobs | None = Field(
+        None, description=f"an integer from 0 to {MAX_LOGPROBS}, and requires logprobs to be true"
+    )
+
+    # OpenAI's parameters without an effect here.
     safety_identifier: Text | None = Field(None, description=_NO_EFFECT)
     prompt_cache_key: Text | None = Field(None, description=_NO_EFFECT)
     prompt_cache_retention: Text | None = Field(None, description=_NO_EFFECT)
@@ -193,9 +244,6 @@ class CompletionFields(Lenient):
     parallel_tool_calls: Flag | None = Field(None, description="true or false; it has no effect")
 
     # OpenAI's parameters that are not supported.
-    presence_penalty: Zero | None = Field(None, description=_ZERO)
-    frequency_penalty: Zero | None = Field(None, description=_ZERO)
-    logit_bias: dict[str, Zero] | None = Field(None, description="empty: it is not supported")
     store: Literal[False] | None = Field(None, description="false: nothing is stored")
     modalities: list[Literal["text"]] | None = Field(
         None, description='["text"]: others are not supported'
@@ -218,37 +266,9 @@ class CompletionFields(Lenient):
     moderation: None = Field(None, description=_UNSUPPORTED)
     web_search_options: None = Field(None, description=_UNSUPPORTED)
 
-    # vLLM's parameters without an effect here.
-    priority: Integer | None = Field(None, description="an integer; it has no effect")
-    request_id: Text | None = Field(None, description=_NO_EFFECT)
-    cache_salt: Text | None = Field(None, description=_NO_EFFECT)
-    guided_decoding_backend: Text | None = Field(None, description=_NO_EFFECT)
+    # vLLM's parameters.
     include_reasoning: Flag | None = Field(None, description="true or false; it has no effect")
-    spaces_between_special_tokens: Flag | None = Field(
-        None, description="true or false; it has no effect"
-    )
-
-    # vLLM's parameters that are not supported.
-    best_of: One | None = Field(None, description="1: it is not supported")
-    use_beam_search: Literal[False] | None = Field(None, description=_FALSE)
-    early_stopping: Literal[False] | None = Field(None, description=_FALSE)
-    length_penalty: One | None = Field(None, description="1: it is not supported")
-    min_p: Zero | None = Field(None, description=_ZERO)
-    min_tokens: Zero | None = Field(None, description=_ZERO)
     thinking_token_budget: Zero | None = Field(None, description="0: the model does not reason")
-    ignore_eos: Literal[False] | None = Field(None, description=_FALSE)
-    stop_token_ids: None = Field(None, description=_UNSUPPORTED)
-    bad_words: None = Field(None, description=_UNSUPPORTED)
-    allowed_token_ids: None = Field(None, description=_UNSUPPORTED)
-    logits_processors: None = Field(None, description=_UNSUPPORTED)
-    include_stop_str_in_output: Literal[False] | None = Field(None, description=_FALSE)
-    skip_special_tokens: Literal[True] | None = Field(
-        None, description="true: special tokens are never part of an answer"
-    )
-    truncate_prompt_tokens: None = Field(None, description=_UNSUPPORTED)
-    prompt_logprobs: None = Field(None, description=_UNSUPPORTED)
-    return_tokens_as_token_ids: Literal[False] | None = Field(None, description=_FALSE)
-    return_token_ids: Literal[False] | None = Field(None, description=_FALSE)
     echo: Literal[False] | None = Field(None, description=_FALSE)
     add_generation_prompt: Literal[True] | None = Field(
         None, description="true: false is not supported"
@@ -259,14 +279,6 @@ class CompletionFields(Lenient):
     chat_template: None = Field(None, description="empty: the model's own template is used")
     chat_template_kwargs: None = Field(None, description=_UNSUPPORTED)
     mm_processor_kwargs: None = Field(None, description=_UNSUPPORTED)
-    guided_json: None = Field(None, description="empty: use response_format")
-    guided_choice: None = Field(None, description="empty: use choices")
-    guided_regex: None = Field(None, description=_UNSUPPORTED)
-    guided_grammar: None = Field(None, description=_UNSUPPORTED)
-    guided_whitespace_pattern: None = Field(None, description=_UNSUPPORTED)
-    structured_outputs: None = Field(None, description="empty: use response_format or choices")
-    kv_transfer_params: None = Field(None, description=_UNSUPPORTED)
-    vllm_xargs: None = Field(None, description=_UNSUPPORTED)
 
 
 @dataclass(frozen=True, slots=True)
