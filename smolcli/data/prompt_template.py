@@ -7,7 +7,8 @@ from typing import Any
 
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError, UsageError
-from smolcli.protocol.query import FIELDS, QueryFields, float_to_int
+from smolcli.protocol.fields import float_to_int
+from smolcli.protocol.query import FIELDS, QueryFields
 from smolcli.protocol.strict_json import load_json
 from smolcli.settings import RowSettings
 from smolcli.types import ErrorCode

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
+from smolcli.protocol.fields import ChatId, decimal_id
 from smolcli.protocol.openai import (
     answer_fields,
     error_code,
@@ -18,7 +19,7 @@ from smolcli.protocol.openai import (
     parameter_error,
     parse_completion,
 )
-from smolcli.protocol.query import ChatId, chat_id_of, decimal_id, parse_query
+from smolcli.protocol.query import chat_id_of, parse_query
 from smolcli.settings import InputFormat, QueryDefaults, RowSettings
 from smolcli.types import ErrorCode, Query, Result, Usage
 

@@ -13,11 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
-from smolcli.protocol.query import (
-    CHOICES_DESCRIPTION,
+from smolcli.protocol.fields import (
     EMPTY,
     FLOAT_TO_INT,
-    FORMAT_DESCRIPTION,
     MAX_ANSWERS,
     MAX_LOGPROBS,
     MAX_SEED,
@@ -25,18 +23,22 @@ from smolcli.protocol.query import (
     Count,
     Flag,
     Integer,
-    JsonSchemaFields,
-    JsonSchemaFormat,
     Lenient,
     NumAnswers,
     Number,
     NumLogprobs,
     Penalty,
-    ResponseFormat,
     Stop,
     Temperature,
     Text,
     TopP,
+)
+from smolcli.protocol.query import (
+    CHOICES_DESCRIPTION,
+    FORMAT_DESCRIPTION,
+    JsonSchemaFields,
+    JsonSchemaFormat,
+    ResponseFormat,
     combinations,
     did_you_mean,
     forbid_violations,

@@ -6,8 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from smolcli import __version__
+from smolcli.protocol.fields import MAX_ANSWERS
 from smolcli.protocol.openai import CompletionFields
-from smolcli.protocol.query import MAX_ANSWERS, QueryFields
+from smolcli.protocol.query import QueryFields
 from smolcli.server.errors import HttpCode
 from smolcli.types import ErrorCode, FinishReason
 

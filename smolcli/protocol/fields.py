@@ -1,0 +1,141 @@
+"""The types of fields that queries and OpenAI's requests share."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import core_schema
+
+MAX_CHOICES = 1000
+MAX_SEED = 2**63 - 1
+MAX_ANSWERS = 16
+MAX_LOGPROBS = 20
+MAX_EXACT_FLOAT = 2**53  # the largest integer up to which floats are exact
+
+
+def float_to_int(value: object) -> object:
+    """A whole float, which JSON does not distinguish from an integer, as an int."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT_FLOAT:
+        return int(value)
+    return value
+
+
+def decimal_id(value: object) -> object:
+    """An integer id as its decimal string; any other value unchanged."""
+    value = float_to_int(value)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _one_or_many(value: object) -> object:
+    """A single stop string as a list."""
+    return [value] if isinstance(value, str) else value
+
+
+def _stripped(value: object) -> object:
+    """Reject a choice with outer white space: answers are stripped, so none could match it."""
+    if isinstance(value, str) and value != value.strip():
+        raise ValueError("leading or trailing white space")
+    return value
+
+
+Text = Annotated[str, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True)]
+# Bounds must stand before the validator: after it, /openapi.json would not have them.
+FLOAT_TO_INT = BeforeValidator(float_to_int)
+Integer = Annotated[int, Field(strict=True), FLOAT_TO_INT]
+Count = Annotated[int, Field(strict=True, ge=1), FLOAT_TO_INT]
+Temperature = Annotated[Number, Field(ge=0, le=100)]
+TopP = Annotated[Number, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
+Penalty = Annotated[Number, Field(gt=0, le=100)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), FLOAT_TO_INT]
+NumAnswers = Annotated[int, Field(strict=True, ge=1, le=MAX_ANSWERS), FLOAT_TO_INT]
+NumLogprobs = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS), FLOAT_TO_INT]
+StopString = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
+StopStrings = Annotated[list[StopString], Field(max_length=16)]
+Stop = Annotated[
+    StopStrings, BeforeValidator(_one_or_many, json_schema_input_type=StopStrings | StopString)
+]
+Id = Annotated[str, Field(strict=True, min_length=1)]
+ChatId = Annotated[Id, BeforeValidator(decimal_id, json_schema_input_type=Id | int)]
+# The lookahead is JSON Schema's portable way to say "end of text": $ also matches before "\n".
+_CHOICE_PATTERN = r"^\S(?:[\s\S]*\S)?(?![\s\S])"
+_ChoiceText = Annotated[
+    str,
+    Field(
+        strict=True,
+        min_length=1,
+        max_length=1000,
+        json_schema_extra={"pattern": _CHOICE_PATTERN},
+    ),
+]
+Choice = Annotated[_ChoiceText, BeforeValidator(_stripped, json_schema_input_type=_ChoiceText)]
+Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]
+
+
+# Objects whose empty members have no effect.
+
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a value has no effect: it is empty, or an object of empty and false members."""
+    if isinstance(value, dict):
+        return all(member is False or _is_plain_empty(member) for member in value.values())
+    return _is_plain_empty(value)
+
+
+def _is_plain_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+_EMPTY_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"enum": list(EMPTY)},
+        {"type": "object", "additionalProperties": {"enum": [*EMPTY, False]}},
+    ]
+}
+
+
+class Lenient(BaseModel):
+    """An object whose empty members have no effect, whatever their names.
+
+    Null, "", [], {} and objects whose members are all empty or false count as absent, except in
+    required members and those in `KEPT`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    KEPT: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return {k: v for k, v in values.items() if not _is_empty(v) or k in cls._kept()}
+
+    @classmethod
+    def _kept(cls) -> set[str]:
+        fields = cls.model_fields.items()
+        required = {info.alias or name for name, info in fields if info.is_required()}
+        return required | cls.KEPT
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, definition in schema["properties"].items():
+            if name not in cls._kept():
+                described = {k: definition.pop(k) for k in ("description",) if k in definition}
+                schema["properties"][name] = described | {"anyOf": [definition, _EMPTY_SCHEMA]}
+        schema["additionalProperties"] = _EMPTY_SCHEMA
+        return schema
