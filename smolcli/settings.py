@@ -181,7 +181,11 @@ class BenchPlan:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """One `smol serve`; port 0 picks a free port."""
+    """One `smol serve`; port 0 picks a free port.
+
+    `model_names` are the names that clients use for the model; if empty, its own. With
+    `accepts_any_model`, they may also use any other name.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -196,3 +200,5 @@ class ServerSettings:
     drain_timeout_s: float = 30.0
     is_gateway: bool = False
     log_prompts: bool = False
+    model_names: tuple[str, ...] = ()
+    accepts_any_model: bool = False

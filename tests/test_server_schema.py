@@ -24,6 +24,7 @@ ROUTES = [
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/metrics"),
+    ("GET", "/version"),
     ("GET", "/openapi.json"),
 ]
 

@@ -1,5 +1,8 @@
 """The Flask application: the routes and what applies to all of them."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from flask import Flask, Response
 from flask.typing import ResponseReturnValue
 
@@ -12,9 +15,29 @@ from smolcli.server.ops import ops_routes
 from smolcli.server.page import page_routes
 from smolcli.server.service import Service
 
+OPENAI_PREFIX = "/v1"
+
 
 class Application(Flask):
-    """A Flask application that also handles exceptions that do not derive from `Exception`."""
+    """A Flask application that also handles exceptions that do not derive from `Exception`.
+
+    A path may end with a slash, and OpenAI's routes may lack their prefix: clients differ in what
+    they append to a base URL. Everything below sees the canonical path.
+    """
+
+    def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        environ["PATH_INFO"] = self._canonical(environ["PATH_INFO"])
+        return super().wsgi_app(environ, start_response)
+
+    def _canonical(self, path: str) -> str:
+        path = path.rstrip("/") or "/"
+        for rule in self.url_map.iter_rules():
+            start, has_parameter, _ = rule.rule.partition("<")
+            if start.startswith(f"{OPENAI_PREFIX}/"):
+                start = start.removeprefix(OPENAI_PREFIX)
+                if path.startswith(start) if has_parameter else path == start:
+                    return OPENAI_PREFIX + path
+        return path
 
     def dispatch_request(self) -> ResponseReturnValue:
         try:

@@ -4,21 +4,13 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
-from http import HTTPStatus
 from itertools import chain
 from typing import Any
 
 from flask import Blueprint, Response
 
 from smolcli.protocol.openai import Completion, parse_completion
-from smolcli.protocol.strict_json import shorten
-from smolcli.server.errors import (
-    HttpCode,
-    HttpError,
-    error_body,
-    error_response,
-    result_error,
-)
+from smolcli.server.errors import HttpError, error_body, error_response, result_error
 from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json, to_json
 from smolcli.types import Result
@@ -34,8 +26,8 @@ def openai_routes(service: Service) -> Blueprint:
     routes = Blueprint("openai", __name__, url_prefix="/v1")
     created = int(time.time())
 
-    def model_object() -> dict[str, Any]:
-        model: dict[str, Any] = {"id": service.model_name, "object": "model"}
+    def model_object(name: str) -> dict[str, Any]:
+        model: dict[str, Any] = {"id": name, "object": "model"}
         model |= {"created": created, "owned_by": "smol"}
         identity = {k: v for k, v in service.loader.identity().items() if k != "model"}
         if identity and (system_prompt := service.settings.defaults.system_prompt):
@@ -46,7 +38,7 @@ def openai_routes(service: Service) -> Blueprint:
     def completions() -> Response:
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         completion = parse_completion(read_json(), service.settings.defaults, completion_id)
-        _check_model(completion.model, service.model_name)
+        service.check_model(completion.model)
         in_flight = service.start(
             {0: completion.query}, is_interactive=True, with_text=completion.is_stream
         )
@@ -60,24 +52,15 @@ def openai_routes(service: Service) -> Blueprint:
 
     @routes.get("/models")
     def models() -> Response:
-        return json_response({"object": "list", "data": [model_object()]})
+        names = service.model_names
+        return json_response({"object": "list", "data": [model_object(name) for name in names]})
 
     @routes.get("/models/<path:name>")
     def model(name: str) -> Response:
-        _check_model(name, service.model_name)
-        return json_response(model_object())
+        service.check_model(name)
+        return json_response(model_object(name))
 
     return routes
-
-
-def _check_model(requested: str, served: str) -> None:
-    if requested != served:
-        raise HttpError(
-            HTTPStatus.NOT_FOUND,
-            f"model {shorten(requested)!r} not found; this server serves {served!r}",
-            HttpCode.MODEL_NOT_FOUND,
-            "model",
-        )
 
 
 def _stream(completion: Completion, in_flight: InFlightRequest) -> Response:

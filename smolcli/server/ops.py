@@ -1,10 +1,11 @@
-"""Routes for operators: /health, /ready, /metrics and /openapi.json."""
+"""Routes for operators: /health, /ready, /metrics, /version and /openapi.json."""
 
 from http import HTTPStatus
 
 from flask import Blueprint, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from smolcli import __version__
 from smolcli.backends.base import Health
 from smolcli.server.schemas import openapi_document
 from smolcli.server.service import Service, json_response
@@ -33,9 +34,15 @@ def ops_routes(service: Service) -> Blueprint:
     def metrics() -> Response:
         return Response(service.metrics.text(), content_type=CONTENT_TYPE_LATEST)
 
+    @routes.get("/version")
+    def version() -> Response:
+        return json_response({"version": __version__})
+
     @routes.get("/openapi.json")
     def openapi() -> Response:
-        return json_response(openapi_document(bool(service.settings.api_keys), service.model_name))
+        settings = service.settings
+        names = () if settings.accepts_any_model else service.model_names
+        return json_response(openapi_document(bool(settings.api_keys), names))
 
     return routes
 

@@ -1,5 +1,6 @@
 """Response models, and the OpenAPI document built from them and the request models."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -193,10 +194,16 @@ class OpenAIModel(Exact):
 
 
 class OpenAIModels(Exact):
-    """The models that the server serves: exactly one."""
+    """The names of the model that the server serves, each as a model."""
 
     object: Literal["list"]
     data: list[OpenAIModel]
+
+
+class Version(Exact):
+    """The version of the server."""
+
+    version: str
 
 
 class Status(Exact):
@@ -220,6 +227,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     OpenAIModel,
     OpenAIModels,
     Status,
+    Version,
 )
 _LICENSE = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
 _CLIENT_ERRORS = {
@@ -236,21 +244,22 @@ _UNAUTHORIZED = {"401": "The API key is missing or wrong."}
 _MODEL_NOT_FOUND = {"404": "The server serves another model."}
 
 
-def openapi_document(requires_key: bool, model: str) -> Json:
+def openapi_document(requires_key: bool, models: Sequence[str]) -> Json:
     """The content of /openapi.json.
 
     Args:
         requires_key: whether clients must send an API key.
-        model: the name of the model that the server serves.
+        models: the names of the model that the server serves; empty if it accepts any name.
     """
     modes = [(schema, "validation") for schema in _MODELS]
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components: Json = {"schemas": schemas["$defs"]}
-    components["schemas"]["CompletionFields"]["properties"]["model"]["enum"] = [model]
+    if models:
+        components["schemas"]["CompletionFields"]["properties"]["model"]["enum"] = list(models)
     document: Json = {
         "openapi": "3.1.0",
         "info": {"title": "smol", "version": __version__, "license": _LICENSE},
-        "paths": _paths(_UNAUTHORIZED if requires_key else {}, model),
+        "paths": _paths(_UNAUTHORIZED if requires_key else {}, models),
         "components": components,
     }
     if requires_key:
@@ -259,7 +268,7 @@ def openapi_document(requires_key: bool, model: str) -> Json:
     return document
 
 
-def _paths(unauthorized: dict[str, str], model: str) -> Json:
+def _paths(unauthorized: dict[str, str], models: Sequence[str]) -> Json:
     descriptions = _CLIENT_ERRORS | unauthorized | _SERVER_ERRORS
     errors = _responses(descriptions, Error)
     any_object: Json = {"application/json": {"schema": {"type": "object"}}}
@@ -286,12 +295,15 @@ def _paths(unauthorized: dict[str, str], model: str) -> Json:
                 _json(OpenAIModel),
                 _responses(unauthorized | _MODEL_NOT_FOUND, OpenAIError),
             ),
-            "parameters": [_path_parameter("id", model)],
+            "parameters": [_path_parameter("id", models)],
         },
         "/health": {"get": _probe("Liveness: 503 if the process must be restarted")},
         "/ready": {"get": _probe("Readiness: 503 if the server should not receive traffic")},
         "/metrics": {
             "get": _get("Prometheus metrics", _text("text/plain"), _responses(unauthorized, Error))
+        },
+        "/version": {
+            "get": _get("smol's version", _json(Version), _responses(unauthorized, Error))
         },
         "/openapi.json": {
             "get": _get("This document", any_object, _responses(unauthorized, Error))
@@ -342,6 +354,6 @@ def _text(media_type: str) -> Json:
     return {media_type: {"schema": {"type": "string"}}}
 
 
-def _path_parameter(name: str, value: str) -> Json:
-    schema = {"type": "string", "enum": [value]}
+def _path_parameter(name: str, values: Sequence[str] = ()) -> Json:
+    schema: Json = {"type": "string"} | ({"enum": list(values)} if values else {})
     return {"name": name, "in": "path", "required": True, "schema": schema}

@@ -15,7 +15,7 @@ from flask import Response, request
 from smolcli.backends.base import Backend, Counters, Health
 from smolcli.errors import BackendError, ModelError, SmolError
 from smolcli.protocol.openai import model_name
-from smolcli.protocol.strict_json import load_json
+from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.server.access_log import current_record
 from smolcli.server.admission import AdmissionLimit, unavailable
 from smolcli.server.errors import HttpCode, HttpError
@@ -127,9 +127,27 @@ class Service:
     metrics: Metrics
 
     @property
-    def model_name(self) -> str:
-        """The name that clients use for the model."""
-        return model_name(self.loader.identity().get("model", self.settings.engine.model))
+    def model_names(self) -> tuple[str, ...]:
+        """The names that clients use for the model, the preferred one first."""
+        own = self.loader.identity().get("model", self.settings.engine.model)
+        return self.settings.model_names or (model_name(own),)
+
+    def check_model(self, name: str) -> None:
+        """Check that the model is served under a name.
+
+        Raises:
+            HttpError: 404 if it is not.
+        """
+        names = self.model_names
+        if name in names or self.settings.accepts_any_model:
+            return
+        served = ", ".join(map(repr, names))
+        raise HttpError(
+            HTTPStatus.NOT_FOUND,
+            f"model {shorten(name)!r} not found; this server serves {served}",
+            HttpCode.MODEL_NOT_FOUND,
+            "model",
+        )
 
     def start(
         self, queries: Mapping[int, Query], *, is_interactive: bool, with_text: bool = False

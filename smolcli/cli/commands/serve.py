@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from smolcli.cli.options import option, with_option_groups
+from smolcli.cli.options import option, require_utf8, with_option_groups
 from smolcli.cli.options.backend import UpstreamOptions, backend_opener
 from smolcli.cli.options.engine import Dedupe, EngineOptions
 from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "[bold]smol serve[/bold] listens on http://127.0.0.1:8000, which is also a chat page.\n\n"
     "[bold]smol serve --host 0.0.0.0 --api-key-file keys.txt[/bold] requires an API key.\n\n"
+    "[bold]smol serve --served-model-name gpt-4o-mini[/bold] answers clients that ask for that "
+    "model.\n\n"
     "[bold]smol serve --upstream http://10.0.0.5:8000[/bold] is a gateway to another server."
 )
 SWITCH_INTERVAL_S = 0.0005  # bounds how long request threads can delay the engine thread
@@ -60,6 +62,17 @@ class ServeOptions:
             help="Web origin that browsers may send requests from. *: any. Repeatable.",
         ),
     ] = None
+    served_model_name: Annotated[
+        list[str] | None,
+        _serve(
+            "--served-model-name",
+            metavar="NAME",
+            help="Name that clients use for the model instead of its own. Repeatable.",
+        ),
+    ] = None
+    any_model: Annotated[
+        bool, _serve("--any-model", help="Accept requests for a model of any name.")
+    ] = _DEFAULTS.accepts_any_model
     max_body_mb: Annotated[
         int,
         _serve("--max-body-mb", metavar="MIB", help="Maximum size of a request body, in MiB.",
@@ -123,6 +136,11 @@ class ServeOptions:
             keys += _read_keys(self.api_key_file)
         if not all(keys):
             raise UsageError("--api-key must not be empty")
+        names = tuple(dict.fromkeys(self.served_model_name or ()))
+        for name in names:
+            require_utf8("--served-model-name", name)
+            if not name.strip("/ "):
+                raise UsageError("--served-model-name must not be empty")
         for origin in self.cors_origin or ():
             if not ORIGIN.fullmatch(origin):
                 raise UsageError(
@@ -142,6 +160,8 @@ class ServeOptions:
             request_timeout_s=self.request_timeout,
             drain_timeout_s=self.drain_timeout,
             log_prompts=self.log_prompts,
+            model_names=names,
+            accepts_any_model=self.any_model,
         )
 
 
