@@ -369,6 +369,51 @@ def test_ask_appends_stdin_to_the_question() -> None:
     assert contents == ["Summarize this:\n\nfirst\nsecond", "Hi"]
 
 
+def test_ask_reads_question_and_system_prompt_from_files(tmp_path: Path) -> None:
+    question, system = tmp_path / "question.txt", tmp_path / "system.txt"
+    question.write_bytes(b"\xef\xbb\xbfSummarize\nthis:\r\n")
+    system.write_text("Be brief.\n")
+    seen, open_backend = Seen.opener()
+    args = ("ask", "--prompt-file", question, "--system-file", system)
+    smol(*args, backend=open_backend, input="some text\n")
+    [query] = seen.queries_seen
+    contents = [turn.content for turn in query.messages]
+    assert contents == ["Be brief.", "Summarize\nthis:\n\nsome text"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["Hi", "--prompt-file", "q.txt"], "QUESTION and --prompt-file cannot be combined"),
+        (["--prompt-file", "missing.txt"], "--prompt-file missing.txt: cannot read the file"),
+        (["--prompt-file", "latin1.txt"], "--prompt-file latin1.txt: the file is not UTF-8"),
+        (["Hi", "--system", "x", "--system-file", "q.txt"], "cannot be combined"),
+        (["What", "is", "gravity?"], "put the question in quotes: smol ask 'What is gravity?'"),
+        (["-5", "+", "3?"], "smol ask -- '-5 + 3?'"),
+        (["Hi", "--schema", '{"type'], "--schema is not valid JSON"),
+        (["Hi", "--schema", '{"type": "nonsense"}'], "--schema: "),
+    ],
+)
+def test_ask_explains_wrong_usage(
+    args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin1.txt").write_bytes(b"caf\xe9")
+    done = smol("ask", *args)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert said in done.stderr
+
+
+def test_schema_may_be_given_inline(queries: Path) -> None:
+    schema = '{"type": "object", "properties": {"end": {"type": "string"}}}'
+    seen, open_backend = Seen.opener()
+    assert smol("ask", "x", "--schema", schema, backend=open_backend).exit_code == 0
+    assert smol("run", queries, "--schema", f" {schema}", backend=open_backend).exit_code == 0
+    for query in seen.queries_seen:
+        assert query.format is not None
+        assert json.loads(query.format.schema) == json.loads(schema)
+
+
 @pytest.mark.parametrize("question", ["-5 + 3?", "-5?", "--help me please"])
 def test_ask_explains_a_question_that_begins_with_a_dash(question: str) -> None:
     done = smol("ask", question)
@@ -388,7 +433,7 @@ def test_ask_system() -> None:
 def test_ask_without_a_question_is_wrong_usage() -> None:
     done = smol("ask", " ")
     assert (done.exit_code, done.stdout) == (2, "")
-    assert "cannot be empty" in done.stderr
+    assert "the question is empty; try smol ask" in done.stderr
 
 
 def test_failed_ask_prints_the_reason_to_stderr() -> None:

@@ -80,6 +80,16 @@ def smol(*args: object) -> Any:
 # templates
 
 
+def test_template_may_be_in_a_file(tmp_path: Path) -> None:
+    template = write(tmp_path / "template.txt", "Summarize:\n{review}\n")
+    output = tmp_path / "out.jsonl"
+    done = smol("run", REVIEWS, "--prompt-file", template, "--limit", 1, "-o", output)
+    assert done.exit_code == 0
+    assert json.loads(output.read_text())["response"].startswith("Summarize: ")
+    both = smol("run", REVIEWS, "--prompt-file", template, "--prompt", "{review}", "--check")
+    assert (both.exit_code, "cannot be combined" in both.stderr) == (2, True)
+
+
 def test_template_holds_columns_and_braces() -> None:
     template = Template("{a} and {{{the b}}}: {a}")
     assert template.columns == ["a", "the b"]

@@ -5,12 +5,13 @@ import shlex
 import sys
 from concurrent.futures import wait
 from contextlib import closing
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from smolcli.cli.options import AsJson, require_utf8, with_option_groups
+from smolcli.cli.options import AsJson, option, read_text, require_utf8, with_option_groups
 from smolcli.cli.options.backend import ViaOptions, backend_opener
 from smolcli.cli.options.engine import EngineOptions
 from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
@@ -22,8 +23,11 @@ from smolcli.types import Query
 EXAMPLES = (
     '[bold]smol ask "What is gravity?"[/bold]\n\n'
     '[bold]cat report.txt | smol ask "Summarize this:"[/bold] appends stdin to the question.\n\n'
-    '[bold]smol ask --system "Answer in French." --json - < question.txt[/bold]'
+    '[bold]smol ask --system "Answer in French." --json - < question.txt[/bold]\n\n'
+    "[bold]smol ask --prompt-file review.md < main.c[/bold] reads the question from a file.\n\n"
+    '[bold]smol ask -- "-5 + 3?"[/bold] asks a question that begins with a dash.'
 )
+_TRY = 'try smol ask "What is gravity?"'
 POLL_S = 0.2  # an unbounded wait cannot be interrupted on Windows
 
 Question = Annotated[
@@ -34,25 +38,44 @@ Question = Annotated[
         "Default, and with -: stdin alone.",
     ),
 ]
+PromptFile = Annotated[
+    Path | None,
+    option(
+        "--prompt-file",
+        metavar="FILE",
+        help="Read the question from a file, in UTF-8. Text from stdin is appended to it.",
+    ),
+]
 
 
 class AskCommand(TyperCommand):
-    """Explains what to do if a question that begins with a dash is taken for an option."""
+    """Explains what to do with a question that begins with a dash or is not in quotes."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = list(args)
         try:
             return super().parse_args(ctx, args)
         except Exception as exc:
-            flags = {flag for p in self.params for flag in (*p.opts, *p.secondary_opts)}
-            for arg in given:
-                is_flag = arg in flags or (arg.startswith("--") and len(arg.split()) == 1)
-                if arg.startswith("-") and not is_flag:
-                    raise UsageError(
-                        f"{arg!r} looks like an option; put -- before a question that begins "
-                        f"with a dash: smol ask -- {shlex.quote(arg)}"
-                    ) from exc
+            if (hint := self._hint(given, str(exc))) is not None:
+                raise UsageError(hint) from exc
             raise
+
+    def _hint(self, given: list[str], error: str) -> str | None:
+        flags = {flag for p in self.params for flag in (*p.opts, *p.secondary_opts)}
+        has_flags = any(arg.partition("=")[0] in flags for arg in given)
+        whole = shlex.quote(" ".join(given))
+        for arg in given:
+            is_flag = arg in flags or (arg.startswith("--") and len(arg.split()) == 1)
+            if arg.startswith("-") and not is_flag:
+                question = shlex.quote(arg) if has_flags else whole
+                return (
+                    f"{arg!r} looks like an option; put -- before a question that begins "
+                    f"with a dash: smol ask -- {question}"
+                )
+        if "unexpected extra argument" in error:
+            example = '"What is gravity?"' if has_flags else whole
+            return f"put the question in quotes: smol ask {example}"
+        return None
 
 
 @with_option_groups
@@ -60,6 +83,7 @@ def ask(
     *,
     ctx: typer.Context,
     question: Question = None,
+    prompt_file: PromptFile = None,
     as_json: AsJson = False,
     generation: GenerationOptions,
     schema: Schema = None,
@@ -69,7 +93,9 @@ def ask(
     """Answer one question. The answer is streamed if stdout is a terminal."""
     from smolcli.batch.progress import waiting
 
-    query = _query(question, generation.query_defaults(answers=read_schema(schema)))
+    query = _query(
+        _question(question, prompt_file), generation.query_defaults(answers=read_schema(schema))
+    )
     log_to_stderr()
     open_backend = ctx.obj or backend_opener(remote.settings(ctx, engine.settings()))
     with waiting("starting the backend"):
@@ -88,16 +114,27 @@ def ask(
         typer.echo("" if is_streaming else result.response)
 
 
-def _query(question: str | None, defaults: QueryDefaults) -> Query:
-    from smolcli.protocol.query import parse_query
-
+def _question(question: str | None, prompt_file: Path | None) -> str:
+    """The question: of the argument or the file, followed by the text on stdin, if any."""
+    if prompt_file is not None:
+        if question is not None:
+            raise UsageError("QUESTION and --prompt-file cannot be combined")
+        question = read_text("--prompt-file", prompt_file)
     if question is None and sys.stdin.isatty():
-        raise UsageError('no question given; try smol ask "What is gravity?"')
+        raise UsageError(f"no question given; {_TRY}")
     if question in (None, "-"):
         question = _read_stdin()
     elif is_redirected(sys.stdin) and (text := _read_stdin().strip()):
         question = f"{question}\n\n{text}"
     require_utf8("the question", question)
+    if not question.strip():
+        raise UsageError(f"the question is empty; {_TRY}")
+    return question
+
+
+def _query(question: str, defaults: QueryDefaults) -> Query:
+    from smolcli.protocol.query import parse_query
+
     try:
         return parse_query({"chat_id": "ask", "user_prompt": question}, defaults)
     except QueryError as exc:

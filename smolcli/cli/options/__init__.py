@@ -9,11 +9,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from smolcli.errors import UsageError
+from smolcli.errors import UsageError, error_reason
 
 
 def require_utf8(name: str, text: str | None) -> None:
@@ -30,6 +31,24 @@ def require_utf8(name: str, text: str | None) -> None:
         (text or "").encode()
     except UnicodeEncodeError as exc:
         raise UsageError(f"{name} is not UTF-8") from exc
+
+
+def read_text(name: str, path: Path) -> str:
+    """The text of a file that an option names, without line ends after it.
+
+    Args:
+        name: the option, for the error message.
+        path: the file, in UTF-8 with or without a byte order mark.
+
+    Raises:
+        UsageError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig").rstrip("\r\n")
+    except OSError as exc:
+        raise UsageError(f"{name} {path}: cannot read the file: {error_reason(exc)}") from exc
+    except UnicodeDecodeError as exc:
+        raise UsageError(f"{name} {path}: the file is not UTF-8") from exc
 
 
 def option(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from smolcli.cli.options import option, require_utf8
+from smolcli.cli.options import option, read_text, require_utf8
 from smolcli.errors import QueryError, UsageError, error_reason
 from smolcli.settings import OPENAI_TEMPERATURE, QueryDefaults
 from smolcli.types import AnswerFormat, Sampling
@@ -22,7 +22,8 @@ Schema = Annotated[
     _generation(
         "--schema",
         metavar="SCHEMA",
-        help="JSON Schema that answers must follow: a file, or a pydantic model as module:Class.",
+        help="JSON Schema that answers must follow: a file, a pydantic model as module:Class, or "
+        "the schema itself as JSON.",
     ),
 ]
 
@@ -77,6 +78,12 @@ class GenerationOptions:
             help="System prompt for queries without one. Default: the model's own.",
         ),
     ] = None
+    system_file: Annotated[
+        Path | None,
+        _generation(
+            "--system-file", metavar="FILE", help="Read the system prompt from a file, in UTF-8."
+        ),
+    ] = None
 
     def query_defaults(
         self,
@@ -94,8 +101,10 @@ class GenerationOptions:
         """
         from smolcli.protocol.query import parse_query  # late: imports pydantic
 
-        require_utf8("--system", self.system_prompt)
+        system_prompt = self._system_prompt()
         query = {"chat_id": "-", "user_prompt": "-"} | asdict(self)
+        query |= {"system_prompt": system_prompt}
+        del query["system_file"]
         try:
             sampling = parse_query(query, QueryDefaults()).sampling
         except QueryError as exc:
@@ -104,11 +113,19 @@ class GenerationOptions:
         several = OPENAI_TEMPERATURE if self.temperature is None else self.temperature
         return QueryDefaults(
             sampling=replace(sampling, seed=seed),
-            system_prompt=self.system_prompt,
+            system_prompt=system_prompt,
             extra_fields=extra_fields,
             format=answers,
             several_temperature=several,
         )
+
+    def _system_prompt(self) -> str | None:
+        if self.system_file is None:
+            require_utf8("--system", self.system_prompt)
+            return self.system_prompt
+        if self.system_prompt is not None:
+            raise UsageError("--system and --system-file cannot be combined")
+        return read_text("--system-file", self.system_file)
 
 
 def read_schema(schema: str | None) -> AnswerFormat | None:
@@ -122,11 +139,16 @@ def read_schema(schema: str | None) -> AnswerFormat | None:
     from smolcli.protocol.query import schema_format  # late: imports pydantic
     from smolcli.text.grammar import check_format
 
-    definition = _from_model(schema) if _names_model(schema) else _from_file(Path(schema))
+    if schema.lstrip().startswith("{"):
+        definition, shown = _from_text(schema, "--schema"), "--schema"
+    elif _names_model(schema):
+        definition, shown = _from_model(schema), f"--schema {schema}"
+    else:
+        definition, shown = _from_file(Path(schema)), f"--schema {schema}"
     try:
         check_format(answers := schema_format(definition))
     except QueryError as exc:
-        raise UsageError(f"--schema {schema}: {exc}") from exc
+        raise UsageError(f"{shown}: {exc}") from exc
     return answers
 
 
@@ -153,11 +175,18 @@ def _from_model(schema: str) -> dict[str, Any]:
 
 def _from_file(path: Path) -> dict[str, Any]:
     try:
-        definition = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as exc:
-        raise UsageError(f"--schema {path}: cannot read the file: {error_reason(exc)}") from exc
+        reason = error_reason(exc)
+        raise UsageError(f"--schema {path}: cannot read the file: {reason}") from exc
+    return _from_text(text, f"--schema {path}")
+
+
+def _from_text(text: str | bytes, shown: str) -> dict[str, Any]:
+    try:
+        definition = json.loads(text)
     except ValueError as exc:
-        raise UsageError(f"--schema {path} is not valid JSON: {exc}") from exc
+        raise UsageError(f"{shown} is not valid JSON: {exc}") from exc
     if not isinstance(definition, dict):
-        raise UsageError(f"--schema {path} must contain a JSON object")
+        raise UsageError(f"{shown} must contain a JSON object")
     return definition

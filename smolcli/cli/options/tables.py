@@ -3,9 +3,10 @@
 import csv
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
-from smolcli.cli.options import option, require_utf8
+from smolcli.cli.options import option, read_text, require_utf8
 from smolcli.data.source import check_encoding
 from smolcli.errors import UsageError
 from smolcli.settings import InputFormat, RowSettings
@@ -24,6 +25,10 @@ class TableOptions:
             metavar="TEMPLATE",
             help="Prompt for each row, with columns in braces: 'Translate to French: {text}'.",
         ),
+    ] = None
+    prompt_file: Annotated[
+        Path | None,
+        _table("--prompt-file", metavar="FILE", help="Read the template from a file, in UTF-8."),
     ] = None
     id_column: Annotated[
         str | None,
@@ -74,7 +79,6 @@ class TableOptions:
         Raises:
             UsageError: a column is named twice or is empty, or the prompt is not UTF-8.
         """
-        require_utf8("--prompt", self.prompt)
         fields = tuple(next(csv.reader([self.fields]))) if self.fields else ()
         if "" in fields or len(set(fields)) < len(fields):
             raise UsageError(
@@ -84,13 +88,21 @@ class TableOptions:
         if self.encoding is not None:
             check_encoding(self.encoding)
         return RowSettings(
-            prompt=self.prompt,
+            prompt=self._template(),
             id_column=self.id_column,
             fields=fields,
             input_format=self.input_format,
             encoding=self.encoding,
             delimiter=_delimiter(self.delimiter),
         )
+
+    def _template(self) -> str | None:
+        if self.prompt_file is None:
+            require_utf8("--prompt", self.prompt)
+            return self.prompt
+        if self.prompt is not None:
+            raise UsageError("--prompt and --prompt-file cannot be combined")
+        return read_text("--prompt-file", self.prompt_file)
 
 
 def _delimiter(text: str | None) -> str | None:
