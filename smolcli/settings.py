@@ -10,7 +10,9 @@ from typing import Literal
 
 from smolcli.types import AnswerFormat, Sampling
 
-InputFormat = Literal["auto", "smol", "openai", "jsonl", "json", "csv", "tsv", "parquet"]
+InputFormat = Literal[
+    "auto", "smol", "openai", "bare", "text", "jsonl", "json", "csv", "tsv", "parquet"
+]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OPENAI_TEMPERATURE = 1.0  # the default of OpenAI's API

@@ -158,6 +158,32 @@ def test_array_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
         list(read_rows(path, RowSettings()))
 
 
+def test_objects_may_be_separated_by_commas(tmp_path: Path) -> None:
+    for text in (
+        ",\n".join(LINES.splitlines()),
+        LINES.replace("\n", ", "),
+        LINES.replace("\n", ""),
+    ):
+        assert rows(write(tmp_path / "x", text)) == QUERIES
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_text_sequences_are_read(tmp_path: Path, indent: int | None) -> None:
+    """A value that was cut off ends at the next record separator (RFC 7464)."""
+    texts = [json.dumps(query, indent=indent) for query in QUERIES]
+    text = f"\x1e{texts[0]}\n\x1e{texts[1][:20]}\n\x1e{texts[2]}\n"
+    found = list(read_rows(write(tmp_path / "x", text), RowSettings()))
+    assert [row.fault is None for row in found] == [True, False, True]
+    assert [row.value for row in found[::2]] == QUERIES[::2]
+
+
+@pytest.mark.parametrize("rest", ["oops", ', {"chat_id": "d"}', "]", '[{"chat_id": "d"}]'])
+def test_text_after_an_array_is_an_error(tmp_path: Path, rest: str) -> None:
+    path = write(tmp_path / "x", json.dumps(QUERIES, indent=1) + rest)
+    with pytest.raises(InputError, match="text after the closing bracket of the array"):
+        list(read_rows(path, RowSettings()))
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),

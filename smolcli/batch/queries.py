@@ -122,7 +122,7 @@ def _parse(row: Row, format: LineFormat, defaults: QueryDefaults) -> Query | Res
         return format.parse(row.value, defaults, row.number)
     except QueryError as exc:
         return Result(
-            chat_id=format.id_of(row.value),
+            chat_id=format.id_of(row.value, row.number),
             error=f"{exc}{_hint(row, exc) if format.name == 'smol' else ''}",
             error_code=exc.code,
             field=exc.field,

@@ -2,17 +2,19 @@
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from smolcli.data.compression import without_codec_suffix
+from smolcli.data.json_values import RECORD_SEPARATOR
 from smolcli.errors import QueryError, UsageError
 from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.settings import InputFormat
 
-Kind = Literal["jsonl", "json", "csv", "tsv", "parquet"]
+Kind = Literal["jsonl", "json", "text", "csv", "tsv", "parquet"]
 TableSuffix = Literal[".csv", ".tsv", ".parquet"]
 
 SAMPLE_LINES = 64
@@ -22,6 +24,7 @@ DELIMITERS = (",", ";", "\t", "|")
 _KINDS: dict[InputFormat, Kind] = {
     "jsonl": "jsonl",
     "json": "json",
+    "text": "text",
     "csv": "csv",
     "tsv": "tsv",
     "parquet": "parquet",
@@ -82,7 +85,9 @@ class Sample:
                 yield line.strip()
 
 
-def detect_kind(sample: Sample, path: Path, input_format: InputFormat) -> Kind:
+def detect_kind(
+    sample: Sample, path: Path, input_format: InputFormat, has_columns: bool = False
+) -> Kind:
     """Detect the kind of an input from its content.
 
     A line that begins with a brace, anywhere in the sample, means JSON lines; all other lines are
@@ -90,8 +95,9 @@ def detect_kind(sample: Sample, path: Path, input_format: InputFormat) -> Kind:
 
     Args:
         sample: of the file.
-        path: its name, for the error.
+        path: its name; a .txt file that is not JSON has one prompt per line.
         input_format: the value of `--input-format`.
+        has_columns: whether options name columns, so that a .txt file may be a table.
 
     Raises:
         UsageError: the format is not supported.
@@ -101,12 +107,13 @@ def detect_kind(sample: Sample, path: Path, input_format: InputFormat) -> Kind:
     if first.startswith(_PARQUET_MAGIC):
         return "parquet"
     reject_unsupported(first, path)
-    if first == b"{" or (first.startswith(b"{") and b"\r" in first and b"\n" not in sample.head):
-        return "json"  # the latter has lines that end in carriage returns
-    if first.startswith(b"[") and _is_array(first, lines):
+    if _begins_json(first, lines, sample):
         return "json"
-    if input_format in ("smol", "openai"):
+    if input_format in ("smol", "openai", "bare"):
         return "jsonl"
+    is_txt = without_codec_suffix(path).suffix.lower() == ".txt"
+    if is_txt and not first.startswith(b"{") and b"\0" not in first:
+        return _kind_of_text(sample, lines, has_columns)
     seen = [first]
     if first.startswith(b"{") or any(_is_object(line, seen) for line in lines):
         return "jsonl"
@@ -116,9 +123,27 @@ def detect_kind(sample: Sample, path: Path, input_format: InputFormat) -> Kind:
         return "csv"
     what = "it is a binary file" if b"\0" in sample.head else f"it begins with {_quoted(first)}"
     raise UsageError(
-        f"{path} is not JSON lines, a JSON array or a table: {what}; "
-        "specify --input-format or --encoding"
+        f"{path} is not JSON lines, a JSON array or a table: {what}; specify --encoding or "
+        "--input-format, such as text for one prompt per line"
     )
+
+
+def _begins_json(first: bytes, lines: Iterator[bytes], sample: Sample) -> bool:
+    """Whether a first line begins JSON that is not one value per line."""
+    if first == b"{" or first.startswith(RECORD_SEPARATOR):
+        return True
+    if first.startswith(b"{"):
+        has_old_ends = b"\r" in first and b"\n" not in sample.head
+        return has_old_ends or _has_several_objects(first)
+    return first.startswith(b"[") and _is_array(first, lines)
+
+
+def _kind_of_text(sample: Sample, lines: Iterator[bytes], has_columns: bool) -> Kind:
+    """The kind of a .txt file whose first line is not JSON."""
+    if any(line.startswith(b"{") and _is_json(line) for line in lines):
+        return "jsonl"
+    is_table = has_columns and _guess_delimiter(sample.head, sample.is_whole) is not None
+    return "csv" if is_table else "text"
 
 
 def reject_unsupported(head: bytes, path: Path) -> None:
@@ -179,6 +204,18 @@ def _is_array(first: bytes, lines: Iterator[bytes]) -> bool:
         return next(lines, None) is None
     rest = first[1:].lstrip()
     return not rest or rest.startswith((b"{", b"]"))
+
+
+def _has_several_objects(line: bytes) -> bool:
+    """Whether a line is an object followed by a comma or another object."""
+    if not line.startswith(b"{"):
+        return False
+    text = line.decode(errors="replace")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].lstrip().startswith((",", "{"))
 
 
 def _is_object(line: bytes, seen: list[bytes]) -> bool:

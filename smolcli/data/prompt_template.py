@@ -7,6 +7,7 @@ from typing import Any
 
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError, UsageError
+from smolcli.protocol.bare_lines import bare_id, is_bare, with_messages
 from smolcli.protocol.fields import float_to_int
 from smolcli.protocol.query import FIELDS, QueryFields
 from smolcli.protocol.strict_json import load_json
@@ -209,6 +210,8 @@ class RowMapper:
     def _chat_id(self, values: Mapping[str, Any], number: int) -> object:
         if self._id_column is not None:
             return values.get(self._id_column)
+        if self._template is None and is_bare(values):
+            return bare_id(values, str(number))
         return values.get("chat_id", str(number))
 
     def _query_fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,7 +223,12 @@ class RowMapper:
         if self._template is not None:
             return {"user_prompt": self._template.render(values)}
         consumed = {self._id_column, *self._fields} - set(FIELDS) | {"chat_id"}
-        return {name: value for name, value in values.items() if name not in consumed}
+        fields = {name: value for name, value in values.items() if name not in consumed}
+        if not is_bare(values):
+            return fields
+        fields.pop("id", None)
+        query, metadata = with_messages(fields)
+        return query | ({"metadata": metadata} if metadata else {})
 
     def _typed(self, name: str, value: object) -> object:
         if name not in self._json_fields:

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,11 @@ def read_rows(path: Path, settings: RowSettings, after: int = 0) -> Iterator[Row
         InputError: the input cannot be read to its end.
     """
     with _open(path, settings) as source:
+        if source.kind == "text":
+            mapper = RowMapper(replace(settings, prompt=settings.prompt or "{text}"))
+            lines = (line for line in source.lines() if line.number > after)
+            yield from (mapper.query(_prompt_row(line)) for line in lines)
+            return
         mapper = RowMapper(settings)
         if source.kind in ("jsonl", "json"):
             rows = (load_row(line) for line in source.lines() if line.number > after)
@@ -91,7 +96,7 @@ def read_rows(path: Path, settings: RowSettings, after: int = 0) -> Iterator[Row
 def row_numbers(path: Path, settings: RowSettings) -> Iterator[int]:
     """The numbers of the rows that `read_rows` yields; JSON is not parsed for them."""
     with _open(path, settings) as source:
-        if source.kind in ("jsonl", "json"):
+        if source.kind in ("jsonl", "json", "text"):
             yield from (line.number for line in source.lines())
             return
     yield from (row.number for row in read_rows(path, settings))
@@ -101,11 +106,25 @@ def load_row(line: Line) -> Row:
     """The JSON value of a line or, if it is invalid, its bytes and the error."""
     try:
         if line.data is None:
-            message = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
-            raise QueryError(message, ErrorCode.LINE_TOO_LONG)
+            raise _too_long()
         return Row(line.number, load_json(line.data))
     except QueryError as exc:
         return Row(line.number, line.data, exc)
+
+
+def _prompt_row(line: Line) -> Row:
+    """A line of plain text, as the column `text`."""
+    if line.data is None:
+        return Row(line.number, fault=_too_long())
+    try:
+        return Row(line.number, {"text": line.data.decode()})
+    except UnicodeDecodeError:
+        return Row(line.number, fault=QueryError("the line is not valid UTF-8; set --encoding"))
+
+
+def _too_long() -> QueryError:
+    message = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
+    return QueryError(message, ErrorCode.LINE_TOO_LONG)
 
 
 @contextmanager
@@ -123,7 +142,7 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
     with open_source(path, settings.encoding) as file:
         sample = Sample(file)
         try:
-            kind = kind or detect_kind(sample, path, settings.input_format)
+            kind = kind or detect_kind(sample, path, settings.input_format, settings.maps_rows)
             if kind in ("csv", "tsv"):
                 next(sample.lines(), None)
                 delimiter = settings.delimiter or _delimiter(kind, sample)

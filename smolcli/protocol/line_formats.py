@@ -1,4 +1,4 @@
-"""The formats of an input line: smol's own, and OpenAI's batch format."""
+"""The formats of an input line: smol's own, OpenAI's batch format, and lines without ids."""
 
 import re
 from abc import ABC, abstractmethod
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
+from smolcli.protocol.bare_lines import bare_id, is_bare, parse_bare
 from smolcli.protocol.fields import ChatId, decimal_id
 from smolcli.protocol.openai import (
     answer_fields,
@@ -73,8 +74,13 @@ class LineFormat(ABC):
         """
 
     @abstractmethod
-    def id_of(self, value: object) -> str | None:
-        """The id of a line that may be invalid; None if it has none."""
+    def id_of(self, value: object, line: int) -> str | None:
+        """The id of a line that may be invalid; None if it has none.
+
+        Args:
+            value: the JSON value of the line, or the bytes of one that is not valid JSON.
+            line: its number.
+        """
 
     @abstractmethod
     def resembles(self, value: object) -> bool:
@@ -116,7 +122,7 @@ class SmolFormat(LineFormat):
             )
         return parse_query(value, defaults, line)
 
-    def id_of(self, value: object) -> str | None:
+    def id_of(self, value: object, line: int) -> str | None:
         return chat_id_of(value)
 
     def resembles(self, value: object) -> bool:
@@ -138,6 +144,31 @@ class SmolFormat(LineFormat):
             usage=Usage(**usage) if usage is not None else None,
             line=line,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class BareFormat(SmolFormat):
+    """Lines of messages, prompts or conversations without ids; the results are smol's own.
+
+    Args:
+        id_prefix: of the ids that are made from line numbers.
+    """
+
+    id_prefix: str = ""
+
+    name = "bare"
+    id_field = "id"
+
+    def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
+        return parse_bare(value, defaults, self.id_of(value, line), line)
+
+    def id_of(self, value: object, line: int) -> str:
+        return bare_id(value, f"{self.id_prefix}{line}")
+
+    def resembles(self, value: object) -> bool:
+        if isinstance(value, bytes):
+            return False
+        return is_bare(value)
 
 
 class RequestFields(BaseModel):
@@ -176,7 +207,7 @@ class OpenAIBatchFormat(LineFormat):
             raise QueryError("stream cannot be true in a batch", field="stream")
         return completion.query
 
-    def id_of(self, value: object) -> str | None:
+    def id_of(self, value: object, line: int) -> str | None:
         custom_id = decimal_id(value.get("custom_id")) if isinstance(value, dict) else None
         return custom_id if isinstance(custom_id, str) else None
 
@@ -239,27 +270,28 @@ class OpenAIBatchFormat(LineFormat):
 
 SMOL = SmolFormat()
 OPENAI = OpenAIBatchFormat()
+BARE = BareFormat()
+FORMATS: tuple[LineFormat, ...] = (SMOL, OPENAI, BARE)
 
 
 def detect_format(values: Iterable[object], defaults: QueryDefaults) -> LineFormat:
     """Decide the format of an input from its first lines.
 
     The first line that is valid in one of the formats decides. If none of the first
-    SAMPLE_LINES is, the format that most of them resemble is chosen; smol's own wins a tie.
+    SAMPLE_LINES is, the format that most of them resemble is chosen, and smol's own if none does.
 
     Args:
         values: the JSON value of each line, or the bytes of one that is not valid JSON. No more
             of them are consumed than the decision needs.
         defaults: as passed to `LineFormat.parse`.
     """
-    num_smol = num_openai = 0
+    counts = dict.fromkeys(FORMATS, 0)
     for value in islice(values, SAMPLE_LINES):
-        for format in (SMOL, OPENAI):
+        for format in FORMATS:
             if format.accepts(value, defaults):
                 return format
-        num_smol += SMOL.resembles(value)
-        num_openai += OPENAI.resembles(value)
-    return OPENAI if num_openai > num_smol else SMOL
+            counts[format] += format.resembles(value)
+    return max(FORMATS, key=lambda format: counts[format])
 
 
 def smol_record(record: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +342,7 @@ def _answer_fields(choice: dict[str, Any]) -> dict[str, Any]:
 
 def stated_format(rows: RowSettings) -> LineFormat | None:
     """The format that `--input-format` states; None if it has to be detected."""
-    formats: dict[InputFormat, LineFormat] = {"smol": SMOL, "openai": OPENAI}
+    formats: dict[InputFormat, LineFormat] = {"smol": SMOL, "openai": OPENAI, "bare": BARE}
     return formats.get(rows.input_format)
 
 

@@ -51,8 +51,9 @@ class TableOptions:
         InputFormat,
         _table(
             "--input-format",
-            help="Format of INPUT. auto detects it from the name and the content; smol and openai "
-            "are the two formats of JSON lines.",
+            help="Format of INPUT. auto detects it from the name and the content. smol, openai and "
+            "bare (messages or prompts without ids) are formats of JSON lines; text is one prompt "
+            "per line.",
         ),
     ] = "auto"
     encoding: Annotated[
