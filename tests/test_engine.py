@@ -106,6 +106,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return load(folder, "float32", request.param)
 
 
+@pytest.fixture(scope="module")
+def native_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    folder = tmp_path_factory.mktemp("llama")
+    save_llama(folder, SHAPES["135M"])
+    return load(folder, "float32", "native")
+
+
 def prompts(count: int, longest: int = 90) -> list[list[int]]:
     source = random.Random(3)
     return [
@@ -174,6 +181,79 @@ def test_a_cached_prefix_changes_no_token(pair: Any, max_step_tokens: int) -> No
         assert generate(engine, [greedy(q, 12) for q in questions]) == expected
     cache = engine.kv_cache.prefix_cache
     assert cache.num_hit_tokens > cache.num_lookup_tokens // 2
+
+
+def scored(prompt: list[int], max_new_tokens: int = 0, top: int = 2) -> Sequence:
+    return Sequence(prompt, Sampling(max_new_tokens=max_new_tokens), top_prompt_logprobs=top)
+
+
+@pytest.mark.parametrize("max_step_tokens", [8, 256])
+def test_prompt_log_probabilities_equal_transformers(pair: Any, max_step_tokens: int) -> None:
+    """Beside sequences that generate, with prompts whole and in chunks, cached or not."""
+    engine = Engine(pair.ours, 16, 64 * MEGABYTE, 4 * MEGABYTE, max_step_tokens=max_step_tokens)
+    generate(engine, [greedy(prompt, 4) for prompt in pair.questions])  # fills the prefix cache
+    sequences = [scored(prompt, i % 3) for i, prompt in enumerate(pair.questions)]
+    generate(engine, [*sequences, *(greedy(q, 9) for q in pair.questions[:3])])
+    for i, (sequence, prompt) in enumerate(zip(sequences, pair.questions, strict=True)):
+        assert sequence.finish_reason is not None
+        assert sequence.output_ids == pair.answers[i][: i % 3]
+        with torch.no_grad():
+            expected = pair.model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert len(sequence.prompt_logprobs) == len(prompt) - 1
+        for found, token, row in zip(
+            sequence.prompt_logprobs, prompt[1:], expected[:-1], strict=True
+        ):
+            assert found.token_id == token
+            assert found.logprob == pytest.approx(row[token].item(), abs=2e-4)
+            gap = row - row[token]
+            assert (gap > 2e-4).sum() < found.rank <= (gap > -2e-4).sum()
+            values, ids = row.topk(2)
+            assert [each for each, _ in found.alternatives] == ids.tolist()
+            assert [p for _, p in found.alternatives] == pytest.approx(values.tolist(), abs=2e-4)
+
+
+def test_a_scored_prompt_has_the_same_bits_in_every_batch(native_model: Model) -> None:
+    """However the prompt is split, and whatever else is computed in the same steps."""
+    prompt = prompts(1)[0] * 3
+    seen = []
+    for max_step_tokens, others in ((512, 0), (50, 0), (50, 7)):
+        sequence = scored(prompt)
+        neighbours = [greedy(each, 30) for each in prompts(others)]
+        engine = Engine(native_model, 8, 64 * MEGABYTE, max_step_tokens=max_step_tokens)
+        generate(engine, [*neighbours, sequence])
+        seen.append(sequence.prompt_logprobs)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_prompt_that_is_only_scored_may_fill_the_context(model: Model) -> None:
+    engine = Engine(model, 2, 64 * MEGABYTE)
+    full = scored([9] * engine.max_length)
+    assert generate(engine, [full]) == [[]]
+    assert full.finish_reason is FinishReason.LENGTH
+    assert len(full.prompt_logprobs) == engine.max_length - 1
+    with pytest.raises(PromptTooLong, match="513 tokens"):
+        engine.add(scored([9] * (engine.max_length + 1)))
+
+
+def test_a_step_that_is_retried_scores_each_token_once(model: Model) -> None:
+    """A step that fails for another sequence has already scored this one."""
+    sequence, broken = scored([31, 32, 33, 34]), greedy([9, 8], 3)
+    broken.constraint = Broken()
+    generate(Engine(model, 4, 64 * MEGABYTE), [sequence, broken])
+    assert isinstance(broken.error, RuntimeError)
+    assert [each.token_id for each in sequence.prompt_logprobs] == [32, 33, 34]
+
+
+class Broken:
+    """A constraint that fails."""
+
+    is_complete = is_over = False
+
+    def mask(self) -> bytes:
+        raise RuntimeError("broken")
+
+    def accept(self, token_id: int) -> None:
+        pass
 
 
 def test_a_prompt_longer_than_the_prefix_cache_hits_as_far_as_it_fits(model: Model) -> None:

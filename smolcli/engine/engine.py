@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 
-from smolcli.engine.interfaces import Model
-from smolcli.engine.sampler import sample
+from smolcli.engine.interfaces import Hidden, Model
+from smolcli.engine.sampler import sample, score
 from smolcli.engine.scheduler import Scheduler
-from smolcli.engine.sequence import ScheduledSequence, Sequence
+from smolcli.engine.sequence import ScheduledSequence, Sequence, TokenLogprob
 from smolcli.errors import BackendError, PromptTooLong, QueryError
 from smolcli.types import FinishReason
 
@@ -54,11 +55,12 @@ class Engine:
         """Queue a sequence; clips `max_tokens` to what the model and the KV cache allow.
 
         Raises:
-            PromptTooLong: the prompt leaves no room for a single new token.
+            PromptTooLong: the prompt leaves no room for a single new token, if any is wanted.
             QueryError: the prompt contains a token id that the model does not have.
         """
-        if len(sequence.prompt_ids) >= self.max_length:
-            raise PromptTooLong(len(sequence.prompt_ids), self.max_length - 1)
+        longest = self.max_length - min(sequence.sampling.max_new_tokens, 1)
+        if len(sequence.prompt_ids) > longest:
+            raise PromptTooLong(len(sequence.prompt_ids), longest)
         for token_id in (min(sequence.prompt_ids), max(sequence.prompt_ids)):
             if not 0 <= token_id < self._vocab_size:
                 raise QueryError(
@@ -79,7 +81,7 @@ class Engine:
         """Advance decoding sequences by one token each and prompts by a chunk.
 
         Returns:
-            The sequences that got a token or failed; a failed one has `error` set.
+            The sequences that got a token, finished or failed; a failed one has `error` set.
 
         Raises:
             BackendError: the step failed for every sequence, and so did a trivial sequence of the
@@ -125,14 +127,40 @@ class Engine:
     def _forward(self, items: list[ScheduledSequence]) -> None:
         self.num_steps += 1
         hidden = self.model.forward(self.kv_cache.make_batch(items))
-        ready = [item.sequence for item in items if item.completes]
-        sampled = sample(self.model.head, hidden, ready) if ready else []
-        for item in items:
+        ends = list(accumulate(item.num_hidden for item in items))
+        scored = [self._scores(item, hidden, end) for item, end in zip(items, ends, strict=True)]
+        rows = {
+            item.sequence: end - 1
+            for item, end in zip(items, ends, strict=True)
+            if item.completes and item.sequence.wants_token
+        }
+        ready = list(rows)
+        sampled = sample(self.model.head, _rows(hidden, [*rows.values()]), ready) if ready else []
+        for item, scores in zip(items, scored, strict=True):
             item.sequence.num_cached = item.stop
+            item.sequence.prompt_logprobs += scores
             if item.completes and not item.sequence.is_decoding:
                 self.kv_cache.store_prefix(item.sequence)
+            if item.completes and not item.sequence.wants_token:
+                item.sequence.finish_reason = FinishReason.LENGTH
         for sequence, (token, logprob) in zip(ready, sampled, strict=True):
             sequence.append(token, self.model.config.eos_ids, logprob)
+
+    def _scores(self, item: ScheduledSequence, hidden: Hidden, end: int) -> list[TokenLogprob]:
+        """The log probabilities of the prompt tokens that an item's hidden states predict.
+
+        Args:
+            item: what was computed.
+            hidden: the hidden states of the step.
+            end: where those of the item end.
+        """
+        sequence = item.sequence
+        if sequence.top_prompt_logprobs is None or sequence.is_decoding:
+            return []
+        targets = sequence.prompt_ids[item.start + 1 : item.stop + 1]
+        start = end - item.num_hidden
+        states = hidden[start : start + len(targets)]
+        return score(self.model.head, states, targets, sequence.top_prompt_logprobs)
 
     def _check_model(self) -> None:
         """Compute a one-token sequence, to tell a broken model from bad queries.
@@ -158,6 +186,11 @@ class Engine:
     def _retire(self) -> None:
         for sequence in self.scheduler.retire():
             self.kv_cache.free(sequence)
+
+
+def _rows(hidden: Hidden, rows: list[int]) -> Hidden:
+    """Some rows of the hidden states, which are copied unless they are all."""
+    return hidden if len(rows) == len(hidden) else hidden[rows]
 
 
 @contextmanager

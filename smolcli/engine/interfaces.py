@@ -117,5 +117,9 @@ class Model(Protocol):
         ...
 
     def forward(self, batch: Batch) -> Hidden:
-        """Compute the last hidden state of every item that completes, in batch order."""
+        """Compute the hidden states of the last `num_hidden` tokens of each item.
+
+        Returns:
+            (N, hidden_size), in the order of the batch's items and their tokens.
+        """
         ...

@@ -16,6 +16,8 @@ from smolcli.types import Sampling
 
 MIN_TEMPERATURE = 1e-6  # avoids overflow; the most likely token already wins every draw
 PICK_BLOCK = 256
+MAXIMA_STRIDE = 64  # distance of the values that `_largest` compares first
+SCORED_ROWS = 32  # rows of logits to hold at once; 6 MiB for 49,152 tokens
 NUCLEUS_TOKENS = 512  # nearly always contain the top-p mass; sorting the vocabulary is slow
 
 
@@ -54,6 +56,30 @@ def sample(
     return [(tokens[i], logprobs.get(i)) for i in range(len(sequences))]
 
 
+def score(
+    head: Head, hidden: Hidden, token_ids: list[int], num_alternatives: int
+) -> list[TokenLogprob]:
+    """The log probabilities of given tokens, such as those of a prompt.
+
+    Only a few rows of logits are in memory at any time.
+
+    Args:
+        head: computes logits.
+        hidden: (N, hidden_size).
+        token_ids: the N tokens that follow.
+        num_alternatives: how many of the most likely tokens to list for each.
+
+    Raises:
+        FloatingPointError: the largest logit of a row is not a finite number.
+    """
+    scores: list[TokenLogprob] = []
+    for start in range(0, len(token_ids), SCORED_ROWS):
+        part = slice(start, start + SCORED_ROWS)
+        rows = zip(head.logits(hidden[part]), token_ids[part], strict=True)
+        scores += [token_logprob(row, token, num_alternatives) for row, token in rows]
+    return scores
+
+
 def sample_token(logits: Array, sequence: Sequence, mask: bytes | None = None) -> int:
     """Choose one token according to the sequence's settings.
 
@@ -83,13 +109,18 @@ def token_logprob(logits: Array, token: int, num_alternatives: int) -> TokenLogp
         logits: (vocab_size,), masked, without penalty and temperature.
         token: the token that was chosen.
         num_alternatives: how many of the most likely tokens to list.
+
+    Raises:
+        FloatingPointError: the largest logit is not a finite number.
     """
-    scores = logits.astype(np.float64)
-    highest = scores.max()
-    log_total = highest + math.log(np.exp(scores - highest).sum())
+    highest = float(logits.max())
+    if not math.isfinite(highest):
+        raise FloatingPointError("the model computed logits that are not finite numbers")
+    log_total = highest + math.log(np.exp(logits - highest).sum(dtype=np.float64))
     ids = [int(i) for i in _largest(logits, num_alternatives)] if num_alternatives else []
-    alternatives = [(i, float(scores[i] - log_total)) for i in ids if scores[i] > -math.inf]
-    return TokenLogprob(token, float(scores[token] - log_total), tuple(alternatives))
+    likely = tuple((i, float(logits[i]) - log_total) for i in ids if logits[i] > -math.inf)
+    rank = 1 + int(np.count_nonzero(logits > logits[token]))
+    return TokenLogprob(token, float(logits[token]) - log_total, rank, likely)
 
 
 def apply_mask(logits: Array, mask: bytes | None) -> None:
@@ -141,7 +172,11 @@ def _largest(values: Array, count: int) -> Array:
     """Indices of the `count` largest values in descending order; of equals, the lower index."""
     size = len(values)
     if count < size:
-        threshold = np.partition(values, size - count)[size - count]
+        maxima = values  # at least `count` values are as large as the `count` largest maxima
+        if count < size // MAXIMA_STRIDE // 2:
+            whole = values[: size - size % MAXIMA_STRIDE]
+            maxima = whole.reshape(MAXIMA_STRIDE, -1).max(axis=0)
+        threshold = np.partition(maxima, len(maxima) - count)[len(maxima) - count]
         candidates = np.flatnonzero(values >= threshold)
     else:
         candidates = np.arange(size)

@@ -31,10 +31,14 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log probability (natural logarithm) of a sampled token and of the most likely ones."""
+    """The log probability (natural logarithm) of a token and of the most likely ones.
+
+    `rank` is the token's position among all tokens by probability, from 1.
+    """
 
     token_id: int
     logprob: float
+    rank: int
     alternatives: tuple[tuple[int, float], ...]
 
 
@@ -44,7 +48,8 @@ class Sequence:
 
     `token_ids[:num_cached]` have their keys and values in the KV cache. An interactive sequence
     takes priority over batch work. If `top_logprobs` is set, `logprobs` holds one entry per
-    generated token except the end token.
+    generated token except the end token. If `top_prompt_logprobs` is set, `prompt_logprobs` holds
+    one entry per computed prompt token except the first, which nothing predicts.
     """
 
     prompt_ids: list[int]
@@ -52,6 +57,7 @@ class Sequence:
     is_interactive: bool = False
     constraint: Constraint | None = None
     top_logprobs: int | None = None
+    top_prompt_logprobs: int | None = None
     token_ids: list[int] = field(init=False)
     max_tokens: int = field(init=False)
     num_cached: int = field(init=False, default=0)
@@ -59,6 +65,7 @@ class Sequence:
     error: Exception | None = field(init=False, default=None)
     random: Random = field(init=False)
     logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
     admitted_at: float | None = field(init=False, default=None)
     _uniform: float | None = field(init=False, default=None)
 
@@ -82,6 +89,19 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether the prompt has been prefilled."""
         return self.num_output > 0
+
+    @property
+    def wants_token(self) -> bool:
+        """Whether there is room for another token; never for a sequence that is only scored."""
+        return len(self.token_ids) < self.max_tokens
+
+    @property
+    def reusable_ids(self) -> list[int]:
+        """The part of the prompt that may come from the prefix cache.
+
+        It is empty if the prompt is scored: the cache holds no hidden states.
+        """
+        return self.prompt_ids if self.top_prompt_logprobs is None else []
 
     @property
     def is_finished(self) -> bool:
@@ -116,7 +136,7 @@ class Sequence:
             self.logprobs.append(logprob)
         if token_id in eos_ids or (self.constraint is not None and self.constraint.is_over):
             self.finish_reason = FinishReason.STOP
-        elif len(self.token_ids) >= self.max_tokens:
+        elif not self.wants_token:
             self.finish_reason = FinishReason.LENGTH
 
 
@@ -130,5 +150,12 @@ class ScheduledSequence:
 
     @property
     def completes(self) -> bool:
-        """Whether the step produces the sequence's next token."""
+        """Whether the step computes the sequence's last token, which yields the next one."""
         return self.stop == len(self.sequence.token_ids)
+
+    @property
+    def num_hidden(self) -> int:
+        """How many hidden states the step returns: those of the last tokens."""
+        if self.sequence.top_prompt_logprobs is not None and not self.sequence.is_decoding:
+            return self.stop - self.start
+        return int(self.completes)

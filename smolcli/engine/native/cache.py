@@ -12,11 +12,11 @@ from smolcli.engine.sequence import ScheduledSequence, Sequence
 
 @dataclass(frozen=True, slots=True)
 class NativeBatch:
-    """The T tokens of one step, and the rows of the N sequences that produce a next token."""
+    """The T tokens of one step, and the N rows whose hidden states it returns."""
 
     token_ids: Array  # (T,), int32
     spans: Array  # (sequences,), SPAN
-    last_rows: Array  # (N,)
+    hidden_rows: Array  # (N,)
 
 
 class BufferCache:
@@ -58,7 +58,7 @@ class BufferCache:
         config, length = self._config, self._padded(sequence.max_tokens)
         shape = (2, config.num_layers, config.num_kv_heads, length, config.head_dim)
         buffer = aligned_empty(shape, self._kernels.dtype)
-        blocks = self.prefix_cache.match(sequence.prompt_ids)
+        blocks = self.prefix_cache.match(sequence.reusable_ids)
         sequence.num_cached = len(blocks) * BLOCK_TOKENS
         if blocks:
             np.concatenate(blocks, axis=-2, out=buffer[..., : sequence.num_cached, :])
@@ -68,7 +68,7 @@ class BufferCache:
         """See `interfaces.KVCache`."""
         buffer = self._buffers[sequence]
         self.prefix_cache.insert(
-            sequence.prompt_ids, lambda start, stop: buffer[..., start:stop, :].copy()
+            sequence.reusable_ids, lambda start, stop: buffer[..., start:stop, :].copy()
         )
 
     def ensure_capacity(self, sequence: Sequence) -> None:
@@ -88,8 +88,8 @@ class BufferCache:
             num_rows, buffer = item.stop - item.start, self._buffers[item.sequence]
             at = address(buffer)
             spans[index] = (end - num_rows, num_rows, item.start, buffer.shape[3], at)
-        completed = np.array([i.completes for i in items])
-        return NativeBatch(np.array(ids, np.int32), spans, ends[completed] - 1)
+        rows = [np.arange(end - i.num_hidden, end) for end, i in zip(ends, items, strict=True)]
+        return NativeBatch(np.array(ids, np.int32), spans, np.concatenate(rows))
 
     def free(self, sequence: Sequence) -> None:
         """See `interfaces.KVCache`."""

@@ -132,7 +132,7 @@ class NativeModel:
             len(tasks),
             ctypes.byref(space.struct),
         )
-        hidden: Array = space.x[batch.last_rows]
+        hidden: Array = space.x[batch.hidden_rows]
         return hidden
 
     def _tasks(self, num_rows: Array) -> Array:

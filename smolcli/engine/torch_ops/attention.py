@@ -34,14 +34,14 @@ class Span(Protocol):
 class Batch:
     """The tokens of one step, flattened, without padding.
 
-    `token_ids` and `positions` are (T,); `spans` cover the T rows in order; `last_rows`, (N,), are
-    the rows that produce a next token.
+    `token_ids` and `positions` are (T,); `spans` cover the T rows in order; `hidden_rows`, (N,),
+    are the rows whose hidden states the step returns.
     """
 
     token_ids: Tensor
     positions: Tensor
     spans: list[Span]
-    last_rows: Tensor
+    hidden_rows: Tensor
 
 
 class SlabSpan:

@@ -115,7 +115,7 @@ class TorchModel:
             x = x + F.linear(self._attention(index, layer, x, cos, sin, batch.spans), layer.out)
             y = self._norm(x)
             x = x + F.linear(F.silu(F.linear(y, layer.gate)) * F.linear(y, layer.up), layer.down)
-        return x[batch.last_rows]
+        return x[batch.hidden_rows]
 
     def _attention(
         self, index: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, spans: list[Span]

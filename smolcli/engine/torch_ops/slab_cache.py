@@ -9,7 +9,7 @@ the last row moves to its place. A sequence that fills its row moves to the next
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -173,7 +173,7 @@ class SlabCache:
         if sequence in self._storage:
             return
         buffer = PromptBuffer(self._config, len(sequence.prompt_ids), self._like)
-        blocks = self.prefix_cache.match(sequence.prompt_ids)
+        blocks = self.prefix_cache.match(sequence.reusable_ids)
         sequence.num_cached = len(blocks) * BLOCK_TOKENS
         if blocks:
             buffer.data[..., : sequence.num_cached, :] = torch.cat(blocks, dim=-2)
@@ -185,7 +185,7 @@ class SlabCache:
         assert isinstance(buffer, PromptBuffer)
         data = buffer.data
         self.prefix_cache.insert(
-            sequence.prompt_ids, lambda start, stop: data[..., start:stop, :].clone()
+            sequence.reusable_ids, lambda start, stop: data[..., start:stop, :].clone()
         )
 
     def ensure_capacity(self, sequence: Sequence) -> None:
@@ -211,13 +211,13 @@ class SlabCache:
         """The input of one forward pass over all items, sorted by `batch_key`."""
         token_ids = [t for i in items for t in i.sequence.token_ids[i.start : i.stop]]
         positions = [p for i in items for p in range(i.start, i.stop)]
-        ends = torch.tensor([i.stop - i.start for i in items]).cumsum(0) - 1
-        completes = torch.tensor([i.completes for i in items])
+        ends = accumulate(i.stop - i.start for i in items)
+        rows = [r for e, i in zip(ends, items, strict=True) for r in range(e - i.num_hidden, e)]
         return Batch(
             token_ids=torch.tensor(token_ids, device=self._like.device),
             positions=torch.tensor(positions, device=self._like.device),
             spans=self._spans(items),
-            last_rows=ends[completes].to(self._like.device),
+            hidden_rows=torch.tensor(rows, dtype=torch.long, device=self._like.device),
         )
 
     def free(self, sequence: Sequence) -> None:
