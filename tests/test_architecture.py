@@ -24,6 +24,7 @@ LAYERS = [  # top to bottom: a package imports only from the rows below its own
     ["errors"],
     ["types"],
 ]
+TORCH = {"torch", "transformers"}
 TORCH_ALLOWED = ("engine.torch_ops", "weights.loader", "bench.transformers_peer")
 
 
@@ -66,13 +67,14 @@ def test_only_conversion_and_the_benchmark_import_transformers() -> None:
     assert users == {"bench.transformers_peer"}
 
 
-def run_smol_without_torch(arguments: list[str]) -> None:
+def run_smol_without(unwanted: set[str], arguments: list[str]) -> None:
+    """Run a command and check that it has not imported some modules."""
     code = (
         "import sys; from smolcli.cli.main import app\n"
         f"sys.argv = ['smol', *{arguments!r}]\n"
         "try: app()\n"
         "except SystemExit as exc: assert not exc.code or '--check' in sys.argv, exc.code\n"
-        "loaded = {'torch', 'transformers'} & set(sys.modules)\n"
+        f"loaded = {unwanted!r} & set(sys.modules)\n"
         "assert not loaded, f'imported {loaded}'\n"
     )
     root = PACKAGE.parent
@@ -85,7 +87,18 @@ def run_smol_without_torch(arguments: list[str]) -> None:
     [["--help"], ["run", "--help"], ["run", "--check", "sample_inputs/mixed.jsonl"]],
 )
 def test_light_commands_never_load_torch(arguments: list[str]) -> None:
-    run_smol_without_torch(arguments)
+    run_smol_without(TORCH, arguments)
+
+
+def test_a_question_needs_few_libraries(tiny_folder: Path) -> None:
+    """These libraries would more than double the time until the first token."""
+    native_kernels("float32")
+    unwanted = TORCH | {
+        *("pydantic", "rich", "importlib.metadata", "asyncio", "multiprocessing", "ssl"),
+        *("huggingface_hub.file_download", "httpx2", "llguidance", "gguf", "flask", "pyarrow"),
+    }
+    question = ["ask", "What is gravity?", "--max-new-tokens", "8", "--system", "Be brief."]
+    run_smol_without(unwanted, [*question, "--model", str(tiny_folder), "--dtype", "float32"])
 
 
 def test_answers_on_a_cpu_need_neither_torch_nor_transformers(
@@ -107,6 +120,6 @@ def test_answers_on_a_cpu_need_neither_torch_nor_transformers(
     ]
     source.write_text("\n".join(lines), "utf-8")
     model = ["--model", str(tiny_folder), "--dtype", "float32"]
-    run_smol_without_torch(["run", str(source), "-o", str(output), *model])
+    run_smol_without(TORCH, ["run", str(source), "-o", str(output), *model])
     results = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert [result.get("error") for result in results] == [None] * len(queries)

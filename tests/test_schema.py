@@ -13,10 +13,11 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.openai import CompletionFields, error_code, error_object, parse_completion
+from smolcli.protocol.prompt import prompt_query
 from smolcli.protocol.query import FIELDS, QueryFields, chat_id_of, parse_query
 from smolcli.protocol.strict_json import load_json
 from smolcli.settings import QueryDefaults
-from smolcli.types import ErrorCode, Message, Query, Sampling
+from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
 
 HI = {"chat_id": "1", "user_prompt": "Hi"}
 
@@ -41,6 +42,19 @@ def test_minimal_query_gets_the_defaults() -> None:
     assert query.sampling.is_greedy
     assert query.sampling.max_new_tokens == 256
     assert (query.stop, query.metadata) == ((), None)
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        QueryDefaults(),
+        QueryDefaults(
+            Sampling(temperature=0.5, seed=7), "Be brief.", format=AnswerFormat(choices=("a", "b"))
+        ),
+    ],
+)
+def test_a_prompt_without_fields_becomes_the_same_query(defaults: QueryDefaults) -> None:
+    assert prompt_query("1", "Hi", defaults) == parse_query(HI, defaults)
 
 
 def test_every_field_reaches_the_query() -> None:

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from smolcli.backends.base import complete_future
-from smolcli.protocol.query import derived_seed
+from smolcli.protocol.prompt import derived_seed
 from smolcli.types import Query, Result, Timings, Usage
 
 

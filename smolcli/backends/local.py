@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cache
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -89,12 +89,14 @@ def _identity(files: ModelFiles, config: ResolvedConfig) -> dict[str, Any]:
         "kernels": "native" if config.kernels else "torch",
         "kernel_variant": config.kernels.name if config.kernels else None,
         "threads": config.threads,
-        "versions": versions(),
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of the software that determines the answers, without importing any of it."""
+    from importlib.metadata import version
+
     return {
         "smol": smolcli.__version__,
         "torch": version("torch"),
@@ -173,7 +175,7 @@ class LocalBackend:
 
     def identity(self) -> dict[str, Any]:
         """See `Backend`."""
-        return dict(self._identity)
+        return self._identity | {"versions": versions()}
 
     def answer_source(self) -> AnswerSource:
         """See `Backend`: the model never changes."""

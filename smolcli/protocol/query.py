@@ -5,7 +5,6 @@ generated from them.
 """
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
@@ -19,7 +18,6 @@ from smolcli.protocol.fields import (
     MAX_ANSWERS,
     MAX_CHOICES,
     MAX_LOGPROBS,
-    MAX_SEED,
     ChatId,
     Choices,
     Count,
@@ -36,6 +34,7 @@ from smolcli.protocol.fields import (
     TopP,
     decimal_id,
 )
+from smolcli.protocol.prompt import derived_seed, with_system_prompt
 from smolcli.protocol.strict_json import shorten
 from smolcli.settings import QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
@@ -321,7 +320,7 @@ def _messages(fields: QueryFields, system_prompt: str | None) -> tuple[Message, 
             message = "messages must end with a non-blank user message"
             raise QueryError(message, field="messages")
         system = None if turns[0].role == "system" else system_prompt
-    return (Message("system", system), *turns) if system else tuple(turns)
+    return with_system_prompt(tuple(turns), system)
 
 
 def _sampling(fields: QueryFields, defaults: Sampling) -> Sampling:
@@ -329,12 +328,6 @@ def _sampling(fields: QueryFields, defaults: Sampling) -> Sampling:
     values = {k: getattr(defaults, k) if v is None else v for k, v in given.items()}
     seed = fields.seed if fields.seed is not None else derived_seed(defaults.seed, fields.chat_id)
     return Sampling(**values, seed=seed)
-
-
-def derived_seed(seed: int, name: str) -> int:
-    """The seed of one query, derived from the run's seed and the query's id alone."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") & MAX_SEED
 
 
 def _metadata(metadata: dict[str, Any] | None, extra: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from smolcli.cli.argument_conversion import SmolCommand
 from smolcli.cli.options import AsJson, option, read_text, require_utf8, with_option_groups
 from smolcli.cli.options.backend import ViaOptions, backend_opener
 from smolcli.cli.options.engine import EngineOptions
 from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
 from smolcli.cli.terminal import is_redirected, log_to_stderr
-from smolcli.errors import QueryError, RunError, UsageError
-from smolcli.settings import QueryDefaults
-from smolcli.types import Query
+from smolcli.errors import RunError, UsageError
+from smolcli.protocol.prompt import prompt_query
 
 EXAMPLES = (
     '[bold]smol ask "What is gravity?"[/bold]\n\n'
@@ -48,7 +47,7 @@ PromptFile = Annotated[
 ]
 
 
-class AskCommand(TyperCommand):
+class AskCommand(SmolCommand):
     """Explains what to do with a question that begins with a dash or is not in quotes."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -93,8 +92,10 @@ def ask(
     """Answer one question. The answer is streamed if stdout is a terminal."""
     from smolcli.batch.progress import waiting
 
-    query = _query(
-        _question(question, prompt_file), generation.query_defaults(answers=read_schema(schema))
+    query = prompt_query(
+        "ask",
+        _question(question, prompt_file),
+        generation.query_defaults(answers=read_schema(schema)),
     )
     log_to_stderr()
     open_backend = ctx.obj or backend_opener(remote.settings(ctx, engine.settings()))
@@ -130,15 +131,6 @@ def _question(question: str | None, prompt_file: Path | None) -> str:
     if not question.strip():
         raise UsageError(f"the question is empty; {_TRY}")
     return question
-
-
-def _query(question: str, defaults: QueryDefaults) -> Query:
-    from smolcli.protocol.query import parse_query
-
-    try:
-        return parse_query({"chat_id": "ask", "user_prompt": question}, defaults)
-    except QueryError as exc:
-        raise UsageError(str(exc)) from exc
 
 
 def _read_stdin() -> str:

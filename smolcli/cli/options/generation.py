@@ -5,7 +5,7 @@ import importlib
 import json
 import secrets
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from smolcli.settings import OPENAI_TEMPERATURE, QueryDefaults
 from smolcli.types import AnswerFormat, Sampling
 
 _DEFAULTS = Sampling()
+_WITHOUT_PARSER = {"max_new_tokens", "system_prompt", "system_file"}  # need no pydantic
 _generation = functools.partial(option, panel="Generation")
 
 Schema = Annotated[
@@ -99,25 +100,29 @@ class GenerationOptions:
         Raises:
             UsageError: a value is invalid; the message names the option.
         """
-        from smolcli.protocol.query import parse_query  # late: imports pydantic
-
         system_prompt = self._system_prompt()
-        query = {"chat_id": "-", "user_prompt": "-"} | asdict(self)
-        query |= {"system_prompt": system_prompt}
-        del query["system_file"]
-        try:
-            sampling = parse_query(query, QueryDefaults()).sampling
-        except QueryError as exc:
-            raise UsageError(str(exc)) from exc
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
         several = OPENAI_TEMPERATURE if self.temperature is None else self.temperature
         return QueryDefaults(
-            sampling=replace(sampling, seed=seed),
+            sampling=replace(self._sampling(), seed=seed),
             system_prompt=system_prompt,
             extra_fields=extra_fields,
             format=answers,
             several_temperature=several,
         )
+
+    def _sampling(self) -> Sampling:
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if changed <= _WITHOUT_PARSER and self.max_new_tokens > 0:
+            return replace(_DEFAULTS, max_new_tokens=self.max_new_tokens)
+        from smolcli.protocol.query import parse_query  # late: imports pydantic
+
+        query = {"chat_id": "-", "user_prompt": "-"} | asdict(self)
+        del query["system_prompt"], query["system_file"]
+        try:
+            return parse_query(query, QueryDefaults()).sampling
+        except QueryError as exc:
+            raise UsageError(str(exc)) from exc
 
     def _system_prompt(self) -> str | None:
         if self.system_file is None:

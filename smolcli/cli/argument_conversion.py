@@ -1,0 +1,87 @@
+"""Commands that convert the plain values of a command line without pydantic.
+
+Typer converts every value with pydantic, whose import takes longer than anything else that a short
+command does. Text, numbers, choices and absent values need no help. Everything else, invalid values
+included, is still left to Typer, which also words the errors.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin
+
+from typer.core import TyperCommand
+
+WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+DECIMAL_NUMBER = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,15})?")
+
+
+class NotPlain(Exception):
+    """A value has to be converted by Typer."""
+
+
+class SmolCommand(TyperCommand):
+    """A command that converts plain values itself."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, those that Typer adds included."""
+        return convert_plain_values(super().get_params(ctx))
+
+
+def convert_plain_values(parameters: list[Any]) -> list[Any]:
+    """Make Typer's parameters convert plain values themselves; returns them."""
+    for parameter in parameters:
+        convert = getattr(parameter, "get_runtime_param", None)  # other versions have none
+        if convert is not None and not isinstance(getattr(convert, "__self__", 0), PlainConversion):
+            parameter.get_runtime_param = PlainConversion(convert).itself
+    return parameters
+
+
+class PlainConversion:
+    """Converts the values of a parameter in Typer's place, or asks Typer.
+
+    Args:
+        typer_conversion: returns Typer's own conversion, which imports pydantic.
+    """
+
+    def __init__(self, typer_conversion: Callable[[], Any]) -> None:
+        self._typer_conversion = typer_conversion
+
+    def itself(self) -> "PlainConversion":
+        """This object; called by Typer."""
+        return self
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Convert a value; called by Typer."""
+        if value is None:
+            return () if param.multiple or param.nargs == -1 else None
+        try:
+            return plain_value(value, param.type_descriptor.annotation, param.min, param.max)
+        except NotPlain:
+            return self._typer_conversion().coerce(value, param=param, ctx=ctx)
+
+
+def plain_value(value: Any, annotation: Any, low: float | None, high: float | None) -> Any:
+    """Convert the value of an option.
+
+    Args:
+        value: text, or a default value of the annotated type.
+        annotation: the option's type.
+        low: smallest valid number.
+        high: largest valid number.
+
+    Raises:
+        NotPlain: the value or the type is not plain, or the value is invalid.
+    """
+    if annotation is str and type(value) is str:
+        return value
+    if get_origin(annotation) is Literal and value in get_args(annotation):
+        return value
+    patterns = {int: WHOLE_NUMBER, float: DECIMAL_NUMBER}
+    if annotation not in patterns:
+        raise NotPlain
+    if type(value) is str and patterns[annotation].fullmatch(value):
+        value = annotation(value)
+    is_inside = type(value) is annotation and (low is None or low <= value)
+    if not is_inside or (high is not None and value > high):
+        raise NotPlain
+    return value
