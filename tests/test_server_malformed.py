@@ -1,6 +1,7 @@
 """Malformed requests: the server answers with JSON or not at all, and keeps running."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -40,16 +41,23 @@ def server(tiny_folder: Path) -> Iterator[RunningServer]:
 
 
 def exchange(server: RunningServer, data: bytes) -> bytes:
-    """Send bytes and return what the server sends until it closes or falls silent."""
+    """Send bytes and return the first response, or b"" if the server waits for more bytes."""
     with server.connect() as connection:
         connection.sendall(data)
         connection.settimeout(0.2)
         received = b""
         with suppress(ConnectionResetError, TimeoutError):
-            while piece := connection.recv(65536):
+            while not is_complete(received) and (piece := connection.recv(65536)):
                 received += piece
-                connection.settimeout(0.02)
+                connection.settimeout(30)
         return received
+
+
+def is_complete(response: bytes) -> bool:
+    """Whether a response contains as many bytes as its Content-Length announces."""
+    head, separator, body = response.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\nContent-Length: (\d+)", head)
+    return bool(separator and length and len(body) >= int(length[1]))
 
 
 def check_answer(answer: bytes) -> None:
