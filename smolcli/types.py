@@ -7,6 +7,8 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import Any
 
+ENTRY_CHARS = 100  # of the log probability of one token, roughly
+
 
 class ErrorCode(StrEnum):
     """The machine-readable kind of an error."""
@@ -124,12 +126,15 @@ class Query:
 
     Args:
         chat_id: its id.
-        messages: the conversation, a system prompt included.
+        messages: the conversation, a system prompt included; () if there is a raw prompt instead.
         sampling: how tokens are sampled.
         stop: strings that end the answer.
         format: what the answer is constrained to; None is any text.
         n: number of answers.
         top_logprobs: alternatives to report for each token; None for no log probabilities.
+        raw_prompt: text or token ids that the model continues, without the chat template.
+        echo: whether the answer starts with the raw prompt.
+        prompt_logprobs: like `top_logprobs`, for the tokens of the prompt.
         metadata: echoed in the result.
         line: its line number; None over HTTP.
         request_id: of the HTTP request that it came with, passed on to an upstream server.
@@ -142,16 +147,26 @@ class Query:
     format: AnswerFormat | None = None
     n: int = 1
     top_logprobs: int | None = None
+    raw_prompt: str | tuple[int, ...] | None = None
+    echo: bool = False
+    prompt_logprobs: int | None = None
     metadata: Mapping[str, Any] | None = None
     line: int | None = None
     request_id: str | None = None
 
     @property
     def num_chars(self) -> int:
-        """Length of the messages and the answer format, in characters."""
+        """Length of the prompt and the answer format, in characters."""
         answers = self.format or AnswerFormat()
         texts = (answers.schema, *answers.choices, *(m.content for m in self.messages))
-        return sum(map(len, texts))
+        return sum(map(len, texts)) + len(self.raw_prompt or "")
+
+    @property
+    def last_text(self) -> str:
+        """The last message, or the raw prompt; token ids as numbers."""
+        if self.raw_prompt is None:
+            return self.messages[-1].content
+        return self.raw_prompt if isinstance(self.raw_prompt, str) else str(list(self.raw_prompt))
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +205,9 @@ class Result:
         response: the text of the answer.
         finish_reason: why it ended; None if an upstream server did not say.
         logprobs: one entry per token of the text, in OpenAI's format.
+        prompt_logprobs: one entry per token of the prompt, with the token's id and rank as well.
+            The log probability and rank of the first one are null.
+        echo: whether the text starts with the raw prompt; None if the query had messages.
         alternatives: the answers after the first, if several were requested.
         usage: token counts of all answers.
         error: a sentence for people; None if there is an answer.
@@ -205,6 +223,8 @@ class Result:
     response: str | None = None
     finish_reason: FinishReason | None = None
     logprobs: Sequence[Mapping[str, Any]] | None = None
+    prompt_logprobs: Sequence[Mapping[str, Any]] | None = None
+    echo: bool | None = None
     alternatives: tuple["Result", ...] = ()
     usage: Usage | None = None
     error: str | None = None
@@ -225,6 +245,8 @@ class Result:
         """Approximate length in characters, log probabilities and alternatives included."""
         texts = (self.chat_id, self.response, self.error, str(self.logprobs or ""))
         num_chars = sum(len(text) for text in texts if text is not None)
+        for entry in self.prompt_logprobs or ():
+            num_chars += ENTRY_CHARS * (1 + len(entry["top_logprobs"]))
         return num_chars + sum(each.num_chars for each in self.alternatives)
 
     def record(self, with_timings: bool = False) -> dict[str, Any]:
@@ -236,6 +258,8 @@ class Result:
                 values["field"] = self.field
         else:
             values |= self._answer()
+        if self.prompt_logprobs is not None:
+            values["prompt_logprobs"] = self.prompt_logprobs
         if self.alternatives:
             values["alternatives"] = [result._answer() for result in self.alternatives]
         if self.usage is not None:

@@ -14,7 +14,7 @@ from smolcli.types import FinishReason, Query, Result, Timings, Usage
 
 def echo(query: Query) -> Result:
     """An answer that depends on the prompt and the seed, as a real one does."""
-    words = query.messages[-1].content.split()
+    words = query.last_text.split()
     return Result(
         chat_id=query.chat_id,
         response=f"{' '.join(words)} ({query.sampling.seed})",

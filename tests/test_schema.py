@@ -511,6 +511,7 @@ EITHER: dict[str, Any] = {
     "logprobs": near(),
     "top_logprobs": near(20, 21),
     "metadata": near({"a": 1}),
+    "prompt_logprobs": near(20, 21),
 }
 MESSAGES = near([USER], [{"role": "user"}], [USER | {"refusal": None}], [USER | {"name": "x"}])
 
@@ -518,7 +519,14 @@ MESSAGES = near([USER], [{"role": "user"}], [USER | {"refusal": None}], [USER | 
 @given(
     st.fixed_dictionaries(
         {"chat_id": near(7), "user_prompt": near("Hi")},
-        optional=EITHER | {"messages": MESSAGES, "system_prompt": near()},
+        optional=EITHER
+        | {
+            "messages": MESSAGES,
+            "system_prompt": near(),
+            "raw_prompt": near([1], [-1], [2**31], [1.5]),
+            "echo": near(),
+            "max_new_tokens": near(),
+        },
     )
 )
 def test_schema_of_a_query_allows_what_the_parser_accepts(value: dict[str, Any]) -> None:

@@ -26,7 +26,11 @@ def _split(query: Query) -> list[Query]:
     """One query per answer; the first answer equals that of the same query with n=1."""
     seed = query.sampling.seed
     seeds = [seed, *(derived_seed(seed, str(index)) for index in range(1, query.n))]
-    return [replace(query, n=1, sampling=replace(query.sampling, seed=s)) for s in seeds]
+    first, *others = (replace(query.sampling, seed=seed) for seed in seeds)
+    return [
+        replace(query, n=1, sampling=first),
+        *(replace(query, n=1, sampling=each, prompt_logprobs=None) for each in others),
+    ]
 
 
 def _combined(futures: Sequence[Future[Result]]) -> Future[Result]:

@@ -29,7 +29,12 @@ from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError
 from smolcli.settings import EngineSettings
-from smolcli.text.detokenizer import Detokenizer, incomplete_json, logprob_entries
+from smolcli.text.detokenizer import (
+    Detokenizer,
+    incomplete_json,
+    logprob_entries,
+    prompt_logprob_entries,
+)
 from smolcli.text.grammar import GrammarCompiler, GrammarMatcher
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import FinishReason, Query, Result, Timings, Usage
@@ -111,6 +116,7 @@ class LocalQuery(PendingQuery):
     detokenizer: Detokenizer
     grammar: GrammarMatcher | None = None  # if the answer's format is constrained
     token_bytes: Callable[[int], bytes] | None = None  # if log probabilities are requested
+    echoed: str = ""  # what the answer starts with
     first_token_at: float = 0.0
 
 
@@ -192,7 +198,8 @@ class LocalBackend:
                     each, on_text if is_first else None, is_interactive=is_interactive
                 ),
             )
-        detokenizer = Detokenizer(self._tokenizer.decoder(), query.stop)
+        keeps_space = query.raw_prompt is not None
+        detokenizer = Detokenizer(self._tokenizer.decoder(), query.stop, keeps_space)
         pending = LocalQuery(query, on_text, is_interactive, detokenizer=detokenizer)
         self._submitted.put(pending)
         if self._is_closed:
@@ -253,11 +260,17 @@ class LocalBackend:
         query = pending.query
         if query.format is not None:
             pending.grammar = self._grammars.matcher(query.format)
-        if query.top_logprobs is not None:
+        if query.top_logprobs is not None or query.prompt_logprobs is not None:
             pending.token_bytes = self._grammars.token_bytes()
-        prompt_ids = self._tokenizer.encode(query.messages)
+        if query.echo and query.raw_prompt is not None:
+            pending.echoed = self._tokenizer.raw_text(query.raw_prompt)
         return Sequence(
-            prompt_ids, query.sampling, pending.is_interactive, pending.grammar, query.top_logprobs
+            self._tokenizer.encode_query(query),
+            query.sampling,
+            pending.is_interactive,
+            pending.grammar,
+            query.top_logprobs,
+            query.prompt_logprobs,
         )
 
     def _run(self, build_engine: Callable[[], Engine], built: Future[Engine]) -> None:
@@ -320,12 +333,15 @@ class LocalBackend:
             pending.complete(_result(pending, sequence))
 
     def _advance(self, pending: LocalQuery, sequence: Sequence) -> bool:
-        """Append the newest token to the answer's text; returns whether it was the last one."""
+        """Append the newest token, if any, to the answer's text; returns whether it has ended."""
+        text = ""
         if not pending.first_token_at:
             pending.first_token_at = time.perf_counter()
             self._num_prompt_tokens += len(sequence.prompt_ids)
-        self._num_generated_tokens += 1
-        text = pending.detokenizer.push(sequence.token_ids[-1])
+            text = pending.echoed
+        if sequence.is_decoding:
+            self._num_generated_tokens += 1
+            text += pending.detokenizer.push(sequence.token_ids[-1])
         is_finished = sequence.is_finished or pending.detokenizer.is_stopped
         if is_finished:
             text += pending.detokenizer.finish()
@@ -353,17 +369,25 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
     query, grammar, token_bytes = pending.query, pending.grammar, pending.token_bytes
     if sequence.error is not None:
         return failed_result(query, sequence.error)
-    if grammar is not None and not grammar.is_complete:
+    if grammar is not None and sequence.is_decoding and not grammar.is_complete:
         fault = grammar.fault
         return failed_result(query, fault) if fault else incomplete_json(query, sequence.num_output)
     now = time.perf_counter()
     assert sequence.admitted_at is not None
     is_stopped = pending.detokenizer.is_stopped
+    logprobs = prompt_logprobs = None
+    if token_bytes is not None and query.top_logprobs is not None:
+        logprobs = logprob_entries(sequence.logprobs, token_bytes)
+    if token_bytes is not None and query.prompt_logprobs is not None:
+        scores = sequence.prompt_logprobs
+        prompt_logprobs = prompt_logprob_entries(sequence.prompt_ids, scores, token_bytes)
     return Result(
         chat_id=query.chat_id,
-        response=pending.detokenizer.text,
+        response=pending.echoed + pending.detokenizer.text,
         finish_reason=FinishReason.STOP if is_stopped else sequence.finish_reason,
-        logprobs=logprob_entries(sequence.logprobs, token_bytes) if token_bytes else None,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        echo=query.echo if query.raw_prompt is not None else None,
         usage=Usage(len(sequence.prompt_ids), sequence.num_output),
         metadata=query.metadata,
         line=query.line,

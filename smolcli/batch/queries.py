@@ -13,6 +13,8 @@ from smolcli.protocol.strict_json import shorten
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, failure
 
+_OWN_FIELDS = {"user_prompt", "messages", "raw_prompt", "custom_id"}
+
 
 class ChatIds:
     """The ids seen so far in a file, at about 15 bytes each.
@@ -135,7 +137,7 @@ def _hint(row: Row, exc: QueryError) -> str:
     """The end of an error message for a row whose columns are not named like query fields."""
     is_data = exc.code in (ErrorCode.MISSING_FIELD, ErrorCode.UNKNOWN_FIELD)
     values = row.value if is_data and row.fault is None else None
-    if not isinstance(values, dict) or {"user_prompt", "messages", "custom_id"} & values.keys():
+    if not isinstance(values, dict) or _OWN_FIELDS & values.keys():
         return ""
     columns = [name for name in values if name not in FIELDS]
     return f"; {options_hint(columns)}" if columns and "did you mean" not in str(exc) else ""

@@ -52,11 +52,12 @@ def _checked(query: Query, check_query: CheckQuery | None) -> Query | Result:
 
 
 def prompt_fits(folder: Path) -> CheckQuery:
-    """A check that prompts leave the model in `folder` room for at least one new token."""
-    chat, limit = ChatTokenizer.load(folder), context_length(folder) - 1
+    """A check that prompts leave the model in `folder` room for a new token, if they want one."""
+    chat, longest = ChatTokenizer.load(folder), context_length(folder)
 
     def check(query: Query) -> None:
-        if (num_tokens := len(chat.encode(query.messages))) > limit:
+        limit = longest - min(query.sampling.max_new_tokens, 1)
+        if (num_tokens := len(chat.encode_query(query))) > limit:
             raise PromptTooLong(num_tokens, limit)
 
     return check

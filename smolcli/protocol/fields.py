@@ -52,6 +52,7 @@ Number = Annotated[float, Field(strict=True)]
 FLOAT_TO_INT = BeforeValidator(float_to_int)
 Integer = Annotated[int, Field(strict=True), FLOAT_TO_INT]
 Count = Annotated[int, Field(strict=True, ge=1), FLOAT_TO_INT]
+CountOrZero = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
 Temperature = Annotated[Number, Field(ge=0, le=100)]
 TopP = Annotated[Number, Field(gt=0, le=1)]
 TopK = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
@@ -64,6 +65,9 @@ StopStrings = Annotated[list[StopString], Field(max_length=16)]
 Stop = Annotated[
     StopStrings, BeforeValidator(_one_or_many, json_schema_input_type=StopStrings | StopString)
 ]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31), FLOAT_TO_INT]
+RawText = Annotated[str, Field(strict=True, min_length=1)]
+RawPrompt = RawText | Annotated[list[TokenId], Field(min_length=1)]
 Id = Annotated[str, Field(strict=True, min_length=1)]
 ChatId = Annotated[Id, BeforeValidator(decimal_id, json_schema_input_type=Id | int)]
 # The lookahead is JSON Schema's portable way to say "end of text": $ also matches before "\n".

@@ -20,12 +20,13 @@ from smolcli.protocol.fields import (
     MAX_LOGPROBS,
     ChatId,
     Choices,
-    Count,
+    CountOrZero,
     Flag,
     Lenient,
     NumAnswers,
     NumLogprobs,
     Penalty,
+    RawPrompt,
     Seed,
     Stop,
     Temperature,
@@ -162,13 +163,32 @@ _NULL: dict[str, Any] = {"type": "null"}
 _WAYS_TO_ASK: list[Any] = [
     {
         "required": ["user_prompt"],
-        "properties": {"user_prompt": {"type": "string", "pattern": r"\S"}, "messages": _NULL},
+        "properties": {"user_prompt": {"type": "string", "pattern": r"\S"}}
+        | dict.fromkeys(("messages", "raw_prompt"), _NULL),
     },
     {
         "required": ["messages"],
         "properties": {"messages": {"type": "array"}}
-        | dict.fromkeys(("user_prompt", "system_prompt"), _NULL),
+        | dict.fromkeys(("user_prompt", "system_prompt", "raw_prompt"), _NULL),
     },
+    {
+        "required": ["raw_prompt"],
+        "properties": {"raw_prompt": {"type": ["string", "array"]}}
+        | dict.fromkeys(("user_prompt", "system_prompt", "messages"), _NULL),
+    },
+]
+_IS_RAW: dict[str, Any] = {
+    "required": ["raw_prompt"],
+    "properties": {"raw_prompt": {"type": ["string", "array"]}},
+}
+_ECHOES: dict[str, Any] = {"required": ["echo"], "properties": {"echo": {"const": True}}}
+_SCORES: dict[str, Any] = {
+    "required": ["prompt_logprobs"],
+    "properties": {"prompt_logprobs": {"type": "number"}},
+}
+_RAW_COMBINATIONS: list[Any] = [
+    {"anyOf": [{"not": _ECHOES}, _IS_RAW]},
+    {"anyOf": [{"properties": {"max_new_tokens": {"not": {"const": 0}}}}, _ECHOES, _SCORES]},
 ]
 
 
@@ -226,7 +246,10 @@ class QueryFields(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
-        json_schema_extra={"anyOf": _WAYS_TO_ASK, **forbid_violations(combinations([None], False))},
+        json_schema_extra={
+            "anyOf": _WAYS_TO_ASK,
+            **forbid_violations([*combinations([None], False), *_RAW_COMBINATIONS]),
+        },
     )
 
     chat_id: ChatId = Field(description="a non-empty string or an integer")
@@ -237,7 +260,13 @@ class QueryFields(BaseModel):
     messages: Annotated[list[MessageFields], Field(min_length=1)] | None = Field(
         None, description="a non-empty list of {role, content}, ending with a user message"
     )
-    max_new_tokens: Count | None = Field(None, description="a positive integer")
+    raw_prompt: RawPrompt | None = Field(
+        None, description="a non-empty string or a non-empty list of token ids"
+    )
+    echo: Flag | None = Field(None, description="true or false, and requires raw_prompt")
+    max_new_tokens: CountOrZero | None = Field(
+        None, description="a positive integer, or 0 if prompt_logprobs or echo is given"
+    )
     temperature: Temperature | None = Field(None, description="a number from 0 (greedy) to 100")
     top_p: TopP | None = Field(None, description="a number greater than 0 and at most 1")
     top_k: TopK | None = Field(None, description="a non-negative integer; 0 disables it")
@@ -252,6 +281,9 @@ class QueryFields(BaseModel):
     logprobs: Flag | None = Field(None, description="true or false")
     top_logprobs: NumLogprobs | None = Field(
         None, description=f"an integer from 0 to {MAX_LOGPROBS}, and requires logprobs to be true"
+    )
+    prompt_logprobs: NumLogprobs | None = Field(
+        None, description=f"an integer from 0 to {MAX_LOGPROBS}"
     )
     metadata: dict[str, Any] | None = Field(None, description="an object")
 
@@ -298,6 +330,9 @@ def parse_query(value: object, defaults: QueryDefaults, line: int | None = None)
         format=answer_format(fields.response_format, fields.choices, defaults.format),
         n=fields.n or 1,
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
+        raw_prompt=_raw_prompt(fields.raw_prompt),
+        echo=bool(fields.echo),
+        prompt_logprobs=fields.prompt_logprobs,
         metadata=_metadata(fields.metadata, extra if defaults.extra_fields == "keep" else {}),
         line=line,
     )
@@ -305,7 +340,16 @@ def parse_query(value: object, defaults: QueryDefaults, line: int | None = None)
     return query
 
 
+def _raw_prompt(prompt: str | list[int] | None) -> str | tuple[int, ...] | None:
+    return tuple(prompt) if isinstance(prompt, list) else prompt
+
+
 def _messages(fields: QueryFields, system_prompt: str | None) -> tuple[Message, ...]:
+    if fields.raw_prompt is not None:
+        for other in ("user_prompt", "system_prompt", "messages"):
+            if getattr(fields, other) is not None:
+                raise QueryError(f"{other} cannot be combined with raw_prompt", field=other)
+        return ()
     if fields.messages is None:
         if fields.user_prompt is None or not fields.user_prompt.strip():
             raise _required("user_prompt")
@@ -341,6 +385,11 @@ def _check_combination(fields: QueryFields, query: Query) -> None:
         raise QueryError(message, field="stop")
     if fields.top_logprobs and query.top_logprobs is None:
         raise QueryError("top_logprobs requires logprobs to be true", field="top_logprobs")
+    if query.echo and query.raw_prompt is None:
+        raise QueryError("echo requires raw_prompt", field="echo")
+    if fields.max_new_tokens == 0 and fields.prompt_logprobs is None and not fields.echo:
+        message = "max_new_tokens 0 requires prompt_logprobs or echo"
+        raise QueryError(message, field="max_new_tokens")
     if query.n > 1 and query.sampling.is_greedy:
         message = "n above 1 requires a temperature above 0: greedy answers are all equal"
         raise QueryError(message, field="n")

@@ -88,9 +88,9 @@ class AccessRecord:
     prompts: list[str] = field(default_factory=list)
 
     def add_prompts(self, queries: Iterable[Query]) -> None:
-        """Record the last message of each query if `--log-prompts` is set."""
+        """Record the last message or raw prompt of each query if `--log-prompts` is set."""
         if self.log_prompts:
-            self.prompts += [query.messages[-1].content for query in queries]
+            self.prompts += [query.last_text for query in queries]
 
     def add_result(self, result: Result) -> None:
         """Add one result to the request's counts, tokens and timings."""

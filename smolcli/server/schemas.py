@@ -43,6 +43,23 @@ class TokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
+class TopPromptLogprob(TopLogprob):
+    """A token, its id and its log probability."""
+
+    token_id: int
+
+
+class PromptLogprob(Exact):
+    """A token of the prompt; `logprob` and `rank` are null for the first one."""
+
+    token: str
+    token_id: int
+    logprob: float | None
+    rank: int | None
+    bytes: list[int] | None
+    top_logprobs: list[TopPromptLogprob]
+
+
 class Alternative(Exact):
     """One of several answers to a query."""
 
@@ -59,6 +76,9 @@ class Answer(Alternative):
     """The answer to a query."""
 
     chat_id: str
+    prompt_logprobs: list[PromptLogprob] = Field(
+        default_factory=list, description="Present if the query has `prompt_logprobs`."
+    )
     alternatives: list[Alternative] = Field(
         default_factory=list, description="The remaining answers if `n` is greater than 1."
     )

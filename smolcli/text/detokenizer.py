@@ -58,10 +58,15 @@ class Detokenizer:
     Args:
         decoder: a new decoder.
         stop: strings that end the answer.
+        keeps_space: whether surrounding white space is part of the text, as in the continuation of
+            a raw prompt.
     """
 
-    def __init__(self, decoder: TextDecoder, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, decoder: TextDecoder, stop: tuple[str, ...], keeps_space: bool = False
+    ) -> None:
         self._decoder = decoder
+        self._keeps_space = keeps_space
         self._stop = [StopString(text) for text in stop]
         self._shown: list[str] = []
         self._space: list[str] = []  # white space after the text shown
@@ -70,8 +75,9 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """The text so far, stripped."""
-        return "".join([*self._shown, *self._space, self._tail]).strip()
+        """The text so far."""
+        text = "".join([*self._shown, *self._space, self._tail])
+        return text if self._keeps_space else text.strip()
 
     def push(self, token_id: int) -> str:
         """Take one token; returns the text that has become final."""
@@ -97,6 +103,9 @@ class Detokenizer:
 
     def _show(self, text: str) -> str:
         """Append final text; returns what can be shown of it, without trailing white space."""
+        if self._keeps_space:
+            self._shown.append(text)
+            return text
         visible = text.rstrip()
         if not visible:
             self._space.append(text)
@@ -127,6 +136,37 @@ def logprob_entries(
         entry(score.token_id, score.logprob)
         | {"top_logprobs": [entry(*likely) for likely in score.alternatives]}
         for score in scores
+    ]
+
+
+def prompt_logprob_entries(
+    prompt_ids: list[int], scores: Iterable[TokenLogprob], token_bytes: Callable[[int], bytes]
+) -> list[dict[str, Any]]:
+    """The log probabilities of a prompt's tokens, one entry per token, with ids and ranks.
+
+    Args:
+        prompt_ids: the prompt.
+        scores: one per token after the first, which nothing predicts.
+        token_bytes: maps a token id to the bytes it stands for.
+    """
+
+    def named(token_id: int) -> dict[str, Any]:
+        raw = token_bytes(token_id)
+        return {"token": raw.decode(errors="replace"), "token_id": token_id, "bytes": list(raw)}
+
+    def logprob(value: float) -> dict[str, Any]:
+        return {"logprob": round(value, LOGPROB_DIGITS) + 0.0}
+
+    first = named(prompt_ids[0]) | {"logprob": None, "rank": None, "top_logprobs": []}
+    return [
+        first,
+        *(
+            named(score.token_id)
+            | logprob(score.logprob)
+            | {"rank": score.rank}
+            | {"top_logprobs": [named(i) | logprob(p) for i, p in score.alternatives]}
+            for score in scores
+        ),
     ]
 
 

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from smolcli.errors import ModelError, QueryError
-from smolcli.types import Message
+from smolcli.types import Message, Query
 
 # Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
 PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
@@ -90,6 +90,35 @@ class ChatTokenizer:
                 field="messages",
             )
         return ids
+
+    def encode_query(self, query: Query) -> list[int]:
+        """Encode the conversation of a query, or its raw prompt.
+
+        Control tokens that are written out in a raw prompt are control tokens.
+
+        Raises:
+            QueryError: see `encode`; or the raw prompt is empty, or has a token id that the model
+                does not have.
+        """
+        raw = query.raw_prompt
+        if raw is None:
+            return self.encode(query.messages)
+        ids = self._encoder.encode_raw(raw) if isinstance(raw, str) else list(raw)
+        if not ids:
+            raise QueryError("raw_prompt contains no token", field="raw_prompt")
+        if self._vocab_size is not None and max(ids) >= self._vocab_size:
+            raise QueryError(
+                f"raw_prompt contains token id {max(ids)}, but the model's vocabulary has "
+                f"{self._vocab_size} tokens",
+                field="raw_prompt",
+            )
+        return ids
+
+    def raw_text(self, raw_prompt: str | Sequence[int]) -> str:
+        """The text of a raw prompt, with its control tokens written out."""
+        if isinstance(raw_prompt, str):
+            return raw_prompt
+        return self._tokenizer.decode(raw_prompt, skip_special_tokens=False)
 
     def render(self, messages: Sequence[Message]) -> str:
         """Apply the chat template.
@@ -209,6 +238,11 @@ class PromptEncoder:
                 "the model's tokenizer cannot represent this text without a control token",
                 field="messages",
             )
+        return [self._ids.get(token_id, token_id) for token_id in encoded]
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Encode text whose control tokens count, and add those that start every text, if any."""
+        encoded = self._tokenizer.encode(self._aliased(text)[0]).ids
         return [self._ids.get(token_id, token_id) for token_id in encoded]
 
     def _with_aliases(

@@ -239,6 +239,7 @@ async def _result(upstream: Upstream, pending: RemoteQuery) -> Result:
     """The result of a query that is sent alone."""
     query, dialect = pending.query, upstream.dialect
     is_stream = pending.on_text is not None and dialect is not Dialect.PLAIN and query.n == 1
+    is_stream = is_stream and query.raw_prompt is None and query.prompt_logprobs is None
     if is_completion := is_stream or dialect is Dialect.OPENAI:
         body = completion_body(query, upstream.model, dialect, is_stream)
     else:

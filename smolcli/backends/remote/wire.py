@@ -38,7 +38,7 @@ def chat_body(query: Query, dialect: Dialect) -> dict[str, Any]:
     options = _options(query, dialect)
     if dialect is Dialect.PLAIN:
         return {"chat_id": query.chat_id} | plain_prompts(query)
-    body = {"chat_id": query.chat_id, "messages": _messages(query)} | _sampling(query) | options
+    body = {"chat_id": query.chat_id} | _prompt(query) | _sampling(query) | options
     return body | {"max_new_tokens": query.sampling.max_new_tokens, "seed": query.sampling.seed}
 
 
@@ -46,8 +46,10 @@ def plain_prompts(query: Query) -> dict[str, str]:
     """The prompts of a query that is not a conversation.
 
     Raises:
-        QueryError: it is a conversation.
+        QueryError: it is a conversation or a raw prompt.
     """
+    if query.raw_prompt is not None:
+        raise QueryError("the upstream server does not support raw_prompt", field="raw_prompt")
     if [message.role for message in query.messages] not in _PLAIN_ROLES:
         raise QueryError("the upstream server does not support conversations", field="messages")
     return {f"{message.role}_prompt": message.content for message in query.messages}
@@ -77,6 +79,14 @@ def completion_body(query: Query, model: str, dialect: Dialect, is_stream: bool)
     return body | {"stream": True, "stream_options": {"include_usage": True}} if is_stream else body
 
 
+def _prompt(query: Query) -> dict[str, Any]:
+    """The fields of smol's own format that hold the prompt."""
+    if query.raw_prompt is None:
+        return {"messages": _messages(query)}
+    echo = {"echo": True} if query.echo else {}
+    return {"raw_prompt": query.raw_prompt} | echo
+
+
 def _messages(query: Query) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in query.messages]
 
@@ -100,9 +110,13 @@ def _options(query: Query, dialect: Dialect) -> dict[str, Any]:
         fields["n"] = query.n
     if query.top_logprobs is not None:
         fields |= {"logprobs": True, "top_logprobs": query.top_logprobs}
+    if query.prompt_logprobs is not None:
+        fields["prompt_logprobs"] = query.prompt_logprobs
+    if query.raw_prompt is not None and dialect is Dialect.OPENAI:
+        raise QueryError("the upstream server does not support raw_prompt", field="raw_prompt")
     unsupported = {
         Dialect.SMOL: set(),
-        Dialect.OPENAI: {"choices"},
+        Dialect.OPENAI: {"choices", "prompt_logprobs"},
         Dialect.PLAIN: set(fields),
     }[dialect]
     for name in sorted(unsupported & fields.keys()):
@@ -234,7 +248,8 @@ def _answer(query: Query, record: Mapping[str, Any]) -> Result:
         return failure(query, message, ErrorCode.INTERNAL)
     if not isinstance(text, str):
         raise MalformedAnswer("the text of an answer is not a string")
-    text, logprobs = text.strip(), record.get("logprobs")
+    text = text.strip() if query.raw_prompt is None else text
+    logprobs, prompt_logprobs = record.get("logprobs"), record.get("prompt_logprobs")
     is_cut_off = finish_reason is FinishReason.LENGTH
     if query.format is not None and query.format.schema and not _is_json(text):
         message = "the answer is not complete JSON" + (": it was cut off" if is_cut_off else "")
@@ -244,6 +259,8 @@ def _answer(query: Query, record: Mapping[str, Any]) -> Result:
         response=text,
         finish_reason=finish_reason,
         logprobs=_logprobs(logprobs) if query.top_logprobs is not None else None,
+        prompt_logprobs=_logprobs(prompt_logprobs) if query.prompt_logprobs is not None else None,
+        echo=query.echo if query.raw_prompt is not None else None,
         metadata=query.metadata,
         line=query.line,
     )
