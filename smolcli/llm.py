@@ -9,10 +9,11 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, cast, overload
 
-from smolcli.errors import QueryError
+from smolcli.errors import QueryError, UsageError
 from smolcli.settings import (
     DEFAULT_MODEL,
     EngineSettings,
+    InputFile,
     QueryDefaults,
     RemoteSettings,
     RowSettings,
@@ -225,7 +226,7 @@ class LLM:
 
     def run(
         self,
-        input: str | PathLike[str],
+        input: str | PathLike[str] | Sequence[str | PathLike[str]],
         output: str | PathLike[str] | None = None,
         *,
         prompt: str | None = None,
@@ -248,8 +249,9 @@ class LLM:
         2
 
         Args:
-            input: JSON Lines, CSV, TSV or Parquet.
-            output: JSON Lines or a table; by default next to the input.
+            input: JSON Lines, CSV, TSV or Parquet; or a list of files, whose results carry the
+                name of their `file`.
+            output: JSON Lines or a table; by default next to the input. Required for a list.
             prompt: template for each row of a table, with columns in braces.
             id_column: column to use as chat_id.
             fields: columns to copy into the results.
@@ -276,10 +278,14 @@ class LLM:
         from smolcli.data.detection import table_suffix
         from smolcli.data.rows import journal_path
 
-        source = Path(input)
-        target = default_output(source) if output is None else Path(output)
+        names = [input] if isinstance(input, str | PathLike) else list(input)
+        files = tuple(InputFile(str(name), Path(name)) for name in names)
+        is_list = not isinstance(input, str | PathLike)
+        if not files or (is_list and output is None):
+            raise UsageError("a list of inputs needs at least one file, and an output")
+        target = default_output(files[0].path) if output is None else Path(output)
         settings = RunSettings(
-            input=source,
+            input=files[0].path,
             output=journal_path(target),
             defaults=_defaults(system_prompt, seed, schema, options, for_file=True),
             engine=self._settings,
@@ -291,6 +297,7 @@ class LLM:
             with_timings=timings,
             rows=RowSettings(prompt, id_column, tuple(fields)),
             table=target if table_suffix(target) else None,
+            files=files if is_list else (),
         )
         return run_file(settings, lambda _: _Borrowed(self._backend), LogProgress())
 

@@ -134,11 +134,24 @@ class RowSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class InputFile:
+    """One of several inputs.
+
+    Args:
+        name: as the results show it.
+        path: of the file, or of a local copy of a remote one.
+    """
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class RunSettings:
     """One `smol run`.
 
     Args:
-        input: the input file, or `-` for stdin.
+        input: the input file, or `-` for stdin; the first of several.
         output: the results as JSON lines, or `-` for stdout.
         defaults: values for the fields that queries leave out.
         engine: the model and its resources.
@@ -150,6 +163,7 @@ class RunSettings:
         with_timings: add timings to the results.
         rows: how rows become queries.
         table: the CSV, TSV or Parquet file made from the results at the end; None for none.
+        files: the input files, if results carry the names of their files; () otherwise.
     """
 
     input: Path
@@ -164,6 +178,7 @@ class RunSettings:
     with_timings: bool = False
     rows: RowSettings = field(default_factory=RowSettings)
     table: Path | None = None
+    files: tuple[InputFile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Self
 
+from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import is_stream
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
 from smolcli.errors import InputError, RunError, error_reason
 from smolcli.protocol.line_formats import LineFormat, detect_format, stated_format
-from smolcli.settings import RunSettings
+from smolcli.protocol.many_files import ManyFilesFormat
+from smolcli.settings import InputFile, RunSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +68,44 @@ class RowDigests:
 
 @dataclass(frozen=True, slots=True)
 class InputScan:
-    """Facts about an input file; all but `modified` are None for a stream.
+    """Facts about the input; all but `modified` and `inputs` are None for a stream.
 
     Args:
         modified: last modification in seconds since the epoch; the current time for a stream.
-        sha256: digest of the file's bytes, compressed ones included.
+        inputs: the files.
+        sha256: digest of the file's bytes, compressed ones included; of several files, that of
+            their digests.
+        files: digest of each of several files, by name.
         rows: digests of the rows to answer, after `--limit`.
         format: the format of the lines.
-        stamp: size in bytes and modification time in nanoseconds.
+        stamps: of each file, size in bytes and modification time in nanoseconds.
     """
 
     modified: int
+    inputs: Inputs
     sha256: str | None = None
+    files: dict[str, str] | None = None
     rows: RowDigests | None = None
     format: LineFormat | None = None
-    stamp: tuple[int, int] | None = None
+    stamps: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_lines(self) -> int | None:
         """Number of rows to answer."""
         return None if self.rows is None else len(self.rows)
 
-    def check_unchanged(self, input: Path) -> None:
+    def check_unchanged(self) -> None:
         """Check that the input did not change while the run was reading it.
 
         Raises:
-            RunError: size or modification time differ from those at the start.
+            RunError: size or modification time of a file differ from those at the start.
         """
-        if self.stamp is not None and input.exists() and self.stamp != _stamp(input.stat()):
-            raise RunError(
-                f"{input} changed while it was being read, so answers may be missing or belong "
-                "to other lines; run it again with --overwrite"
-            )
+        for file, stamp in zip(self.inputs.files, self.stamps, strict=False):
+            if file.path.exists() and stamp != _stamp(file.path.stat()):
+                raise RunError(
+                    f"{file.name} changed while it was being read, so answers may be missing or "
+                    "belong to other lines; run it again with --overwrite"
+                )
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -105,28 +113,51 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 
 def scan_input(settings: RunSettings) -> InputScan:
-    """Read an input file once; a stream is left untouched.
+    """Read the input files once; a stream is left untouched.
 
     Raises:
-        UsageError: the input lacks a column that the settings name.
-        InputError: the input cannot be read.
+        UsageError: an input lacks a column that the settings name.
+        InputError: an input cannot be read.
     """
+    inputs = Inputs.of(settings)
     if is_stream(settings.input):
-        return InputScan(int(time.time()), format=stated_format(settings.rows))
-    values = (row.value for row in read_rows(settings.input, settings.rows))
-    format = stated_format(settings.rows) or detect_format(values, settings.defaults)
-    rows = islice(read_rows(settings.input, settings.rows), settings.limit)
-    digests = RowDigests.of(rows)
-    try:
-        with settings.input.open("rb") as file:
-            status = os.stat(file.fileno())
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as exc:
-        raise InputError(f"cannot read {settings.input}: {error_reason(exc)}") from exc
+        return InputScan(int(time.time()), inputs, format=stated_format(settings.rows))
+    format = input_format(inputs, settings)
+    digests = RowDigests.of(islice(inputs.read(), settings.limit))
+    scanned = {file.name: _digest(file) for file in inputs.files}
+    sha256s = {name: sha256 for name, (sha256, _) in scanned.items()}
+    joined = "".join(sha256s.values()).encode()
     return InputScan(
-        modified=int(status.st_mtime),
-        sha256=sha256,
+        modified=max(int(status.st_mtime) for _, status in scanned.values()),
+        inputs=inputs,
+        sha256=hashlib.sha256(joined).hexdigest() if inputs.is_several else joined.decode(),
+        files=sha256s if inputs.is_several else None,
         rows=digests,
         format=format,
-        stamp=_stamp(status),
+        stamps=tuple(_stamp(status) for _, status in scanned.values()),
     )
+
+
+def input_format(inputs: Inputs, settings: RunSettings) -> LineFormat:
+    """The stated format of the lines, or the one that is detected for each file.
+
+    Raises:
+        UsageError: an input lacks a column that the settings name.
+        InputError: an input cannot be read.
+    """
+    formats = {file.name: _format(file.path, settings) for file in inputs.files}
+    return ManyFilesFormat.of(formats) if inputs.is_several else formats[inputs.files[0].name]
+
+
+def _format(path: Path, settings: RunSettings) -> LineFormat:
+    values = (row.value for row in read_rows(path, settings.rows))
+    return stated_format(settings.rows) or detect_format(values, settings.defaults)
+
+
+def _digest(file: InputFile) -> tuple[str, os.stat_result]:
+    try:
+        with file.path.open("rb") as opened:
+            status = os.stat(opened.fileno())
+            return hashlib.file_digest(opened, "sha256").hexdigest(), status
+    except OSError as exc:
+        raise InputError(f"cannot read {file.name}: {error_reason(exc)}") from exc

@@ -36,6 +36,7 @@ class Manifest:
         statistics: what the run counted; None until it is complete.
         run_id: part of the ids of answers in OpenAI's format; None before 0.2.
         rows: digests of the rows that the output answers, or will answer; None before 0.2.
+        files: digests of several input files by name, in order; None for one input.
     """
 
     input: str
@@ -51,6 +52,7 @@ class Manifest:
     statistics: dict[str, Any] | None = None
     run_id: str | None = None
     rows: str | None = None
+    files: dict[str, str] | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -76,7 +78,7 @@ class Manifest:
                 generation[name] = value
         del generation["seed"]
         return cls(
-            input=str(settings.input),
+            input=str(scan.inputs),
             input_sha256=scan.sha256,
             limit=settings.limit,
             seed=seed,
@@ -87,6 +89,7 @@ class Manifest:
             errors=os.path.realpath(settings.errors) if settings.errors else None,
             run_id=run_id,
             rows=scan.rows.text if scan.rows is not None else None,
+            files=scan.files,
         )
 
     @property
@@ -164,6 +167,8 @@ def save_manifest(manifest: Manifest, output: Path) -> None:
     """
     values = asdict(manifest)
     values["report"] = values.pop("statistics")
+    if manifest.files is None:
+        del values["files"]
     text = json.dumps(values, ensure_ascii=False, indent=2)
     with replacing(manifest_path(output)) as file:
         file.write(f"{text}\n".encode(errors="backslashreplace"))  # paths may not be UTF-8

@@ -106,7 +106,7 @@ class QueryReader:
         for row in chain(sample, rows):
             item = _parse(row, self._format, self._defaults)
             if item.chat_id and not self._ids.claim(item.chat_id) and isinstance(item, Query):
-                item = _duplicate(item, self._format.id_field)
+                item = _duplicate(item, self._format.for_line(row.number).id_field)
             yield item
 
 
@@ -125,7 +125,7 @@ def _parse(row: Row, format: LineFormat, defaults: QueryDefaults) -> Query | Res
     except QueryError as exc:
         return Result(
             chat_id=format.id_of(row.value, row.number),
-            error=f"{exc}{_hint(row, exc) if format.name == 'smol' else ''}",
+            error=f"{exc}{_hint(row, exc) if format.for_line(row.number).name == 'smol' else ''}",
             error_code=exc.code,
             field=exc.field,
             metadata=row.carried,

@@ -41,8 +41,8 @@ from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.batch.statistics import RunStatistics, StatisticsCollector
 from smolcli.data.compression import FOREIGN_SUFFIXES, codec_of_name, without_codec_suffix
 from smolcli.data.detection import table_suffix
+from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing_lines
-from smolcli.data.reader import read_rows, row_numbers
 from smolcli.data.rows import Row
 from smolcli.data.table_writer import check_table, write_table
 from smolcli.errors import BackendError, ResumeRefused, RunError, UsageError, error_reason
@@ -109,6 +109,7 @@ def _run_to_file(
     run = _new_run(settings, progress, previous)
     manifest = Manifest.of(settings, run.scan, run.seed, run.created, run.run_id)
     if previous is not None:
+        _check_files(previous, manifest, output)
         previous.check_same(replace(manifest, backend=previous.backend), output)
         _check_errors_path(settings, previous, manifest)
         run = run.resume()
@@ -131,7 +132,7 @@ def _run_to_file(
             statistics = run.retry_failed(backend, progress, replace(manifest, rows=previous.rows))
         else:
             statistics = run.answer_remaining(backend, progress, manifest)
-    run.scan.check_unchanged(settings.input)
+    run.scan.check_unchanged()
     run.finalize(is_new=True)
     save_manifest(replace(manifest, statistics=asdict(statistics)), output)
     return statistics
@@ -168,7 +169,7 @@ def _new_run(
     settings: RunSettings, progress: RunProgress, previous: Manifest | None = None
 ) -> "Run":
     """A run that has not read its output yet, with the seed and date of the run that it resumes."""
-    with progress.waiting(f"reading {settings.input}"):
+    with progress.waiting(f"reading {Inputs.of(settings)}"):
         scan = scan_input(settings)
     if settings.seed is not None:
         seed = settings.seed
@@ -194,10 +195,10 @@ def _changed_lines(run: "Run", previous: Manifest) -> LineSet:
     assert new is not None
     if old is None:
         if previous.input_sha256 != run.scan.sha256:
-            raise _input_changed(settings, "", can_retry=False)
+            raise _input_changed(run, "", can_retry=False)
         return changed
     num_answered = run.journal.statistics.num_lines
-    numbers = row_numbers(settings.input, settings.rows)
+    numbers = run.scan.inputs.numbers()
     index = -1
     for index, number in enumerate(islice(numbers, min(num_answered, len(new)))):
         if index >= len(old) or old[index] != new[index]:
@@ -205,7 +206,7 @@ def _changed_lines(run: "Run", previous: Manifest) -> LineSet:
     is_limited = settings.limit is not None and len(new) == settings.limit
     if index + 1 < num_answered and not is_limited:
         where = f": it ends after {index + 1:,} of {num_answered:,} lines"
-        raise _input_changed(settings, where, can_retry=False)
+        raise _input_changed(run, where, can_retry=False)
     if changed:
         run.check_line_numbers()
     return changed
@@ -219,16 +220,17 @@ def _check_changes(run: "Run", previous: Manifest | None) -> None:
         num_answered = run.journal.statistics.num_lines
         remedy = "run without --retry-errors first"
         if first is not None:
-            remedy = f"line {first} changed; run with --retry-errors --limit {num_answered} first"
+            where = run.scan.inputs.where(first)
+            remedy = f"{where} changed; run with --retry-errors --limit {num_answered} first"
         raise UsageError(f"{settings.output} is not complete; {remedy}")
     if first is not None and not settings.retry_errors:
-        raise _input_changed(settings, f" at line {first}")
+        raise _input_changed(run, f" at {run.scan.inputs.where(first)}")
 
 
-def _input_changed(settings: RunSettings, where: str, can_retry: bool = True) -> ResumeRefused:
+def _input_changed(run: "Run", where: str, can_retry: bool = True) -> ResumeRefused:
     retry = "answer the changed lines again with --retry-errors, " if can_retry else ""
     return ResumeRefused(
-        f"{settings.input} changed{where} since {settings.output} was written; restore it, "
+        f"{run.scan.inputs} changed{where} since {run.settings.output} was written; restore it, "
         f"{retry}or choose another --output"
     )
 
@@ -352,11 +354,12 @@ class Run:
         return output.exists() and content_size(output) == self.journal.num_bytes
 
     def _check_gaps(self) -> None:
-        numbers = islice(row_numbers(self.settings.input, self.settings.rows), self.settings.limit)
+        numbers = islice(self.scan.inputs.numbers(), self.settings.limit)
         num_lines = sum(number <= self.journal.last_line for number in numbers)
         if num_lines != self.journal.statistics.num_lines:
             raise ResumeRefused(
-                f"{self.settings.output} lacks results of lines before its last one; "
+                f"{self.settings.output} lacks results of lines before its last one, or lines "
+                f"were inserted into {self.scan.inputs}; "
                 "choose another --output, or start over with --overwrite"
             )
 
@@ -366,15 +369,13 @@ class Run:
         Raises:
             ResumeRefused: lines were inserted or removed.
         """
-        settings = self.settings
-        for entry, number in zip(
-            self._entries(), row_numbers(settings.input, settings.rows), strict=False
-        ):
+        inputs = self.scan.inputs
+        for entry, number in zip(self._entries(), inputs.numbers(), strict=False):
             if entry.line != number:
                 raise ResumeRefused(
-                    f"{settings.input} changed at line {min(entry.line, number)} since "
-                    f"{settings.output} was written: lines were inserted or removed; restore it, "
-                    "or choose another --output"
+                    f"{inputs} changed at {inputs.where(min(entry.line, number))} since "
+                    f"{self.settings.output} was written: lines were inserted or removed; "
+                    "restore it, or choose another --output"
                 )
 
     def _entries(self) -> Iterator[Entry]:
@@ -399,7 +400,7 @@ class Run:
         info = self._run_info(backend)
         items = read_ahead(reader) if is_stream(self.settings.input) else reader
         statistics = self.journal.statistics
-        with self._shown(progress, statistics), closing(_answers(items, backend)) as results:
+        with self._shown(progress, statistics), closing(self._answers(items, backend)) as results:
             for result in results:
                 writer.write(reader.format.for_run(info).record(result))
                 statistics.add(result)
@@ -417,7 +418,7 @@ class Run:
         items = (item for item in reader if item.line in retried)
         with (
             self._shown(progress, statistics),
-            closing(_answers(items, backend)) as results,
+            closing(self._answers(items, backend)) as results,
             replacing_lines(self.settings.output) as file,
         ):
             for entry in self._entries():
@@ -425,7 +426,7 @@ class Run:
                 if entry.line in retried:
                     result = next(results, None)
                     if result is None or result.line != entry.line:
-                        raise _input_changed(self.settings, f" at line {entry.line}")
+                        raise _input_changed(self, f" at {self.scan.inputs.where(entry.line)}")
                     data = encode(format.record(result))
                     statistics.add(result)
                     progress.update()
@@ -435,7 +436,7 @@ class Run:
 
     def _lines_to_retry(self) -> LineSet:
         lines = LineSet()
-        numbers = row_numbers(self.settings.input, self.settings.rows)
+        numbers = self.scan.inputs.numbers()
         for number in islice(numbers, self.settings.limit):
             if number in self.journal.failed_lines or number in self.changed:
                 lines.add(number)
@@ -453,15 +454,26 @@ class Run:
         finally:
             progress.stop()
 
+    def _answers(
+        self, items: Iterable[Query | Result | None], backend: Backend
+    ) -> Generator[Result]:
+        with closing(answer_all(items, backend)) as results:
+            for result in results:
+                # A later run may succeed, so these end the run instead of being written as results.
+                if result.error_code is not None and result.error_code.is_transient:
+                    where = self.scan.inputs.where(result.line or 0)
+                    raise BackendError(f"{where} was not answered: {result.error}")
+                yield result
+
     def _rows(self) -> Iterator[Row]:
-        return islice(read_rows(self.settings.input, self.settings.rows), self.settings.limit)
+        return islice(self.scan.inputs.read(), self.settings.limit)
 
     def _remaining_rows(self) -> Iterator[Row]:
         """Rows after the last one that has a result; the journal has all before it."""
-        settings, journal = self.settings, self.journal
-        limit, num_done = settings.limit, journal.statistics.num_lines
+        journal = self.journal
+        limit, num_done = self.settings.limit, journal.statistics.num_lines
         num_left = None if limit is None else max(limit - num_done, 0)
-        return islice(read_rows(settings.input, settings.rows, journal.last_line), num_left)
+        return islice(self.scan.inputs.read(journal.last_line), num_left)
 
     def _read_queries(self, rows: Iterable[Row], ids: ChatIds) -> QueryReader:
         sampling = replace(self.settings.defaults.sampling, seed=self.seed)
@@ -487,15 +499,6 @@ class Run:
         if is_stream(self.settings.output) or is_stream(self.settings.input):
             return f"{written}; a run from stdin or to stdout cannot be resumed"
         return f"{written}; run the same command to resume"
-
-
-def _answers(items: Iterable[Query | Result | None], backend: Backend) -> Generator[Result]:
-    with closing(answer_all(items, backend)) as results:
-        for result in results:
-            # A later run may succeed, so these end the run instead of being written as results.
-            if result.error_code is not None and result.error_code.is_transient:
-                raise BackendError(f"line {result.line} was not answered: {result.error}")
-            yield result
 
 
 def _check_options(settings: RunSettings) -> None:
@@ -525,23 +528,30 @@ def _check_paths(settings: RunSettings) -> None:
         written.append((errors, "--errors"))
     for path, option in written:
         try:
-            _check_path(path, option, settings.input)
+            _check_path(path, option, [file.path for file in Inputs.of(settings).files])
         except OSError as exc:
             raise UsageError(f"cannot write {path}: {error_reason(exc)}") from exc
-    if len({os.path.realpath(path) for path, _ in written}) < len(written):
+    if errors is not None and any(_is_same(errors, path) for path, _ in written[:-1]):
         raise UsageError(f"{errors} is the output or its manifest; choose another --errors")
     if table is not None:
         check_table(table, output, settings.rows.fields, settings.overwrite)
 
 
-def _check_path(path: Path, option: str, input: Path) -> None:
+def _is_same(path: Path, other: Path) -> bool:
+    """Whether two paths name one file, also through links."""
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def _check_path(path: Path, option: str, inputs: Iterable[Path]) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(
             f"cannot write {path}: it is a directory, or its parent directory does not exist"
         )
     if path.suffix.lower() in FOREIGN_SUFFIXES:
         raise UsageError(f"cannot write {path.suffix} files; choose another {option}")
-    if path.exists() and os.path.exists(input) and path.samefile(input):
+    if path.exists() and any(os.path.exists(each) and path.samefile(each) for each in inputs):
         raise UsageError(f"{path} is the input; choose another {option}")
     target = Path(os.path.realpath(path))
     if target.is_symlink():
@@ -562,6 +572,23 @@ def _previous_manifest(settings: RunSettings) -> Manifest | None:
     if not _has_content(output) and not manifest_path(output).exists():
         raise _foreign_errors(settings)
     return load_manifest(output)
+
+
+def _check_files(previous: Manifest, manifest: Manifest, output: Path) -> None:
+    """Refuse other input files, except further ones after those of the earlier session."""
+    old, new = (None if each is None else list(each) for each in (previous.files, manifest.files))
+    if old == new or (old and new and new[: len(old)] == old):
+        return
+    if old is None or new is None:
+        what = "one input" if old is None else f"{len(old):,} inputs"
+    else:
+        place = next(i for i, name in enumerate(old) if [name] != new[i : i + 1])
+        found = f", not {new[place]}" if place < len(new) else ", which is missing"
+        what = f"other inputs: number {place + 1} was {old[place]}{found}"
+    raise ResumeRefused(
+        f"{output} was made from {what}; add inputs after the earlier ones only, "
+        "choose another --output, or start over with --overwrite"
+    )
 
 
 def _check_errors_path(settings: RunSettings, previous: Manifest, manifest: Manifest) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from smolcli.batch.input_scan import input_format
 from smolcli.batch.queries import ChatIds, QueryReader
-from smolcli.data.reader import read_rows
+from smolcli.data.inputs import Inputs
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.line_formats import stated_format
 from smolcli.settings import RunSettings
@@ -34,8 +35,9 @@ def check_input(settings: RunSettings, check_query: CheckQuery | None) -> Iterat
         UsageError: the input lacks a column that the settings name.
         InputError: the input cannot be read.
     """
-    rows = islice(read_rows(settings.input, settings.rows), settings.limit)
-    format = stated_format(settings.rows)
+    inputs = Inputs.of(settings)
+    rows = islice(inputs.read(), settings.limit)
+    format = input_format(inputs, settings) if inputs.is_several else stated_format(settings.rows)
     for item in QueryReader(rows, settings.defaults, ChatIds(), format):
         yield item if isinstance(item, Result) else _checked(item, check_query)
 

@@ -144,12 +144,14 @@ class RowMapper:
 
     Args:
         settings: which columns are the prompt, the id and the metadata.
+        id_prefix: of the ids that are made from row numbers.
 
     Raises:
         UsageError: the prompt is not a template.
     """
 
-    def __init__(self, settings: RowSettings) -> None:
+    def __init__(self, settings: RowSettings, id_prefix: str = "") -> None:
+        self._id_prefix = id_prefix
         self._template = Template(settings.prompt) if settings.prompt is not None else None
         self._id_column = settings.id_column
         self._fields = settings.fields
@@ -211,8 +213,8 @@ class RowMapper:
         if self._id_column is not None:
             return values.get(self._id_column)
         if self._template is None and is_bare(values):
-            return bare_id(values, str(number))
-        return values.get("chat_id", str(number))
+            return bare_id(values, f"{self._id_prefix}{number}")
+        return values.get("chat_id", f"{self._id_prefix}{number}")
 
     def _query_fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
         for column in self._needed:

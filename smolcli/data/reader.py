@@ -59,13 +59,16 @@ class _CarriageReturns(io.RawIOBase):
         return len(data)
 
 
-def read_rows(path: Path, settings: RowSettings, after: int = 0) -> Iterator[Row]:
+def read_rows(
+    path: Path, settings: RowSettings, after: int = 0, id_prefix: str = ""
+) -> Iterator[Row]:
     """Yield the rows of an input as query fields.
 
     Args:
         path: the file, or `-` for stdin.
         settings: how it is read, and how rows become queries.
         after: skip rows up to this number.
+        id_prefix: of the ids that are made from row numbers.
 
     Raises:
         UsageError: the format is not supported, or the input lacks a column that `settings`
@@ -74,11 +77,11 @@ def read_rows(path: Path, settings: RowSettings, after: int = 0) -> Iterator[Row
     """
     with _open(path, settings) as source:
         if source.kind == "text":
-            mapper = RowMapper(replace(settings, prompt=settings.prompt or "{text}"))
+            mapper = RowMapper(replace(settings, prompt=settings.prompt or "{text}"), id_prefix)
             lines = (line for line in source.lines() if line.number > after)
             yield from (mapper.query(_prompt_row(line)) for line in lines)
             return
-        mapper = RowMapper(settings)
+        mapper = RowMapper(settings, id_prefix)
         if source.kind in ("jsonl", "json"):
             rows = (load_row(line) for line in source.lines() if line.number > after)
             yield from map(mapper.query, rows) if settings.maps_rows else rows

@@ -21,6 +21,7 @@ _AFTER: dict[str, type] = {
     "error": str,
     "error_code": str,
     "field": str,
+    "file": str,
     "line": int,
 }
 _INT64 = range(-(2**63), 2**63)
@@ -96,11 +97,14 @@ def _records(journal: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
 def _types(records: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> dict[str, type]:
     """All columns, each with the narrowest type that fits its values; text fits any, as JSON."""
     found: dict[str, type | None] = {**_BEFORE, **dict.fromkeys(fields), **_AFTER}
-    fixed = {*_BEFORE, *_AFTER}
+    fixed, has_files = {*_BEFORE, *_AFTER}, False
     for record in records:
+        has_files |= "file" in record
         for name, value in record.items():
             if name not in fixed:
                 found[name] = _wider(found.get(name), value)
+    if not has_files:
+        del found["file"]
     return {name: int if kind is _BigInt else kind or str for name, kind in found.items()}
 
 

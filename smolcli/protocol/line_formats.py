@@ -60,6 +60,10 @@ class LineFormat(ABC):
         """The same format, writing the lines of `run`."""
         return replace(self, run=run)
 
+    def for_line(self, line: int) -> "LineFormat":
+        """The format of one line, for its `name` and `id_field`."""
+        return self
+
     @abstractmethod
     def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
         """Parse the JSON value of one line.
@@ -312,9 +316,7 @@ def smol_record(record: dict[str, Any]) -> dict[str, Any]:
     converted = {"chat_id": record["custom_id"]} | _response_fields(record)
     if own_id := _OWN_ID.fullmatch(str(record.get("id"))):
         converted["line"] = int(own_id[1])
-    if "timings" in record:
-        converted["timings"] = record["timings"]
-    return converted
+    return converted | {name: record[name] for name in ("file", "timings") if name in record}
 
 
 def _response_fields(record: dict[str, Any]) -> dict[str, Any]:

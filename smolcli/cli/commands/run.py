@@ -23,7 +23,8 @@ from smolcli.data.remote_files import (
     upload,
 )
 from smolcli.data.rows import journal_path
-from smolcli.settings import RunSettings
+from smolcli.errors import UsageError
+from smolcli.settings import InputFile, RunSettings
 from smolcli.types import Result
 
 EXAMPLES = (
@@ -31,15 +32,18 @@ EXAMPLES = (
     "Run it again to resume after an interruption.\n\n"
     "[bold]smol run reviews.csv --prompt 'Summarize: {review}' -o summaries.csv[/bold] "
     "answers a prompt for every row of a table.\n\n"
+    "[bold]smol run a.jsonl b.csv 'data/*.jsonl' -o all.jsonl[/bold] answers several files into "
+    "one output.\n\n"
     "[bold]zcat queries.jsonl.gz | smol run - > results.jsonl[/bold] works in a pipeline."
 )
 
-Input = Annotated[
-    str,
+InputNames = Annotated[
+    list[str],
     typer.Argument(
-        metavar="INPUT",
+        metavar="INPUT...",
         help="Queries in JSON Lines, or a .csv, .tsv or .parquet table; text may be compressed. A "
-        "path, a URL, or - for stdin.",
+        "path, a URL, or - for stdin. Several files, directories and patterns such as "
+        "'data/*.jsonl' are answered into one output.",
     ),
 ]
 _run = functools.partial(option, panel="Input and output")
@@ -99,7 +103,7 @@ class RunOptions:
 def run(
     *,
     ctx: typer.Context,
-    input: Input,
+    inputs: InputNames,
     options: RunOptions,
     tables: TableOptions,
     generation: GenerationOptions,
@@ -115,14 +119,17 @@ def run(
     """
     from smolcli.backends.dedup import deduplicated
     from smolcli.batch.progress import open_progress
-    from smolcli.batch.runner import default_output, run_file
+    from smolcli.batch.runner import run_file
+    from smolcli.data.inputs import are_several
 
-    target = options.output or str(default_output(local_path(input)))
+    target = _target(inputs, options)
     output = local_path(target)
     if is_remote(target) and not (options.overwrite or options.check):
         refuse_overwrite(target, output)
-    source = ctx.with_resource(downloaded(input))
-    settings = _settings(source, output, schema, generation, engine, tables, options)
+    if is_several := are_several(inputs):
+        inputs = _files(inputs, output, options.errors)
+    sources = tuple(InputFile(_shown(name), ctx.with_resource(downloaded(name))) for name in inputs)
+    settings = _settings(sources, is_several, output, schema, generation, engine, tables, options)
     log_to_stderr(options.quiet)
     if options.check:
         return _check(settings, options.quiet)
@@ -140,8 +147,44 @@ def run(
     raise typer.Exit(ExitCode.SOME_FAILED if statistics.failed else ExitCode.OK)
 
 
+def _target(inputs: list[str], options: RunOptions) -> str:
+    """Where the results go: a path, a URL or `-`."""
+    from smolcli.batch.runner import default_output
+    from smolcli.data.inputs import are_several
+
+    if options.output is not None:
+        return options.output
+    if are_several(inputs):
+        if options.check:
+            return "-"
+        raise UsageError("several inputs need --output FILE, or - for stdout")
+    return str(default_output(local_path(inputs[0])))
+
+
+def _files(inputs: list[str], output: Path, errors: Path | None) -> list[str]:
+    """The names of all input files.
+
+    Raises:
+        UsageError: one of them is stdin, or a pattern matches nothing.
+    """
+    from smolcli.batch.manifest import manifest_path
+    from smolcli.data.inputs import expanded
+
+    if "-" in inputs:
+        raise UsageError("stdin cannot be combined with other inputs")
+    journal = journal_path(output)
+    written = (output, journal, manifest_path(journal), *([errors] if errors else []))
+    return expanded(inputs, written)
+
+
+def _shown(name: str) -> str:
+    """The name of a file as text; file names may be any bytes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _settings(
-    source: Path,
+    sources: tuple[InputFile, ...],
+    is_several: bool,
     output: Path,
     schema: str | None,
     generation: GenerationOptions,
@@ -150,7 +193,7 @@ def _settings(
     options: RunOptions,
 ) -> RunSettings:
     return RunSettings(
-        input=source,
+        input=sources[0].path,
         output=journal_path(output),
         defaults=generation.query_defaults(options.extra_fields, read_schema(schema)),
         engine=engine.settings(),
@@ -162,19 +205,21 @@ def _settings(
         with_timings=options.timings,
         rows=tables.settings(),
         table=output if table_suffix(output) else None,
+        files=sources if is_several else (),
     )
 
 
 def _check(settings: RunSettings, is_quiet: bool) -> None:
     from smolcli.batch.validation import check_input, folder_on_disk, prompt_fits
+    from smolcli.data.inputs import Inputs
 
-    folder = folder_on_disk(settings.engine.model)
+    folder, inputs = folder_on_disk(settings.engine.model), Inputs.of(settings)
     num_lines = num_invalid = 0
     for item in check_input(settings, prompt_fits(folder) if folder else None):
         num_lines += 1
         if isinstance(item, Result):
             num_invalid += 1
-            typer.echo(f"line {item.line}: {item.error_code}: {item.error}")
+            typer.echo(f"{inputs.where(item.line or 0)}: {item.error_code}: {item.error}")
     if not is_quiet:
         note = "" if folder else "; prompt lengths not checked: the model is not downloaded"
         typer.echo(f"{num_lines:,} lines, {num_invalid:,} invalid{note}", err=True)

@@ -1,0 +1,168 @@
+"""The files that a run reads, as one sequence of rows."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from smolcli.data.compression import without_codec_suffix
+from smolcli.data.reader import read_rows, row_numbers
+from smolcli.data.rows import Row
+from smolcli.errors import UsageError
+from smolcli.protocol.many_files import place_of, row_number
+from smolcli.settings import InputFile, RowSettings, RunSettings
+
+# Files that a directory stands for.
+_SUFFIXES = {
+    *(".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv"),
+    *(".parquet", ".arrow", ".feather", ".ipc"),
+}
+_MANIFEST = ".manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The input files of a run.
+
+    The rows of several files are numbered by `protocol.many_files.row_number`, those of one file by
+    their line numbers.
+
+    Args:
+        files: in order.
+        rows: how rows become queries.
+        is_several: whether results carry the name of their file.
+    """
+
+    files: tuple[InputFile, ...]
+    rows: RowSettings
+    is_several: bool
+
+    @classmethod
+    def of(cls, settings: RunSettings) -> Self:
+        """The inputs of a run."""
+        one = (InputFile(str(settings.input), settings.input),)
+        return cls(settings.files or one, settings.rows, bool(settings.files))
+
+    def __str__(self) -> str:
+        if len(self.files) == 1:
+            return self.files[0].name
+        return f"{self.files[0].name} and {len(self.files) - 1:,} more"
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the files."""
+        return [file.name for file in self.files]
+
+    def where(self, number: int) -> str:
+        """A row for an error message: `line 5`, or `line 5 of a.jsonl`."""
+        if not self.is_several:
+            return f"line {number}"
+        file, line = place_of(number)
+        return f"line {line} of {self.files[file].name}"
+
+    def read(self, after: int = 0) -> Iterator[Row]:
+        """Yield the rows of all files; see `read_rows`.
+
+        Args:
+            after: skip rows up to this number.
+        """
+        if not self.is_several:
+            yield from read_rows(self.files[0].path, self.rows, after)
+            return
+        first, line = place_of(after)
+        for index, file in enumerate(self.files[first:], start=first):
+            rows = read_rows(
+                file.path, self.rows, line if index == first else 0, id_prefix=f"{file.name}:"
+            )
+            for row in rows:
+                yield replace(row, number=row_number(index, row.number))
+
+    def numbers(self) -> Iterator[int]:
+        """The numbers of the rows that `read` yields; see `row_numbers`."""
+        if not self.is_several:
+            yield from row_numbers(self.files[0].path, self.rows)
+            return
+        for index, file in enumerate(self.files):
+            for number in row_numbers(file.path, self.rows):
+                yield row_number(index, number)
+
+
+def are_several(names: Sequence[str]) -> bool:
+    """Whether the arguments of a command name several inputs.
+
+    A directory and a pattern do even if they stand for one file now, because they may stand for
+    more later.
+    """
+    return len(names) != 1 or _is_folder(names[0]) or _is_pattern(names[0])
+
+
+def expanded(names: Iterable[str], written: Iterable[Path]) -> list[str]:
+    """The files that paths, directories and patterns name, each once, in the order given.
+
+    A directory stands for the data files in it, and a pattern for all files that match, both sorted
+    by name. The results of runs do not count, nor do hidden files in a directory.
+
+    Args:
+        names: paths, patterns and URLs.
+        written: files that the run writes, whether they exist or not.
+
+    Raises:
+        UsageError: a directory or pattern stands for no file.
+    """
+    own = {os.path.realpath(path) for path in written}
+    found: dict[str, str] = {}
+    for name in names:
+        if "://" in name:
+            found.setdefault(name, name)
+        elif _is_folder(name) or _is_pattern(name):
+            for path in _files(name, own):
+                found.setdefault(os.path.realpath(path), path)
+        else:
+            found.setdefault(os.path.realpath(name), name)
+    return list(found.values())
+
+
+def _files(name: str, own: set[str]) -> list[str]:
+    if _is_folder(name):
+        paths = [path for path in _entries(name) if _suffix(path) in _SUFFIXES]
+        missing = (
+            f"no data file in {name}; a directory stands for its {' '.join(sorted(_SUFFIXES))}"
+        )
+    else:
+        paths = glob.glob(name, recursive=True)
+        missing = f"no file matches {name!r}"
+    files = sorted(
+        path
+        for path in paths
+        if os.path.isfile(path) and not _is_result(path) and os.path.realpath(path) not in own
+    )
+    if not files:
+        raise UsageError(missing)
+    return files
+
+
+def _is_result(path: str) -> bool:
+    """Whether a file was written by a run: it is a manifest, or there is one next to it."""
+    journal = f"{path}.jsonl"  # of a table
+    return path.endswith(_MANIFEST) or any(
+        os.path.exists(f"{each}{_MANIFEST}") for each in (path, journal)
+    )
+
+
+def _entries(folder: str) -> list[str]:
+    names = (name for name in os.listdir(folder) if not name.startswith("."))
+    return [os.path.join(folder, name) for name in names]
+
+
+def _suffix(path: str) -> str:
+    return without_codec_suffix(Path(path)).suffix.lower()
+
+
+def _is_folder(name: str) -> bool:
+    return "://" not in name and os.path.isdir(name)
+
+
+def _is_pattern(name: str) -> bool:
+    return "://" not in name and glob.has_magic(name) and not os.path.exists(name)
