@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, cast, o
 from smolcli.errors import QueryError, UsageError
 from smolcli.settings import (
     DEFAULT_MODEL,
+    DEFAULT_SEED,
     EngineSettings,
     InputFile,
     QueryDefaults,
@@ -39,7 +40,17 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float
     top_k: int
     repetition_penalty: float
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
+    min_tokens: int
+    ignore_eos: bool
     stop: str | list[str]
+    stop_token_ids: list[int]
+    include_stop_str_in_output: bool
+    bad_words: list[str]
+    allowed_token_ids: list[int]
     n: int
     logprobs: bool
     top_logprobs: int
@@ -263,8 +274,9 @@ class LLM:
             system_prompt: for queries without one.
             seed: of sampling; by default a new one, which a resumed run keeps.
             schema: as for `chat`.
-            options: defaults for queries that do not set these fields; `max_new_tokens`,
-                `temperature`, `top_p`, `top_k` and `repetition_penalty`.
+            options: defaults for queries that do not set these fields: how tokens are sampled, but
+                not `stop`, `include_stop_str_in_output`, `bad_words`, `n`, log probabilities and
+                formats.
 
         Returns:
             Counts, tokens and speed of the whole output.
@@ -289,7 +301,7 @@ class LLM:
             output=journal_path(target),
             defaults=_defaults(system_prompt, seed, schema, options, for_file=True),
             engine=self._settings,
-            seed=seed,
+            seed=_given(seed),
             limit=limit,
             errors=None if errors is None else Path(errors),
             retry_errors=retry_errors,
@@ -359,6 +371,10 @@ def _is_conversation(prompts: Sequence[Any]) -> bool:
     return bool(prompts) and isinstance(prompts[0], Mapping | Message)
 
 
+def _given(seed: int | None) -> int | None:
+    return None if seed == DEFAULT_SEED else seed
+
+
 def _defaults(
     system_prompt: str | None,
     seed: int | None,
@@ -387,6 +403,7 @@ def _defaults(
         raise QueryError(f"{name} must be set by each query of a file", field=name)
     example = {"chat_id": "0", "user_prompt": "-", "seed": seed, **own}
     parsed = parse_query(example, QueryDefaults())
+    seed = _given(seed)
     sampling = Sampling(seed=secrets.randbelow(2**31) if seed is None else seed)
     if for_file:
         values = {n: getattr(parsed.sampling, n) for n in own}

@@ -15,6 +15,7 @@ InputFormat = Literal[
 ]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_SEED = -1  # counts as absent, as in vLLM and llama.cpp
 OPENAI_TEMPERATURE = 1.0  # the default of OpenAI's API
 MAX_AUTO_SLOTS = 64  # more do not increase the throughput of a CPU
 

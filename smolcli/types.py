@@ -79,6 +79,14 @@ class Sampling:
         top_k: sample from this many of the most probable tokens; 0 is all.
         repetition_penalty: above 1, tokens that occurred before become less probable.
         seed: of the random numbers of this answer.
+        min_p: exclude tokens less probable than this fraction of the most probable one.
+        presence_penalty: subtracted from the logit of every token that the answer contains.
+        frequency_penalty: subtracted once for each time that the answer contains the token.
+        logit_bias: (token id, number to add to its logit).
+        min_tokens: number of tokens before the answer may end.
+        ignore_eos: continue after the model's end tokens.
+        stop_token_ids: further tokens that end the answer.
+        allowed_token_ids: the only tokens to choose from; empty allows all.
     """
 
     max_new_tokens: int = 256
@@ -87,11 +95,29 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
 
     @property
     def is_plain(self) -> bool:
-        """Whether decoding is greedy and leaves the logits unchanged."""
-        return self.is_greedy and self.repetition_penalty == 1.0
+        """Whether decoding is greedy and leaves the logits of the allowed tokens unchanged."""
+        return self.is_greedy and not self.changes_logits
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether a penalty or a bias changes logits."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+        )
 
     @property
     def is_greedy(self) -> bool:
@@ -129,6 +155,8 @@ class Query:
         messages: the conversation, a system prompt included; () if there is a raw prompt instead.
         sampling: how tokens are sampled.
         stop: strings that end the answer.
+        include_stop: whether the answer contains what ended it, a stop string or stop token.
+        bad_words: texts whose tokens must not occur in the answer in sequence.
         format: what the answer is constrained to; None is any text.
         n: number of answers.
         top_logprobs: alternatives to report for each token; None for no log probabilities.
@@ -144,6 +172,8 @@ class Query:
     messages: tuple[Message, ...]
     sampling: Sampling = attribute(default_factory=Sampling)
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    bad_words: tuple[str, ...] = ()
     format: AnswerFormat | None = None
     n: int = 1
     top_logprobs: int | None = None

@@ -133,7 +133,8 @@ def test_a_failed_run_exits_with_1_and_explains_how_to_resume(queries: Path) -> 
         (["--temperature", "-1"], "temperature must be a number from 0 (greedy) to 100"),
         (["--top-p", "nan"], "top_p must be a number greater than 0 and at most 1"),
         (["--max-new-tokens", "0"], "max_new_tokens must be a positive integer"),
-        (["--seed", "-1"], "seed must be an integer from 0 to 2^63 - 1"),
+        (["--seed", f"{2**63}"], "seed must be an integer from -2^63 to 2^63 - 1"),
+        (["--presence-penalty", "3"], "presence_penalty must be a number from -2 to 2"),
         (["--limit", "0"], "--limit"),
         (["--threads", "100000"], "--threads"),  # used to crash torch with a segmentation fault
         (["--dtype", "float16"], "--dtype"),
@@ -165,18 +166,22 @@ def test_every_option_reaches_the_backend(queries: Path) -> None:
     seen, open_backend = Seen.opener()
     options = {
         "--max-new-tokens": 9, "--temperature": 0.5, "--top-p": 0.9, "--top-k": 4,
-        "--repetition-penalty": 1.5, "--seed": 3, "--system": "Be brief.", "--model": "m",
+        "--repetition-penalty": 1.5, "--min-p": 0.1, "--presence-penalty": 0.5,
+        "--frequency-penalty": -0.5, "--min-tokens": 2, "--seed": 3,
+        "--system": "Be brief.", "--model": "m",
         "--dtype": "float32", "--device": "cuda", "--threads": 2, "--max-batch-size": 5,
         "--max-concurrency": 6,
     }  # fmt: skip
     done = smol("run", queries, *(part for pair in options.items() for part in pair),
-                backend=open_backend)  # fmt: skip
+                "--ignore-eos", backend=open_backend)  # fmt: skip
     assert done.exit_code == 0
     assert seen.settings_seen == EngineSettings("m", "float32", "cuda", 2, 5, 6)
     [query] = seen.queries_seen
     sampling = query.sampling
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p) == (9, 0.5, 0.9)
-    assert (sampling.top_k, sampling.repetition_penalty) == (4, 1.5)
+    assert (sampling.top_k, sampling.repetition_penalty, sampling.min_p) == (4, 1.5, 0.1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
+    assert (sampling.min_tokens, sampling.ignore_eos) == (2, True)
     assert query.messages[0].content == "Be brief."
     assert load_manifest(queries.with_name("queries.results.jsonl")).seed == 3
 

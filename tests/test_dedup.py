@@ -51,6 +51,26 @@ def test_a_cached_answer_is_returned_at_once() -> None:
     assert "".join(pieces) == later.response == echo(QUERY).response
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"include_stop": True},
+        {"bad_words": ("spam",)},
+        {"sampling": Sampling(presence_penalty=0.5)},
+        {"sampling": Sampling(logit_bias=((3, 1.0),))},
+        {"sampling": Sampling(min_tokens=3)},
+        {"sampling": Sampling(ignore_eos=True)},
+        {"sampling": Sampling(stop_token_ids=(3,))},
+    ],
+    ids=str,
+)
+def test_queries_that_differ_in_a_setting_are_not_shared(changes: dict[str, Any]) -> None:
+    backend = DedupBackend(held := HeldBackend())
+    backend.submit(QUERY)
+    backend.submit(replace(QUERY, **changes))
+    assert len(held.futures) == 2
+
+
 def test_a_change_of_model_clears_the_cache() -> None:
     """A gateway's upstream may come back with another model."""
     backend = DedupBackend(inner := EchoBackend())

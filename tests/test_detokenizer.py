@@ -56,6 +56,39 @@ def test_text_ends_at_the_first_stop_string(
     assert text.text == shown
 
 
+def first_stop(pieces: list[str], stop: tuple[str, ...], min_tokens: int) -> tuple[int, int] | None:
+    """Where the first stop string that ends after `min_tokens` tokens begins and ends."""
+    text, length = "".join(pieces), 0
+    for num_tokens, piece in enumerate(pieces, 1):
+        candidates, length = range(length + 1, length + len(piece) + 1), length + len(piece)
+        if num_tokens > min_tokens:
+            ends = [[i for i in candidates if text[:i].endswith(each)][:1] for each in stop]
+            pairs = zip(stop, ends, strict=True)
+            found = [(end - len(each), end) for each, first in pairs for end in first]
+            if found:
+                return min(found)
+    return None
+
+
+@given(pieces=PIECES, stop=STOPS, min_tokens=st.integers(0, 6), includes=st.booleans())
+def test_a_stop_string_may_not_end_in_the_first_tokens(
+    pieces: list[str], stop: tuple[str, ...], min_tokens: int, includes: bool
+) -> None:
+    """One that begins there and ends later counts. The text may include it."""
+    text = Detokenizer(cast(TextDecoder, Pieces(pieces)), stop, include_stop=includes)
+    shown = ""
+    for token_id in range(len(pieces)):
+        shown += text.push(token_id, may_stop=token_id >= min_tokens)
+        if text.is_stopped:
+            break
+    shown += text.finish()
+    span, expected = first_stop(pieces, stop, min_tokens), "".join(pieces)
+    if span is not None:
+        expected = expected[: span[1] if includes else span[0]]
+    assert (shown, text.is_stopped) == (expected.strip(), span is not None)
+    assert text.text == shown
+
+
 @given(pieces=PIECES, stop=STOPS)
 def test_shown_text_is_never_taken_back(pieces: list[str], stop: tuple[str, ...]) -> None:
     """Whatever comes next: the rest, the rest of a stop string, or white space."""

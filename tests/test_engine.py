@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -358,6 +359,139 @@ def test_repetition_penalty_equals_transformers(pair: Any, penalty: float) -> No
     settings_ = Sampling(max_new_tokens=25, repetition_penalty=penalty)
     engine = Engine(pair.ours, 4, 64 * MEGABYTE)
     assert generate(engine, [Sequence(prompt, settings_)])[0] == expected
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers' model of one shape, ours, and a prompt with its greedy answer."""
+    folder = tmp_path_factory.mktemp("llama")
+    model, prompt = save_llama(folder, SHAPES["untied"]), [9, 30, 30, 31]
+    plain = reference(model, prompt, max_new_tokens=16, eos_token_id=[169])
+    return SimpleNamespace(
+        model=model, ours=load(folder, "float32", KERNELS[0]), prompt=prompt, plain=plain
+    )
+
+
+class OutputPenalties:
+    """A logits processor with vLLM's formula for presence and frequency penalties."""
+
+    def __init__(self, num_prompt: int, presence: float, frequency: float) -> None:
+        self.num_prompt, self.presence, self.frequency = num_prompt, presence, frequency
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        for token_id in ids[0, self.num_prompt :].tolist():
+            scores[0, token_id] -= self.frequency
+        for token_id in set(ids[0, self.num_prompt :].tolist()):
+            scores[0, token_id] -= self.presence
+        return scores
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.7), (-0.5, 1.25)])
+def test_presence_and_frequency_penalties_follow_vllms_formula(
+    small: Any, presence: float, frequency: float
+) -> None:
+    """They look at the answer alone: the prompt's repeated token costs nothing."""
+    processor = OutputPenalties(len(small.prompt), presence, frequency)
+    options = {"max_new_tokens": 40, "logits_processor": [processor]}
+    expected = reference(small.model, small.prompt, **options)
+    sampling = Sampling(40, presence_penalty=presence, frequency_penalty=frequency)
+    engine = Engine(small.ours, 4, 64 * MEGABYTE)
+    other = Sampling(40, frequency_penalty=2.0)
+    answers = generate(engine, [Sequence(small.prompt, sampling), Sequence([9, 9], other)])
+    assert answers[0] == expected
+    assert expected != reference(small.model, small.prompt, max_new_tokens=40)
+
+
+def test_logit_bias_equals_transformers(small: Any) -> None:
+    """Added before the repetition penalty. A bias of -100 bans a token."""
+    banned, boosted = small.plain[0], 77
+    options = {"max_new_tokens": 20, "repetition_penalty": 1.2}
+    bias = {(banned,): -100.0, (boosted,): 3.0}
+    expected = reference(small.model, small.prompt, sequence_bias=bias, **options)
+    sampling = Sampling(
+        20, repetition_penalty=1.2, logit_bias=tuple((i, b) for (i,), b in bias.items())
+    )
+    answer = generate(Engine(small.ours, 2, 64 * MEGABYTE), [Sequence(small.prompt, sampling)])[0]
+    assert answer == expected
+    assert banned not in answer
+
+
+def test_ignore_eos_continues_to_the_limit(small: Any) -> None:
+    """`plain` was generated with another end token; one of its tokens is the model's own here."""
+    ours = Endless(small.ours)
+    ours.config = replace(ours.config, eos_ids=frozenset({small.plain[3]}))
+    engine = Engine(ours, 4, 64 * MEGABYTE)
+    stops, goes_on = [
+        Sequence(small.prompt, Sampling(16, ignore_eos=ignored), top_logprobs=0)
+        for ignored in (False, True)
+    ]
+    assert generate(engine, [stops, goes_on]) == [small.plain[:4], small.plain]
+    assert (stops.finish_reason, goes_on.finish_reason) == ("stop", "length")
+    assert (len(stops.logprobs), len(goes_on.logprobs)) == (3, 16)
+
+
+@pytest.mark.parametrize("min_tokens", [4, 6])
+@pytest.mark.parametrize("kind", ["eos", "stop token"])
+def test_min_tokens_forbids_the_end_until_then(small: Any, min_tokens: int, kind: str) -> None:
+    end = small.plain[3]
+    expected = reference(
+        small.model, small.prompt, max_new_tokens=30, min_new_tokens=min_tokens, eos_token_id=end
+    )
+    ours = Endless(small.ours)
+    if kind == "eos":
+        ours.config = replace(ours.config, eos_ids=frozenset({end}))
+    stop_ids = (end,) if kind == "stop token" else ()
+    engine = Engine(ours, 4, 64 * MEGABYTE)
+    held = Sequence(small.prompt, Sampling(30, min_tokens=min_tokens, stop_token_ids=stop_ids))
+    free = Sequence(small.prompt, Sampling(30, stop_token_ids=stop_ids))
+    assert generate(engine, [held, free]) == [expected, small.plain[:4]]
+    assert end not in held.output_ids[:min_tokens]
+
+
+def test_bad_words_equal_transformers(small: Any) -> None:
+    """Words of one and of several tokens. A word that only the prompt begins is not one."""
+    words = [[small.plain[1]], [small.plain[3], small.plain[4]], [small.plain[6], 80, 81]]
+    expected = reference(small.model, small.prompt, max_new_tokens=25, bad_words_ids=words)
+    bad_words = (*map(tuple, words), (small.prompt[-1], expected[0]))
+    sequence = Sequence(small.prompt, Sampling(25), bad_words=bad_words)
+    assert generate(Engine(small.ours, 2, 64 * MEGABYTE), [sequence])[0] == expected
+    assert small.plain[1] not in expected
+
+
+def test_only_allowed_tokens_are_generated(small: Any) -> None:
+    allowed = [2, 9, 50, 51, 52, 53, 160]
+    expected = reference(
+        small.model, small.prompt, max_new_tokens=25, prefix_allowed_tokens_fn=lambda *_: allowed
+    )
+    sampling = Sampling(25, allowed_token_ids=tuple(allowed))
+    sequence = Sequence(small.prompt, sampling)
+    assert generate(Engine(small.ours, 2, 64 * MEGABYTE), [sequence])[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        (Sampling(5, logit_bias=((170, 1.0),)), "logit_bias"),
+        (Sampling(5, stop_token_ids=(3, 99999)), "stop_token_ids"),
+        (Sampling(5, allowed_token_ids=(170,)), "allowed_token_ids"),
+    ],
+)
+def test_token_ids_outside_the_vocabulary_are_rejected(
+    small: Any, sampling: Sampling, field: str
+) -> None:
+    engine = Engine(small.ours, 2, 64 * MEGABYTE)
+    with pytest.raises(QueryError, match=rf"{field} contains token id (170|99999)\b.* 170 tokens"):
+        engine.add(Sequence([9], sampling))
+
+
+def test_settings_that_exclude_every_token_are_the_error_of_their_sequence(small: Any) -> None:
+    engine = Engine(small.ours, 4, 64 * MEGABYTE)
+    stuck = Sequence(small.prompt, Sampling(5, allowed_token_ids=(7,)), bad_words=((7,),))
+    fine = greedy(small.prompt, 5)
+    generate(engine, [stuck, fine])
+    assert isinstance(stuck.error, QueryError)
+    assert "exclude each other" in str(stuck.error)
+    assert fine.output_ids == small.plain[:5]
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_its_length(model: Model) -> None:

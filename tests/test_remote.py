@@ -445,7 +445,7 @@ class TestOpenAI:
     def test_requests_use_the_openai_api(self) -> None:
         bodies: list[Any] = []
         with listening(self.app(bodies)) as url, remote(f"{url}/v1", model="second") as backend:
-            sampled = Sampling(5, 0.5, 0.9, 40, 1.1, 11)
+            sampled = Sampling(5, 0.5, 0.9, 40, 1.1, 11, min_p=0.2, logit_bias=((3, -1.0),))
             results = answers(
                 backend, [query("7"), query("8", "So", sampling=sampled, stop=("x",))]
             )
@@ -456,6 +456,8 @@ class TestOpenAI:
             hi = [{"role": "user", "content": "Hi"}]
             assert plain == common | {"messages": hi, "max_tokens": 6, "seed": 7}
             assert (rich["top_k"], rich["repetition_penalty"], rich["stop"]) == (40, 1.1, ["x"])
+            assert (rich["min_p"], rich["logit_bias"]) == (0.2, {"3": -1.0})
+            assert not {"min_tokens", "ignore_eos", "bad_words"} & rich.keys()
             assert backend.identity()["model"] == "second"
 
     def test_streaming(self) -> None:

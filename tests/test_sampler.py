@@ -26,14 +26,24 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.9, "top_k": 20, "top_p": 0.6},
     {"temperature": 1.2, "top_k": 10**30},
     {"temperature": 5.0, "top_p": 0.999},  # flatter than NUCLEUS_TOKENS can hold
+    {"temperature": 1.5, "min_p": 0.05},
+    {"temperature": 2.0, "min_p": 0.02, "top_k": 30, "top_p": 0.9},
 ]
 
 
 def expected_probs(logits: Array, options: dict[str, Any]) -> Array:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    """By transformers' processors, in vLLM's order: min-p comes before top-k and top-p."""
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     ids = torch.tensor([[0]])
     scores = TemperatureLogitsWarper(options["temperature"])(ids, torch.tensor(logits)[None])
+    if "min_p" in options:
+        scores = MinPLogitsWarper(options["min_p"])(ids, scores)
     if "top_k" in options:
         scores = TopKLogitsWarper(min(options["top_k"], VOCAB))(ids, scores)
     if "top_p" in options:
@@ -91,6 +101,15 @@ def test_top_p_of_a_flat_distribution_keeps_every_token_it_should() -> None:
     flat = np.zeros(4 * NUCLEUS_TOKENS, np.float32)
     sequences = [Sequence([1], Sampling(temperature=1.0, top_p=0.9, seed=i)) for i in range(600)]
     assert len({sample_token(flat.copy(), s) for s in sequences}) > NUCLEUS_TOKENS * 0.8
+
+
+def test_negative_seeds_differ_from_their_absolute_values(logits: Array) -> None:
+    """Python's generator takes the absolute value of its seed."""
+    draws = [
+        [Sequence([1], Sampling(seed=sign * seed)).draw_uniform() for seed in range(1, 50)]
+        for sign in (1, -1)
+    ]
+    assert not set(draws[0]) & set(draws[1])
 
 
 def test_ties_at_the_edge_of_top_k_go_to_the_lower_ids() -> None:

@@ -12,6 +12,7 @@ from openai.types.chat import ParsedChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from smolcli.errors import PromptTooLong, QueryError
+from smolcli.protocol.fields import LOGIT_BIAS
 from smolcli.protocol.openai import CompletionFields, error_code, error_object, parse_completion
 from smolcli.protocol.prompt import prompt_query
 from smolcli.protocol.query import FIELDS, QueryFields, chat_id_of, parse_query
@@ -68,20 +69,68 @@ def test_every_field_reaches_the_query() -> None:
             "top_k": 3,
             "repetition_penalty": 1.1,
             "seed": 2**63 - 1,
+            "min_p": 0.1,
+            "presence_penalty": -2,
+            "frequency_penalty": 0.5,
+            "logit_bias": {"7": -100, "3": 1.5, "4": 0},
+            "min_tokens": 4,
+            "ignore_eos": True,
+            "stop_token_ids": [9, 8, 9],
+            "allowed_token_ids": [5.0, 3],
             "stop": ["a", "b"],
+            "include_stop_str_in_output": True,
+            "bad_words": ["spam"],
             "metadata": {"row": 1},
         },
         QueryDefaults(),
     )
     assert query.messages == (Message("system", "Be brief."), Message("user", "Hi"))
-    assert query.sampling == Sampling(5, 1.0, 0.5, 3, 1.1, 2**63 - 1)
-    assert query.stop == ("a", "b")
+    assert query.sampling == Sampling(
+        max_new_tokens=5,
+        temperature=1.0,
+        top_p=0.5,
+        top_k=3,
+        repetition_penalty=1.1,
+        seed=2**63 - 1,
+        min_p=0.1,
+        presence_penalty=-2.0,
+        frequency_penalty=0.5,
+        logit_bias=((3, 1.5), (7, -100.0)),
+        min_tokens=4,
+        ignore_eos=True,
+        stop_token_ids=(8, 9),
+        allowed_token_ids=(3, 5),
+    )
+    assert (query.stop, query.include_stop, query.bad_words) == (("a", "b"), True, ("spam",))
     assert query.metadata == {"row": 1}
 
 
 @pytest.mark.parametrize("field", sorted(set(FIELDS) - {"chat_id", "user_prompt"}))
 def test_null_means_absent(field: str) -> None:
     assert parse_query(HI | {field: None}, QueryDefaults()) == parse_query(HI, QueryDefaults())
+
+
+def test_a_seed_of_minus_one_is_the_default_and_other_negative_seeds_count() -> None:
+    seeds = [
+        parse_query(HI | {"seed": seed}, QueryDefaults()).sampling.seed
+        for seed in (None, -1, -2, 2, -(2**63))
+    ]
+    assert seeds[0] == seeds[1]
+    assert seeds[2:] == [-2, 2, -(2**63)]
+
+
+SAMPLING_BODY = {
+    "temperature": 0.5, "top_p": 0.9, "top_k": 4, "repetition_penalty": 1.5, "min_p": 0.1,
+    "presence_penalty": 1, "frequency_penalty": 0.5, "logit_bias": {"7": -100}, "seed": -7,
+    "min_tokens": 3, "ignore_eos": True, "stop": ["x"], "stop_token_ids": [9],
+    "include_stop_str_in_output": True, "bad_words": ["spam"], "allowed_token_ids": [3, 7, 9],
+}  # fmt: skip
+
+
+def test_both_formats_have_the_same_sampling_fields() -> None:
+    own = parse_query(HI | SAMPLING_BODY | {"max_new_tokens": 8}, QueryDefaults())
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
+    assert parse_completion(body | SAMPLING_BODY, QueryDefaults(), "1").query == own
 
 
 def test_integer_id_becomes_its_decimal_string() -> None:
@@ -173,8 +222,18 @@ def test_blank_prompt_is_refused() -> None:
             0,
             "repetition_penalty must be a number greater than 0 and at most 100",
         ),
-        ("seed", -1, "seed must be an integer from 0 to 2^63 - 1"),
-        ("seed", 2**63, "seed must be an integer from 0 to 2^63 - 1"),
+        ("seed", 2**63, "seed must be an integer from -2^63 to 2^63 - 1; -1 means the default"),
+        ("min_p", 1.5, "min_p must be a number from 0 (no minimum) to 1"),
+        ("presence_penalty", 2.5, "presence_penalty must be a number from -2 to 2"),
+        ("frequency_penalty", -3, "frequency_penalty must be a number from -2 to 2"),
+        ("logit_bias", {"5": 101}, f"logit_bias must be {LOGIT_BIAS}"),
+        ("logit_bias", {"05": 1}, f"logit_bias must be {LOGIT_BIAS}"),
+        ("logit_bias", {"hello": 1}, f"logit_bias must be {LOGIT_BIAS}"),
+        ("logit_bias", {str(i): 1 for i in range(1025)}, f"logit_bias must be {LOGIT_BIAS}"),
+        ("min_tokens", -1, "min_tokens must be a non-negative integer"),
+        ("ignore_eos", "yes", "ignore_eos must be true or false"),
+        ("stop_token_ids", 5, "stop_token_ids must be a list of up to 1,024 token ids"),
+        ("bad_words", [" "], "bad_words must be a list of up to 1,024 non-blank strings"),
         ("stop", "", "stop must be a non-empty string or a list of up to 16 of them"),
         ("stop", ["x"] * 17, "stop must be a non-empty string or a list of up to 16 of them"),
         ("stop", 5, "stop must be a non-empty string or a list of up to 16 of them"),
@@ -392,10 +451,11 @@ def test_stream_options_of_openai_and_vllm_are_accepted() -> None:
     [
         ({"tools": [{"type": "function"}]}, "tools", "tools are not supported"),
         ({"tool_choice": "required"}, "tool_choice", "tools are not supported"),
-        ({"logit_bias": {"5": 1}}, "logit_bias.5", "not supported"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "numbers from -100 to 100"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "token ids"),
         ({"store": True}, "store", "nothing is stored"),
         ({"modalities": ["text", "audio"]}, "modalities[1]", "'audio' is not supported"),
-        ({"ignore_eos": True}, "ignore_eos", "not supported"),
+        ({"use_beam_search": True}, "use_beam_search", "not supported"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "'xml' is not supported"),
         ({"response_format": {"typ": "text"}}, "response_format.type", "is required"),
         (
@@ -542,7 +602,7 @@ def test_schema_of_a_query_allows_what_the_parser_accepts(value: dict[str, Any])
             "stream": near(),
             "stream_options": near({"include_usage": True}, {"include_usage": None}),
             "tools": near([1]),
-            "logit_bias": near({"5": 0}, {"5": 1}),
+            "logit_bias": near({"5": 0}, {"5": 1}, {"5": 101}, {"x": 1}),
             "other": near(),
         },
     )

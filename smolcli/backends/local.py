@@ -198,8 +198,12 @@ class LocalBackend:
                     each, on_text if is_first else None, is_interactive=is_interactive
                 ),
             )
-        keeps_space = query.raw_prompt is not None
-        detokenizer = Detokenizer(self._tokenizer.decoder(), query.stop, keeps_space)
+        detokenizer = Detokenizer(
+            self._tokenizer.decoder(),
+            query.stop,
+            include_stop=query.include_stop,
+            keeps_space=query.raw_prompt is not None,
+        )
         pending = LocalQuery(query, on_text, is_interactive, detokenizer=detokenizer)
         self._submitted.put(pending)
         if self._is_closed:
@@ -271,6 +275,7 @@ class LocalBackend:
             pending.grammar,
             query.top_logprobs,
             query.prompt_logprobs,
+            bad_words=self._tokenizer.word_ids(query.bad_words),
         )
 
     def _run(self, build_engine: Callable[[], Engine], built: Future[Engine]) -> None:
@@ -341,13 +346,21 @@ class LocalBackend:
             text = pending.echoed
         if sequence.is_decoding:
             self._num_generated_tokens += 1
-            text += pending.detokenizer.push(sequence.token_ids[-1])
+            text += self._push(pending, sequence)
         is_finished = sequence.is_finished or pending.detokenizer.is_stopped
         if is_finished:
             text += pending.detokenizer.finish()
         if text and pending.on_text:
             pending.on_text(text)
         return is_finished
+
+    def _push(self, pending: LocalQuery, sequence: Sequence) -> str:
+        """The text that a new token makes final; that of a stop token is left out."""
+        query, token_id = pending.query, sequence.token_ids[-1]
+        if token_id in query.sampling.stop_token_ids and not query.include_stop:
+            return ""
+        may_stop = sequence.num_output > query.sampling.min_tokens
+        return pending.detokenizer.push(token_id, may_stop)
 
     def _fail_all(self) -> None:
         """Fail all remaining queries, so that no caller waits forever."""

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -13,7 +13,9 @@ from smolcli.data.jsonl import replacing
 from smolcli.errors import ResumeRefused
 from smolcli.protocol.line_formats import SMOL
 from smolcli.settings import EngineSettings, RunSettings
+from smolcli.types import Sampling
 
+_ALWAYS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _MAY_DIFFER = ("versions", "threads", "device")  # backend values that do not prevent a resume
 
 
@@ -63,7 +65,7 @@ class Manifest:
         """The manifest of a run whose backend is not open yet."""
         defaults = settings.defaults
         several = None if scan.format is SMOL else defaults.several_temperature
-        generation = asdict(defaults.sampling) | {
+        generation = _sampling(defaults.sampling) | {
             "system_prompt": defaults.system_prompt,
             "extra_fields": defaults.extra_fields,
             "schema": defaults.format.schema if defaults.format else None,
@@ -132,6 +134,13 @@ class Manifest:
 
     def _identity(self) -> dict[str, Any]:
         return {k: v for k, v in (self.backend or {}).items() if k not in _MAY_DIFFER}
+
+
+def _sampling(sampling: Sampling) -> dict[str, Any]:
+    """Sampling settings in JSON types; those added since 0.1 only if they are set."""
+    neutral = asdict(Sampling())
+    values = {k: v for k, v in asdict(sampling).items() if k in _ALWAYS or v != neutral[k]}
+    return cast("dict[str, Any]", json.loads(json.dumps(values)))
 
 
 def manifest_path(output: Path) -> Path:

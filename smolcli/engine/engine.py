@@ -8,6 +8,7 @@ from smolcli.engine.interfaces import Hidden, Model
 from smolcli.engine.sampler import sample, score
 from smolcli.engine.scheduler import Scheduler
 from smolcli.engine.sequence import ScheduledSequence, Sequence, TokenLogprob
+from smolcli.engine.token_filter import token_filter
 from smolcli.errors import BackendError, PromptTooLong, QueryError
 from smolcli.types import FinishReason
 
@@ -56,7 +57,8 @@ class Engine:
 
         Raises:
             PromptTooLong: the prompt leaves no room for a single new token, if any is wanted.
-            QueryError: the prompt contains a token id that the model does not have.
+            QueryError: the prompt or the sampling settings contain a token id that the model does
+                not have.
         """
         longest = self.max_length - min(sequence.sampling.max_new_tokens, 1)
         if len(sequence.prompt_ids) > longest:
@@ -67,6 +69,9 @@ class Engine:
                     f"the prompt contains token id {token_id}, but the model's vocabulary has "
                     f"{self._vocab_size} tokens: the tokenizer does not belong to this model"
                 )
+        sequence.token_filter = token_filter(
+            sequence.sampling, sequence.bad_words, self._vocab_size, self.model.config.eos_ids
+        )
         sequence.max_tokens = min(sequence.max_tokens, self.max_length)
         self.scheduler.add(sequence)
 

@@ -1,7 +1,8 @@
 """From hidden states to tokens and their log probabilities, on the host.
 
-Settings apply in the order that transformers uses: repetition penalty (Keskar et al. 2019,
-arXiv:1909.05858), grammar mask, temperature, top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751).
+Settings apply in vLLM's order: bias, penalties for repetition (Keskar et al. 2019,
+arXiv:1909.05858), frequency and presence, the mask of allowed tokens, temperature, min-p (Nguyen et
+al. 2024, arXiv:2407.01082), top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751).
 Rows are sampled one by one, so a draw depends on the sequence's own logits, settings and random
 generator, and on nothing else in the batch.
 """
@@ -36,8 +37,9 @@ def sample(
 
     Raises:
         FloatingPointError: the largest logit of a row is not a finite number.
+        QueryError: the settings of a sequence allow no token.
     """
-    masks = [s.constraint.mask() if s.constraint else None for s in sequences]
+    masks = [sequence.mask() for sequence in sequences]
     tokens: dict[int, int] = {}
     logprobs: dict[int, TokenLogprob] = {}
     greedy = [i for i, s in enumerate(sequences) if s.sampling.is_plain]
@@ -92,8 +94,8 @@ def sample_token(logits: Array, sequence: Sequence, mask: bytes | None = None) -
         FloatingPointError: the largest logit is not a finite number.
     """
     sampling = sequence.sampling
-    if sampling.repetition_penalty != 1.0:
-        _penalize(logits, sequence.token_ids, sampling.repetition_penalty)
+    if sampling.changes_logits:
+        _adjust(logits, sequence)
     apply_mask(logits, mask)
     if not math.isfinite(logits.max()):
         raise FloatingPointError("the model computed logits that are not finite numbers")
@@ -133,20 +135,30 @@ def _select(hidden: Hidden, rows: list[int]) -> Hidden:
     return hidden if len(rows) == len(hidden) else hidden[rows]
 
 
-def _penalize(logits: Array, token_ids: list[int], penalty: float) -> None:
-    ids = np.unique(token_ids)
-    scores = logits[ids]
-    logits[ids] = np.where(scores < 0, scores * penalty, scores / penalty)
+def _adjust(logits: Array, sequence: Sequence) -> None:
+    """Apply bias and penalties in place. Only repetition looks at the prompt as well."""
+    sampling = sequence.sampling
+    if sampling.logit_bias:
+        ids, biases = zip(*sampling.logit_bias, strict=True)
+        logits[list(ids)] += np.array(biases, np.float32)
+    if sampling.repetition_penalty != 1.0:
+        seen = np.unique(sequence.token_ids)
+        scores, penalty = logits[seen], sampling.repetition_penalty
+        logits[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+    if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_output:
+        seen, counts = np.unique(sequence.output_ids, return_counts=True)
+        penalties = sampling.frequency_penalty * counts + sampling.presence_penalty
+        logits[seen] -= penalties.astype(np.float32)
 
 
 def _draw(logits: Array, sampling: Sampling, uniform: float) -> int:
     """Inverse transform sampling in float64."""
     if sampling.top_k:
         ids = _largest(logits, sampling.top_k)
-        kept = _weights(logits, sampling.temperature, ids)
+        kept = _weights(logits, sampling, ids)
         total = kept.sum()
     else:
-        weights = _weights(logits, sampling.temperature)
+        weights = _weights(logits, sampling)
         if sampling.top_p >= 1.0:
             return _pick(weights, uniform)
         total = weights.sum()
@@ -159,12 +171,17 @@ def _draw(logits: Array, sampling: Sampling, uniform: float) -> int:
     return int(ids[_pick(kept, uniform)])
 
 
-def _weights(logits: Array, temperature: float, ids: Array | None = None) -> Array:
-    """Weights proportional to the probabilities of all tokens, or of `ids`; float64."""
+def _weights(logits: Array, sampling: Sampling, ids: Array | None = None) -> Array:
+    """Weights proportional to the probabilities of all tokens, or of `ids`; float64.
+
+    The largest of all is 1. Those below min-p are 0.
+    """
     scores = (logits if ids is None else logits[ids]).astype(np.float64)
     scores -= logits.max()
-    scores /= max(temperature, MIN_TEMPERATURE)
+    scores /= max(sampling.temperature, MIN_TEMPERATURE)
     weights: Array = np.exp(scores, out=scores)
+    if sampling.min_p:
+        weights[weights < sampling.min_p] = 0.0
     return weights
 
 

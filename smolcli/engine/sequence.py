@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
 
+from smolcli.engine.token_filter import TokenFilter
 from smolcli.types import FinishReason, Sampling
 
 
@@ -48,8 +49,10 @@ class Sequence:
 
     `token_ids[:num_cached]` have their keys and values in the KV cache. An interactive sequence
     takes priority over batch work. If `top_logprobs` is set, `logprobs` holds one entry per
-    generated token except the end token. If `top_prompt_logprobs` is set, `prompt_logprobs` holds
-    one entry per computed prompt token except the first, which nothing predicts.
+    generated token except the one that ends the answer. If `top_prompt_logprobs` is set,
+    `prompt_logprobs` holds one entry per computed prompt token except the first, which nothing
+    predicts. `bad_words` are sequences of token ids that must not occur in the answer. The engine
+    sets `token_filter` if the settings exclude tokens.
     """
 
     prompt_ids: list[int]
@@ -58,6 +61,8 @@ class Sequence:
     constraint: Constraint | None = None
     top_logprobs: int | None = None
     top_prompt_logprobs: int | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    token_filter: TokenFilter | None = field(init=False, default=None)
     token_ids: list[int] = field(init=False)
     max_tokens: int = field(init=False)
     num_cached: int = field(init=False, default=0)
@@ -73,7 +78,7 @@ class Sequence:
         assert self.prompt_ids, "a sequence starts with at least one token"
         self.token_ids = list(self.prompt_ids)
         self.max_tokens = len(self.prompt_ids) + self.sampling.max_new_tokens
-        self.random = Random(self.sampling.seed)
+        self.random = Random(self.sampling.seed % 2**64)  # Random(-1) equals Random(1)
 
     @property
     def output_ids(self) -> list[int]:
@@ -108,6 +113,17 @@ class Sequence:
         """Whether generation has ended or failed."""
         return self.finish_reason is not None or self.error is not None
 
+    def mask(self) -> bytes | None:
+        """The tokens that may come next, see `Constraint.mask`; None allows every token.
+
+        Raises:
+            QueryError: there are none.
+        """
+        mask = self.constraint.mask() if self.constraint is not None else None
+        if self.token_filter is None:
+            return mask
+        return self.token_filter.mask(self.token_ids, self.num_output, mask)
+
     def draw_uniform(self) -> float:
         """The random number for the next token, in [0, 1).
 
@@ -125,19 +141,26 @@ class Sequence:
 
         Args:
             token_id: the token.
-            eos_ids: tokens that end an answer.
+            eos_ids: the model's end tokens.
             logprob: the token's log probability, if it was requested.
         """
         self.token_ids.append(token_id)
         self._uniform = None
         if self.constraint is not None:
             self.constraint.accept(token_id)
-        if logprob is not None and token_id not in eos_ids:
+        is_end = self._is_end(token_id, eos_ids)
+        if logprob is not None and not is_end:
             self.logprobs.append(logprob)
-        if token_id in eos_ids or (self.constraint is not None and self.constraint.is_over):
+        if is_end or (self.constraint is not None and self.constraint.is_over):
             self.finish_reason = FinishReason.STOP
         elif not self.wants_token:
             self.finish_reason = FinishReason.LENGTH
+
+    def _is_end(self, token_id: int, eos_ids: frozenset[int]) -> bool:
+        """Whether a token ends the answer; a constrained one ends where its grammar allows it."""
+        ignores_eos = self.sampling.ignore_eos and self.constraint is None
+        is_eos = token_id in eos_ids and not ignores_eos
+        return is_eos or token_id in self.sampling.stop_token_ids
 
 
 @dataclass(frozen=True, slots=True)

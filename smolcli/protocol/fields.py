@@ -1,5 +1,6 @@
 """The types of fields that queries and OpenAI's requests share."""
 
+import re
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -8,13 +9,17 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
 
 MAX_CHOICES = 1000
-MAX_SEED = 2**63 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
+MAX_BIAS = 100
+MAX_LISTED = 1024  # biases, stop tokens and bad words
+MAX_ALLOWED = 1 << 16  # allowed tokens
 MAX_ANSWERS = 16
 MAX_LOGPROBS = 20
 MAX_EXACT_FLOAT = 2**53  # the largest integer up to which floats are exact
@@ -38,6 +43,15 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+_TOKEN_KEY = r"(0|[1-9][0-9]{0,8})"
+
+
+def _token_key(value: object) -> object:
+    """A token id that is written as a key of a JSON object, as an int."""
+    is_id = isinstance(value, str) and re.fullmatch(_TOKEN_KEY, value)
+    return int(value) if is_id else value  # type: ignore[call-overload]
+
+
 def _stripped(value: object) -> object:
     """Reject a choice with outer white space: answers are stripped, so none could match it."""
     if isinstance(value, str) and value != value.strip():
@@ -57,7 +71,28 @@ Temperature = Annotated[Number, Field(ge=0, le=100)]
 TopP = Annotated[Number, Field(gt=0, le=1)]
 TopK = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
 Penalty = Annotated[Number, Field(gt=0, le=100)]
-Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED), FLOAT_TO_INT]
+MinP = Annotated[Number, Field(ge=0, le=1)]
+OutputPenalty = Annotated[Number, Field(ge=-2, le=2)]
+NumTokens = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
+TokenId = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED)]
+AllowedIds = Annotated[list[TokenId], Field(max_length=MAX_ALLOWED)]
+LogitBias = Annotated[
+    dict[
+        Annotated[int, Field(strict=True, ge=0), BeforeValidator(_token_key)],
+        Annotated[Number, Field(ge=-MAX_BIAS, le=MAX_BIAS)],
+    ],
+    Field(max_length=MAX_LISTED),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": MAX_LISTED,
+            "propertyNames": {"pattern": rf"^{_TOKEN_KEY}(?![\s\S])"},
+            "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+        }
+    ),
+]
+Seed = Annotated[int, Field(strict=True, ge=MIN_SEED, le=MAX_SEED), FLOAT_TO_INT]
 NumAnswers = Annotated[int, Field(strict=True, ge=1, le=MAX_ANSWERS), FLOAT_TO_INT]
 NumLogprobs = Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS), FLOAT_TO_INT]
 StopString = Annotated[str, Field(strict=True, min_length=1, max_length=1000)]
@@ -69,6 +104,10 @@ TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31), FLOAT_TO_INT]
 RawText = Annotated[str, Field(strict=True, min_length=1)]
 RawPrompt = RawText | Annotated[list[TokenId], Field(min_length=1)]
 Id = Annotated[str, Field(strict=True, min_length=1)]
+BadWord = Annotated[
+    str, Field(strict=True, max_length=1000, pattern=r"\S")  # white space is not a word
+]
+BadWords = Annotated[list[BadWord], Field(max_length=MAX_LISTED)]
 ChatId = Annotated[Id, BeforeValidator(decimal_id, json_schema_input_type=Id | int)]
 # The lookahead is JSON Schema's portable way to say "end of text": $ also matches before "\n".
 _CHOICE_PATTERN = r"^\S(?:[\s\S]*\S)?(?![\s\S])"
@@ -83,6 +122,21 @@ _ChoiceText = Annotated[
 ]
 Choice = Annotated[_ChoiceText, BeforeValidator(_stripped, json_schema_input_type=_ChoiceText)]
 Choices = Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES)]
+
+
+# Descriptions that a field has in both formats; they complete "<field> must be ...".
+
+MIN_P = "a number from 0 (no minimum) to 1"
+PENALTY = "a number from -2 to 2"
+LOGIT_BIAS = (
+    f"an object that maps up to {MAX_LISTED:,} token ids to numbers from -{MAX_BIAS} to {MAX_BIAS}"
+)
+MIN_TOKENS = "a non-negative integer"
+FLAG = "true or false"
+STOP_TOKEN_IDS = f"a list of up to {MAX_LISTED:,} token ids"
+ALLOWED_TOKEN_IDS = f"a list of up to {MAX_ALLOWED:,} token ids; an empty one allows all"
+BAD_WORDS = f"a list of up to {MAX_LISTED:,} non-blank strings"
+SEED = "an integer from -2^63 to 2^63 - 1; -1 means the default"
 
 
 # Objects whose empty members have no effect.

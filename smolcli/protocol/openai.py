@@ -14,23 +14,39 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
+    ALLOWED_TOKEN_IDS,
+    BAD_WORDS,
     EMPTY,
+    FLAG,
     FLOAT_TO_INT,
+    LOGIT_BIAS,
     MAX_ANSWERS,
     MAX_LOGPROBS,
-    MAX_SEED,
+    MIN_P,
+    MIN_TOKENS,
+    PENALTY,
+    SEED,
+    STOP_TOKEN_IDS,
+    AllowedIds,
+    BadWords,
     Choices,
     Count,
     Flag,
     Integer,
     Lenient,
+    LogitBias,
+    MinP,
     NumAnswers,
     Number,
     NumLogprobs,
+    NumTokens,
+    OutputPenalty,
     Penalty,
+    Seed,
     Stop,
     Temperature,
     Text,
+    TokenIds,
     TopP,
 )
 from smolcli.protocol.query import (
@@ -153,10 +169,20 @@ class GenerationFields(Lenient):
     repetition_penalty: Penalty | None = Field(
         None, description="a number greater than 0 and at most 100; an extension"
     )
-    seed: Annotated[int, Field(strict=True, ge=-1, le=MAX_SEED), FLOAT_TO_INT] | None = Field(
-        None, description="an integer from 0 to 2^63 - 1, or -1 for the default"
-    )
+    min_p: MinP | None = Field(None, description=f"{MIN_P}; an extension")
+    presence_penalty: OutputPenalty | None = Field(None, description=PENALTY)
+    frequency_penalty: OutputPenalty | None = Field(None, description=PENALTY)
+    logit_bias: LogitBias | None = Field(None, description=LOGIT_BIAS)
+    seed: Seed | None = Field(None, description=SEED)
+    min_tokens: NumTokens | None = Field(None, description=f"{MIN_TOKENS}; an extension")
+    ignore_eos: Flag | None = Field(None, description=f"{FLAG}; an extension")
     stop: Stop | None = Field(None, description="a non-empty string or a list of up to 16 of them")
+    stop_token_ids: TokenIds | None = Field(None, description=f"{STOP_TOKEN_IDS}; an extension")
+    include_stop_str_in_output: Flag | None = Field(None, description=f"{FLAG}; an extension")
+    bad_words: BadWords | None = Field(None, description=f"{BAD_WORDS}; an extension")
+    allowed_token_ids: AllowedIds | None = Field(
+        None, description=f"{ALLOWED_TOKEN_IDS}; an extension"
+    )
     stream: Flag | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(
         None, description="an object with include_usage, if stream is true"
@@ -171,9 +197,6 @@ class GenerationFields(Lenient):
     user: Text | None = Field(None, description=_NO_EFFECT)
 
     # OpenAI's parameters that are not supported.
-    presence_penalty: Zero | None = Field(None, description=_ZERO)
-    frequency_penalty: Zero | None = Field(None, description=_ZERO)
-    logit_bias: dict[str, Zero] | None = Field(None, description="empty: it is not supported")
 
     # vLLM's parameters without an effect here.
     priority: Integer | None = Field(None, description="an integer; it has no effect")
@@ -189,14 +212,7 @@ class GenerationFields(Lenient):
     use_beam_search: Literal[False] | None = Field(None, description=_FALSE)
     early_stopping: Literal[False] | None = Field(None, description=_FALSE)
     length_penalty: One | None = Field(None, description="1: it is not supported")
-    min_p: Zero | None = Field(None, description=_ZERO)
-    min_tokens: Zero | None = Field(None, description=_ZERO)
-    ignore_eos: Literal[False] | None = Field(None, description=_FALSE)
-    stop_token_ids: None = Field(None, description=_UNSUPPORTED)
-    bad_words: None = Field(None, description=_UNSUPPORTED)
-    allowed_token_ids: None = Field(None, description=_UNSUPPORTED)
     logits_processors: None = Field(None, description=_UNSUPPORTED)
-    include_stop_str_in_output: Literal[False] | None = Field(None, description=_FALSE)
     skip_special_tokens: Literal[True] | None = Field(
         None, description="true: special tokens are never part of an answer"
     )
@@ -397,7 +413,9 @@ def parse_completion(
 
 
 _SAME_NAME = (
-    *("temperature", "top_p", "repetition_penalty", "stop"),
+    *("temperature", "top_p", "repetition_penalty", "min_p", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "seed", "min_tokens", "ignore_eos", "stop"),
+    *("stop_token_ids", "include_stop_str_in_output", "bad_words", "allowed_token_ids"),
     *("choices", "n", "logprobs", "top_logprobs"),
 )
 
@@ -412,7 +430,6 @@ def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
     return values | {
         "messages": [_message(index, each) for index, each in enumerate(fields.messages)],
         "max_new_tokens": fields.max_completion_tokens or fields.max_tokens,
-        "seed": None if fields.seed == -1 else fields.seed,
         "top_k": None if fields.top_k is None else max(fields.top_k, 0),
     }
 

@@ -15,35 +15,55 @@ from pydantic_core import core_schema
 
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
+    ALLOWED_TOKEN_IDS,
+    BAD_WORDS,
+    FLAG,
+    LOGIT_BIAS,
     MAX_ANSWERS,
     MAX_CHOICES,
     MAX_LOGPROBS,
+    MIN_P,
+    MIN_TOKENS,
+    PENALTY,
+    SEED,
+    STOP_TOKEN_IDS,
+    AllowedIds,
+    BadWords,
     ChatId,
     Choices,
     CountOrZero,
     Flag,
     Lenient,
+    LogitBias,
+    MinP,
     NumAnswers,
     NumLogprobs,
+    NumTokens,
+    OutputPenalty,
     Penalty,
     RawPrompt,
     Seed,
     Stop,
     Temperature,
     Text,
+    TokenIds,
     TopK,
     TopP,
     decimal_id,
 )
 from smolcli.protocol.prompt import derived_seed, with_system_prompt
 from smolcli.protocol.strict_json import shorten
-from smolcli.settings import QueryDefaults
+from smolcli.settings import DEFAULT_SEED, QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
 
 JSON_OBJECT = '{"type": "object"}'
 SCHEMA_NAME = "answer"  # OpenAI's format requires a name
 
-SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
+SAMPLING_FIELDS = (
+    *("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "min_p"),
+    *("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "ignore_eos"),
+    *("stop_token_ids", "allowed_token_ids"),
+)
 
 
 # Answer formats.
@@ -273,8 +293,18 @@ class QueryFields(BaseModel):
     repetition_penalty: Penalty | None = Field(
         None, description="a number greater than 0 and at most 100"
     )
-    seed: Seed | None = Field(None, description="an integer from 0 to 2^63 - 1")
+    min_p: MinP | None = Field(None, description=MIN_P)
+    presence_penalty: OutputPenalty | None = Field(None, description=PENALTY)
+    frequency_penalty: OutputPenalty | None = Field(None, description=PENALTY)
+    logit_bias: LogitBias | None = Field(None, description=LOGIT_BIAS)
+    seed: Seed | None = Field(None, description=SEED)
+    min_tokens: NumTokens | None = Field(None, description=MIN_TOKENS)
+    ignore_eos: Flag | None = Field(None, description=FLAG)
     stop: Stop | None = Field(None, description="a non-empty string or a list of up to 16 of them")
+    stop_token_ids: TokenIds | None = Field(None, description=STOP_TOKEN_IDS)
+    include_stop_str_in_output: Flag | None = Field(None, description=FLAG)
+    bad_words: BadWords | None = Field(None, description=BAD_WORDS)
+    allowed_token_ids: AllowedIds | None = Field(None, description=ALLOWED_TOKEN_IDS)
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=CHOICES_DESCRIPTION)
     n: NumAnswers | None = Field(None, description=f"an integer from 1 to {MAX_ANSWERS}")
@@ -327,6 +357,8 @@ def parse_query(value: object, defaults: QueryDefaults, line: int | None = None)
         messages=_messages(fields, defaults.system_prompt),
         sampling=_sampling(fields, defaults.sampling),
         stop=tuple(fields.stop or ()),
+        include_stop=bool(fields.include_stop_str_in_output),
+        bad_words=tuple(fields.bad_words or ()),
         format=answer_format(fields.response_format, fields.choices, defaults.format),
         n=fields.n or 1,
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
@@ -368,10 +400,19 @@ def _messages(fields: QueryFields, system_prompt: str | None) -> tuple[Message, 
 
 
 def _sampling(fields: QueryFields, defaults: Sampling) -> Sampling:
-    given = {name: getattr(fields, name) for name in SAMPLING_FIELDS}
+    given = {name: _hashable(getattr(fields, name)) for name in SAMPLING_FIELDS}
     values = {k: getattr(defaults, k) if v is None else v for k, v in given.items()}
-    seed = fields.seed if fields.seed is not None else derived_seed(defaults.seed, fields.chat_id)
+    seed = fields.seed
+    if seed is None or seed == DEFAULT_SEED:
+        seed = derived_seed(defaults.seed, fields.chat_id)
     return Sampling(**values, seed=seed)
+
+
+def _hashable(value: Any) -> Any:
+    """Token ids and biases in a canonical order; biases of 0 have no effect."""
+    if isinstance(value, dict):
+        return tuple(sorted((token_id, bias) for token_id, bias in value.items() if bias))
+    return tuple(sorted(set(value))) if isinstance(value, list) else value
 
 
 def _metadata(metadata: dict[str, Any] | None, extra: dict[str, Any]) -> dict[str, Any] | None:

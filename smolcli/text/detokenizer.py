@@ -29,8 +29,12 @@ class StopString:
             matched = self._next(matched, char)
             self._fallbacks.append(matched)
 
-    def find(self, piece: str) -> int | None:
+    def find(self, piece: str, may_end: bool = True) -> int | None:
         """Advance by a piece of text.
+
+        Args:
+            piece: the text.
+            may_end: whether the stop string may end in it; otherwise it is ignored there.
 
         Returns:
             Where in `piece` the stop string ends, or None. The search is over once it is found.
@@ -39,7 +43,9 @@ class StopString:
         for end, char in enumerate(piece, 1):
             matched = self._next(matched, char)
             if matched == len(self.text):
-                return end
+                if may_end:
+                    return end
+                matched = self._fallbacks[-1]
         self.num_matched = matched
         return None
 
@@ -52,20 +58,27 @@ class StopString:
 class Detokenizer:
     """Turns the tokens of one answer into text, ending at the first stop string.
 
-    The text excludes the stop string and surrounding white space. Text that may be the start of
-    a stop string, and white space that may be the last, is held back until more is known.
+    The text excludes surrounding white space and, by default, the stop string. Text that may be the
+    start of a stop string, and white space that may be the last, is held back until more is known.
 
     Args:
         decoder: a new decoder.
         stop: strings that end the answer.
+        include_stop: whether the text includes the stop string.
         keeps_space: whether surrounding white space is part of the text, as in the continuation of
             a raw prompt.
     """
 
     def __init__(
-        self, decoder: TextDecoder, stop: tuple[str, ...], keeps_space: bool = False
+        self,
+        decoder: TextDecoder,
+        stop: tuple[str, ...],
+        *,
+        include_stop: bool = False,
+        keeps_space: bool = False,
     ) -> None:
         self._decoder = decoder
+        self._include_stop = include_stop
         self._keeps_space = keeps_space
         self._stop = [StopString(text) for text in stop]
         self._shown: list[str] = []
@@ -79,22 +92,30 @@ class Detokenizer:
         text = "".join([*self._shown, *self._space, self._tail])
         return text if self._keeps_space else text.strip()
 
-    def push(self, token_id: int) -> str:
-        """Take one token; returns the text that has become final."""
-        return self._extend(self._decoder.push(token_id))
+    def push(self, token_id: int, may_stop: bool = True) -> str:
+        """Take one token; returns the text that has become final.
+
+        Args:
+            token_id: the token.
+            may_stop: whether a stop string may end with this token.
+        """
+        return self._extend(self._decoder.push(token_id), may_stop)
 
     def finish(self) -> str:
         """End the answer; returns the rest of the text."""
-        piece = "" if self.is_stopped else self._extend(self._decoder.flush())
+        piece = "" if self.is_stopped else self._extend(self._decoder.flush(), may_stop=True)
         tail, self._tail = self._tail, ""
         return piece + self._show(tail)
 
-    def _extend(self, piece: str) -> str:
+    def _extend(self, piece: str, may_stop: bool) -> str:
         text = self._tail + piece
-        ends = [(stop, end) for stop in self._stop if (end := stop.find(piece)) is not None]
+        found = [(stop, stop.find(piece, may_stop)) for stop in self._stop]
+        ends = [(stop, end) for stop, end in found if end is not None]
         if ends:
             self.is_stopped = True
-            num_final = min(len(self._tail) + end - len(stop.text) for stop, end in ends)
+            # Of several, the one that begins first counts.
+            start, end = min((end - len(stop.text), end) for stop, end in ends)
+            num_final = len(self._tail) + (end if self._include_stop else start)
             text = text[:num_final]
         else:
             num_final = len(text) - max((stop.num_matched for stop in self._stop), default=0)

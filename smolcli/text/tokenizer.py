@@ -120,6 +120,18 @@ class ChatTokenizer:
             return raw_prompt
         return self._tokenizer.decode(raw_prompt, skip_special_tokens=False)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Encode plain text without the chat template; control tokens in it are ordinary text."""
+        return self._encoder.encode_text(text)
+
+    def word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word at the beginning of a text and, if they differ, after a space."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word.lstrip(), f" {word.lstrip()}"):
+                found[tuple(self.encode_text(text))] = None
+        return tuple(ids for ids in found if ids)
+
     def render(self, messages: Sequence[Message]) -> str:
         """Apply the chat template.
 
@@ -244,6 +256,10 @@ class PromptEncoder:
         """Encode text whose control tokens count, and add those that start every text, if any."""
         encoded = self._tokenizer.encode(self._aliased(text)[0]).ids
         return [self._ids.get(token_id, token_id) for token_id in encoded]
+
+    def encode_text(self, text: str) -> list[int]:
+        """Encode text in which no control token is recognized."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _with_aliases(
         self, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]

@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import Any, TypeGuard
 
 from smolcli.errors import QueryError
 from smolcli.protocol.query import format_fields
 from smolcli.protocol.strict_json import load_json
-from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage, failure
+from smolcli.types import ErrorCode, FinishReason, Query, Result, Sampling, Usage, failure
 
 MAX_ERROR_CHARS = 1000
 MAX_COUNT = 2**53  # tokens; larger counts fit neither a table nor every JSON parser
 _TOO_LONG = ("context_length_exceeded", "maximum context length", "prompt_too_long")
+_WITH_OPTION = ("min_p", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos")
 _PLAIN_ROLES = (["user"], ["system", "user"])
 
 
@@ -37,6 +38,7 @@ def chat_body(query: Query, dialect: Dialect) -> dict[str, Any]:
     """
     options = _options(query, dialect)
     if dialect is Dialect.PLAIN:
+        _reject_extensions(query)
         return {"chat_id": query.chat_id} | plain_prompts(query)
     body = {"chat_id": query.chat_id} | _prompt(query) | _sampling(query) | options
     return body | {"max_new_tokens": query.sampling.max_new_tokens, "seed": query.sampling.seed}
@@ -72,8 +74,9 @@ def completion_body(query: Query, model: str, dialect: Dialect, is_stream: bool)
     """
     body: dict[str, Any] = {"model": model, "messages": _messages(query)} | _sampling(query)
     if dialect is Dialect.OPENAI:
-        neutral = {"top_k": 0, "repetition_penalty": 1.0}
-        body = {name: value for name, value in body.items() if value != neutral.get(name)}
+        neutral = asdict(Sampling())
+        core = ("temperature", "top_p")
+        body = {k: v for k, v in body.items() if k in core or v != neutral.get(k)}
     body |= _options(query, dialect)
     body |= {"max_tokens": query.sampling.max_new_tokens, "seed": query.sampling.seed}
     return body | {"stream": True, "stream_options": {"include_usage": True}} if is_stream else body
@@ -92,9 +95,37 @@ def _messages(query: Query) -> list[dict[str, str]]:
 
 
 def _sampling(query: Query) -> dict[str, Any]:
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    values: dict[str, Any] = {name: getattr(query.sampling, name) for name in names}
-    return values | {"stop": list(query.stop)} if query.stop else values
+    """Sampling parameters: those that a server may have options for, and others if they are set."""
+    sampling = query.sampling
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", *_WITH_OPTION)
+    values: dict[str, Any] = {name: getattr(sampling, name) for name in names}
+    return values | ({"stop": list(query.stop)} if query.stop else {}) | _extensions(query)
+
+
+def _extensions(query: Query) -> dict[str, Any]:
+    """The parameters that no server has options for, if they are set."""
+    sampling = query.sampling
+    values = {
+        "logit_bias": {str(token_id): bias for token_id, bias in sampling.logit_bias},
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "allowed_token_ids": list(sampling.allowed_token_ids),
+        "include_stop_str_in_output": query.include_stop,
+        "bad_words": list(query.bad_words),
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def _reject_extensions(query: Query) -> None:
+    """Reject what a server that only takes prompts would ignore.
+
+    It ignores the oldest parameters too, which is how the service that smol replaces works.
+
+    Raises:
+        QueryError: a parameter is set.
+    """
+    values = {name: getattr(query.sampling, name) for name in _WITH_OPTION} | _extensions(query)
+    if name := next((name for name, value in values.items() if value), None):
+        raise QueryError(f"the upstream server does not support {name}", field=name)
 
 
 def _options(query: Query, dialect: Dialect) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def _settings(
         output=journal_path(output),
         defaults=generation.query_defaults(options.extra_fields, read_schema(schema)),
         engine=engine.settings(),
-        seed=generation.seed,
+        seed=generation.given_seed,
         limit=options.limit,
         errors=options.errors,
         retry_errors=options.retry_errors,

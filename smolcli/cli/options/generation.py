@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from smolcli.cli.options import option, read_text, require_utf8
 from smolcli.errors import QueryError, UsageError, error_reason
-from smolcli.settings import OPENAI_TEMPERATURE, QueryDefaults
+from smolcli.settings import DEFAULT_SEED, OPENAI_TEMPERATURE, QueryDefaults
 from smolcli.types import AnswerFormat, Sampling
 
 _DEFAULTS = Sampling()
@@ -67,6 +67,38 @@ class GenerationOptions:
             help="Penalty for tokens that already occurred. 1: none.",
         ),
     ] = _DEFAULTS.repetition_penalty
+    min_p: Annotated[
+        float,
+        _generation(
+            "--min-p",
+            metavar="P",
+            help="Exclude tokens less likely than this fraction of the most likely one.",
+        ),
+    ] = _DEFAULTS.min_p
+    presence_penalty: Annotated[
+        float,
+        _generation(
+            "--presence-penalty",
+            metavar="X",
+            help="Penalty from -2 to 2 for tokens that the answer already contains.",
+        ),
+    ] = _DEFAULTS.presence_penalty
+    frequency_penalty: Annotated[
+        float,
+        _generation(
+            "--frequency-penalty",
+            metavar="X",
+            help="The same, multiplied by the number of times that the token occurred.",
+        ),
+    ] = _DEFAULTS.frequency_penalty
+    min_tokens: Annotated[
+        int,
+        _generation("--min-tokens", metavar="N", help="Minimum length of an answer in tokens."),
+    ] = _DEFAULTS.min_tokens
+    ignore_eos: Annotated[
+        bool,
+        _generation("--ignore-eos", help="Continue after the end of an answer, for benchmarks."),
+    ] = _DEFAULTS.ignore_eos
     seed: Annotated[
         int | None,
         _generation("--seed", metavar="N", help="Random seed. Default: a new one for each run."),
@@ -86,6 +118,11 @@ class GenerationOptions:
         ),
     ] = None
 
+    @property
+    def given_seed(self) -> int | None:
+        """The seed; None if one has to be drawn."""
+        return None if self.seed == DEFAULT_SEED else self.seed
+
     def query_defaults(
         self,
         extra_fields: Literal["error", "ignore", "keep"] = "error",
@@ -101,7 +138,7 @@ class GenerationOptions:
             UsageError: a value is invalid; the message names the option.
         """
         system_prompt = self._system_prompt()
-        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
+        seed = secrets.randbelow(2**31) if self.given_seed is None else self.given_seed
         several = OPENAI_TEMPERATURE if self.temperature is None else self.temperature
         return QueryDefaults(
             sampling=replace(self._sampling(), seed=seed),
