@@ -111,6 +111,7 @@ class LLM:
             prefix_cache_mb=prefix_cache_mb,
         )
         urls = (via,) if isinstance(via, str) else tuple(via)
+        self._is_remote = bool(urls)
         if urls:
             self._backend = _open_remote(urls, api_key, self._settings)
         else:
@@ -243,6 +244,7 @@ class LLM:
         prompt: str | None = None,
         id_column: str | None = None,
         fields: Sequence[str] = (),
+        truncate_prompt: bool = False,
         errors: str | PathLike[str] | None = None,
         limit: int | None = None,
         overwrite: bool = False,
@@ -265,7 +267,9 @@ class LLM:
             output: JSON Lines or a table; by default next to the input. Required for a list.
             prompt: template for each row of a table, with columns in braces.
             id_column: column to use as chat_id.
-            fields: columns to copy into the results.
+            fields: columns to copy into the results; `["*"]` copies all.
+            truncate_prompt: whether to cut the middle of the longest column or message of a prompt
+                that leaves no room for its answer.
             errors: file to move failed lines to.
             limit: number of lines to answer.
             overwrite: whether to replace an existing output.
@@ -293,6 +297,8 @@ class LLM:
         names = [input] if isinstance(input, str | PathLike) else list(input)
         files = tuple(InputFile(str(name), Path(name)) for name in names)
         is_list = not isinstance(input, str | PathLike)
+        if truncate_prompt and self._is_remote:
+            raise UsageError("truncate_prompt needs a model on this machine, not a server")
         if not files or (is_list and output is None):
             raise UsageError("a list of inputs needs at least one file, and an output")
         target = default_output(files[0].path) if output is None else Path(output)
@@ -307,7 +313,7 @@ class LLM:
             retry_errors=retry_errors,
             overwrite=overwrite,
             with_timings=timings,
-            rows=RowSettings(prompt, id_column, tuple(fields)),
+            rows=RowSettings(prompt, id_column, tuple(fields), truncate_prompt=truncate_prompt),
             table=target if table_suffix(target) else None,
             files=files if is_list else (),
         )

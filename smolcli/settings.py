@@ -14,6 +14,8 @@ InputFormat = Literal[
     "auto", "smol", "openai", "bare", "text", "jsonl", "json", "csv", "tsv", "parquet"
 ]
 
+ALL_FIELDS = ("*",)  # as the fields of a run: every column
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_SEED = -1  # counts as absent, as in vLLM and llama.cpp
 OPENAI_TEMPERATURE = 1.0  # the default of OpenAI's API
@@ -115,10 +117,11 @@ class RowSettings:
         prompt: template of the prompt; None if the columns are named like query fields.
         id_column: the column with the ids; None uses `chat_id` if present, otherwise the row
             number.
-        fields: columns to copy to the metadata of the result.
+        fields: columns to copy to the metadata of the result, or ALL_FIELDS.
         input_format: what the input is; auto detects it from the file name and the content.
         encoding: of the text; None is UTF-8, or UTF-16 or UTF-32 if it is detected.
         delimiter: between the cells of a CSV file; None detects it from the first rows.
+        truncate_prompt: cut prompts that leave no room for their answer.
     """
 
     prompt: str | None = None
@@ -127,6 +130,7 @@ class RowSettings:
     input_format: InputFormat = "auto"
     encoding: str | None = None
     delimiter: str | None = None
+    truncate_prompt: bool = False
 
     @property
     def maps_rows(self) -> bool:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime, time, timedelta
@@ -33,7 +34,7 @@ from smolcli.data.prompt_template import Template, options_hint
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
 from smolcli.data.source import open_source
-from smolcli.errors import BackendError, InputError, ResumeRefused, UsageError
+from smolcli.errors import BackendError, InputError, QueryError, ResumeRefused, UsageError
 from smolcli.settings import QueryDefaults, RowSettings, RunSettings
 from smolcli.types import Query
 
@@ -78,6 +79,70 @@ def smol(*args: object) -> Any:
 
 
 # templates
+
+
+NESTED = {
+    "a": {"b": "x", "label": "z", "c": [{"d": 1}]},
+    "a.e": "dotted",
+    "json": '{"f": "y"}',
+    "null": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{a.b}", "x"),
+        ("{a.c.0.d}", "1"),
+        ("{a.e}", "dotted"),
+        ("{json.f}", "y"),
+        ("{a.b}{null.g}", "x"),
+        ("{a.c}", '[{"d": 1}]'),
+    ],
+)
+def test_template_names_members_of_nested_columns(template: str, text: str) -> None:
+    assert Template(template).render(NESTED) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{a.labl}", "'a.labl': there is no member 'labl'; did you mean 'label'?"),
+        ("{a.b.c}", "'a.b.c': there is no member 'c'"),
+        ("{a.c.7}", "there is no member '7'"),
+        ("{z.b}", "no column named 'z.b'"),
+    ],
+)
+def test_missing_member_is_an_error_of_its_row(template: str, said: str) -> None:
+    with pytest.raises(QueryError, match=re.escape(said)):
+        Template(template).render(NESTED)
+
+
+def test_nested_columns_are_read_from_tables(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    rows = [{"meta": {"id": "k1", "text": "one"}, "other": 1}, {"meta": None, "other": 2}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    first, second = items(path, RowSettings("Say {meta.text}", "meta.id", ("meta.text",)))
+    assert (first.chat_id, prompt(first)) == ("k1", "Say one")
+    assert first.metadata == {"meta.text": "one"}
+    assert (second.chat_id, second.error) == (None, "'meta.id' must not be empty")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_all_columns_can_be_copied(tmp_path: Path, suffix: str) -> None:
+    """A column that has the name of a result column stays in the metadata."""
+    path = write(tmp_path / "in.csv", "chat_id,text,error,stars\n1,a,none,5\n2,,x,3\n")
+    output = tmp_path / f"out{suffix}"
+    assert smol("run", path, "--prompt", "{text}", "--fields", "*", "-o", output).exit_code == 3
+    if suffix == ".jsonl":
+        records = [json.loads(line) for line in output.read_text().splitlines()]
+        assert records[0]["metadata"] == {"text": "a", "error": "none", "stars": "5"}
+        assert records[1]["metadata"] == {"text": None, "error": "x", "stars": "3"}
+    else:
+        first, second = csv.DictReader(output.read_text().splitlines())
+        assert list(first)[:3] == ["chat_id", "text", "stars"]
+        assert (first["stars"], first["error"], first["metadata"]) == ("5", "", '{"error": "none"}')
+        assert second["error_code"] == "missing_field"
 
 
 def test_template_may_be_in_a_file(tmp_path: Path) -> None:
@@ -229,9 +294,11 @@ def test_any_text_that_csv_writes_is_read_back(
 
 
 def test_rows_with_other_columns_get_a_hint_to_the_options(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", '{"id": 1, "prompt": "Hi"}\n{"id": 2, "user_promt": "Hi"}\n')
+    path = write(
+        tmp_path / "x.jsonl", '{"id": 1, "question": "Hi"}\n{"id": 2, "user_promt": "Hi"}\n'
+    )
     first, second = items(path, RowSettings())
-    assert first.error.endswith("map the columns with --prompt '{prompt}' --id-column id")
+    assert first.error.endswith("map the columns with --prompt '{question}' --id-column id")
     assert second.error.startswith("unknown field 'id'")
 
 

@@ -78,6 +78,8 @@ class Manifest:
         for name in ("input_format", "encoding", "delimiter"):
             if (value := getattr(settings.rows, name)) not in (None, "auto"):
                 generation[name] = value
+        if settings.rows.truncate_prompt:
+            generation["truncate_prompt"] = True
         del generation["seed"]
         return cls(
             input=str(scan.inputs),

@@ -1,6 +1,6 @@
 """Turns the rows of an input into queries, or into error results if they are invalid."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from itertools import chain
 
@@ -78,6 +78,7 @@ class QueryReader:
         defaults: values for fields that a query leaves out.
         ids: ids already taken by earlier rows; extended while reading.
         format: the format of the rows; detected from the first rows if None.
+        fit: makes the prompt of a row's query fit the model.
     """
 
     def __init__(
@@ -86,11 +87,13 @@ class QueryReader:
         defaults: QueryDefaults,
         ids: ChatIds,
         format: LineFormat | None = None,
+        fit: Callable[[Query, Row], Query] | None = None,
     ) -> None:
         self._rows = rows
         self._defaults = defaults
         self._ids = ids
         self._format = format
+        self._fit = fit
 
     @property
     def format(self) -> LineFormat:
@@ -107,7 +110,16 @@ class QueryReader:
             item = _parse(row, self._format, self._defaults)
             if item.chat_id and not self._ids.claim(item.chat_id) and isinstance(item, Query):
                 item = _duplicate(item, self._format.for_line(row.number).id_field)
+            if self._fit is not None and isinstance(item, Query):
+                item = _fitted(item, row, self._fit)
             yield item
+
+
+def _fitted(query: Query, row: Row, fit: Callable[[Query, Row], Query]) -> Query | Result:
+    try:
+        return fit(query, row)
+    except QueryError as exc:
+        return failure(query, str(exc), exc.code, exc.field)
 
 
 def _values(rows: Iterator[Row], sample: list[Row]) -> Iterator[object]:

@@ -39,6 +39,7 @@ from smolcli.batch.pipeline import answer_all, read_ahead
 from smolcli.batch.progress import RunProgress
 from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.batch.statistics import RunStatistics, StatisticsCollector
+from smolcli.batch.truncation import PromptTruncation
 from smolcli.data.compression import FOREIGN_SUFFIXES, codec_of_name, without_codec_suffix
 from smolcli.data.detection import table_suffix
 from smolcli.data.inputs import Inputs
@@ -273,7 +274,7 @@ class Run:
     def has_lines_to_retry(self) -> bool:
         """Whether any line changed, or failed and is a valid query that may succeed this time."""
         failed = self.journal.failed_lines
-        items = self._read_queries(self._rows(), ChatIds())
+        items = self._read_queries(self._rows(), ChatIds(), is_for_model=False)
         return bool(self.changed) or any(
             isinstance(item, Query) and item.line in failed for item in items
         )
@@ -475,10 +476,15 @@ class Run:
         num_left = None if limit is None else max(limit - num_done, 0)
         return islice(self.scan.inputs.read(journal.last_line), num_left)
 
-    def _read_queries(self, rows: Iterable[Row], ids: ChatIds) -> QueryReader:
+    def _read_queries(
+        self, rows: Iterable[Row], ids: ChatIds, is_for_model: bool = True
+    ) -> QueryReader:
         sampling = replace(self.settings.defaults.sampling, seed=self.seed)
         defaults = replace(self.settings.defaults, sampling=sampling)
-        return QueryReader(rows, defaults, ids, self.scan.format)
+        fit = None
+        if is_for_model and self.settings.rows.truncate_prompt:
+            fit = PromptTruncation(self.settings.engine.model).fit
+        return QueryReader(rows, defaults, ids, self.scan.format, fit)
 
     def _run_info(self, backend: Backend | None = None) -> RunInfo:
         """What result lines say about this run; without a backend, enough to read them back."""

@@ -10,6 +10,8 @@ from typing import Any
 from smolcli.backends.base import Counters
 from smolcli.types import Result
 
+CUT_KEY = "characters_cut"  # in the metadata of a query whose prompt was truncated
+
 _NO_COUNTERS = Counters()
 
 
@@ -87,6 +89,7 @@ class RunStatistics:
     latency_p50_s: float | None
     latency_p95_s: float | None
     pace: dict[str, Any] | None = None
+    truncated_prompts: int = 0
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and values to show in a table."""
@@ -96,6 +99,8 @@ class RunStatistics:
             rows.append(("from an earlier session", f"{self.resumed_lines:,}"))
         if self.shared_queries:
             rows.append(("deduplicated", f"{self.shared_queries:,}"))
+        if self.truncated_prompts:
+            rows.append(("truncated prompts", f"{self.truncated_prompts:,}"))
         cached = f", {self.cached_tokens:,} of them cached" if self.cached_tokens else ""
         rows.append(("prompt tokens", f"{self.prompt_tokens:,}{cached}"))
         rows.append(("completion tokens", f"{self.completion_tokens:,}"))
@@ -118,6 +123,7 @@ class StatisticsCollector:
         self.failed: Counter[str] = Counter()
         self.prompt_tokens = 0
         self.completion_tokens = 0
+        self.num_truncated = 0
         self._latencies = LatencyHistogram()
         self._throughput = Throughput()
         self._begun_at: float | None = None
@@ -157,6 +163,7 @@ class StatisticsCollector:
             self.num_answered += 1
         else:
             self.failed[str(result.error_code)] += 1
+        self.num_truncated += CUT_KEY in (result.metadata or ())
         if result.usage is not None:
             self.prompt_tokens += result.usage.prompt_tokens
             self.completion_tokens += result.usage.completion_tokens
@@ -185,6 +192,7 @@ class StatisticsCollector:
             latency_p50_s=self._latencies.quantile(0.50),
             latency_p95_s=self._latencies.quantile(0.95),
             pace=self._throughput.record(),
+            truncated_prompts=self.num_truncated,
         )
 
 

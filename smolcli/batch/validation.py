@@ -7,6 +7,7 @@ from pathlib import Path
 
 from smolcli.batch.input_scan import input_format
 from smolcli.batch.queries import ChatIds, QueryReader
+from smolcli.batch.truncation import PromptTruncation
 from smolcli.data.inputs import Inputs
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.line_formats import stated_format
@@ -29,7 +30,7 @@ def check_input(settings: RunSettings, check_query: CheckQuery | None) -> Iterat
     Args:
         settings: the input and the defaults for its queries.
         check_query: raises QueryError for a valid query that the model cannot answer; None skips
-            this check.
+            this check, and truncation.
 
     Raises:
         UsageError: the input lacks a column that the settings name.
@@ -38,7 +39,10 @@ def check_input(settings: RunSettings, check_query: CheckQuery | None) -> Iterat
     inputs = Inputs.of(settings)
     rows = islice(inputs.read(), settings.limit)
     format = input_format(inputs, settings) if inputs.is_several else stated_format(settings.rows)
-    for item in QueryReader(rows, settings.defaults, ChatIds(), format):
+    fit = None
+    if settings.rows.truncate_prompt and check_query is not None:
+        fit = PromptTruncation(settings.engine.model).fit
+    for item in QueryReader(rows, settings.defaults, ChatIds(), format, fit):
         yield item if isinstance(item, Result) else _checked(item, check_query)
 
 

@@ -2,16 +2,17 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from smolcli.data.rows import Row
+from smolcli.data.rows import LongestField, Row
 from smolcli.errors import QueryError, UsageError
-from smolcli.protocol.bare_lines import bare_id, is_bare, with_messages
+from smolcli.protocol.bare_lines import CONTENTS, bare_id, is_bare, with_messages
 from smolcli.protocol.fields import float_to_int
-from smolcli.protocol.query import FIELDS, QueryFields
+from smolcli.protocol.query import FIELDS, QueryFields, did_you_mean
 from smolcli.protocol.strict_json import load_json
-from smolcli.settings import RowSettings
+from smolcli.settings import ALL_FIELDS, RowSettings
 from smolcli.types import ErrorCode
 
 _BOOLEANS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -22,8 +23,8 @@ class Template:
     """A prompt with placeholders for columns: `Translate {text}`.
 
     A placeholder contains the name of a column verbatim, including colons, exclamation marks and
-    balanced braces. Any name can be written as a JSON string: `{"{odd}"}`. `{{` and `}}` are
-    literal braces.
+    balanced braces. Any name can be written as a JSON string: `{"{odd}"}`. `{a.b}` is the member
+    `b` of the column `a`, unless a column has the whole name. `{{` and `}}` are literal braces.
 
     Raises:
         UsageError: the text is not a template.
@@ -43,10 +44,24 @@ class Template:
         Raises:
             QueryError: a column is missing, or all of them are blank.
         """
+        return self._filled(self._texts(values))
+
+    def longest_field(self, values: Mapping[str, Any]) -> LongestField:
+        """The column with the longest text, for a row that `render` accepts."""
+        texts = self._texts(values)
+        longest = max(self.columns, key=lambda name: len(texts[name]))
+        return LongestField(
+            texts[longest], lambda replaced: self._filled(texts | {longest: replaced})
+        )
+
+    def _texts(self, values: Mapping[str, Any]) -> dict[str, str]:
         texts = {name: _text(cell(values, name)) for name in self.columns}
         if not any(text.strip() for text in texts.values()):
             names = " and ".join(repr(name) for name in self.columns)
             raise QueryError(f"{names} must not be empty", ErrorCode.MISSING_FIELD, self.columns[0])
+        return texts
+
+    def _filled(self, texts: Mapping[str, str]) -> str:
         return "".join(
             literal + (texts[name] if name is not None else "") for literal, name in self._parts
         )
@@ -93,15 +108,54 @@ def _name(text: str, start: int) -> tuple[str, int]:
     return name, end + 1
 
 
-def cell(values: Mapping[str, Any], column: str) -> Any:
-    """The value of a row in a column.
+def column_of(name: str, columns: Container[str]) -> tuple[str, list[str]] | None:
+    """The column that a name refers to, and the path of a member in it: `a` and `b` for `a.b`.
+
+    A column with the whole name comes first, then the one with the longest name. None if there is
+    no such column.
+    """
+    parts = name.split(".")
+    for at in range(len(parts), 0, -1):
+        if (column := ".".join(parts[:at])) in columns:
+            return column, parts[at:]
+    return None
+
+
+def cell(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a row in a column, or of a member in it; null has only null members.
 
     Raises:
-        QueryError: the row has no such column.
+        QueryError: the row has no such column or member.
     """
-    if column not in values:
-        raise QueryError(no_column(column, values), ErrorCode.MISSING_FIELD, column)
-    return values[column]
+    found = column_of(name, values)
+    if found is None:
+        raise QueryError(no_column(name, values), ErrorCode.MISSING_FIELD, name)
+    column, path = found
+    value = values[column]
+    for key in path:
+        value = _member(value, key, name)
+    return value
+
+
+def _member(value: object, key: str, name: str) -> object:
+    """A member of an object, an element of an array, or either in JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            value = load_json(value.encode())
+        except QueryError as exc:
+            raise QueryError(f"{name!r}: {exc}", exc.code, name) from exc
+    if value is None:
+        return None
+    if isinstance(value, dict) and key in value:
+        return value[key]
+    if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+        return value[int(key)]
+    members = value if isinstance(value, dict) else ()
+    raise QueryError(
+        f"{name!r}: there is no member {key!r}{did_you_mean(key, members)}",
+        ErrorCode.MISSING_FIELD,
+        name,
+    )
 
 
 def no_column(column: str, columns: Iterable[str]) -> str:
@@ -154,10 +208,12 @@ class RowMapper:
         self._id_prefix = id_prefix
         self._template = Template(settings.prompt) if settings.prompt is not None else None
         self._id_column = settings.id_column
-        self._fields = settings.fields
+        self._copies_all = settings.fields == ALL_FIELDS
+        self._fields = () if self._copies_all else settings.fields
+        self._truncates = settings.truncate_prompt
         in_prompt = self._template.columns if self._template else []
         in_id = [settings.id_column] if settings.id_column is not None else []
-        self._needed = list(dict.fromkeys([*in_id, *in_prompt, *settings.fields]))
+        self._needed = list(dict.fromkeys([*in_id, *in_prompt, *self._fields]))
         self._json_fields = _json_fields()
 
     def choose(self, header: Sequence[str]) -> list[str]:
@@ -166,15 +222,19 @@ class RowMapper:
         Raises:
             UsageError: a column that every row needs is missing, or two have the same name.
         """
-        for column in self._needed:
-            if column not in header:
-                raise UsageError(no_column(column, header))
+        needed = set()
+        for name in self._needed:
+            if (found := column_of(name, header)) is None:
+                raise UsageError(no_column(name, header))
+            needed.add(found[0])
         if self._template is None:
-            if not {"user_prompt", "messages"} & set(header):
+            if not {"user_prompt", "messages", "raw_prompt"} & set(header):
                 raise UsageError(f"no column named 'user_prompt'; {options_hint(header)}")
-            used, chosen = {*FIELDS, *self._needed}, [name for name in header if name]
+            used, chosen = {*FIELDS, *needed}, [name for name in header if name]
         else:
-            used = {*self._needed, *(["chat_id"] if self._id_column is None else [])}
+            used = {*needed, *(["chat_id"] if self._id_column is None else [])}
+            if self._copies_all:
+                used |= {name for name in header if name}
             chosen = [name for name in header if name in used]
         for name in chosen:
             if name in used and header.count(name) > 1:
@@ -198,7 +258,7 @@ class RowMapper:
         if not isinstance(row.value, dict):
             return row
         values = row.value
-        carried = {name: values[name] for name in self._fields if name in values}
+        carried = self._carried(values)
         query: dict[str, Any] = {"chat_id": self._chat_id(values, row.number)}
         try:
             query |= self._query_fields(values)
@@ -207,11 +267,27 @@ class RowMapper:
         metadata = query.get("metadata") or {}
         if carried and isinstance(metadata, dict):  # the parser refuses any other
             query["metadata"] = metadata | carried
-        return Row(row.number, query, None, carried or None)
+        longest = None
+        if self._truncates and self._template is not None:
+            longest = self._template.longest_field(values)
+        return Row(row.number, query, None, carried or None, longest)
+
+    def _carried(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What is copied to the result, as far as the row has it."""
+        if self._copies_all:
+            known = FIELDS if self._template is None else ["chat_id"][self._id_column is not None :]
+            return {name: value for name, value in values.items() if name not in known}
+        carried = {}
+        for name in self._fields:
+            with suppress(QueryError):
+                carried[name] = cell(values, name)
+        return carried
 
     def _chat_id(self, values: Mapping[str, Any], number: int) -> object:
         if self._id_column is not None:
-            return values.get(self._id_column)
+            with suppress(QueryError):
+                return cell(values, self._id_column)
+            return None
         if self._template is None and is_bare(values):
             return bare_id(values, f"{self._id_prefix}{number}")
         return values.get("chat_id", f"{self._id_prefix}{number}")
@@ -219,12 +295,15 @@ class RowMapper:
     def _query_fields(self, values: Mapping[str, Any]) -> dict[str, Any]:
         for column in self._needed:
             cell(values, column)
-        if self._id_column is not None and values[self._id_column] in (None, ""):
+        if self._id_column is not None and cell(values, self._id_column) in (None, ""):
             message = f"{self._id_column!r} must not be empty"
             raise QueryError(message, ErrorCode.MISSING_FIELD, self._id_column)
         if self._template is not None:
             return {"user_prompt": self._template.render(values)}
-        consumed = {self._id_column, *self._fields} - set(FIELDS) | {"chat_id"}
+        named = [found[0] for name in self._needed if (found := column_of(name, values))]
+        consumed = {*(values if self._copies_all else named)} - set(FIELDS) | {"chat_id"}
+        if self._copies_all and is_bare(values):
+            consumed -= {*CONTENTS, "system", "completion"}
         fields = {name: value for name, value in values.items() if name not in consumed}
         if not is_bare(values):
             return fields

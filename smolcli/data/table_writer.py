@@ -11,6 +11,8 @@ from smolcli.data.detection import table_suffix
 from smolcli.data.parquet import require_pyarrow, write_parquet
 from smolcli.errors import RunError, UsageError, error_reason
 from smolcli.protocol.line_formats import smol_record
+from smolcli.settings import ALL_FIELDS
+from smolcli.types import Timings
 
 _BEFORE: dict[str, type] = {"chat_id": str}
 _AFTER: dict[str, type] = {
@@ -54,8 +56,8 @@ def check_table(table: Path, journal: Path, fields: Sequence[str], overwrite: bo
 def write_table(journal: Path, table: Path, fields: Sequence[str]) -> None:
     """Write the results of a journal as a table, unless the table is newer than they are.
 
-    Each of `fields` is a column. Other metadata, and every other value that is not a number or
-    text, is written as JSON. A column of values of several types is text.
+    Each of `fields` is a column; ALL_FIELDS is all metadata. Other metadata, and every other value
+    that is not a number or text, is written as JSON. A column of values of several types is text.
 
     Args:
         journal: the results.
@@ -69,6 +71,8 @@ def write_table(journal: Path, table: Path, fields: Sequence[str]) -> None:
     try:
         if table.exists() and table.stat().st_mtime_ns >= journal.stat().st_mtime_ns:
             return
+        if tuple(fields) == ALL_FIELDS:
+            fields = _metadata_names(journal)
         types = _types(_records(journal, fields), fields)
         if table_suffix(table) == ".parquet":
             _write_parquet(unfinished, journal, fields, types)
@@ -92,6 +96,14 @@ def _records(journal: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
             metadata = record.pop("metadata", {})
             record |= {name: metadata.pop(name) for name in fields if name in metadata}
             yield record | ({"metadata": metadata} if metadata else {})
+
+
+def _metadata_names(journal: Path) -> list[str]:
+    """The keys of all metadata, in order, except those that are columns of every table."""
+    names: dict[str, None] = {}
+    for record in _records(journal, ()):
+        names |= dict.fromkeys(record.get("metadata", ()))
+    return [name for name in names if name not in {*_BEFORE, *_AFTER, *Timings.__slots__}]
 
 
 def _types(records: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> dict[str, type]:

@@ -146,6 +146,7 @@ class SmolFormat(LineFormat):
             chat_id=chat_id,
             error_code=ErrorCode(code) if code is not None else None,
             usage=Usage(**usage) if usage is not None else None,
+            metadata=record.get("metadata"),
             line=line,
         )
 

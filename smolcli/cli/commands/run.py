@@ -134,9 +134,13 @@ def run(
     if options.check:
         return _check(settings, options.quiet)
     progress = open_progress(options.quiet)
-    open_backend = ctx.obj or backend_opener(
-        remote.settings(ctx, settings.engine), cluster.settings()
-    )
+    servers = remote.settings(ctx, settings.engine)
+    if servers is not None and tables.truncate_prompt:
+        raise UsageError(
+            "--truncate-prompt counts tokens with the tokenizer of a model on this machine; it "
+            "cannot be combined with --via"
+        )
+    open_backend = ctx.obj or backend_opener(servers, cluster.settings())
     statistics = run_file(
         settings, deduplicated(open_backend) if dedupe else open_backend, progress
     )

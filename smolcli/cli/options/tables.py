@@ -23,7 +23,8 @@ class TableOptions:
         _table(
             "--prompt",
             metavar="TEMPLATE",
-            help="Prompt for each row, with columns in braces: 'Translate to French: {text}'.",
+            help="Prompt for each row, with columns in braces: 'Translate to French: {text}'. "
+            "{a.b} is a member of a nested column.",
         ),
     ] = None
     prompt_file: Annotated[
@@ -43,9 +44,17 @@ class TableOptions:
         _table(
             "--fields",
             metavar="COLUMNS",
-            help="Comma-separated columns to copy into the results, under metadata.",
+            help="Comma-separated columns to copy into the results, under metadata. '*': all.",
         ),
     ] = None
+    truncate_prompt: Annotated[
+        bool,
+        _table(
+            "--truncate-prompt",
+            help="Cut the middle of the longest column or message of a prompt that leaves no room "
+            "for its answer.",
+        ),
+    ] = False
 
     input_format: Annotated[
         InputFormat,
@@ -95,6 +104,7 @@ class TableOptions:
             input_format=self.input_format,
             encoding=self.encoding,
             delimiter=_delimiter(self.delimiter),
+            truncate_prompt=self.truncate_prompt,
         )
 
     def _template(self) -> str | None:
