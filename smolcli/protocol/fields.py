@@ -74,7 +74,7 @@ Penalty = Annotated[Number, Field(gt=0, le=100)]
 MinP = Annotated[Number, Field(ge=0, le=1)]
 OutputPenalty = Annotated[Number, Field(ge=-2, le=2)]
 NumTokens = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
-TokenId = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31), FLOAT_TO_INT]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED)]
 AllowedIds = Annotated[list[TokenId], Field(max_length=MAX_ALLOWED)]
 LogitBias = Annotated[
@@ -100,7 +100,6 @@ StopStrings = Annotated[list[StopString], Field(max_length=16)]
 Stop = Annotated[
     StopStrings, BeforeValidator(_one_or_many, json_schema_input_type=StopStrings | StopString)
 ]
-TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31), FLOAT_TO_INT]
 RawText = Annotated[str, Field(strict=True, min_length=1)]
 RawPrompt = RawText | Annotated[list[TokenId], Field(min_length=1)]
 Id = Annotated[str, Field(strict=True, min_length=1)]
