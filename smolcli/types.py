@@ -1,11 +1,11 @@
 """The types that every package shares: queries, results and sampling parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as attribute
 from enum import StrEnum
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Self
 
 ENTRY_CHARS = 100  # of the log probability of one token, roughly
 
@@ -131,6 +131,31 @@ class Message:
 
     role: str
     content: str
+
+
+class TextPiece(str):
+    """A piece of an answer's text, with the log probabilities of tokens if the query wants them.
+
+    The pieces together carry the first entries of the result's `logprobs`; tokens whose text is not
+    final yet may be among them.
+    """
+
+    __slots__ = ("logprobs",)
+
+    logprobs: Sequence[Mapping[str, Any]]
+
+    def __new__(cls, text: str, logprobs: Sequence[Mapping[str, Any]] | None = None) -> Self:
+        """Attach log probabilities to text."""
+        piece = super().__new__(cls, text)
+        piece.logprobs = logprobs or ()
+        return piece
+
+    @classmethod
+    def joined(cls, pieces: Iterable[str]) -> Self:
+        """Join pieces, of which some may be plain strings, without log probabilities."""
+        pieces = list(pieces)
+        entries = [e for piece in pieces if isinstance(piece, cls) for e in piece.logprobs]
+        return cls("".join(pieces), entries)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from fakes import EchoBackend, HeldBackend, echo
 from smolcli.backends.base import AnswerSource, OnText
 from smolcli.backends.dedup import MAX_CACHED, DedupBackend
 from smolcli.errors import BackendError
-from smolcli.types import ErrorCode, Message, Query, Result, Sampling, failure
+from smolcli.types import ErrorCode, Message, Query, Result, Sampling, TextPiece, failure
 
 QUERY = Query("1", (Message("user", "What is gravity?"),), line=1)
 SAME = replace(QUERY, chat_id="2", line=7, metadata={"row": 2}, sampling=Sampling(seed=3))
@@ -69,6 +69,23 @@ def test_queries_that_differ_in_a_setting_are_not_shared(changes: dict[str, Any]
     backend.submit(QUERY)
     backend.submit(replace(QUERY, **changes))
     assert len(held.futures) == 2
+
+
+def test_a_query_that_joins_gets_the_log_probabilities_so_far() -> None:
+    backend = DedupBackend(held := StreamingBackend())
+    asked = replace(QUERY, top_logprobs=0)
+    first: list[str] = []
+    second: list[str] = []
+    backend.submit(asked, first.append)
+    on_text = held.on_texts[0]
+    assert on_text is not None
+    on_text(TextPiece("A ", [{"token": "A"}]))
+    on_text(TextPiece("force", [{"token": "fo"}, {"token": "rce"}]))
+    backend.submit(replace(asked, chat_id="2"), second.append)
+    assert first == ["A ", "force"]
+    assert second == ["A force"]
+    assert isinstance(second[0], TextPiece)
+    assert [entry["token"] for entry in second[0].logprobs] == ["A", "fo", "rce"]
 
 
 def test_a_change_of_model_clears_the_cache() -> None:

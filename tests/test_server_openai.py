@@ -159,7 +159,6 @@ def test_text_parts_and_the_developer_role_are_supported(
     ("extra", "param"),
     [
         ({"n": 2, "temperature": 0}, "n"),
-        ({"n": 2, "temperature": 1, "stream": True}, "n"),
         ({"n": 17, "temperature": 1}, "n"),
         ({"logprobs": 2}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -218,7 +217,7 @@ def test_truncated_json_is_an_error(
     assert "max_new_tokens" not in caught.value.message, "which is max_tokens here"
 
 
-def test_logprobs_are_returned_whole_and_in_the_last_chunk(
+def test_logprobs_are_returned_whole_and_with_the_chunks_of_their_tokens(
     client: openai.OpenAI, tiny_folder: Path
 ) -> None:
     asked: Any = {"logprobs": True, "top_logprobs": 3, "max_tokens": 5}
@@ -233,10 +232,34 @@ def test_logprobs_are_returned_whole_and_in_the_last_chunk(
     with client.chat.completions.create(
         model=tiny_folder.name, messages=MESSAGES, stream=True, **asked
     ) as stream:
-        *_, last = list(stream)
-    streamed = last.choices[0].logprobs
-    assert streamed is not None
-    assert streamed.model_dump() == logprobs.model_dump()
+        chunks = [chunk.choices[0] for chunk in stream]
+    parts = [chunk.logprobs.content or [] for chunk in chunks if chunk.logprobs]
+    assert [entry for part in parts for entry in part] == logprobs.content
+    assert len(parts) > 2
+    for chunk in chunks:
+        if chunk.delta.content:
+            assert chunk.logprobs is not None
+
+
+def test_a_stream_of_several_choices_adds_up_to_the_whole_answers(
+    client: openai.OpenAI, tiny_folder: Path
+) -> None:
+    asked: Any = {"model": tiny_folder.name, "messages": MESSAGES, "seed": 4, "max_tokens": 12}
+    asked |= {"temperature": 1, "n": 3, "logprobs": True}
+    whole = client.chat.completions.create(**asked)
+    with client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        *chunks, last = list(stream)
+    assert last.usage == whole.usage
+    for index, expected in enumerate(whole.choices):
+        own = [c for chunk in chunks for c in chunk.choices if c.index == index]
+        assert own[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in own) == expected.message.content
+        assert [c.finish_reason for c in own if c.finish_reason] == [expected.finish_reason]
+        entries = [e for c in own if c.logprobs for e in c.logprobs.content or []]
+        assert expected.logprobs is not None
+        assert entries == expected.logprobs.content
 
 
 def test_n_returns_several_choices(client: openai.OpenAI, tiny_folder: Path) -> None:

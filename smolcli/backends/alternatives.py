@@ -19,10 +19,10 @@ def submit_each(query: Query, submit: Callable[[Query, bool], Future[Result]]) -
     Returns:
         The result with all answers, or the first error. Cancelling it cancels all generations.
     """
-    return _combined([submit(each, index == 0) for index, each in enumerate(_split(query))])
+    return _combined([submit(each, index == 0) for index, each in enumerate(split(query))])
 
 
-def _split(query: Query) -> list[Query]:
+def split(query: Query) -> list[Query]:
     """One query per answer; the first answer equals that of the same query with n=1."""
     seed = query.sampling.seed
     seeds = [seed, *(derived_seed(seed, str(index)) for index in range(1, query.n))]
@@ -47,7 +47,7 @@ def _combined(futures: Sequence[Future[Result]]) -> Future[Result]:
             combined.cancel()
         else:
             error = next((e for future in futures if (e := future.exception())), None)
-            complete_future(combined, error or _merged([future.result() for future in futures]))
+            complete_future(combined, error or merged([future.result() for future in futures]))
 
     combined.add_done_callback(cancel_all)
     for future in futures:
@@ -55,7 +55,8 @@ def _combined(futures: Sequence[Future[Result]]) -> Future[Result]:
     return combined
 
 
-def _merged(results: list[Result]) -> Result:
+def merged(results: list[Result]) -> Result:
+    """The result with all answers of a query, in the order of `split`, or the first error."""
     if failed := next((result for result in results if result.is_error), None):
         return failed
     first, *others = results

@@ -170,7 +170,7 @@ class Backend(Protocol):
         Args:
             query: what to answer.
             on_text: called with pieces of the answer as they are generated, on one of the
-                backend's threads.
+                backend's threads. They may be `TextPiece`s.
             is_interactive: whether a person is waiting for the answer; such queries have priority
                 over batch work.
 

@@ -19,7 +19,7 @@ from smolcli.backends.base import (
     failed_result,
 )
 from smolcli.settings import EngineSettings
-from smolcli.types import Query, Result, Timings
+from smolcli.types import Query, Result, TextPiece, Timings
 
 MAX_CACHED = 256
 MAX_CACHED_CHARS = 20_000  # of a query and its answer; longer ones rarely repeat
@@ -45,7 +45,7 @@ class Generation:
     def join(self, waiter: PendingQuery) -> None:
         """Add a waiter; it receives the text generated so far at once."""
         self.waiters.append(waiter)
-        _show(waiter, "".join(self._pieces))
+        _show(waiter, TextPiece.joined(self._pieces))
 
     def extend(self, text: str) -> None:
         """Pass new text on to every waiter."""
@@ -109,7 +109,7 @@ class DedupBackend:
             if cached := self._cached.get(key[0]):
                 self._cached.move_to_end(key[0])
                 self._num_shared += 1
-                _show(waiter, cached.response or "")
+                _show(waiter, TextPiece(cached.response or "", cached.logprobs))
                 waiter.complete(_shared(cached, waiter))
             elif generation := self._running.get(key):
                 self._num_shared += 1

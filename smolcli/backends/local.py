@@ -37,7 +37,7 @@ from smolcli.text.detokenizer import (
 )
 from smolcli.text.grammar import GrammarCompiler, GrammarMatcher
 from smolcli.text.tokenizer import ChatTokenizer
-from smolcli.types import FinishReason, Query, Result, Timings, Usage
+from smolcli.types import FinishReason, Query, Result, TextPiece, Timings, Usage
 from smolcli.weights.loader import load_model, resolve_model_config
 from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
@@ -118,6 +118,17 @@ class LocalQuery(PendingQuery):
     token_bytes: Callable[[int], bytes] | None = None  # if log probabilities are requested
     echoed: str = ""  # what the answer starts with
     first_token_at: float = 0.0
+    num_shown: int = 0  # log probabilities that have been passed on
+
+    def show(self, text: str, sequence: Sequence) -> None:
+        """Pass on a piece of the answer, with the log probabilities of new tokens."""
+        if self.on_text is None:
+            return
+        if self.token_bytes is not None and self.query.top_logprobs is not None:
+            new = sequence.logprobs[self.num_shown :]
+            self.num_shown += len(new)
+            text = TextPiece(text, logprob_entries(new, self.token_bytes))
+        self.on_text(text)
 
 
 class LocalBackend:
@@ -350,8 +361,8 @@ class LocalBackend:
         is_finished = sequence.is_finished or pending.detokenizer.is_stopped
         if is_finished:
             text += pending.detokenizer.finish()
-        if text and pending.on_text:
-            pending.on_text(text)
+        if text:
+            pending.show(text, sequence)
         return is_finished
 
     def _push(self, pending: LocalQuery, sequence: Sequence) -> str:

@@ -5,7 +5,7 @@ generated from them.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -63,7 +63,7 @@ from smolcli.protocol.query import (
 )
 from smolcli.protocol.strict_json import shorten
 from smolcli.settings import QueryDefaults
-from smolcli.types import ErrorCode, Query, Result, Usage
+from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage
 
 
 class TextPart(Lenient):
@@ -138,7 +138,6 @@ _STREAM_COMBINATIONS: list[Any] = [
         "required": ["include_usage"], "properties": {"include_usage": {"const": True}},
         "type": "object",
     }}}}]},
-    {"anyOf": [{"not": _STREAM}, {"properties": {"n": {"enum": [*EMPTY, 1]}}}]},
 ]  # fmt: skip
 
 _ZERO = "0: it is not supported"
@@ -187,9 +186,7 @@ class GenerationFields(Lenient):
     stream_options: StreamOptions | None = Field(
         None, description="an object with include_usage, if stream is true"
     )
-    n: NumAnswers | None = Field(
-        None, description=f"an integer from 1 to {MAX_ANSWERS}, and 1 if stream is true"
-    )
+    n: NumAnswers | None = Field(None, description=f"an integer from 1 to {MAX_ANSWERS}")
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=f"{CHOICES_DESCRIPTION}; an extension")
 
@@ -313,12 +310,24 @@ class Completion:
         """The body of a complete response."""
         return self._head("chat.completion") | answer_fields(result)
 
-    def chunk(self, delta: dict[str, str], result: Result | None = None) -> dict[str, Any]:
-        """One chunk of a streamed answer; `result` is passed with the last one."""
-        choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None}
-        choice["finish_reason"] = None
-        if result is not None:
-            choice |= {"logprobs": _logprobs(result), "finish_reason": result.finish_reason}
+    def chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        logprobs: Sequence[Mapping[str, Any]] = (),
+        finish_reason: FinishReason | None = None,
+    ) -> dict[str, Any]:
+        """One chunk of a streamed answer.
+
+        Args:
+            index: of the answer.
+            delta: what is new in its message.
+            logprobs: entries of tokens since its last chunk.
+            finish_reason: why it ended, in its last chunk.
+        """
+        choice: dict[str, Any] = {"index": index, "delta": delta}
+        choice["logprobs"] = {"content": list(logprobs)} if logprobs else None
+        choice["finish_reason"] = finish_reason
         chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
         return chunk | {"usage": None} if self.includes_usage else chunk
 
@@ -402,8 +411,6 @@ def parse_completion(
     options = fields.stream_options
     if options and options.include_usage and not fields.stream:
         raise _invalid("stream_options", CompletionFields)
-    if fields.stream and (fields.n or 1) > 1:
-        raise _invalid("n", CompletionFields)
     return Completion(
         query=parse_query(_query(fields, defaults) | {"chat_id": chat_id}, defaults, line),
         model=fields.model,

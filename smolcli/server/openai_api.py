@@ -9,16 +9,17 @@ from typing import Any
 
 from flask import Blueprint, Response
 
+from smolcli.backends.alternatives import merged, split
 from smolcli.protocol.openai import Completion, parse_completion
 from smolcli.server.errors import HttpError, error_body, error_response, result_error
 from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json, to_json
-from smolcli.types import Result
+from smolcli.types import Result, TextPiece
 
 HEADERS_TIMEOUT_S = 1.0  # how long an error can still set the status of a stream
 KEEP_ALIVE_S = 5.0  # silence after which a stream sends a comment
 
-Event = str | Result | None
+Event = tuple[int, str | Result] | None  # with the index of the answer
 
 
 def openai_routes(service: Service) -> Blueprint:
@@ -39,11 +40,11 @@ def openai_routes(service: Service) -> Blueprint:
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
         completion = parse_completion(read_json(), service.settings.defaults, completion_id)
         service.check_model(completion.model)
-        in_flight = service.start(
-            {0: completion.query}, is_interactive=True, with_text=completion.is_stream
-        )
         if completion.is_stream:
+            queries = dict(enumerate(split(completion.query)))
+            in_flight = service.start(queries, is_interactive=True, with_text=True)
             return _stream(completion, in_flight)
+        in_flight = service.start({0: completion.query}, is_interactive=True)
         with closing(in_flight):
             _, result = next(in_flight.results())
         if result.is_error:
@@ -69,16 +70,16 @@ def _stream(completion: Completion, in_flight: InFlightRequest) -> Response:
     An error within the first second, before any text, still gets its own HTTP status. After that,
     the stream begins even if the query is waiting for a slot.
     """
-    events = (event and event[1] for event in in_flight.events())
+    events = in_flight.events()
     try:
         first = _first_event(events)
     except HttpError:
         in_flight.close()
         raise
-    if isinstance(first, Result) and first.is_error:
+    if first is not None and isinstance(first[1], Result) and first[1].is_error:
         in_flight.close()
-        return error_response(result_error(first))
-    lines = _sse_lines(completion, chain([first], events))
+        return error_response(result_error(first[1]))
+    lines = CompletionStream(completion).lines(chain([first], events))
     response = Response(lines, headers=STREAM_HEADERS, mimetype="text/event-stream")
     response.call_on_close(in_flight.close)
     return response
@@ -92,31 +93,62 @@ def _first_event(events: Iterator[Event]) -> Event:
     return event
 
 
-def _sse_lines(completion: Completion, events: Iterator[Event]) -> Iterator[str]:
-    yield _sse_line(completion.chunk({"role": "assistant", "content": ""}))
-    sent_at = time.monotonic()
-    try:
-        for event in events:
-            if event is None:
-                if time.monotonic() - sent_at < KEEP_ALIVE_S:
+class CompletionStream:
+    """The server-sent events of one request.
+
+    Args:
+        completion: the request.
+    """
+
+    def __init__(self, completion: Completion) -> None:
+        self._completion = completion
+        self._results: dict[int, Result] = {}
+        self._num_logprobs = [0] * completion.query.n  # sent for each answer
+
+    def lines(self, events: Iterator[Event]) -> Iterator[str]:
+        """The lines to send.
+
+        Args:
+            events: pieces and results of the answers, and None now and then.
+        """
+        for index in range(self._completion.query.n):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        sent_at = time.monotonic()
+        try:
+            for event in events:
+                if event is not None:
+                    yield self._event(*event)
+                elif time.monotonic() - sent_at >= KEEP_ALIVE_S:
+                    yield ": keep-alive\n\n"
+                else:
                     continue
-                yield ": keep-alive\n\n"
-            elif isinstance(event, str):
-                yield _sse_line(completion.chunk({"content": event}))
-            else:
-                yield _final_lines(completion, event)
-            sent_at = time.monotonic()
-    except HttpError:
-        return  # the client disconnected
+                sent_at = time.monotonic()
+                if event is not None and isinstance(event[1], Result) and event[1].is_error:
+                    return  # without the other answers
+            yield self._end()
+        except HttpError:
+            return  # the client disconnected
 
+    def _event(self, index: int, event: str | Result) -> str:
+        if isinstance(event, str):
+            entries = event.logprobs if isinstance(event, TextPiece) else ()
+            self._num_logprobs[index] += len(entries)
+            return self._chunk(index, {"content": event}, entries)
+        if event.is_error:
+            return _sse_line(error_body(result_error(event), is_openai=True))
+        self._results[index] = event
+        rest = (event.logprobs or ())[self._num_logprobs[index] :]
+        return self._chunk(index, {}, rest, event.finish_reason)
 
-def _final_lines(completion: Completion, result: Result) -> str:
-    if result.is_error:
-        return _sse_line(error_body(result_error(result), is_openai=True))
-    lines = _sse_line(completion.chunk({}, result))
-    if completion.includes_usage:
-        lines += _sse_line(completion.usage_chunk(result.usage))
-    return lines + "data: [DONE]\n\n"
+    def _end(self) -> str:
+        lines = "data: [DONE]\n\n"
+        if self._completion.includes_usage:
+            result = merged([each for _, each in sorted(self._results.items())])
+            lines = _sse_line(self._completion.usage_chunk(result.usage)) + lines
+        return lines
+
+    def _chunk(self, *parts: Any) -> str:
+        return _sse_line(self._completion.chunk(*parts))
 
 
 def _sse_line(value: dict[str, Any]) -> str:

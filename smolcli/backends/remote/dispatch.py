@@ -26,7 +26,7 @@ from smolcli.backends.remote.wire import (
     to_result,
 )
 from smolcli.errors import BackendError, QueryError
-from smolcli.types import ErrorCode, Result, Timings, failure
+from smolcli.types import ErrorCode, Result, TextPiece, Timings, failure
 
 NDJSON = "application/x-ndjson"
 MAX_REQUEST_ID_CHARS = 128  # the maximum that a smol server accepts
@@ -302,6 +302,7 @@ async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result
     """Pass on the pieces of an answer as they arrive."""
     pieces: list[str] = []
     logprobs: list[Any] | None = None
+    num_shown = 0
     finish_reason = usage = None
     is_done = has_refusal = False
     try:
@@ -323,7 +324,9 @@ async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result
                 has_refusal = has_refusal or bool(delta.get("refusal"))
                 if text := delta.get("content"):
                     pieces.append(text + "")  # a TypeError unless it is a string
-                    pending.show(text)
+                    new = (logprobs or [])[num_shown:]
+                    num_shown += len(new)
+                    pending.show(TextPiece(text, new))
     except (LookupError, TypeError, AttributeError) as exc:
         raise MalformedAnswer("the stream does not consist of chat completion chunks") from exc
     if not is_done:
