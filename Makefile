@@ -28,7 +28,7 @@ kernels: $(STAMP)
 	$(BIN)/python -m tools.build_kernels
 
 # Build wheels for all platforms, cross-compiled with ziglang.
-WHEELS := linux-x86_64 linux-aarch64 macos-arm64 macos-x86_64
+WHEELS := linux-x86_64 linux-aarch64 macos-arm64 macos-x86_64 windows-x86_64
 wheels: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt hatchling ziglang
 	for target in $(WHEELS); do SMOL_WHEEL_TARGET=$$target $(BIN)/hatchling build -t wheel || exit 1; done

@@ -1,4 +1,4 @@
-"""Build hook: compiles the kernels into every wheel and for editable installs."""
+"""Build hook: compiles the kernels into wheels, which it checks, and for editable installs."""
 
 import os
 import sys
@@ -45,6 +45,16 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
         build_data["tag"] = f"py3-none-{tag}"
         for path in libraries:
             build_data["force_include"][str(path)] = f"smolcli/engine/native/{path.name}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Check that the kernels run on the platform that the wheel is tagged with."""
+        if self.target_name != "wheel" or version == "editable":
+            return
+        add_to_path(self.root)
+        from tools.check_wheel import faults
+
+        if found := faults(Path(artifact_path)):
+            self.app.abort("\n".join([f"{artifact_path} is tagged wrongly:", *found]))
 
 
 def add_to_path(root: str) -> None:

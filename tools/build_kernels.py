@@ -35,7 +35,7 @@ SYSTEM_COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     *("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
     *("-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-warning-option", "-Wno-enum-compare"),
-    *("-Wno-unknown-pragmas", "-shared"),
+    "-Wno-unknown-pragmas",
 )
 
 
@@ -111,27 +111,37 @@ def build(target: Target, folder: Path = FOLDER, runnable_only: bool = False) ->
 
 @dataclass(frozen=True, slots=True)
 class _Job:
+    """A library to compile.
+
+    Flags of a CPU variant are for compiling only: zig would build a C library of its own for every
+    CPU that it links for.
+    """
+
     path: Path
-    command: list[str]  # without the output
+    compiler: list[str]
+    flags: list[str]
+    sources: list[str]
+    libraries: list[str]
 
 
 def _cpu_job(target: Target, path: Path) -> _Job:
-    return _Job(path, [*_compiler(target), *FLAGS, *_defines(), str(FOLDER / "cpu.c")])
+    return _Job(path, _compiler(target), _defines(), ["cpu.c"], [])
 
 
 def _kernel_job(target: Target, variant: Variant, dtype: str, folder: Path) -> _Job:
     is_zig = _uses_zig(target)
-    formats = {"BF16_WEIGHTS": dtype == "bfloat16", "BF16_PRODUCTS": variant.products[dtype]}
-    command = [*_compiler(target), *FLAGS, variant.zig_flag if is_zig else variant.gcc_flag]
+    flags = [variant.zig_flag if is_zig else variant.gcc_flag]
     if target.machine == "aarch64" and not is_zig:
-        command += ["-fno-tree-pre"]  # gcc 12 has an internal error with vectors of two registers
-    command += [f"-D{name}={int(value)}" for name, value in formats.items()]
-    command += [*_defines(), str(FOLDER / "kernels.c"), str(FOLDER / "team.c")]
+        flags += ["-fno-tree-pre"]  # gcc 12 has an internal error with vectors of two registers
+    formats = {"BF16_WEIGHTS": dtype == "bfloat16", "BF16_PRODUCTS": variant.products[dtype]}
+    flags += [f"-D{name}={int(value)}" for name, value in formats.items()]
     if target.system == "windows":
-        command += ["-lapi-ms-win-core-synch-l1-2-0"]
+        libraries = ["-lapi-ms-win-core-synch-l1-2-0"]
     else:
-        command += ["-lm", *(["-pthread"] if target.system == "linux" else [])]
-    return _Job(library_path(f"{variant.name}-{dtype}", target.system, folder), command)
+        libraries = ["-lm", *(["-pthread"] if target.system == "linux" else [])]
+    path = library_path(f"{variant.name}-{dtype}", target.system, folder)
+    sources = ["kernels.c", "team.c"]
+    return _Job(path, _compiler(target), [*flags, *_defines()], sources, libraries)
 
 
 def _defines() -> list[str]:
@@ -168,11 +178,18 @@ def _compile(job: _Job) -> None:
     """Compile to a temporary file first, so that concurrent or killed builds leave no torn file."""
     job.path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=job.path.parent, prefix=".build-") as folder:
-        made = Path(folder) / job.path.name
-        done = subprocess.run([*job.command, "-o", str(made)], capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(f"{' '.join(job.command)}\n{done.stderr}")
-        os.replace(made, job.path)
+        objects = [str(Path(folder) / f"{name}.o") for name in job.sources]
+        for name, made in zip(job.sources, objects, strict=True):
+            _run([*job.compiler, *FLAGS, *job.flags, "-c", str(FOLDER / name), "-o", made])
+        linked = Path(folder) / job.path.name
+        _run([*job.compiler, "-shared", *objects, *job.libraries, "-o", str(linked)])
+        os.replace(linked, job.path)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{' '.join(command)}\n{done.stderr}")
 
 
 def main() -> None:
