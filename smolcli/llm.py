@@ -262,8 +262,8 @@ class LLM:
         2
 
         Args:
-            input: JSON Lines, CSV, TSV or Parquet; or a list of files, whose results carry the
-                name of their `file`.
+            input: JSON Lines, or a table such as CSV, Parquet or SQLite; or a list of files, whose
+                results carry the name of their `file`.
             output: JSON Lines or a table; by default next to the input. Required for a list.
             prompt: template for each row of a table, with columns in braces.
             id_column: column to use as chat_id.
@@ -291,7 +291,7 @@ class LLM:
         """
         from smolcli.batch.progress import LogProgress
         from smolcli.batch.runner import default_output, run_file
-        from smolcli.data.detection import table_suffix
+        from smolcli.data.detection import table_kind
         from smolcli.data.rows import journal_path
 
         names = [input] if isinstance(input, str | PathLike) else list(input)
@@ -314,7 +314,7 @@ class LLM:
             overwrite=overwrite,
             with_timings=timings,
             rows=RowSettings(prompt, id_column, tuple(fields), truncate_prompt=truncate_prompt),
-            table=target if table_suffix(target) else None,
+            table=target if table_kind(target) else None,
             files=files if is_list else (),
         )
         return run_file(settings, lambda _: _Borrowed(self._backend), LogProgress())

@@ -11,10 +11,23 @@ from typing import Literal
 from smolcli.types import AnswerFormat, Sampling
 
 InputFormat = Literal[
-    "auto", "smol", "openai", "bare", "text", "jsonl", "json", "csv", "tsv", "parquet"
+    "auto",
+    "smol",
+    "openai",
+    "bare",
+    "text",
+    "jsonl",
+    "json",
+    "csv",
+    "tsv",
+    "parquet",
+    "arrow",
+    "sqlite",
 ]
 
 ALL_FIELDS = ("*",)  # as the fields of a run: every column
+
+RESULTS_TABLE = "results"
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_SEED = -1  # counts as absent, as in vLLM and llama.cpp
@@ -122,6 +135,8 @@ class RowSettings:
         encoding: of the text; None is UTF-8, or UTF-16 or UTF-32 if it is detected.
         delimiter: between the cells of a CSV file; None detects it from the first rows.
         truncate_prompt: cut prompts that leave no room for their answer.
+        query: SQL query for the rows of an SQLite database.
+        table: table of an SQLite database; None reads the only one.
     """
 
     prompt: str | None = None
@@ -131,6 +146,8 @@ class RowSettings:
     encoding: str | None = None
     delimiter: str | None = None
     truncate_prompt: bool = False
+    query: str | None = None
+    table: str | None = None
 
     @property
     def maps_rows(self) -> bool:
@@ -167,7 +184,9 @@ class RunSettings:
         overwrite: discard an existing output.
         with_timings: add timings to the results.
         rows: how rows become queries.
-        table: the CSV, TSV or Parquet file made from the results at the end; None for none.
+        table: the table made from the results at the end, such as a CSV file or an SQLite
+            database; None for none.
+        table_name: of the table in an SQLite database.
         files: the input files, if results carry the names of their files; () otherwise.
     """
 
@@ -184,6 +203,7 @@ class RunSettings:
     rows: RowSettings = field(default_factory=RowSettings)
     table: Path | None = None
     files: tuple[InputFile, ...] = ()
+    table_name: str = RESULTS_TABLE
 
 
 @dataclass(frozen=True, slots=True)

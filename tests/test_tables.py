@@ -15,6 +15,7 @@ from uuid import UUID
 import pandas
 import pyarrow
 import pyarrow.csv
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from fakes import DyingBackend, EchoBackend
@@ -27,9 +28,9 @@ from smolcli.batch.progress import LogProgress
 from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.batch.runner import run_file
 from smolcli.cli.main import app
+from smolcli.data.arrow import arrow_to_json
 from smolcli.data.csv import read_csv
 from smolcli.data.jsonl import MAX_LINE_BYTES
-from smolcli.data.parquet import arrow_to_json
 from smolcli.data.prompt_template import Template, options_hint
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
@@ -143,6 +144,78 @@ def test_all_columns_can_be_copied(tmp_path: Path, suffix: str) -> None:
         assert list(first)[:3] == ["chat_id", "text", "stars"]
         assert (first["stars"], first["error"], first["metadata"]) == ("5", "", '{"error": "none"}')
         assert second["error_code"] == "missing_field"
+
+
+@pytest.mark.parametrize("name", ["x.arrow", "x.feather", "x.ipc", "x"])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_arrow_files_are_read(tmp_path: Path, name: str, is_stream: bool) -> None:
+    table = pyarrow.table({"id": range(600), "text": [f"t{n}" for n in range(600)]})
+    new = pyarrow.ipc.new_stream if is_stream else pyarrow.ipc.new_file
+    with new(str(tmp_path / name), table.schema) as writer:
+        writer.write_table(table, max_chunksize=400)
+    found = items(tmp_path / name, RowSettings("Say {text}", "id"))
+    assert [(item.chat_id, item.line) for item in found] == [(str(n), n + 1) for n in range(600)]
+    assert prompt(found[-1]) == "Say t599"
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".feather", ".ipc"])
+def test_results_can_be_an_arrow_file(tmp_path: Path, suffix: str) -> None:
+    job = table_job(tmp_path, suffix)
+    run(job)
+    with pyarrow.OSFile(str(job.table)) as file:
+        rows = pyarrow.ipc.open_file(file).read_all().to_pylist()
+    assert rows[0]["chat_id"] == "r01"
+    assert [row["line"] for row in rows][:3] == [2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("x.parquet", None, "No such file or directory"),
+        ("x.arrow", None, "No such file or directory"),
+        ("x.parquet", b"PAR1, really", "it is not a valid Parquet file, or it is damaged"),
+        ("x.arrow", b"ARROW1, really", "it is not a valid Arrow file, or it is damaged"),
+        ("x.feather", b"\xff\xff\xff\xff", "it is not a valid Arrow file, or it is damaged"),
+    ],
+)
+def test_table_that_cannot_be_read(
+    tmp_path: Path, name: str, data: bytes | None, said: str
+) -> None:
+    """The message used to quote pyarrow."""
+    if data is not None:
+        write(tmp_path / name, data)
+    with pytest.raises(InputError, match=f"cannot read {re.escape(str(tmp_path / name))}: {said}"):
+        items(tmp_path / name, RowSettings("{text}"))
+
+
+def test_symbolic_link_to_a_table_stays_one(tmp_path: Path) -> None:
+    """The link used to be replaced by the table."""
+    target = tmp_path / "data" / "real.csv"
+    target.parent.mkdir()
+    (tmp_path / "out.csv").symlink_to(target)
+    run(table_job(tmp_path, ".csv"))
+    assert (tmp_path / "out.csv").is_symlink()
+    assert target.read_text().startswith("chat_id,")
+
+
+def test_unions_and_run_end_encoded_columns_are_read(tmp_path: Path) -> None:
+    """Parquet has neither, Arrow has both."""
+    types, values = (
+        pyarrow.array([0, 1, 0], pyarrow.int8()),
+        pyarrow.array([0, 0, 1], pyarrow.int32()),
+    )
+    numbers, texts = pyarrow.array([1, None]), pyarrow.array(["x"])
+    columns = {
+        "dense": pyarrow.UnionArray.from_dense(types, values, [numbers, texts]),
+        "ends": pyarrow.RunEndEncodedArray.from_arrays([2, 3], ["a", None]),
+    }
+    table = pyarrow.table(columns)
+    with pyarrow.ipc.new_file(str(tmp_path / "x.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    found = items(tmp_path / "x.arrow", RowSettings("Say {dense} {ends}", None, ("dense", "ends")))
+    assert [prompt(item) for item in found[:2]] == ["Say 1 a", "Say x a"]
+    assert found[1].metadata == {"dense": "x", "ends": "a"}
+    assert "must not be empty" in found[2].error
 
 
 def test_template_may_be_in_a_file(tmp_path: Path) -> None:

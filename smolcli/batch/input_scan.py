@@ -14,6 +14,7 @@ from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import is_stream
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
+from smolcli.data.sqlite import is_database
 from smolcli.errors import InputError, RunError, error_reason
 from smolcli.protocol.line_formats import LineFormat, detect_format, stated_format
 from smolcli.protocol.many_files import ManyFilesFormat
@@ -101,11 +102,18 @@ class InputScan:
             RunError: size or modification time of a file differ from those at the start.
         """
         for file, stamp in zip(self.inputs.files, self.stamps, strict=False):
-            if file.path.exists() and stamp != _stamp(file.path.stat()):
+            if not file.path.exists() or stamp == _stamp(file.path.stat()):
+                continue
+            if not (is_database(file.path) and self._has_same_rows()):
                 raise RunError(
                     f"{file.name} changed while it was being read, so answers may be missing or "
                     "belong to other lines; run it again with --overwrite"
                 )
+
+    def _has_same_rows(self) -> bool:
+        """Whether the rows are still the same, even if other tables of a database changed."""
+        assert self.rows is not None
+        return RowDigests.of(islice(self.inputs.read(), len(self.rows))) == self.rows
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

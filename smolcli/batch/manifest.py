@@ -75,7 +75,7 @@ class Manifest:
             "id_column": settings.rows.id_column,
             "fields": list(settings.rows.fields) or None,
         }
-        for name in ("input_format", "encoding", "delimiter"):
+        for name in ("input_format", "encoding", "delimiter", "query", "table"):
             if (value := getattr(settings.rows, name)) not in (None, "auto"):
                 generation[name] = value
         if settings.rows.truncate_prompt:

@@ -41,7 +41,7 @@ from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.batch.statistics import RunStatistics, StatisticsCollector
 from smolcli.batch.truncation import PromptTruncation
 from smolcli.data.compression import FOREIGN_SUFFIXES, codec_of_name, without_codec_suffix
-from smolcli.data.detection import table_suffix
+from smolcli.data.detection import table_kind
 from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing_lines
 from smolcli.data.rows import Row
@@ -97,7 +97,7 @@ def run_file(
             locks.enter_context(output_lock(path))
         statistics = _run_to_file(settings, open_backend, progress)
         if settings.table is not None:
-            write_table(settings.output, settings.table, settings.rows.fields)
+            write_table(settings.output, settings.table, settings.table_name, settings.rows.fields)
     if settings.errors is not None and statistics.failed:
         progress.note(f"failed lines are in {settings.errors}")
     return statistics
@@ -527,20 +527,32 @@ def _check_paths(settings: RunSettings) -> None:
     output, errors, table = settings.output, settings.errors, settings.table
     if not output.name:
         raise UsageError(f"cannot write {output}: it is a directory")
-    if errors is not None and table_suffix(errors) is not None:
+    if errors is not None and table_kind(errors) is not None:
         raise UsageError(f"--errors {errors} holds JSON Lines; choose a name such as failed.jsonl")
     written = [(path, "--output") for path in (table, output, manifest_path(output)) if path]
     if errors is not None:
         written.append((errors, "--errors"))
     for path, option in written:
         try:
-            _check_path(path, option, [file.path for file in Inputs.of(settings).files])
+            is_own_table = path == table and table_kind(path) == "sqlite"
+            inputs = () if is_own_table else [file.path for file in Inputs.of(settings).files]
+            _check_path(path, option, inputs)
         except OSError as exc:
             raise UsageError(f"cannot write {path}: {error_reason(exc)}") from exc
     if errors is not None and any(_is_same(errors, path) for path, _ in written[:-1]):
         raise UsageError(f"{errors} is the output or its manifest; choose another --errors")
     if table is not None:
-        check_table(table, output, settings.rows.fields, settings.overwrite)
+        _check_table_name(settings, table)
+        fields = settings.rows.fields
+        check_table(table, settings.table_name, output, fields, settings.overwrite)
+
+
+def _check_table_name(settings: RunSettings, table: Path) -> None:
+    """Refuse to replace the table that is read."""
+    is_input = any(_is_same(table, file.path) for file in Inputs.of(settings).files)
+    read = settings.rows.table
+    if is_input and read is not None and read.casefold() == settings.table_name.casefold():
+        raise UsageError(f"the table {read!r} is the input; choose another --output-table")
 
 
 def _is_same(path: Path, other: Path) -> bool:

@@ -50,7 +50,7 @@ CODECS = (
 FOREIGN_SUFFIXES = (
     *(".7z", ".br", ".lz", ".lz4", ".lzma", ".rar", ".sz", ".z", ".zip"),
     *(".tar", ".tbz2", ".tgz", ".txz"),
-    *(".arrow", ".avro", ".db", ".feather", ".ods", ".orc", ".sqlite", ".xls", ".xlsx"),
+    *(".avro", ".ods", ".orc", ".xls", ".xlsx"),
 )
 LONGEST_MAGIC = max(len(codec.magic) for codec in CODECS)
 

@@ -14,8 +14,8 @@ from smolcli.errors import QueryError, UsageError
 from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.settings import InputFormat
 
-Kind = Literal["jsonl", "json", "text", "csv", "tsv", "parquet"]
-TableSuffix = Literal[".csv", ".tsv", ".parquet"]
+Kind = Literal["jsonl", "json", "text", "csv", "tsv", "parquet", "arrow", "sqlite"]
+TableKind = Literal["csv", "tsv", "parquet", "arrow", "sqlite"]
 
 SAMPLE_LINES = 64
 SAMPLE_BYTES = 1 << 16
@@ -28,16 +28,29 @@ _KINDS: dict[InputFormat, Kind] = {
     "csv": "csv",
     "tsv": "tsv",
     "parquet": "parquet",
+    "arrow": "arrow",
+    "sqlite": "sqlite",
+}
+_TABLES: dict[str, TableKind] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    **dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow"),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3"), "sqlite"),
 }
 # The first line of a CSV file that tells Excel the delimiter.
 _STATED_DELIMITER = re.compile(rb"sep=([!#-~\t])\r?\n")
-_PARQUET_MAGIC = b"PAR1"
+_BINARY: dict[bytes, Kind] = {
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xff\xff\xff": "arrow",  # the first message of a stream
+    b"SQLite format 3\0": "sqlite",
+}
 _UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Excel workbook; extract it, or export it as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel workbook; export it as CSV",
     b"%PDF": "a PDF document",
-    b"SQLite format 3": "an SQLite database; export its rows as CSV or JSON lines",
-    b"ARROW1": "an Arrow file; convert it to Parquet",
+    b"FEA1": "a Feather file of version 1; write it again as version 2",
     b"Obj\x01": "an Avro file; convert it to Parquet or JSON lines",
     b"ORC": "an ORC file; convert it to Parquet",
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; extract it",
@@ -45,19 +58,15 @@ _UNSUPPORTED = {
 }
 
 
-def table_suffix(path: Path) -> TableSuffix | None:
-    """The suffix of a table's name, compressed or not; None if the name is not a table's."""
-    match without_codec_suffix(path).suffix.lower():
-        case ".csv" | ".tsv" | ".parquet" as suffix:
-            return suffix
-    return None
+def table_kind(path: Path) -> TableKind | None:
+    """The kind of a table by its name, compressed or not; None if the name is not a table's."""
+    return _TABLES.get(without_codec_suffix(path).suffix.lower())
 
 
 def kind_of_name(path: Path, input_format: InputFormat) -> Kind | None:
     """The kind that the option or the file suffix states; None if the content must tell."""
-    suffix = table_suffix(path)
-    if input_format == "auto" and suffix is not None:
-        return _KINDS[suffix[1:]]  # type: ignore[index]
+    if input_format == "auto" and (kind := table_kind(path)) is not None:
+        return kind
     return _KINDS.get(input_format)
 
 
@@ -104,8 +113,9 @@ def detect_kind(
     """
     lines = sample.lines()
     first = next(lines, b"")
-    if first.startswith(_PARQUET_MAGIC):
-        return "parquet"
+    for magic, kind in _BINARY.items():
+        if sample.head.startswith(magic):
+            return kind
     reject_unsupported(first, path)
     if _begins_json(first, lines, sample):
         return "json"

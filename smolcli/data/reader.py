@@ -1,13 +1,14 @@
 """Reads the rows of any input as query fields."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from smolcli.data.arrow import read_arrow
 from smolcli.data.csv import read_csv
 from smolcli.data.detection import (
     Kind,
@@ -19,19 +20,26 @@ from smolcli.data.detection import (
 )
 from smolcli.data.json_values import json_values
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, is_stream, nonblank_lines
-from smolcli.data.parquet import read_parquet
 from smolcli.data.prompt_template import RowMapper
 from smolcli.data.rows import Row
 from smolcli.data.source import READ_ERRORS, Prefixed, open_source, read_some
+from smolcli.data.sqlite import read_sqlite
 from smolcli.errors import InputError, QueryError, UsageError, error_reason
 from smolcli.protocol.strict_json import load_json
 from smolcli.settings import RowSettings
 from smolcli.types import ErrorCode
 
+# Kinds that a library opens by the path of the file.
+BY_PATH: dict[Kind, str] = {
+    "parquet": "Parquet",
+    "arrow": "Arrow",
+    "sqlite": "an SQLite database",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """An open input whose kind is known; a Parquet file is opened by its path."""
+    """An open input whose kind is known; one in BY_PATH is opened by its path."""
 
     path: Path
     kind: Kind
@@ -76,6 +84,9 @@ def read_rows(
         InputError: the input cannot be read to its end.
     """
     with _open(path, settings) as source:
+        if source.kind != "sqlite" and (settings.query or settings.table) is not None:
+            option = "--table" if settings.query is None else "--query"
+            raise UsageError(f"{option} needs an SQLite database, which {path} is not")
         if source.kind == "text":
             mapper = RowMapper(replace(settings, prompt=settings.prompt or "{text}"), id_prefix)
             lines = (line for line in source.lines() if line.number > after)
@@ -87,13 +98,21 @@ def read_rows(
             yield from map(mapper.query, rows) if settings.maps_rows else rows
             return
         try:
-            if source.kind == "parquet":
-                table = read_parquet(path, mapper.choose)
-            else:
-                table = read_csv(source.file, path, source.delimiter, mapper.choose)
+            table = _read_table(source, settings, mapper.choose)
             yield from map(mapper.query_of_cells, (row for row in table if row.number > after))
         except UsageError as exc:
             raise UsageError(f"{path}: {exc}") from exc
+
+
+def _read_table(
+    source: _Input, settings: RowSettings, choose: Callable[[Sequence[str]], list[str]]
+) -> Iterator[Row]:
+    match source.kind:
+        case "parquet" | "arrow":
+            return read_arrow(source.path, source.kind, choose)
+        case "sqlite":
+            return read_sqlite(source.path, settings.query, settings.table, choose)
+    return read_csv(source.file, source.path, source.delimiter, choose)
 
 
 def row_numbers(path: Path, settings: RowSettings) -> Iterator[int]:
@@ -139,7 +158,7 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
         InputError: it cannot be opened.
     """
     kind = kind_of_name(path, settings.input_format)
-    if kind == "parquet" and not is_stream(path):
+    if kind in BY_PATH and not is_stream(path):
         yield _Input(path, kind, io.BytesIO())
         return
     with open_source(path, settings.encoding) as file:
@@ -154,8 +173,8 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
                 delimiter = ""
         except READ_ERRORS as exc:
             raise InputError(f"cannot read {path}: {error_reason(exc)}") from exc
-        if kind == "parquet" and is_stream(path):
-            raise UsageError(f"{path}: Parquet cannot be read from a pipe; pass a file")
+        if kind in BY_PATH and is_stream(path):
+            raise UsageError(f"{path}: {BY_PATH[kind]} cannot be read from a pipe; pass a file")
         rest: BufferedIOBase = io.BufferedReader(Prefixed(sample.head, file))
         if kind in ("csv", "tsv") and b"\r" in sample.head and b"\n" not in sample.head:
             rest = io.BufferedReader(_CarriageReturns(rest))

@@ -4,10 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from smolcli.data.compression import codec_of_name
-from smolcli.data.detection import table_suffix
+from smolcli.data.detection import table_kind
+from smolcli.data.jsonl import MAX_LINE_BYTES
 from smolcli.errors import QueryError, UsageError
+from smolcli.settings import RESULTS_TABLE
+from smolcli.types import ErrorCode
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +46,38 @@ class Row:
     longest: LongestField | None = None
 
 
-def journal_path(output: Path) -> Path:
+def row_of_values(number: int, values: dict[str, Any]) -> Row:
+    """A row of a table.
+
+    Args:
+        number: of the row.
+        values: the JSON value of each column; a QueryError is the fault of the row.
+    """
+    for name, value in values.items():
+        if isinstance(value, QueryError):
+            return Row(number, fault=QueryError(f"{name!r}: {value}", value.code, name))
+    if sum(len(value) for value in values.values() if isinstance(value, str)) > MAX_LINE_BYTES:
+        message = f"the row is longer than {MAX_LINE_BYTES:,} bytes"
+        return Row(number, fault=QueryError(message, ErrorCode.LINE_TOO_LONG))
+    return Row(number, values)
+
+
+def journal_path(output: Path, table_name: str = RESULTS_TABLE) -> Path:
     """Where a run writes its results: next to a table, otherwise to the output itself.
+
+    Args:
+        output: of the run.
+        table_name: of the table, if `output` is a database.
 
     Raises:
         UsageError: for a compressed table.
     """
-    if table_suffix(output) is None:
+    kind = table_kind(output)
+    if kind is None:
         return output
     if codec_of_name(output) is not None:
         raise UsageError(
             f"{output}: compressed tables cannot be written; leave out {output.suffix}"
         )
-    return output.with_name(f"{output.name}.jsonl")
+    table = f".{quote(table_name, safe=' ')}" if kind == "sqlite" else ""
+    return output.with_name(f"{output.name}{table}.jsonl")

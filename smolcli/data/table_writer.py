@@ -1,4 +1,4 @@
-"""The CSV, TSV or Parquet table that is made from the results when a run is finished."""
+"""The table that is made from the results when a run is finished: a file, or in a database."""
 
 import json
 import os
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smolcli.data.detection import table_suffix
-from smolcli.data.parquet import require_pyarrow, write_parquet
+from smolcli.data.arrow import ArrowKind, require_pyarrow, write_arrow
+from smolcli.data.detection import table_kind
+from smolcli.data.sqlite import check_sqlite, write_sqlite
 from smolcli.errors import RunError, UsageError, error_reason
 from smolcli.protocol.line_formats import smol_record
 from smolcli.settings import ALL_FIELDS
@@ -30,11 +31,14 @@ _INT64 = range(-(2**63), 2**63)
 _EXACT_FLOATS = range(-(2**53), 2**53 + 1)  # beyond, a float cannot represent every integer
 
 
-def check_table(table: Path, journal: Path, fields: Sequence[str], overwrite: bool) -> None:
+def check_table(
+    table: Path, name: str, journal: Path, fields: Sequence[str], overwrite: bool
+) -> None:
     """Check that a table can be written when the run is finished.
 
     Args:
         table: the file to write.
+        name: of the table, if the file is a database.
         journal: the results that it is made from.
         fields: columns of the input to copy.
         overwrite: whether an existing file may be replaced.
@@ -42,42 +46,51 @@ def check_table(table: Path, journal: Path, fields: Sequence[str], overwrite: bo
     Raises:
         UsageError: it cannot, or would replace a file that no run has written.
     """
-    if taken := [name for name in fields if name in _BEFORE | _AFTER]:
+    if taken := [field for field in fields if field in _BEFORE | _AFTER]:
         raise UsageError(f"--fields {taken[0]}: {table} already has a result column of that name")
-    if table_suffix(table) == ".parquet":
+    kind = table_kind(table)
+    if kind in ("parquet", "arrow"):
         require_pyarrow(table)
-    if table.exists() and not journal.exists() and not overwrite:
+    if kind == "sqlite":
+        check_sqlite(table, name, overwrite or journal.exists())
+    elif table.exists() and not journal.exists() and not overwrite:
         raise UsageError(
             f"{table} exists but was not written by a run; "
             "choose another --output, or replace it with --overwrite"
         )
 
 
-def write_table(journal: Path, table: Path, fields: Sequence[str]) -> None:
-    """Write the results of a journal as a table, unless the table is newer than they are.
+def write_table(journal: Path, table: Path, name: str, fields: Sequence[str]) -> None:
+    """Write the results of a journal as a table, unless the table has them already.
 
     Each of `fields` is a column; ALL_FIELDS is all metadata. Other metadata, and every other value
     that is not a number or text, is written as JSON. A column of values of several types is text.
 
     Args:
         journal: the results.
-        table: the file to write.
+        table: the file to write; a symbolic link stays one.
+        name: of the table, if the file is a database.
         fields: columns of the input to copy.
 
     Raises:
         RunError: the table cannot be written.
     """
+    kind, table = table_kind(table), Path(os.path.realpath(table))
     unfinished = table.with_name(f".{table.name}.tmp")
     try:
-        if table.exists() and table.stat().st_mtime_ns >= journal.stat().st_mtime_ns:
+        is_file = kind != "sqlite"
+        if is_file and table.exists() and table.stat().st_mtime_ns >= journal.stat().st_mtime_ns:
             return
         if tuple(fields) == ALL_FIELDS:
             fields = _metadata_names(journal)
         types = _types(_records(journal, fields), fields)
-        if table_suffix(table) == ".parquet":
-            _write_parquet(unfinished, journal, fields, types)
+        if kind == "sqlite":
+            write_sqlite(table, name, lambda: _typed_records(journal, fields, types), types)
+            return
+        if kind in ("parquet", "arrow"):
+            _write_arrow(unfinished, kind, journal, fields, types)
         else:
-            delimiter = "\t" if table_suffix(table) == ".tsv" else ","
+            delimiter = "\t" if kind == "tsv" else ","
             _write_csv(unfinished, _records(journal, fields), list(types), delimiter)
         _sync(unfinished)
         unfinished.replace(table)
@@ -148,17 +161,21 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _write_parquet(
-    path: Path, journal: Path, fields: Sequence[str], types: Mapping[str, type]
+def _typed_records(
+    journal: Path, fields: Sequence[str], types: Mapping[str, type]
+) -> Iterator[dict[str, Any]]:
+    return (_cells(record, types) for record in _records(journal, fields))
+
+
+def _write_arrow(
+    path: Path, kind: ArrowKind, journal: Path, fields: Sequence[str], types: Mapping[str, type]
 ) -> None:
     """Write the results with the types of their columns, or as text if these do not fit."""
     try:
-        rows = (_cells(record, types) for record in _records(journal, fields))
-        write_parquet(path, rows, types)
+        write_arrow(path, kind, _typed_records(journal, fields, types), types)
     except (ValueError, TypeError, OverflowError):  # pyarrow's own errors derive from these
         types = dict.fromkeys(types, str)
-        rows = (_cells(record, types) for record in _records(journal, fields))
-        write_parquet(path, rows, types)
+        write_arrow(path, kind, _typed_records(journal, fields, types), types)
 
 
 def _write_csv(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smolcli.batch.manifest import Manifest, load_manifest
-from smolcli.data.detection import table_suffix
+from smolcli.data.detection import table_kind
 from smolcli.data.jsonl import read_lines
 from smolcli.data.rows import journal_path
 from smolcli.errors import InputError, ResumeRefused
@@ -150,7 +150,7 @@ def gather(results: Path) -> Facts:
         InputError: the file cannot be read, or none of its lines is a result.
     """
     path = journal_path(results)
-    if table_suffix(results) is not None and not path.exists():
+    if table_kind(results) is not None and not path.exists():
         raise InputError(f"cannot report on {results}: its journal {path} is missing")
     facts = Facts(path, _manifest(path))
     for file in (path, _errors_file(facts.manifest)):

@@ -14,7 +14,7 @@ from smolcli.cli.options.engine import Dedupe, EngineOptions
 from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
 from smolcli.cli.options.tables import TableOptions
 from smolcli.cli.terminal import log_to_stderr
-from smolcli.data.detection import table_suffix
+from smolcli.data.detection import table_kind
 from smolcli.data.remote_files import (
     downloaded,
     is_remote,
@@ -24,7 +24,7 @@ from smolcli.data.remote_files import (
 )
 from smolcli.data.rows import journal_path
 from smolcli.errors import UsageError
-from smolcli.settings import InputFile, RunSettings
+from smolcli.settings import RESULTS_TABLE, InputFile, RunSettings
 from smolcli.types import Result
 
 EXAMPLES = (
@@ -34,6 +34,9 @@ EXAMPLES = (
     "answers a prompt for every row of a table.\n\n"
     "[bold]smol run a.jsonl b.csv 'data/*.jsonl' -o all.jsonl[/bold] answers several files into "
     "one output.\n\n"
+    "[bold]smol run shop.db --query 'SELECT id, review FROM reviews ORDER BY id' --id-column id "
+    "--prompt 'Summarize: {review}' -o shop.db --output-table summaries[/bold] reads and writes "
+    "an SQLite database.\n\n"
     "[bold]zcat queries.jsonl.gz | smol run - > results.jsonl[/bold] works in a pipeline."
 )
 
@@ -41,9 +44,9 @@ InputNames = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT...",
-        help="Queries in JSON Lines, or a .csv, .tsv or .parquet table; text may be compressed. A "
-        "path, a URL, or - for stdin. Several files, directories and patterns such as "
-        "'data/*.jsonl' are answered into one output.",
+        help="Queries in JSON Lines, a .csv, .tsv, .parquet or .arrow table, or an SQLite "
+        "database; text may be compressed. A path, a URL, or - for stdin. Several files, "
+        "directories and patterns such as 'data/*.jsonl' are answered into one output.",
     ),
 ]
 _run = functools.partial(option, panel="Input and output")
@@ -60,10 +63,18 @@ class RunOptions:
             "-o",
             metavar="FILE",
             help="Where to write results: JSON Lines (compressed if it ends in .gz, .zst, .bz2 or "
-            ".xz), or a .csv, .tsv or .parquet table. A path, a URL, or - for stdout. Default: the "
-            "name of INPUT with .results.jsonl.",
+            ".xz), a .csv, .tsv, .parquet or .arrow table, or an SQLite database (.db, .sqlite). A "
+            "path, a URL, or - for stdout. Default: the name of INPUT with .results.jsonl.",
         ),
     ] = None
+    output_table: Annotated[
+        str,
+        _run(
+            "--output-table",
+            metavar="NAME",
+            help="Table for the results if --output is an SQLite database.",
+        ),
+    ] = RESULTS_TABLE
     errors: Annotated[
         Path | None,
         _run(
@@ -127,7 +138,7 @@ def run(
     if is_remote(target) and not (options.overwrite or options.check):
         refuse_overwrite(target, output)
     if is_several := are_several(inputs):
-        inputs = _files(inputs, output, options.errors)
+        inputs = _files(inputs, output, options)
     sources = tuple(InputFile(_shown(name), ctx.with_resource(downloaded(name))) for name in inputs)
     settings = _settings(sources, is_several, output, schema, generation, engine, tables, options)
     log_to_stderr(options.quiet)
@@ -165,7 +176,7 @@ def _target(inputs: list[str], options: RunOptions) -> str:
     return str(default_output(local_path(inputs[0])))
 
 
-def _files(inputs: list[str], output: Path, errors: Path | None) -> list[str]:
+def _files(inputs: list[str], output: Path, options: RunOptions) -> list[str]:
     """The names of all input files.
 
     Raises:
@@ -176,9 +187,9 @@ def _files(inputs: list[str], output: Path, errors: Path | None) -> list[str]:
 
     if "-" in inputs:
         raise UsageError("stdin cannot be combined with other inputs")
-    journal = journal_path(output)
-    written = (output, journal, manifest_path(journal), *([errors] if errors else []))
-    return expanded(inputs, written)
+    journal = journal_path(output, options.output_table)
+    written = [output, journal, manifest_path(journal), options.errors]
+    return expanded(inputs, filter(None, written))
 
 
 def _shown(name: str) -> str:
@@ -198,7 +209,7 @@ def _settings(
 ) -> RunSettings:
     return RunSettings(
         input=sources[0].path,
-        output=journal_path(output),
+        output=journal_path(output, options.output_table),
         defaults=generation.query_defaults(options.extra_fields, read_schema(schema)),
         engine=engine.settings(),
         seed=generation.given_seed,
@@ -208,8 +219,9 @@ def _settings(
         overwrite=options.overwrite,
         with_timings=options.timings,
         rows=tables.settings(),
-        table=output if table_suffix(output) else None,
+        table=output if table_kind(output) else None,
         files=sources if is_several else (),
+        table_name=options.output_table,
     )
 
 

@@ -56,6 +56,19 @@ class TableOptions:
         ),
     ] = False
 
+    table: Annotated[
+        str | None,
+        _table("--table", metavar="NAME", help="Table of an SQLite database to read."),
+    ] = None
+    query: Annotated[
+        str | None,
+        _table(
+            "--query",
+            metavar="SQL",
+            help="Query for the rows of an SQLite database; end it with ORDER BY, because a run is "
+            "resumed by the order of its rows.",
+        ),
+    ] = None
     input_format: Annotated[
         InputFormat,
         _table(
@@ -89,6 +102,8 @@ class TableOptions:
         Raises:
             UsageError: a column is named twice or is empty, or the prompt is not UTF-8.
         """
+        if self.table is not None and self.query is not None:
+            raise UsageError("--table and --query cannot be combined")
         fields = tuple(next(csv.reader([self.fields]))) if self.fields else ()
         if "" in fields or len(set(fields)) < len(fields):
             raise UsageError(
@@ -105,6 +120,8 @@ class TableOptions:
             encoding=self.encoding,
             delimiter=_delimiter(self.delimiter),
             truncate_prompt=self.truncate_prompt,
+            query=self.query,
+            table=self.table,
         )
 
     def _template(self) -> str | None:

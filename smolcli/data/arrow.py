@@ -1,29 +1,34 @@
-"""Parquet files, through pyarrow, an optional dependency."""
+"""Parquet and Arrow (Feather) files, through pyarrow, an optional dependency."""
 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
-from smolcli.data.jsonl import MAX_LINE_BYTES
-from smolcli.data.rows import Row
-from smolcli.errors import InputError, QueryError, UsageError
-from smolcli.types import ErrorCode
+from smolcli.data.rows import Row, row_of_values
+from smolcli.errors import InputError, QueryError, UsageError, error_reason
 
+ArrowKind = Literal["parquet", "arrow"]
+
+ARROW_MAGIC = b"ARROW1"  # of the file format; a stream begins with its first message
 BATCH_ROWS = 256
 
+_NAMES: dict[ArrowKind, str] = {"parquet": "Parquet", "arrow": "Arrow"}
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DAY_S = 86_400
 
 
-def read_parquet(path: Path, choose: Callable[[Sequence[str]], list[str]]) -> Iterator[Row]:
+def read_arrow(
+    path: Path, kind: ArrowKind, choose: Callable[[Sequence[str]], list[str]]
+) -> Iterator[Row]:
     """Yield the rows, numbered from 1, with their values as JSON values (see `arrow_to_json`).
 
     Args:
-        path: the file.
+        path: the file: Parquet, or Arrow's file or stream format.
+        kind: which of them it is.
         choose: selects the columns to read from the names of all of them.
 
     Raises:
@@ -31,27 +36,66 @@ def read_parquet(path: Path, choose: Callable[[Sequence[str]], list[str]]) -> It
         UsageError: pyarrow is not installed.
     """
     pyarrow = _pyarrow(path)
+    read = _parquet_batches if kind == "parquet" else _arrow_batches
+    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, coerce_int96_timestamp_unit="us") as file:
-            chosen = choose(file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(BATCH_ROWS, columns=chosen):
-                names = batch.schema.names
-                columns = {name: arrow_to_json(batch.column(names.index(name))) for name in chosen}
-                for index in range(len(batch)):
-                    number += 1
-                    yield _row(number, {name: values[index] for name, values in columns.items()})
+        path.open("rb").close()  # pyarrow's error for a missing file is its own
+        for chosen, batch in read(path, pyarrow, choose):
+            names = batch.schema.names
+            columns = {name: arrow_to_json(batch.column(names.index(name))) for name in chosen}
+            for index in range(len(batch)):
+                number += 1
+                yield row_of_values(number, {n: values[index] for n, values in columns.items()})
     except (pyarrow.ArrowException, ValueError, OSError) as exc:
-        raise InputError(f"cannot read {path}: {exc}") from exc
+        where = f" after row {number}" if number else ""
+        raise InputError(f"cannot read {path}{where}: {_reason(exc, kind)}") from exc
 
 
-def write_parquet(
-    path: Path, records: Iterable[Mapping[str, Any]], types: Mapping[str, type]
+def _parquet_batches(
+    path: Path, pyarrow: Any, choose: Callable[[Sequence[str]], list[str]]
+) -> Iterator[tuple[list[str], Any]]:
+    """The chosen columns, and batches of rows."""
+    with pyarrow.parquet.ParquetFile(path, coerce_int96_timestamp_unit="us") as file:
+        chosen = choose(file.schema_arrow.names)
+        for batch in file.iter_batches(BATCH_ROWS, columns=chosen):
+            yield chosen, batch
+
+
+def _arrow_batches(
+    path: Path, pyarrow: Any, choose: Callable[[Sequence[str]], list[str]]
+) -> Iterator[tuple[list[str], Any]]:
+    """The chosen columns, and batches of rows."""
+    with pyarrow.OSFile(str(path)) as file:
+        is_stream = file.read(len(ARROW_MAGIC)) != ARROW_MAGIC
+        file.seek(0)
+        if is_stream:
+            reader = pyarrow.ipc.open_stream(file)
+            batches: Iterable[Any] = reader
+        else:
+            reader = pyarrow.ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        chosen = choose(reader.schema.names)
+        for batch in batches:
+            for at in range(0, len(batch), BATCH_ROWS):
+                yield chosen, batch.slice(at, BATCH_ROWS)
+
+
+def _reason(exc: Exception, kind: ArrowKind) -> str:
+    if getattr(exc, "strerror", None):
+        return error_reason(exc)
+    if isinstance(exc, NotImplementedError):
+        return f"it uses a feature of {_NAMES[kind]} that is not supported; write it again"
+    return f"it is not a valid {_NAMES[kind]} file, or it is damaged"
+
+
+def write_arrow(
+    path: Path, kind: ArrowKind, records: Iterable[Mapping[str, Any]], types: Mapping[str, type]
 ) -> None:
     """Write records as the rows of a new file.
 
     Args:
         path: the file.
+        kind: its format; Arrow's is the file format, which is also Feather's.
         records: one mapping from column to value for each row; missing values are null.
         types: the type of each column: str, int, float or bool.
 
@@ -62,13 +106,15 @@ def write_parquet(
     names = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
     names[bool] = pyarrow.bool_()
     schema = pyarrow.schema([(column, names[type_]) for column, type_ in types.items()])
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+    is_parquet = kind == "parquet"
+    open_writer = pyarrow.parquet.ParquetWriter if is_parquet else pyarrow.ipc.new_file
+    with open_writer(str(path), schema) as writer:
         for batch in _batched(records):
             writer.write_table(pyarrow.Table.from_pylist(batch, schema))
 
 
 def require_pyarrow(path: Path) -> None:
-    """Check that Parquet files can be read and written.
+    """Check that Parquet and Arrow files can be read and written.
 
     Raises:
         UsageError: pyarrow is not installed.
@@ -80,6 +126,7 @@ def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow
         import pyarrow.compute
+        import pyarrow.ipc
         import pyarrow.parquet
     except ImportError as exc:
         raise UsageError(f"{path} needs pyarrow: pip install 'smolcli[parquet]'") from exc
@@ -95,16 +142,6 @@ def _batched(records: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str,
             batch = []
     if batch:
         yield batch
-
-
-def _row(number: int, values: dict[str, Any]) -> Row:
-    for name, value in values.items():
-        if isinstance(value, QueryError):
-            return Row(number, fault=QueryError(f"{name!r}: {value}", value.code, name))
-    if sum(len(value) for value in values.values() if isinstance(value, str)) > MAX_LINE_BYTES:
-        message = f"the row is longer than {MAX_LINE_BYTES:,} bytes"
-        return Row(number, fault=QueryError(message, ErrorCode.LINE_TOO_LONG))
-    return Row(number, values)
 
 
 def arrow_to_json(array: Any) -> list[Any]:
