@@ -1,6 +1,7 @@
 """Input and output at URLs: downloaded first, uploaded last; the journal stays local."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,31 @@ def test_results_of_a_remote_input_are_written_locally(tmp_path: Path) -> None:
     assert output.read_bytes() == plain_output(tmp_path)
     again = smol_run("memory://bucket/in.jsonl")
     assert (again.exit_code, "is complete" in again.stderr) == (0, True)
+
+
+def test_several_remote_inputs_name_their_urls(bucket: Any, tmp_path: Path) -> None:
+    bucket.pipe_file("/bucket/b.csv", b"chat_id,user_prompt\nx,Hi\n")
+    pattern, url = "memory://bucket/*.jsonl", "memory://bucket/b.csv"
+    assert smol_run(url, pattern, "-o", "out.jsonl", "--limit", "3").exit_code == 0
+    records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [(record["file"].replace("///", "//"), record["line"]) for record in records] == [
+        (url, 2),
+        ("memory://bucket/in.jsonl", 1),
+        ("memory://bucket/in.jsonl", 2),
+    ]
+    none = smol_run("memory://bucket/*.tsv", "-o", "out.jsonl")
+    assert (none.exit_code, "no file matches" in none.stderr) == (2, True)
+
+
+def test_hub_that_cannot_be_reached_is_a_clear_error() -> None:
+    code = "from smolcli.cli.main import app; app()"
+    command = [sys.executable, "-c", code, "run", "hf://datasets/user/name/x.jsonl"]
+    folder = str(Path(__file__).parent.parent)
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": folder}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert "the Hugging Face Hub cannot be reached" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_remote_output_is_uploaded_when_complete(bucket: Any, tmp_path: Path) -> None:

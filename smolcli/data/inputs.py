@@ -9,6 +9,7 @@ from typing import Self
 
 from smolcli.data.compression import without_codec_suffix
 from smolcli.data.reader import read_rows, row_numbers
+from smolcli.data.remote_files import matching
 from smolcli.data.rows import Row
 from smolcli.errors import UsageError
 from smolcli.protocol.many_files import place_of, row_number
@@ -115,7 +116,10 @@ def expanded(names: Iterable[str], written: Iterable[Path]) -> list[str]:
     found: dict[str, str] = {}
     for name in names:
         if "://" in name:
-            found.setdefault(name, name)
+            urls = matching(name) if _is_pattern(name) else [name]
+            if not urls:
+                raise UsageError(f"no file matches {name!r}")
+            found |= {url: url for url in urls if url not in found}
         elif _is_folder(name) or _is_pattern(name):
             for path in _files(name, own):
                 found.setdefault(os.path.realpath(path), path)
@@ -165,4 +169,6 @@ def _is_folder(name: str) -> bool:
 
 
 def _is_pattern(name: str) -> bool:
-    return "://" not in name and glob.has_magic(name) and not os.path.exists(name)
+    if "://" in name:
+        return "*" in name  # a question mark may be part of a URL
+    return glob.has_magic(name) and not os.path.exists(name)

@@ -30,6 +30,17 @@ def is_remote(name: str) -> bool:
     return "://" in name and not _is_local(_resolve(name)[0])
 
 
+def matching(url: str) -> list[str]:
+    """The URLs of the files that match a pattern such as `hf://datasets/me/x/*.parquet`, sorted.
+
+    Raises:
+        InputError: the files cannot be listed.
+    """
+    files, path = _resolve(url)
+    with _translated(InputError, f"cannot list {url}", url):
+        return sorted(files.unstrip_protocol(found) for found in files.glob(path))
+
+
 @contextmanager
 def downloaded(name: str) -> Iterator[Path]:
     """Yield the path of a local file, or of a temporary copy of a remote one.
@@ -43,7 +54,7 @@ def downloaded(name: str) -> Iterator[Path]:
     files, path = _resolve(name)
     with tempfile.TemporaryDirectory(prefix="smol-") as folder:
         copy = Path(folder, local_path(name).name)
-        with _translated(InputError, f"cannot read {name}"):
+        with _translated(InputError, f"cannot read {name}", name):
             if not files.isfile(path):
                 raise FileNotFoundError("no such file")
             files.get_file(path, str(copy))
@@ -98,9 +109,33 @@ def _is_local(files: Any) -> bool:
 
 
 @contextmanager
-def _translated(kind: type[SmolError], what: str) -> Iterator[None]:
-    """Turn whatever a file system raises into one of our errors."""
+def _translated(kind: type[SmolError], what: str, url: str = "") -> Iterator[None]:
+    """Turn whatever a file system raises into one of our errors.
+
+    Args:
+        kind: the error to raise.
+        what: what could not be done.
+        url: what it concerns, for errors that the Hugging Face Hub explains badly.
+    """
     try:
         yield
     except Exception as exc:
-        raise kind(f"{what}: {error_reason(exc)}") from exc
+        reason = _hub_reason(exc) if url.startswith("hf://") else error_reason(exc)
+        raise kind(f"{what}: {reason}") from exc
+
+
+def _hub_reason(exc: Exception) -> str:
+    """Why the Hugging Face Hub did not deliver a file, and what to do."""
+    import httpx2
+
+    if isinstance(exc, httpx2.TransportError):
+        return (
+            f"the Hugging Face Hub cannot be reached ({exc}); check the network, or download the "
+            "file elsewhere and pass its path"
+        )
+    if isinstance(exc, FileNotFoundError):
+        return (
+            "no such file; private and gated data sets need the environment variable HF_TOKEN, and "
+            "HF_HUB_OFFLINE must not be set"
+        )
+    return error_reason(exc)
