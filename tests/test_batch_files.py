@@ -110,7 +110,7 @@ def test_error_names_line_and_parameter(job: RunSettings) -> None:
     }
     assert failure(duplicate)["message"] == "custom_id 'a' was already used on an earlier line"
     assert (failure(duplicate)["param"], failure(duplicate)["line"]) == ("custom_id", 5)
-    assert failure(url)["message"] == "url must be /v1/chat/completions"
+    assert failure(url)["message"] == "url must be /v1/chat/completions or /v1/completions"
     assert failure(torn)["code"] == "invalid_json"
 
 

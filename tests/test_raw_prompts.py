@@ -171,15 +171,19 @@ def test_smol_servers_take_raw_prompts_and_scores_as_they_are(prompt: Any) -> No
     query = parse_query(fields, QueryDefaults())
     body = json.loads(json.dumps(chat_body(query, Dialect.SMOL)))
     assert parse_query(body, QueryDefaults()) == query
-    entries = [{"token": "a", "logprob": None, "top_logprobs": []}]
+    entries: list[Any] = [{"token": "a", "logprob": None, "top_logprobs": []}]
     record = {"chat_id": "1", "response": " x ", "prompt_logprobs": entries}
     result = parse_record(record, query, Dialect.SMOL)
     assert (result.response, result.prompt_logprobs, result.echo) == (" x ", entries, True)
 
 
-@pytest.mark.parametrize("dialect", [Dialect.PLAIN, Dialect.OPENAI])
 @pytest.mark.parametrize(
-    "fields", [{"raw_prompt": "x"}, {"user_prompt": "x", "prompt_logprobs": 0}]
+    ("dialect", "fields"),
+    [
+        (Dialect.PLAIN, {"raw_prompt": "x"}),
+        (Dialect.PLAIN, {"user_prompt": "x", "prompt_logprobs": 0}),
+        (Dialect.OPENAI, {"raw_prompt": "x", "prompt_logprobs": 0}),
+    ],
 )
 def test_other_servers_get_no_query_that_they_would_misread(
     dialect: Dialect, fields: dict[str, Any]

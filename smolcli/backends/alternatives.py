@@ -5,7 +5,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from smolcli.backends.base import complete_future
-from smolcli.protocol.prompt import derived_seed
+from smolcli.protocol.prompt import split_answers
 from smolcli.types import Query, Result, Timings, Usage
 
 
@@ -19,18 +19,7 @@ def submit_each(query: Query, submit: Callable[[Query, bool], Future[Result]]) -
     Returns:
         The result with all answers, or the first error. Cancelling it cancels all generations.
     """
-    return _combined([submit(each, index == 0) for index, each in enumerate(split(query))])
-
-
-def split(query: Query) -> list[Query]:
-    """One query per answer; the first answer equals that of the same query with n=1."""
-    seed = query.sampling.seed
-    seeds = [seed, *(derived_seed(seed, str(index)) for index in range(1, query.n))]
-    first, *others = (replace(query.sampling, seed=seed) for seed in seeds)
-    return [
-        replace(query, n=1, sampling=first),
-        *(replace(query, n=1, sampling=each, prompt_logprobs=None) for each in others),
-    ]
+    return _combined([submit(each, index == 0) for index, each in enumerate(split_answers(query))])
 
 
 def _combined(futures: Sequence[Future[Result]]) -> Future[Result]:
@@ -56,7 +45,7 @@ def _combined(futures: Sequence[Future[Result]]) -> Future[Result]:
 
 
 def merged(results: list[Result]) -> Result:
-    """The result with all answers of a query, in the order of `split`, or the first error."""
+    """The result with all answers, in the order of `split_answers`, or the first error."""
     if failed := next((result for result in results if result.is_error), None):
         return failed
     first, *others = results

@@ -66,7 +66,6 @@ Number = Annotated[float, Field(strict=True)]
 FLOAT_TO_INT = BeforeValidator(float_to_int)
 Integer = Annotated[int, Field(strict=True), FLOAT_TO_INT]
 Count = Annotated[int, Field(strict=True, ge=1), FLOAT_TO_INT]
-CountOrZero = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
 Temperature = Annotated[Number, Field(ge=0, le=100)]
 TopP = Annotated[Number, Field(gt=0, le=1)]
 TopK = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]

@@ -21,6 +21,7 @@ from smolcli.protocol.openai import (
     parse_completion,
 )
 from smolcli.protocol.query import chat_id_of, parse_query
+from smolcli.protocol.text_completions import parse_text_line, text_answer_fields
 from smolcli.settings import InputFormat, QueryDefaults, RowSettings
 from smolcli.types import ErrorCode, Query, Result, Usage
 
@@ -183,8 +184,10 @@ class RequestFields(BaseModel):
 
     custom_id: ChatId = Field(description="a non-empty string or an integer")
     method: Literal["POST"] = Field(description="POST")
-    url: Literal["/v1/chat/completions"] = Field(description="/v1/chat/completions")
-    body: dict[str, Any] = Field(description="an object: a request for a chat completion")
+    url: Literal["/v1/chat/completions", "/v1/completions"] = Field(
+        description="/v1/chat/completions or /v1/completions"
+    )
+    body: dict[str, Any] = Field(description="an object: the body of a request to the url")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +210,8 @@ class OpenAIBatchFormat(LineFormat):
         except ValidationError as exc:
             raise parameter_error(exc, RequestFields, value) from None
         body = {"model": ""} | request.body  # any model name is accepted: there is only one
+        if request.url == "/v1/completions":
+            return parse_text_line(body, defaults, request.custom_id, line)
         completion = parse_completion(body, defaults, request.custom_id, line)
         if completion.is_stream:
             raise QueryError("stream cannot be true in a batch", field="stream")
@@ -258,13 +263,15 @@ class OpenAIBatchFormat(LineFormat):
         return f"{kind}_{self.run.run_id}_{line}"
 
     def _answered(self, result: Result) -> tuple[HTTPStatus, dict[str, Any]]:
+        is_text = result.echo is not None
         head = {
-            "id": f"chatcmpl-{self.run.run_id}_{result.line}",
-            "object": "chat.completion",
+            "id": f"{'cmpl' if is_text else 'chatcmpl'}-{self.run.run_id}_{result.line}",
+            "object": "text_completion" if is_text else "chat.completion",
             "created": self.run.created,
             "model": self.run.model,
         }
-        return HTTPStatus.OK, head | answer_fields(result)
+        fields = text_answer_fields(result) if is_text else answer_fields(result)
+        return HTTPStatus.OK, head | fields
 
     def _failed(self, result: Result) -> tuple[HTTPStatus, dict[str, Any]]:
         code = result.error_code
@@ -337,7 +344,7 @@ def _response_fields(record: dict[str, Any]) -> dict[str, Any]:
 
 def _answer_fields(choice: dict[str, Any]) -> dict[str, Any]:
     answer = {
-        "response": choice["message"].get("content"),
+        "response": choice["text"] if "text" in choice else choice["message"].get("content"),
         "finish_reason": choice.get("finish_reason"),
     }
     return answer | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})

@@ -133,11 +133,12 @@ Zero = Annotated[Number, Field(ge=0, le=0)]
 One = Annotated[Number, Field(ge=1, le=1)]
 
 _STREAM: dict[str, Any] = {"required": ["stream"], "properties": {"stream": {"const": True}}}
-_STREAM_COMBINATIONS: list[Any] = [
+STREAM_COMBINATIONS: list[Any] = [
     {"anyOf": [_STREAM, {"properties": {"stream_options": {"not": {
         "required": ["include_usage"], "properties": {"include_usage": {"const": True}},
         "type": "object",
     }}}}]},
+    {"anyOf": [{"not": _STREAM}, {"properties": {"prompt_logprobs": {"enum": [*EMPTY]}}}]},
 ]  # fmt: skip
 
 _ZERO = "0: it is not supported"
@@ -214,7 +215,11 @@ class GenerationFields(Lenient):
         None, description="true: special tokens are never part of an answer"
     )
     truncate_prompt_tokens: None = Field(None, description=_UNSUPPORTED)
-    prompt_logprobs: None = Field(None, description=_UNSUPPORTED)
+    prompt_logprobs: NumLogprobs | None = Field(
+        None,
+        description=f"an integer from 0 to {MAX_LOGPROBS}, and absent if stream is true; "
+        "an extension",
+    )
     return_tokens_as_token_ids: Literal[False] | None = Field(None, description=_FALSE)
     return_token_ids: Literal[False] | None = Field(None, description=_FALSE)
     guided_json: None = Field(None, description="empty: use response_format")
@@ -232,7 +237,7 @@ class CompletionFields(GenerationFields):
 
     model_config = ConfigDict(
         json_schema_extra=forbid_violations(
-            [*combinations(list(EMPTY), True), *_STREAM_COMBINATIONS]
+            [*combinations(list(EMPTY), True), *STREAM_COMBINATIONS]
         )
     )
 
@@ -333,7 +338,7 @@ class Completion:
 
     def usage_chunk(self, usage: Usage | None) -> dict[str, Any]:
         """The final chunk, if usage was requested."""
-        return self._head("chat.completion.chunk") | {"choices": [], "usage": _usage(usage)}
+        return self._head("chat.completion.chunk") | {"choices": [], "usage": usage_fields(usage)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         name = self.query.chat_id
@@ -351,7 +356,30 @@ def answer_fields(result: Result) -> dict[str, Any]:
         }
         for index, each in enumerate((result, *result.alternatives))
     ]
-    return {"choices": choices, "usage": _usage(result.usage)}
+    values: dict[str, Any] = {"choices": choices, "usage": usage_fields(result.usage)}
+    if result.prompt_logprobs is not None:
+        values["prompt_logprobs"] = rank_entries(result.prompt_logprobs)
+    return values
+
+
+def rank_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+    """The log probabilities of a prompt in vLLM's format: null, then tokens by id.
+
+    Args:
+        entries: those of a result.
+    """
+
+    def ranked(entry: Mapping[str, Any], rank: int) -> dict[str, Any]:
+        fields = {"logprob": entry["logprob"], "rank": rank, "decoded_token": entry["token"]}
+        return {str(entry["token_id"]): fields}
+
+    positions: list[dict[str, Any] | None] = [None]
+    for entry in entries[1:]:
+        position = ranked(entry, entry["rank"])
+        for rank, each in enumerate(entry["top_logprobs"], 1):
+            position |= ranked(each, rank)
+        positions.append(position)
+    return positions
 
 
 # OpenAI's clients recognize this code.
@@ -369,6 +397,7 @@ def error_object(status: int, message: str, code: str, field: str | None) -> dic
     """
     kind = "invalid_request_error" if status < 500 else "server_error"
     openai_code = _OPENAI_CODES.get(code, code)  # type: ignore[call-overload]
+    field = "prompt" if field == "raw_prompt" else field
     return {"message": message, "type": kind, "param": field, "code": str(openai_code)}
 
 
@@ -408,9 +437,8 @@ def parse_completion(
         fields = CompletionFields.model_validate(value)
     except ValidationError as exc:
         raise parameter_error(exc, CompletionFields, value) from None
+    check_stream(fields)
     options = fields.stream_options
-    if options and options.include_usage and not fields.stream:
-        raise _invalid("stream_options", CompletionFields)
     return Completion(
         query=parse_query(_query(fields, defaults) | {"chat_id": chat_id}, defaults, line),
         model=fields.model,
@@ -419,26 +447,45 @@ def parse_completion(
     )
 
 
+def check_stream(fields: GenerationFields) -> None:
+    """Reject parameters that contradict `stream`.
+
+    Raises:
+        QueryError: naming the parameter.
+    """
+    if fields.stream and fields.prompt_logprobs is not None:
+        raise invalid_parameter("prompt_logprobs", type(fields))
+    options = fields.stream_options
+    if options and options.include_usage and not fields.stream:
+        raise invalid_parameter("stream_options", type(fields))
+
+
 _SAME_NAME = (
     *("temperature", "top_p", "repetition_penalty", "min_p", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "seed", "min_tokens", "ignore_eos", "stop"),
     *("stop_token_ids", "include_stop_str_in_output", "bad_words", "allowed_token_ids"),
-    *("choices", "n", "logprobs", "top_logprobs"),
+    *("choices", "n", "prompt_logprobs"),
 )
 
 
 def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
     """The query fields equivalent to a request."""
+    return query_fields(fields, defaults) | {
+        "messages": [_message(index, each) for index, each in enumerate(fields.messages)],
+        "max_new_tokens": fields.max_completion_tokens or fields.max_tokens,
+        "logprobs": fields.logprobs,
+        "top_logprobs": fields.top_logprobs,
+    }
+
+
+def query_fields(fields: GenerationFields, defaults: QueryDefaults) -> dict[str, Any]:
+    """The query fields equivalent to the parameters that all requests share."""
     values = {name: getattr(fields, name) for name in _SAME_NAME}
     if fields.temperature is None and (fields.n or 1) > 1:
         values["temperature"] = defaults.several_temperature
     if fields.response_format is not None:
         values["response_format"] = fields.response_format.model_dump(by_alias=True)
-    return values | {
-        "messages": [_message(index, each) for index, each in enumerate(fields.messages)],
-        "max_new_tokens": fields.max_completion_tokens or fields.max_tokens,
-        "top_k": None if fields.top_k is None else max(fields.top_k, 0),
-    }
+    return values | {"top_k": None if fields.top_k is None else max(fields.top_k, 0)}
 
 
 def _message(index: int, message: ChatMessage) -> dict[str, str]:
@@ -458,8 +505,8 @@ def _logprobs(result: Result) -> dict[str, Any] | None:
     return None if result.logprobs is None else {"content": result.logprobs}
 
 
-def _usage(usage: Usage | None) -> dict[str, int] | None:
-    """Null if an upstream server does not report it."""
+def usage_fields(usage: Usage | None) -> dict[str, int] | None:
+    """Token counts and their sum; null if an upstream server does not report them."""
     if usage is None:
         return None
     return {
@@ -481,7 +528,7 @@ def parameter_error(exc: ValidationError, model: type[BaseModel], value: object)
     top = [f for f in faults if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or faults
     same = [f for f in top if f["loc"][0] == top[0]["loc"][0]]
     # A union reports an error for each of its types; take the one that validated furthest.
-    fault = max(same, key=lambda f: len(list(_location(value, f["loc"]))))
+    fault = max(same, key=lambda f: _depth(list(_location(value, f["loc"]))))
     location = list(_location(value, fault["loc"]))
     kind, given = fault["type"], fault["input"]
     if kind.startswith("union_tag"):  # the type of a response_format
@@ -499,7 +546,12 @@ def parameter_error(exc: ValidationError, model: type[BaseModel], value: object)
     if len(location) > 1 and kind == "literal_error" and isinstance(given, str):
         message = f"{path} {shorten(given)!r} is not supported"
         return QueryError(message, ErrorCode.INVALID_VALUE, path)
-    return _invalid(str(location[0]), model, path)
+    return invalid_parameter(str(location[0]), model, path)
+
+
+def _depth(location: list[int | str]) -> tuple[int, list[int]]:
+    """How far into a value a location is: its length, then its indices."""
+    return len(location), [step for step in location if isinstance(step, int)]
 
 
 def _location(value: Any, location: Sequence[int | str]) -> Iterator[int | str]:
@@ -523,7 +575,14 @@ def _known(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
     return list(models.get(len(location), model).model_fields)
 
 
-def _invalid(name: str, model: type[BaseModel], path: str | None = None) -> QueryError:
+def invalid_parameter(name: str, model: type[BaseModel], path: str | None = None) -> QueryError:
+    """The error for a parameter whose value its description does not allow.
+
+    Args:
+        name: of the parameter.
+        model: of the whole object.
+        path: where in the parameter the fault is; by default the parameter itself.
+    """
     path = path or name
     description = model.model_fields[name].description
     where = f" (at {path})" if path != name else ""

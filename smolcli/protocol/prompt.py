@@ -32,6 +32,20 @@ def with_system_prompt(turns: tuple[Message, ...], system: str | None) -> tuple[
     return (Message("system", system), *turns) if system else turns
 
 
+def split_answers(query: Query) -> list[Query]:
+    """One query for each of the `n` answers; the first answer equals that of the query with n=1.
+
+    Only the first one has the log probabilities of the prompt.
+    """
+    seed = query.sampling.seed
+    seeds = [seed, *(derived_seed(seed, str(index)) for index in range(1, query.n))]
+    first, *others = (replace(query.sampling, seed=each) for each in seeds)
+    return [
+        replace(query, n=1, sampling=first),
+        *(replace(query, n=1, sampling=each, prompt_logprobs=None) for each in others),
+    ]
+
+
 def derived_seed(seed: int, name: str) -> int:
     """The seed of one query, derived from the run's seed and the query's id alone."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()

@@ -31,7 +31,6 @@ from smolcli.protocol.fields import (
     BadWords,
     ChatId,
     Choices,
-    CountOrZero,
     Flag,
     Lenient,
     LogitBias,
@@ -284,7 +283,7 @@ class QueryFields(BaseModel):
         None, description="a non-empty string or a non-empty list of token ids"
     )
     echo: Flag | None = Field(None, description="true or false, and requires raw_prompt")
-    max_new_tokens: CountOrZero | None = Field(
+    max_new_tokens: NumTokens | None = Field(
         None, description="a positive integer, or 0 if prompt_logprobs or echo is given"
     )
     temperature: Temperature | None = Field(None, description="a number from 0 (greedy) to 100")

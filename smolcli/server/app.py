@@ -14,6 +14,7 @@ from smolcli.server.openai_api import openai_routes
 from smolcli.server.ops import ops_routes
 from smolcli.server.page import page_routes
 from smolcli.server.service import Service
+from smolcli.server.text_completions_api import text_completions_routes
 
 OPENAI_PREFIX = "/v1"
 
@@ -59,6 +60,7 @@ def create_app(service: Service) -> Flask:
     require_key(app, service.settings.api_keys)
     app.register_blueprint(chat_routes(service))
     app.register_blueprint(openai_routes(service))
+    app.register_blueprint(text_completions_routes(service))
     app.register_blueprint(ops_routes(service))
     app.register_blueprint(page_routes())
     app.after_request(_forbid_sniffing)

@@ -9,15 +9,14 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from smolcli.backends.alternatives import merged, split
+from smolcli.backends.alternatives import merged
 from smolcli.protocol.openai import Completion, parse_completion
+from smolcli.protocol.prompt import split_answers
 from smolcli.server.errors import HttpError, error_body, error_response, result_error
 from smolcli.server.in_flight import InFlightRequest
-from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json, to_json
+from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json
+from smolcli.server.sse import DONE, KEEP_ALIVE, KEEP_ALIVE_S, first_event, sse_line
 from smolcli.types import Result, TextPiece
-
-HEADERS_TIMEOUT_S = 1.0  # how long an error can still set the status of a stream
-KEEP_ALIVE_S = 5.0  # silence after which a stream sends a comment
 
 Event = tuple[int, str | Result] | None  # with the index of the answer
 
@@ -41,7 +40,7 @@ def openai_routes(service: Service) -> Blueprint:
         completion = parse_completion(read_json(), service.settings.defaults, completion_id)
         service.check_model(completion.model)
         if completion.is_stream:
-            queries = dict(enumerate(split(completion.query)))
+            queries = dict(enumerate(split_answers(completion.query)))
             in_flight = service.start(queries, is_interactive=True, with_text=True)
             return _stream(completion, in_flight)
         in_flight = service.start({0: completion.query}, is_interactive=True)
@@ -72,7 +71,7 @@ def _stream(completion: Completion, in_flight: InFlightRequest) -> Response:
     """
     events = in_flight.events()
     try:
-        first = _first_event(events)
+        first: Event = first_event(events)
     except HttpError:
         in_flight.close()
         raise
@@ -83,14 +82,6 @@ def _stream(completion: Completion, in_flight: InFlightRequest) -> Response:
     response = Response(lines, headers=STREAM_HEADERS, mimetype="text/event-stream")
     response.call_on_close(in_flight.close)
     return response
-
-
-def _first_event(events: Iterator[Event]) -> Event:
-    """Wait for the first event; None if there is none in time."""
-    deadline = time.monotonic() + HEADERS_TIMEOUT_S
-    while (event := next(events)) is None and time.monotonic() < deadline:
-        pass
-    return event
 
 
 class CompletionStream:
@@ -119,7 +110,7 @@ class CompletionStream:
                 if event is not None:
                     yield self._event(*event)
                 elif time.monotonic() - sent_at >= KEEP_ALIVE_S:
-                    yield ": keep-alive\n\n"
+                    yield KEEP_ALIVE
                 else:
                     continue
                 sent_at = time.monotonic()
@@ -135,21 +126,17 @@ class CompletionStream:
             self._num_logprobs[index] += len(entries)
             return self._chunk(index, {"content": event}, entries)
         if event.is_error:
-            return _sse_line(error_body(result_error(event), is_openai=True))
+            return sse_line(error_body(result_error(event), is_openai=True))
         self._results[index] = event
         rest = (event.logprobs or ())[self._num_logprobs[index] :]
         return self._chunk(index, {}, rest, event.finish_reason)
 
     def _end(self) -> str:
-        lines = "data: [DONE]\n\n"
+        lines = DONE
         if self._completion.includes_usage:
             result = merged([each for _, each in sorted(self._results.items())])
-            lines = _sse_line(self._completion.usage_chunk(result.usage)) + lines
+            lines = sse_line(self._completion.usage_chunk(result.usage)) + lines
         return lines
 
     def _chunk(self, *parts: Any) -> str:
-        return _sse_line(self._completion.chunk(*parts))
-
-
-def _sse_line(value: dict[str, Any]) -> str:
-    return f"data: {to_json(value)}\n\n"
+        return sse_line(self._completion.chunk(*parts))

@@ -10,6 +10,7 @@ from smolcli import __version__
 from smolcli.protocol.fields import MAX_ANSWERS
 from smolcli.protocol.openai import CompletionFields
 from smolcli.protocol.query import QueryFields
+from smolcli.protocol.text_completions import TextCompletionFields
 from smolcli.server.errors import HttpCode
 from smolcli.types import ErrorCode, FinishReason
 
@@ -182,6 +183,17 @@ class OpenAIChoice(Exact):
     )
 
 
+class VllmLogprob(Exact):
+    """A token of a prompt in vLLM's format."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+VllmPromptLogprobs = list[dict[str, VllmLogprob] | None]
+
+
 class OpenAICompletion(Exact):
     """A chat completion. If `stream` is true, it is sent as server-sent events instead."""
 
@@ -190,6 +202,46 @@ class OpenAICompletion(Exact):
     created: int
     model: str
     choices: Annotated[list[OpenAIChoice], Field(min_length=1, max_length=MAX_ANSWERS)]
+    usage: OpenAIUsage | None = Field(description="Null if an upstream server does not report it.")
+    prompt_logprobs: VllmPromptLogprobs = Field(
+        default_factory=list, description="Present if the request has `prompt_logprobs`."
+    )
+
+
+class TextLogprobs(Exact):
+    """The log probabilities of a text's tokens, as parallel lists.
+
+    Those of the first token of a prompt are null.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TextChoice(Exact):
+    """One continuation of one prompt."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: FinishReason | None = Field(
+        description="Null if an upstream server does not report it."
+    )
+    prompt_logprobs: VllmPromptLogprobs = Field(
+        default_factory=list, description="Present if the request has `prompt_logprobs`."
+    )
+
+
+class OpenAITextCompletion(Exact):
+    """Text completions. If `stream` is true, they are sent as server-sent events instead."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: Annotated[list[TextChoice], Field(min_length=1)]
     usage: OpenAIUsage | None = Field(description="Null if an upstream server does not report it.")
 
 
@@ -244,6 +296,8 @@ _MODELS: tuple[type[BaseModel], ...] = (
     Error,
     OpenAIError,
     OpenAICompletion,
+    TextCompletionFields,
+    OpenAITextCompletion,
     OpenAIModel,
     OpenAIModels,
     Status,
@@ -275,7 +329,8 @@ def openapi_document(requires_key: bool, models: Sequence[str]) -> Json:
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components: Json = {"schemas": schemas["$defs"]}
     if models:
-        components["schemas"]["CompletionFields"]["properties"]["model"]["enum"] = list(models)
+        for name in ("CompletionFields", "TextCompletionFields"):
+            components["schemas"][name]["properties"]["model"]["enum"] = list(models)
     document: Json = {
         "openapi": "3.1.0",
         "info": {"title": "smol", "version": __version__, "license": _LICENSE},
@@ -301,6 +356,14 @@ def _paths(unauthorized: dict[str, str], models: Sequence[str]) -> Json:
                 "Create a chat completion",
                 CompletionFields,
                 _json(OpenAICompletion) | {"text/event-stream": {}},
+                _responses(descriptions | _MODEL_NOT_FOUND, OpenAIError),
+            )
+        },
+        "/v1/completions": {
+            "post": _post(
+                "Create text completions",
+                TextCompletionFields,
+                _json(OpenAITextCompletion) | {"text/event-stream": {}},
                 _responses(descriptions | _MODEL_NOT_FOUND, OpenAIError),
             )
         },

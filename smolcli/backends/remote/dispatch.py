@@ -239,12 +239,13 @@ async def _result(upstream: Upstream, pending: RemoteQuery) -> Result:
     """The result of a query that is sent alone."""
     query, dialect = pending.query, upstream.dialect
     is_stream = pending.on_text is not None and dialect is not Dialect.PLAIN and query.n == 1
-    is_stream = is_stream and query.raw_prompt is None and query.prompt_logprobs is None
+    is_stream = is_stream and query.prompt_logprobs is None
     if is_completion := is_stream or dialect is Dialect.OPENAI:
         body = completion_body(query, upstream.model, dialect, is_stream)
     else:
         body = chat_body(query, dialect)
-    path = "/v1/chat/completions" if is_completion else "/chat"
+    completions = "/v1/chat/completions" if query.raw_prompt is None else "/v1/completions"
+    path = completions if is_completion else "/chat"
     async with upstream.post(path, body, _request_id([pending])) as response:
         check_status(response, upstream.url)
         if response.status_code != 200:
@@ -322,13 +323,13 @@ async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result
                     logprobs = [*(logprobs or []), *entries]
                 delta = choice.get("delta") or {}
                 has_refusal = has_refusal or bool(delta.get("refusal"))
-                if text := delta.get("content"):
+                if text := delta.get("content") or choice.get("text"):
                     pieces.append(text + "")  # a TypeError unless it is a string
                     new = (logprobs or [])[num_shown:]
                     num_shown += len(new)
                     pending.show(TextPiece(text, new))
-    except (LookupError, TypeError, AttributeError) as exc:
-        raise MalformedAnswer("the stream does not consist of chat completion chunks") from exc
+    except (LookupError, TypeError, AttributeError, ValueError) as exc:
+        raise MalformedAnswer("the stream does not consist of completion chunks") from exc
     if not is_done:
         raise Unavailable("the stream ended early")
     is_empty_answer = finish_reason in ("stop", "length") and not has_refusal

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 from smolcli.errors import QueryError
 from smolcli.protocol.query import format_fields
 from smolcli.protocol.strict_json import load_json
+from smolcli.protocol.text_completions import entries_of
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Sampling, Usage, failure
 
 MAX_ERROR_CHARS = 1000
@@ -58,7 +59,7 @@ def plain_prompts(query: Query) -> dict[str, str]:
 
 
 def completion_body(query: Query, model: str, dialect: Dialect, is_stream: bool) -> dict[str, Any]:
-    """A query as the body of /v1/chat/completions.
+    """A query as the body of /v1/chat/completions, or of /v1/completions if it has a raw prompt.
 
     Parameters that OpenAI's API lacks are sent to an OpenAI-compatible server only if they have
     an effect.
@@ -72,12 +73,17 @@ def completion_body(query: Query, model: str, dialect: Dialect, is_stream: bool)
     Raises:
         QueryError: the dialect cannot express the query.
     """
-    body: dict[str, Any] = {"model": model, "messages": _messages(query)} | _sampling(query)
+    prompt = _prompt(query)
+    if query.raw_prompt is not None:
+        prompt["prompt"] = prompt.pop("raw_prompt")
+    body: dict[str, Any] = {"model": model} | prompt | _sampling(query)
     if dialect is Dialect.OPENAI:
         neutral = asdict(Sampling())
         core = ("temperature", "top_p")
         body = {k: v for k, v in body.items() if k in core or v != neutral.get(k)}
     body |= _options(query, dialect)
+    if query.raw_prompt is not None and query.top_logprobs is not None:
+        body["logprobs"] = body.pop("top_logprobs")
     body |= {"max_tokens": query.sampling.max_new_tokens, "seed": query.sampling.seed}
     return body | {"stream": True, "stream_options": {"include_usage": True}} if is_stream else body
 
@@ -143,8 +149,6 @@ def _options(query: Query, dialect: Dialect) -> dict[str, Any]:
         fields |= {"logprobs": True, "top_logprobs": query.top_logprobs}
     if query.prompt_logprobs is not None:
         fields["prompt_logprobs"] = query.prompt_logprobs
-    if query.raw_prompt is not None and dialect is Dialect.OPENAI:
-        raise QueryError("the upstream server does not support raw_prompt", field="raw_prompt")
     unsupported = {
         Dialect.SMOL: set(),
         Dialect.OPENAI: {"choices", "prompt_logprobs"},
@@ -228,23 +232,30 @@ def parse_completion(body: Mapping[str, Any], query: Query) -> Result:
     """
     if not body.get("choices") and body.get("error"):
         return parse_error(body, query)
+    is_raw = query.raw_prompt is not None
     try:
         records = [
             {
-                "response": choice["message"].get("content"),
+                "response": choice["text"] if is_raw else choice["message"].get("content"),
                 "finish_reason": choice.get("finish_reason"),
                 "logprobs": logprobs_of(choice),
             }
             for choice in sorted(body["choices"], key=lambda choice: choice.get("index", 0))
         ]
         return to_result(query, records, body.get("usage"))
-    except (LookupError, TypeError, AttributeError) as exc:
-        raise MalformedAnswer("the answer is not a chat completion") from exc
+    except (LookupError, TypeError, AttributeError, ValueError) as exc:
+        kind = "text" if is_raw else "chat"
+        raise MalformedAnswer(f"the answer is not a {kind} completion") from exc
 
 
 def logprobs_of(choice: Mapping[str, Any]) -> Any:
-    """The log probabilities in a choice, or in a chunk of a stream; None if it has none."""
-    return (choice.get("logprobs") or {}).get("content")
+    """The log probabilities in a choice, or in a chunk of a stream; None if it has none.
+
+    Raises:
+        LookupError, TypeError, ValueError: those of a text completion are not in OpenAI's format.
+    """
+    logprobs = choice.get("logprobs") or {}
+    return entries_of(logprobs) if "tokens" in logprobs else logprobs.get("content")
 
 
 def to_result(query: Query, records: Sequence[Mapping[str, Any]], usage: object) -> Result:
