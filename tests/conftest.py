@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -35,13 +36,35 @@ CHAT_TEMPLATE = (
 )
 
 LEAK_GRACE_S = 2.0
+LONGEST_FILES = (  # run first: the last file of a parallel run should be a short one
+    *("test_ray", "test_real_model", "test_durability", "test_server_schema", "test_engine"),
+    *("test_kernel_builds", "test_run", "test_streams", "test_server_process", "test_batch_files"),
+    *("test_pull", "test_remote", "test_page", "test_bench", "test_llm", "test_report_page"),
+)
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for busy processors
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell script
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else tested processes ignore it too
 build(host(), runnable_only=True)  # compiles nothing if the kernels are up to date
 
 hypothesis.settings.register_profile("same-each-time", derandomize=True, database=None)
 hypothesis.settings.load_profile("same-each-time")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist keep the order of `pytest_collection_modifyitems`."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move the longest files to the front."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)

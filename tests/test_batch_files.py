@@ -367,7 +367,7 @@ def test_truncated_output_is_completed_identically(
     assert len(whole) + len(bad) == len(running)
     unfinished = replace(load_manifest(job.output), statistics=None)
     job = replace(job, overwrite=False)
-    for num_bytes in range(0, len(running), 23):
+    for num_bytes in range(0, len(running), 61):
         job.output.write_bytes(running[:num_bytes])
         if errors is not None:
             errors.unlink()

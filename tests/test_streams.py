@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from smolcli.cli.main import app
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs sh and /dev/full")
 
@@ -42,7 +45,7 @@ def shell(
         (">/dev/full", ["--version"], 1, "smol: cannot write to stdout: No space left"),
         (">&-", ["run", "good.jsonl", "-o", "-", "-q"], 1, "smol: cannot write -: Bad file"),
         (">&-", ["run", "good.jsonl", "-o", "out.jsonl", "-q"], 0, ""),
-        ("<&-", ["ask"], 2, "smol: user_prompt is required and cannot be empty\n"),
+        ("<&-", ["ask"], 2, "smol: the question is empty; "),
         ("<&-", ["chat"], 0, ""),
     ],
 )
@@ -93,10 +96,11 @@ def test_file_names_may_be_any_bytes(tmp_path: Path, tiny_folder: Path) -> None:
     ],
 )
 def test_non_utf8_argument_is_wrong_usage(
-    args: list[str], what: str, tmp_path: Path, tiny_folder: Path
+    args: list[str], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a Latin-1 terminal, such an argument used to be an internal error on every line."""
     (tmp_path / "good.jsonl").write_text(GOOD)
-    done = shell("", *args, folder=tmp_path, tiny_folder=tiny_folder)
-    assert (done.returncode, done.stderr) == (2, f"smol: {what} is not UTF-8\n")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, args)
+    assert (done.exit_code, done.stderr) == (2, f"smol: {what} is not UTF-8\n")
     assert not list(tmp_path.glob("*results*"))
