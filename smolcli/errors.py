@@ -5,6 +5,7 @@ SmolError
 │   └── PromptTooLong
 ├── UsageError              the command or an option is invalid (exit code 2)
 │   └── ResumeRefused       the existing output belongs to another run
+│       └── SettingsChanged it was made with other settings
 └── RunError                the command failed (exit code 1)
     ├── InputError          the input cannot be read
     ├── ModelError          the model cannot be used
@@ -59,6 +60,19 @@ class UsageError(SmolError):
 
 class ResumeRefused(UsageError):
     """The existing output was written by another run; resuming it would mix the two."""
+
+
+class SettingsChanged(ResumeRefused):
+    """The existing output was made with another model or other settings.
+
+    Args:
+        message: a sentence for people.
+        changes: what changed.
+    """
+
+    def __init__(self, message: str, changes: str) -> None:
+        super().__init__(message)
+        self.changes = changes
 
 
 class RunError(SmolError):

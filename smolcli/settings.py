@@ -188,6 +188,7 @@ class RunSettings:
             database; None for none.
         table_name: of the table in an SQLite database.
         files: the input files, if results carry the names of their files; () otherwise.
+        model_name: the name of the model in answers in OpenAI's format; None is its own.
     """
 
     input: Path
@@ -204,6 +205,7 @@ class RunSettings:
     table: Path | None = None
     files: tuple[InputFile, ...] = ()
     table_name: str = RESULTS_TABLE
+    model_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +224,37 @@ class BenchPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchApiSettings:
+    """What /v1/files and /v1/batches may store.
+
+    Args:
+        folder: where files and batches are.
+        is_required: whether the server must not start without the folder.
+        max_file_bytes: the largest file.
+        max_total_bytes: all files and results together.
+        max_requests: the most requests in a file.
+        max_open: the most unfinished batches.
+        retention_s: how long files and finished batches are kept, in seconds.
+        seed: the seed of every batch; None draws one for each.
+    """
+
+    folder: Path
+    is_required: bool = True
+    max_file_bytes: int = 100 << 20
+    max_total_bytes: int = 2 << 30
+    max_requests: int = 50_000
+    max_open: int = 100
+    retention_s: int = 30 * 86_400
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSettings:
     """One `smol serve`; port 0 picks a free port.
 
     `model_names` are the names that clients use for the model; if empty, its own. With
-    `accepts_any_model`, they may also use any other name.
+    `accepts_any_model`, they may also use any other name. Without `batches`, the server stores
+    nothing and rejects files and batches.
     """
 
     host: str = "127.0.0.1"
@@ -244,3 +272,4 @@ class ServerSettings:
     log_prompts: bool = False
     model_names: tuple[str, ...] = ()
     accepts_any_model: bool = False
+    batches: BatchApiSettings | None = None

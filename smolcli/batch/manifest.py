@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from smolcli.batch.input_scan import InputScan, RowDigests
 from smolcli.data.jsonl import replacing
-from smolcli.errors import ResumeRefused
+from smolcli.errors import ResumeRefused, SettingsChanged
 from smolcli.protocol.line_formats import SMOL
 from smolcli.settings import EngineSettings, RunSettings
 from smolcli.types import Sampling
@@ -109,16 +109,18 @@ class Manifest:
         """Check that a run described by `new` would give the same answers.
 
         Raises:
-            ResumeRefused: naming every setting that differs.
+            SettingsChanged: naming every setting that differs.
         """
         changes = [
             *_differences(self._settings(), new._settings(), ""),
             *_differences(*_common(self._identity(), new._identity()), "the server's "),
         ]
         if changes:
-            raise ResumeRefused(
-                f"{output} was made with other settings: {'; '.join(changes)}; "
-                "choose another --output, or start over with --overwrite"
+            listed = "; ".join(changes)
+            raise SettingsChanged(
+                f"{output} was made with other settings: {listed}; "
+                "choose another --output, or start over with --overwrite",
+                listed,
             )
 
     def version_changes(self, new: "Manifest") -> str:

@@ -491,7 +491,8 @@ class Run:
         model = self.settings.engine.model
         if backend is not None:
             model = backend.identity().get("model", model)
-        return RunInfo(self.run_id, self.created, model_name(model), self.settings.with_timings)
+        name = self.settings.model_name or model_name(model)
+        return RunInfo(self.run_id, self.created, name, self.settings.with_timings)
 
     @property
     def _format(self) -> LineFormat:

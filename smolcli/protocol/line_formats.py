@@ -197,7 +197,12 @@ class OpenAIBatchFormat(LineFormat):
     name = "openai"
     id_field = "custom_id"
 
-    def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
+    def request(self, value: object) -> RequestFields:
+        """Parse one line, but not the body of its request.
+
+        Raises:
+            QueryError: naming the first invalid field.
+        """
         if not isinstance(value, dict):
             raise QueryError("a request must be a JSON object", ErrorCode.NOT_AN_OBJECT)
         if "chat_id" in value:
@@ -206,9 +211,12 @@ class OpenAIBatchFormat(LineFormat):
                 "a file cannot mix the two"
             )
         try:
-            request = RequestFields.model_validate(value)
+            return RequestFields.model_validate(value)
         except ValidationError as exc:
             raise parameter_error(exc, RequestFields, value) from None
+
+    def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
+        request = self.request(value)
         body = {"model": ""} | request.body  # any model name is accepted: there is only one
         if request.url == "/v1/completions":
             return parse_text_line(body, defaults, request.custom_id, line)

@@ -8,6 +8,7 @@ from flask.typing import ResponseReturnValue
 
 from smolcli.server.access_log import log_requests
 from smolcli.server.auth import allow_origins, require_key
+from smolcli.server.batches_api import BatchApi, batch_routes
 from smolcli.server.chat_api import chat_routes
 from smolcli.server.errors import handle_errors
 from smolcli.server.openai_api import openai_routes
@@ -49,8 +50,13 @@ class Application(Flask):
             raise RuntimeError(f"{type(exc).__name__} while handling a request") from exc
 
 
-def create_app(service: Service) -> Flask:
-    """Create the application that serves `service`."""
+def create_app(service: Service, batches: BatchApi) -> Flask:
+    """Create the application that serves `service`.
+
+    Args:
+        service: what all routes share.
+        batches: what the routes for files and batches share.
+    """
     app = Application(__name__, static_folder=None)
     app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
     app.url_map.merge_slashes = False  # Werkzeug would redirect with an HTML page
@@ -61,6 +67,7 @@ def create_app(service: Service) -> Flask:
     app.register_blueprint(chat_routes(service))
     app.register_blueprint(openai_routes(service))
     app.register_blueprint(text_completions_routes(service))
+    app.register_blueprint(batch_routes(batches))
     app.register_blueprint(ops_routes(service))
     app.register_blueprint(page_routes())
     app.after_request(_forbid_sniffing)

@@ -14,24 +14,40 @@ _OPEN_FOLDER = "/page/"
 _PREFLIGHT_AGE_S = 600
 
 
+class ApiKeys:
+    """The API keys that the server accepts; without any, it accepts every request."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def accepts(self, authorization: str) -> bool:
+        """Whether the value of an Authorization header, empty if there is none, is valid."""
+        scheme, _, sent = authorization.partition(" ")
+        digest = _digest(sent.strip().encode("latin-1"))  # WSGI decodes headers as Latin-1
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return not self._digests or (scheme.lower() == "bearer" and any(matches))
+
+
+def missing_key() -> HttpError:
+    """The error for a request without a valid API key."""
+    return HttpError(
+        HTTPStatus.UNAUTHORIZED,
+        "missing or wrong API key; send the header Authorization: Bearer KEY",
+        HttpCode.UNAUTHORIZED,
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
 def require_key(app: Flask, keys: tuple[str, ...]) -> None:
     """Reject requests without a valid API key; accept all requests if there are no keys."""
-    digests = [_digest(key.encode()) for key in keys]
+    accepted = ApiKeys(keys)
 
     @app.before_request
     def check() -> None:
-        if not digests or request.path in _OPEN_PATHS or request.path.startswith(_OPEN_FOLDER):
+        if request.path in _OPEN_PATHS or request.path.startswith(_OPEN_FOLDER):
             return
-        scheme, _, sent = request.headers.get("Authorization", "").partition(" ")
-        digest = _digest(sent.strip().encode("latin-1"))  # WSGI decodes headers as Latin-1
-        matches = [hmac.compare_digest(digest, known) for known in digests]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise HttpError(
-                HTTPStatus.UNAUTHORIZED,
-                "missing or wrong API key; send the header Authorization: Bearer KEY",
-                HttpCode.UNAUTHORIZED,
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        if not accepted.accepts(request.headers.get("Authorization", "")):
+            raise missing_key()
 
 
 def _digest(key: bytes) -> bytes:
@@ -50,7 +66,7 @@ def allow_origins(app: Flask, origins: tuple[str, ...]) -> None:
         if request.method != "OPTIONS" or not is_preflight or not _allowed_origin(origins):
             return None
         response = Response(status=HTTPStatus.NO_CONTENT)
-        response.headers["Access-Control-Allow-Methods"] = "GET, POST"
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE"
         requested = request.headers.get("Access-Control-Request-Headers", "")
         response.headers["Access-Control-Allow-Headers"] = requested
         response.headers["Access-Control-Max-Age"] = str(_PREFLIGHT_AGE_S)

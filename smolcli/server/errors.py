@@ -34,6 +34,8 @@ class HttpCode(StrEnum):
     TOO_LARGE = "too_large"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     NOT_IMPLEMENTED = "not_implemented"
+    QUOTA_EXCEEDED = "quota_exceeded"
+    STORAGE_FAILED = "storage_failed"
 
 
 _CODES = {

@@ -1,9 +1,10 @@
 """Prometheus metrics, named after vLLM's with a `smol_` prefix."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from smolcli.backends.base import Counters, Health
@@ -40,6 +41,49 @@ class TokenCollector(Collector):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class BatchTotals:
+    """The state of /v1/batches.
+
+    Args:
+        unfinished: number of unfinished batches by status.
+        num_requests: their requests that have no result yet.
+        num_bytes: size of all files and results.
+    """
+
+    unfinished: Mapping[str, int] = field(default_factory=dict)
+    num_requests: int = 0
+    num_bytes: int = 0
+
+
+class BatchCollector(Collector):
+    """Reports the state of /v1/batches.
+
+    Args:
+        totals: returns it.
+    """
+
+    def __init__(self, totals: Callable[[], BatchTotals]) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        totals = self._totals()
+        by_status = GaugeMetricFamily(
+            "smol_batches_unfinished", "Unfinished batches.", labels=["status"]
+        )
+        for status, number in totals.unfinished.items():
+            by_status.add_metric([status], number)
+        yield by_status
+        yield GaugeMetricFamily(
+            "smol_batch_requests_unfinished",
+            "Requests of unfinished batches that have no result yet.",
+            value=totals.num_requests,
+        )
+        yield GaugeMetricFamily(
+            "smol_batch_storage_bytes", "Size of the files of batches.", value=totals.num_bytes
+        )
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own.
 
@@ -67,6 +111,7 @@ class Metrics:
         self._token = self._histogram(
             "smol_inter_token_latency", "Mean time between the tokens of an answer", _TOKEN_SECONDS
         )
+        self._batches = self._counter("smol_batches", "Batches that ended", "status")
         self._gauge("smol_requests_running", "Queries being generated", lambda h: h.num_running)
         self._gauge("smol_requests_waiting", "Queries waiting for a slot", lambda h: h.num_waiting)
 
@@ -84,6 +129,14 @@ class Metrics:
             self._deduplicated.inc()
         elif result.usage is not None and result.timings is not None:
             self._observe(result.usage, result.timings)
+
+    def count_batch(self, status: str) -> None:
+        """Count a batch that has reached its final status."""
+        self._batches.labels(status).inc()
+
+    def watch_batches(self, totals: Callable[[], BatchTotals]) -> None:
+        """Report the state of /v1/batches, which `totals` returns."""
+        self._registry.register(BatchCollector(totals))
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

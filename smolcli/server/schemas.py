@@ -11,6 +11,9 @@ from smolcli.protocol.fields import MAX_ANSWERS
 from smolcli.protocol.openai import CompletionFields
 from smolcli.protocol.query import QueryFields
 from smolcli.protocol.text_completions import TextCompletionFields
+from smolcli.server.batch_store import Purpose
+from smolcli.server.batch_store import Status as BatchStatus
+from smolcli.server.batches_api import BatchFields
 from smolcli.server.errors import HttpCode
 from smolcli.types import ErrorCode, FinishReason
 
@@ -272,6 +275,106 @@ class OpenAIModels(Exact):
     data: list[OpenAIModel]
 
 
+class FileForm(Exact):
+    """The form of an upload: requests as JSON lines."""
+
+    purpose: Literal["batch"]
+    file: Annotated[str, Field(min_length=1, json_schema_extra={"format": "binary"})]
+
+
+class OpenAIFile(Exact):
+    """A file of requests, answers or failed requests."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: Purpose
+    status: Literal["processed"]
+    status_details: None
+
+
+class OpenAIFiles(Exact):
+    """One page of the files, newest first."""
+
+    object: Literal["list"]
+    data: list[OpenAIFile]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class OpenAIDeletedFile(Exact):
+    """A file that was deleted."""
+
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+class OpenAIBatchFault(Exact):
+    """What is wrong with a batch as a whole, or with a line of its file."""
+
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class OpenAIBatchFaults(Exact):
+    """Why a batch failed."""
+
+    object: Literal["list"]
+    data: list[OpenAIBatchFault]
+
+
+class OpenAIRequestCounts(Exact):
+    """The requests of a batch; `total` is 0 until they are counted."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class OpenAIBatch(Exact):
+    """A batch."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    model: str | None
+    errors: OpenAIBatchFaults | None
+    input_file_id: str
+    completion_window: str
+    status: BatchStatus
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: OpenAIRequestCounts
+    usage: dict[str, Any] = Field(description="The tokens of all answers so far.")
+    metadata: dict[str, str] | None
+
+
+class OpenAIBatches(Exact):
+    """One page of the batches, newest first."""
+
+    object: Literal["list"]
+    data: list[OpenAIBatch]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 class Version(Exact):
     """The version of the server."""
 
@@ -300,6 +403,13 @@ _MODELS: tuple[type[BaseModel], ...] = (
     OpenAITextCompletion,
     OpenAIModel,
     OpenAIModels,
+    FileForm,
+    OpenAIFile,
+    OpenAIFiles,
+    OpenAIDeletedFile,
+    BatchFields,
+    OpenAIBatch,
+    OpenAIBatches,
     Status,
     Version,
 )
@@ -380,6 +490,8 @@ def _paths(unauthorized: dict[str, str], models: Sequence[str]) -> Json:
             ),
             "parameters": [_path_parameter("id", models)],
         },
+        **_file_paths(unauthorized),
+        **_batch_paths(unauthorized),
         "/health": {"get": _probe("Liveness: 503 if the process must be restarted")},
         "/ready": {"get": _probe("Readiness: 503 if the server should not receive traffic")},
         "/metrics": {
@@ -392,6 +504,97 @@ def _paths(unauthorized: dict[str, str], models: Sequence[str]) -> Json:
             "get": _get("This document", any_object, _responses(unauthorized, Error))
         },
     }
+
+
+_STORAGE_ERRORS = {"503": "The server is shutting down, or another one uses its folder."}
+_QUOTA_EXCEEDED = "The file is too large, or the quota of the server is exceeded."
+_STORAGE_FAILED = {"507": "The disk of the server is full or cannot be written."}
+
+
+def _file_paths(unauthorized: dict[str, str]) -> Json:
+    shared = unauthorized | _STORAGE_ERRORS
+    one = _responses(shared | {"404": "There is no such file."}, OpenAIError)
+    created = shared | _STORAGE_FAILED | {
+        "400": "The form is invalid.",
+        "413": _QUOTA_EXCEEDED,
+        "415": "The body is not multipart/form-data.",
+    }  # fmt: skip
+    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    file_id = [_path_parameter("file_id", pattern="^file-[0-9a-f]{24}$")]
+    form = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/FileForm"}}}
+    post = _post(
+        "Upload a file of requests", FileForm, _json(OpenAIFile), _responses(created, OpenAIError)
+    )
+    post["requestBody"]["content"] = form
+    return {
+        "/v1/files": {
+            "post": post,
+            "get": _get(
+                "List the files",
+                _json(OpenAIFiles),
+                _responses(shared | {"400": "A parameter is invalid."}, OpenAIError),
+            )
+            | {"parameters": _page_parameters(10_000)},
+        },
+        "/v1/files/{file_id}": {
+            "get": _get("Get a file's name, size and purpose", _json(OpenAIFile), one),
+            "delete": _get(
+                "Delete a file",
+                _json(OpenAIDeletedFile),
+                one
+                | _responses(
+                    {"400": "An unfinished batch needs it."} | _STORAGE_FAILED, OpenAIError
+                ),
+            ),
+            "parameters": file_id,
+        },
+        "/v1/files/{file_id}/content": {
+            "get": _get(
+                "Get a file's content", content, one | _responses(_STORAGE_FAILED, OpenAIError)
+            ),
+            "parameters": file_id,
+        },
+    }
+
+
+def _batch_paths(unauthorized: dict[str, str]) -> Json:
+    shared = unauthorized | _STORAGE_ERRORS
+    one = _responses(shared | {"404": "There is no such batch."}, OpenAIError)
+    created = _CLIENT_ERRORS | shared | _STORAGE_FAILED | {
+        "404": "There is no such file.",
+        "429": "There are too many unfinished batches.",
+    }  # fmt: skip
+    batch_id = [_path_parameter("batch_id", pattern="^batch_[0-9a-f]{24}$")]
+    return {
+        "/v1/batches": {
+            "post": _post(
+                "Create a batch", BatchFields, _json(OpenAIBatch), _responses(created, OpenAIError)
+            ),
+            "get": _get(
+                "List the batches",
+                _json(OpenAIBatches),
+                _responses(shared | {"400": "A parameter is invalid."}, OpenAIError),
+            )
+            | {"parameters": _page_parameters(100)},
+        },
+        "/v1/batches/{batch_id}": {
+            "get": _get("Get a batch", _json(OpenAIBatch), one),
+            "parameters": batch_id,
+        },
+        "/v1/batches/{batch_id}/cancel": {
+            "post": _get(
+                "Cancel a batch",
+                _json(OpenAIBatch),
+                one | _responses({"400": "The batch has ended."}, OpenAIError),
+            ),
+            "parameters": batch_id,
+        },
+    }
+
+
+def _page_parameters(limit: int) -> list[Json]:
+    size = {"type": "integer", "minimum": 1, "maximum": limit}
+    return [{"name": "limit", "in": "query", "schema": size}]
 
 
 def _post(summary: str, body: type[BaseModel], content: Json, errors: Json) -> Json:
@@ -437,6 +640,10 @@ def _text(media_type: str) -> Json:
     return {media_type: {"schema": {"type": "string"}}}
 
 
-def _path_parameter(name: str, values: Sequence[str] = ()) -> Json:
-    schema: Json = {"type": "string"} | ({"enum": list(values)} if values else {})
+def _path_parameter(name: str, values: Sequence[str] = (), pattern: str | None = None) -> Json:
+    schema: Json = {"type": "string"}
+    if values:
+        schema["enum"] = list(values)
+    if pattern is not None:
+        schema["pattern"] = pattern
     return {"name": name, "in": "path", "required": True, "schema": schema}

@@ -1,5 +1,6 @@
 """The Waitress server: connection timeouts, graceful shutdown, JSON errors for malformed HTTP."""
 
+import copy
 import logging
 import re
 import signal
@@ -7,6 +8,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from http import HTTPStatus
 from ipaddress import ip_address
 from types import FrameType
@@ -18,11 +20,14 @@ from waitress.parser import HTTPRequestParser, ParsingError, crack_first_line, s
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import WSGITask
 from waitress.utilities import BadRequest
+from waitress.utilities import Error as WaitressError
 
 from smolcli.backends.base import Backend
 from smolcli.errors import RunError, error_reason
 from smolcli.server.admission import AdmissionLimit, request_limit, reserved_requests
 from smolcli.server.app import create_app
+from smolcli.server.auth import ApiKeys, missing_key
+from smolcli.server.batches_api import BatchApi
 from smolcli.server.errors import (
     INTERNAL_ERROR,
     REJECTION,
@@ -38,8 +43,9 @@ from smolcli.types import ErrorCode
 logger = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S = 120.0  # between two requests of a connection
-RECEIVE_TIMEOUT_S = 60.0  # from the first byte of a request to its last
-SEND_TIMEOUT_S = 300.0  # for the client to read a complete response
+RECEIVE_TIMEOUT_S = 60.0  # from the first byte of a request to its last, plus its transfer time
+SEND_TIMEOUT_S = 300.0  # for the client to read a complete response, plus its transfer time
+TRANSFER_RATE = 1 << 16  # bytes per second that a client must send and read
 LINGER_TIMEOUT_S = 10.0  # for the client to stop sending a rejected request
 SPARE_THREADS = 16  # for rejected requests and for probes
 SPARE_CONNECTIONS = 256  # for idle and slow clients
@@ -49,21 +55,51 @@ MAX_PAUSE_S = 0.02
 FLUSH_TIMEOUT_S = 1.0
 MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
 MAX_TRAILER = 65_536  # bytes
+TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
+
+UPLOAD_PATHS = ("/v1/files", "/files")
+FORM_OVERHEAD = 1 << 16  # bytes of an upload around the file
 
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
 
 
+@dataclass(frozen=True, slots=True)
+class Uploads:
+    """What clients may upload. Waitress buffers a body before the application sees any of it.
+
+    Args:
+        adjustments: Waitress' settings for an upload.
+        accepts: whether the value of an Authorization header is valid.
+    """
+
+    adjustments: Any
+    accepts: Callable[[str], bool]
+
+
+class Unauthorized(WaitressError):
+    """A large upload without a valid API key."""
+
+    code = HTTPStatus.UNAUTHORIZED
+    reason = "Unauthorized"
+
+
 class Parser(HTTPRequestParser):
-    """Parses a request, and rejects ambiguous framing and hosts that Waitress would accept."""
+    """Parses a request, and rejects ambiguous framing and hosts that Waitress would accept.
+
+    Only an upload with a valid API key may be larger than other bodies.
+    """
 
     # The application reports requests whose first line is malformed under these names.
     command = "?"  # type: ignore[assignment]  # wrong in the stubs
     path = request_uri = query = ""
     url_scheme = "http"
+    _is_unauthorized = False
 
     def received(self, data: bytes) -> int:
         num_consumed = super().received(data)
+        if self.error is not None and self.error.code == TOO_LARGE and self._is_unauthorized:
+            self.error = Unauthorized("")
         if self.error is None and self.chunked and self._has_long_framing():
             self.error = BadRequest("the chunk sizes or trailers are too long")
             self.completed = True
@@ -86,11 +122,20 @@ class Parser(HTTPRequestParser):
         for name, _, value in fields:
             values.setdefault(name.lower(), []).append(value.strip(b" \t"))
         self._check_host(values.get(b"host", []))
+        self._allow_upload()
         if codings := values.get(b"transfer-encoding"):
             if b"content-length" in values:
                 raise ParsingError("Transfer-Encoding and Content-Length must not be combined")
             if not self.chunked or len(b",".join(codings).split(b",")) > 1:
                 raise ParsingError("Transfer-Encoding must be chunked, once, in HTTP/1.1")
+
+    def _allow_upload(self) -> None:
+        uploads: Uploads | None = getattr(self.adj, "uploads", None)
+        is_upload = self.command == "POST" and self.path.rstrip("/") in UPLOAD_PATHS
+        if is_upload and uploads is not None:
+            self._is_unauthorized = not uploads.accepts(self.headers.get("AUTHORIZATION", ""))
+            if not self._is_unauthorized:
+                self.adj = uploads.adjustments
 
     def _has_long_framing(self) -> bool:
         """Whether an unfinished line between chunks, or the trailers, exceed their limits.
@@ -145,7 +190,7 @@ class RejectionTask(Task):
 
     def get_environment(self) -> dict[str, Any]:
         environ = super().get_environment()
-        environ[REJECTION] = _rejection(self.request.error, self.channel.adj)
+        environ[REJECTION] = _rejection(self.request.error, self.request.adj)
         self.set_close_on_finish()
         return environ
 
@@ -154,6 +199,8 @@ def _rejection(fault: Any, limits: Any) -> HttpError:
     """Translate an error of Waitress; `limits` are its adjustments."""
     if fault.code == HTTPStatus.INTERNAL_SERVER_ERROR:  # the application itself failed
         return HttpError(fault.code, INTERNAL_ERROR, ErrorCode.INTERNAL)
+    if fault.code == HTTPStatus.UNAUTHORIZED:
+        return missing_key()
     messages = {
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE: body_too_large(limits.max_request_body_size - 1),
         HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the request headers are larger than the limit "
@@ -171,6 +218,7 @@ class Channel(HTTPChannel):
     task_class = Task
     error_task_class = RejectionTask  # type: ignore[assignment]  # wrong in the stubs
     _receiving_since = 0.0  # when the first byte of the current request arrived
+    _num_sent = 0  # bytes since the last request was served
     _is_rejected = False  # whether to close the connection, because a request was malformed
     _lingering_since: float | None = None  # when its response was sent, if it was
 
@@ -185,6 +233,7 @@ class Channel(HTTPChannel):
 
     def service(self) -> None:
         self._serving_until = time.monotonic()
+        self._num_sent = 0
         self._is_rejected = bool(self.requests[0].error)
         super().service()
 
@@ -206,6 +255,11 @@ class Channel(HTTPChannel):
                 self.socket.shutdown(socket.SHUT_WR)
             except OSError:
                 self.will_close = True
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        num_sent: int = super().send(data, do_close)
+        self._num_sent += num_sent
+        return num_sent
 
     def readable(self) -> bool:
         return self._lingering_since is not None or bool(super().readable())
@@ -259,10 +313,12 @@ class Channel(HTTPChannel):
         if self._lingering_since is not None:
             return now - self._lingering_since > LINGER_TIMEOUT_S
         if self.total_outbufs_len:
-            return now - self._serving_until > SEND_TIMEOUT_S
+            return now - self._serving_until > SEND_TIMEOUT_S + self._num_sent / TRANSFER_RATE
         if self.request is None:
             return now - self._serving_until > IDLE_TIMEOUT_S
-        return now - max(self._receiving_since, self._serving_until) > RECEIVE_TIMEOUT_S
+        transfer_s = self.request.body_bytes_received / TRANSFER_RATE
+        since = max(self._receiving_since, self._serving_until)
+        return now - since > RECEIVE_TIMEOUT_S + transfer_s
 
 
 class Server:
@@ -285,7 +341,9 @@ class Server:
         )
         self._admission = AdmissionLimit(settings.max_queue, max_requests)
         metrics = Metrics(self._loader.health, self._loader.counters)
-        app = create_app(Service(settings, self._loader, self._admission, metrics))
+        service = Service(settings, self._loader, self._admission, metrics)
+        self._batches = BatchApi(service)
+        app = create_app(service, self._batches)
         self._drain_timeout_s = settings.drain_timeout_s
         self._sockets: dict[int, Any] = {}
         self._waitress = _listen(app, settings, max_requests, self._sockets)
@@ -300,10 +358,12 @@ class Server:
         """
         logger.info("listening at %s", self.url)
         self._loader.start()
+        self._batches.start()
         try:
             self._serve()
             self._drain()
         finally:
+            self._batches.stop()
             self._loader.close()
             self._poll_until_idle(time.monotonic() + FLUSH_TIMEOUT_S)
             self._waitress.task_dispatcher.shutdown()
@@ -326,6 +386,7 @@ class Server:
     def _drain(self) -> None:
         self._admission.close()
         logger.info("shutting down: %d requests in flight", self._admission.num_requests)
+        self._batches.stop()
         self._poll_until_idle(time.monotonic() + self._drain_timeout_s)
         if num_left := sum(channel.is_busy for channel in self._channels()):
             logger.warning("shutting down: %d requests did not finish in time", num_left)
@@ -399,7 +460,18 @@ def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict
     for item in list(sockets.values()):
         if isinstance(item, BaseWSGIServer):
             item.channel_class = Channel
+            adjustments: Any = item.adj
+            adjustments.uploads = _uploads(settings, adjustments)
     return server
+
+
+def _uploads(settings: ServerSettings, adjustments: Any) -> Uploads | None:
+    """What clients may upload; None if the server takes no files."""
+    if settings.batches is None:
+        return None
+    adjustments = copy.copy(adjustments)
+    adjustments.max_request_body_size = settings.batches.max_file_bytes + FORM_OVERHEAD + 1
+    return Uploads(adjustments, ApiKeys(settings.api_keys).accepts)
 
 
 def _is_loopback(host: str) -> bool:

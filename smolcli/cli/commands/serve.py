@@ -15,7 +15,14 @@ from smolcli.cli.options.engine import Dedupe, EngineOptions
 from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
 from smolcli.cli.terminal import log_to_stderr
 from smolcli.errors import InputError, UsageError
-from smolcli.settings import EngineSettings, QueryDefaults, RemoteSettings, ServerSettings
+from smolcli.settings import (
+    BatchApiSettings,
+    EngineSettings,
+    QueryDefaults,
+    RemoteSettings,
+    ServerSettings,
+    smol_home,
+)
 
 if TYPE_CHECKING:
     from smolcli.backends.base import Backend
@@ -32,6 +39,7 @@ ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 
 _DEFAULTS = ServerSettings()
 _serve = functools.partial(option, panel="Server")
+_stored = functools.partial(option, panel="Files and batches")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,11 +173,91 @@ class ServeOptions:
         )
 
 
+_BATCH_DEFAULTS = BatchApiSettings(Path())
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """What /v1/files and /v1/batches may store, and where."""
+
+    batches: Annotated[
+        bool,
+        _stored("--batches/--no-batches", help="Whether to offer /v1/files and /v1/batches."),
+    ] = True
+    batch_dir: Annotated[
+        Path | None,
+        _stored(
+            "--batch-dir",
+            metavar="DIR",
+            help="Directory for files and batches. Default: batches in the model store.",
+        ),
+    ] = None
+    max_file_mb: Annotated[
+        int,
+        _stored("--max-file-mb", metavar="MIB", help="Maximum size of an uploaded file, in MiB.",
+                min=1),
+    ] = _BATCH_DEFAULTS.max_file_bytes >> 20  # fmt: skip
+    batch_quota_mb: Annotated[
+        int,
+        _stored(
+            "--batch-quota-mb",
+            metavar="MIB",
+            help="Maximum size of all files and results together, in MiB.",
+            min=1,
+        ),
+    ] = _BATCH_DEFAULTS.max_total_bytes >> 20
+    max_file_requests: Annotated[
+        int,
+        _stored("--max-file-requests", metavar="N", help="Maximum number of requests in a file.",
+                min=1),
+    ] = _BATCH_DEFAULTS.max_requests  # fmt: skip
+    max_open_batches: Annotated[
+        int,
+        _stored("--max-open-batches", metavar="N", help="Maximum number of unfinished batches.",
+                min=1),
+    ] = _BATCH_DEFAULTS.max_open  # fmt: skip
+    batch_retention_days: Annotated[
+        int,
+        _stored(
+            "--batch-retention-days",
+            metavar="N",
+            help="How long files and finished batches are kept, in days.",
+            min=1,
+        ),
+    ] = _BATCH_DEFAULTS.retention_s // _DAY_S
+
+    def settings(self, seed: int | None) -> BatchApiSettings | None:
+        """The settings that these options stand for; None without batches.
+
+        Args:
+            seed: the value of `--seed`.
+
+        Raises:
+            UsageError: options contradict each other.
+        """
+        if not self.batches:
+            if self.batch_dir is not None:
+                raise UsageError("--batch-dir and --no-batches cannot be combined")
+            return None
+        return BatchApiSettings(
+            folder=(self.batch_dir or smol_home() / "batches").absolute(),
+            is_required=self.batch_dir is not None,
+            max_file_bytes=min(self.max_file_mb, self.batch_quota_mb) << 20,
+            max_total_bytes=self.batch_quota_mb << 20,
+            max_requests=self.max_file_requests,
+            max_open=self.max_open_batches,
+            retention_s=self.batch_retention_days * _DAY_S,
+            seed=seed,
+        )
+
+
 @with_option_groups
 def serve(
     *,
     ctx: typer.Context,
     options: ServeOptions,
+    storage: BatchOptions,
     generation: GenerationOptions,
     schema: Schema = None,
     engine: EngineOptions,
@@ -178,7 +266,8 @@ def serve(
 ) -> None:
     """Serve the model over HTTP.
 
-    Routes: /chat, /chat/batched, an OpenAI-compatible API under /v1, and a chat page at /.
+    Routes: /chat, /chat/batched, an OpenAI-compatible API under /v1 with files and batches, and a
+    chat page at /.
     """
     from smolcli.backends.dedup import deduplicated
     from smolcli.server.access_log import configure_logging
@@ -186,7 +275,9 @@ def serve(
 
     upstream = remote.settings(ctx, engine.settings())
     defaults = generation.query_defaults(answers=read_schema(schema))
-    settings = options.settings(defaults, engine.settings())
+    settings = replace(
+        options.settings(defaults, engine.settings()), batches=storage.settings(generation.seed)
+    )
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     log_to_stderr()
     configure_logging(options.log_format)

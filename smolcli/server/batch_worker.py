@@ -1,0 +1,564 @@
+"""Answers batches with the runner of `smol run`, on the server's own backend.
+
+One thread runs one batch at a time, in order of creation. A second one validates new batches, and
+ends those that are cancelled or have expired, so that neither waits for a long batch.
+"""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from http import HTTPStatus
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from smolcli.backends.base import AnswerSource, Backend, Counters, Health, OnText
+from smolcli.batch.runner import run_file
+from smolcli.batch.statistics import RunStatistics, StatisticsCollector
+from smolcli.data.jsonl import encode, replacing
+from smolcli.data.reader import read_rows
+from smolcli.data.rows import Row
+from smolcli.errors import (
+    BackendError,
+    InputError,
+    RunError,
+    SettingsChanged,
+    SmolError,
+    UsageError,
+    error_reason,
+)
+from smolcli.protocol.line_formats import OPENAI
+from smolcli.server.batch_check import ROWS, FileCheck
+from smolcli.server.batch_store import Batch, BatchFault, BatchStore, Ending, new_id
+from smolcli.server.errors import HttpCode, HttpError
+from smolcli.server.metrics import Metrics
+from smolcli.server.service import BackendLoader
+from smolcli.settings import RunSettings, ServerSettings
+from smolcli.types import ErrorCode, Query, Result
+
+logger = logging.getLogger(__name__)
+
+MAX_FAULTS = 100  # listed for a file
+POLL_S = 0.5
+MIN_RETRY_S, MAX_RETRY_S = 0.5, 30.0  # after the backend failed, or with other settings
+SWEEP_INTERVAL_S = 60.0
+SIZE_INTERVAL_S = 1.0  # between two looks at the size of the results
+JOIN_TIMEOUT_S = 10.0
+
+OUTPUT, ERRORS = "output.jsonl", "errors.jsonl"
+PARTIAL_OUTPUT, PARTIAL_ERRORS = "partial-output.jsonl", "partial-errors.jsonl"
+EXPIRED_MESSAGE = "This request could not be executed before the completion window expired."
+
+
+StopReason = Literal["cancelled", "expired", "shutdown"]
+
+
+class SharedBackend:
+    """The server's backend as that of one batch: closing it leaves the server's own open.
+
+    Args:
+        backend: of the server.
+        observe: called with each result.
+    """
+
+    def __init__(self, backend: Backend, observe: Callable[[Result], None]) -> None:
+        self._backend = backend
+        self._observe = observe
+        self._counters = backend.counters()
+        self._open: set[Future[Result]] = set()
+        self._lock = threading.Lock()
+        self.stop_reason: StopReason | None = None
+
+    @property
+    def window(self) -> int:
+        """See `Backend`."""
+        return self._backend.window
+
+    def submit(
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
+    ) -> Future[Result]:
+        """See `Backend`."""
+        future = self._backend.submit(query, on_text, is_interactive=is_interactive)
+        with self._lock:
+            self._open.add(future)
+        future.add_done_callback(self._finish)
+        if self.stop_reason is not None:
+            future.cancel()
+        return future
+
+    def stop(self, reason: StopReason) -> None:
+        """Cancel every query, now and from now on, which ends the run."""
+        with self._lock:
+            self.stop_reason = self.stop_reason or reason
+            unfinished = list(self._open)
+        for future in unfinished:
+            future.cancel()
+
+    def health(self) -> Health:
+        """See `Backend`."""
+        return self._backend.health()
+
+    def identity(self) -> dict[str, Any]:
+        """See `Backend`."""
+        return self._backend.identity()
+
+    def answer_source(self) -> AnswerSource | None:
+        """See `Backend`."""
+        return self._backend.answer_source()
+
+    def counters(self) -> Counters:
+        """The totals since the batch was started, including those of other clients."""
+        return self._backend.counters() - self._counters
+
+    def close(self) -> None:
+        """See `Backend`; the server's backend stays open."""
+
+    def _finish(self, future: Future[Result]) -> None:
+        with self._lock:
+            self._open.discard(future)
+        if not future.cancelled() and future.exception() is None:
+            self._observe(future.result())
+
+
+class BatchProgress:
+    """Keeps the statistics of a running batch at hand, and its results within the quota.
+
+    Args:
+        check_size: called now and then; raises RunError if the results are too large.
+    """
+
+    def __init__(self, check_size: Callable[[], None]) -> None:
+        self._check_size = check_size
+        self._next_check_s = 0.0
+        self.statistics: StatisticsCollector | None = None
+
+    def waiting(self, message: str) -> AbstractContextManager[None]:
+        """See `RunProgress`."""
+        return nullcontext()
+
+    def start(self, total: int | None, statistics: StatisticsCollector) -> None:
+        """See `RunProgress`."""
+        self.statistics = statistics
+
+    def update(self) -> None:
+        """See `RunProgress`."""
+        if (now := time.monotonic()) >= self._next_check_s:
+            self._next_check_s = now + SIZE_INTERVAL_S
+            self._check_size()
+
+    def stop(self) -> None:
+        """See `RunProgress`."""
+
+    def note(self, message: str) -> None:
+        """See `RunProgress`."""
+        logger.debug("%s", message)
+
+    def summary(self, statistics: RunStatistics, output: Path) -> None:
+        """See `RunProgress`."""
+
+
+class RunningBatch:
+    """The batch that is being answered."""
+
+    def __init__(self, batch: Batch, backend: SharedBackend, progress: BatchProgress) -> None:
+        self.id = batch.id
+        self.backend = backend
+        self.progress = progress
+
+
+class BatchWorker:
+    """Validates, answers and ends the batches of a store.
+
+    Args:
+        store: of the batches.
+        settings: of the server.
+        loader: opens the server's backend.
+        metrics: of the server.
+        check_model: raises HttpError if the model is not served under a name.
+    """
+
+    def __init__(
+        self,
+        store: BatchStore,
+        settings: ServerSettings,
+        loader: BackendLoader,
+        metrics: Metrics,
+        check_model: Callable[[str], None],
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._loader = loader
+        self._metrics = metrics
+        self._check_model = check_model
+        self._lock = threading.RLock()
+        self._running: RunningBatch | None = None
+        self._retry_at: dict[str, float] = {}  # in `time.monotonic` seconds
+        self._retry_s: dict[str, float] = {}  # how long a batch waited last
+        self._waiting_for: dict[str, str] = {}  # why a batch waits, as last logged
+        self._stopping = threading.Event()
+        self._wake_checker, self._wake_runner = threading.Event(), threading.Event()
+        self._next_sweep_s = 0.0
+        self._threads = [
+            threading.Thread(target=self._check_all, name="smol-batch-check", daemon=True),
+            threading.Thread(target=self._run_all, name="smol-batch-run", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start both threads, which continue unfinished batches."""
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self) -> None:
+        """Look for new work now."""
+        self._wake_checker.set()
+        self._wake_runner.set()
+
+    def stop(self) -> None:
+        """Interrupt the running batch, which the next server on the folder continues."""
+        with self._lock:
+            self._stopping.set()
+            if self._running is not None:
+                self._running.backend.stop("shutdown")
+        self.wake()
+        for thread in self._threads:
+            thread.join(JOIN_TIMEOUT_S)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._store.close()  # otherwise the end of the process does it
+
+    def cancel(self, batch_id: str) -> Batch:
+        """Cancel an unfinished batch; a finished one stays as it is."""
+
+        def change(batch: Batch) -> Batch:
+            is_running = batch.ending is None and batch.status in ("validating", "in_progress")
+            return batch.with_status("cancelling") if is_running else batch
+
+        with self._lock:
+            batch = self._store.update(batch_id, change)
+            if batch.status == "cancelling":
+                self._interrupt(batch_id, "cancelled")
+        self.wake()
+        return batch
+
+    def current(self, batch: Batch) -> Batch:
+        """A batch with the counts of this moment."""
+        running = self._running
+        if running is None or running.id != batch.id or running.progress.statistics is None:
+            return batch
+        return _with_counts(batch, running.progress.statistics)
+
+    def _interrupt(self, batch_id: str, reason: StopReason) -> bool:
+        """Stop a batch if it is running; returns whether it is."""
+        with self._lock:
+            if self._running is None or self._running.id != batch_id:
+                return False
+            self._running.backend.stop(reason)
+            return True
+
+    # The thread that validates batches and ends them
+
+    def _check_all(self) -> None:
+        while not self._stopping.is_set():
+            self._wake_checker.clear()
+            for batch in self._store.batches():
+                if batch.is_open and not self._stopping.is_set():
+                    self._guarded(batch, self._check)
+            self._sweep()
+            self._wake_checker.wait(POLL_S)
+
+    def _check(self, batch: Batch) -> None:
+        if batch.ending is not None:  # the server was killed while it published the results
+            self._end(batch, batch.ending, batch.faults)
+        elif batch.status == "cancelling":
+            self._interrupt_or_end(batch, "cancelled")
+        elif batch.expires_at <= time.time():
+            self._interrupt_or_end(batch, "expired")
+        elif batch.status == "validating" and self._loader.is_ready:  # its model's name is known
+            self._validate(batch)
+
+    def _interrupt_or_end(self, batch: Batch, reason: Literal["cancelled", "expired"]) -> None:
+        with self._lock:
+            if not self._interrupt(batch.id, reason):
+                self._end(batch, reason)
+
+    def _sweep(self) -> None:
+        if (now := time.monotonic()) >= self._next_sweep_s:
+            self._next_sweep_s = now + SWEEP_INTERVAL_S
+            try:
+                self._store.sweep()
+            except RunError as exc:
+                logger.warning("cannot delete expired files: %s", exc)
+
+    def _validate(self, batch: Batch) -> None:
+        check = FileCheck(batch.endpoint, self._store.settings.max_requests, self._check_model)
+        path = self._store.content_path(batch.input_file_id)
+        try:
+            faults = tuple(islice(check.faults(read_rows(path, ROWS)), MAX_FAULTS))
+        except (InputError, UsageError) as exc:
+            message = str(exc).replace(str(path), batch.input_file_id)
+            faults = (BatchFault(ErrorCode.INVALID_VALUE, message, param="input_file_id"),)
+        if faults:
+            self._end(batch, "failed", faults)
+            return
+
+        def change(current: Batch) -> Batch:
+            current = replace(current, num_requests=check.num_requests, model=check.model)
+            is_current = current.status == "validating"
+            return current.with_status("in_progress") if is_current else current
+
+        self._report(self._store.update(batch.id, change))
+        self._wake_runner.set()
+
+    # The thread that answers batches
+
+    def _run_all(self) -> None:
+        while not self._stopping.is_set():
+            self._wake_runner.clear()
+            batch = self._next()
+            if batch is None:
+                self._wake_runner.wait(POLL_S)
+            else:
+                self._guarded(batch, self._run)
+
+    def _next(self) -> Batch | None:
+        """The first batch that can be run now."""
+        if not self._loader.is_ready:
+            return None
+        now = time.monotonic()
+        for batch in self._store.batches():
+            is_next = batch.status == "in_progress" and batch.ending is None
+            if is_next and now >= self._retry_at.get(batch.id, 0.0):
+                return batch
+        return None
+
+    def _run(self, batch: Batch) -> None:
+        backend = SharedBackend(self._loader.backend, self._metrics.count_result)
+        folder = self._store.results_folder(batch.id)
+        progress = BatchProgress(lambda: self._count_results(batch, folder))
+        with self._lock:
+            current = self._store.batch(batch.id)
+            if self._stopping.is_set() or current is None or current.status != "in_progress":
+                return
+            self._running = RunningBatch(batch, backend, progress)
+        try:
+            run_file(self._run_settings(batch, folder), lambda _: backend, progress)
+        except SettingsChanged as exc:
+            self._wait(batch, f"a server with the settings that it began with ({exc.changes})")
+        except BackendError as exc:
+            self._stopped(batch, backend.stop_reason, exc)
+        else:
+            self._end(batch, "completed")
+        finally:
+            with self._lock:
+                self._running = None
+            self._wake_checker.set()
+
+    def _run_settings(self, batch: Batch, folder: Path) -> RunSettings:
+        assert self._settings.batches is not None
+        return RunSettings(
+            input=self._store.content_path(batch.input_file_id),
+            output=folder / OUTPUT,
+            errors=folder / ERRORS,
+            defaults=self._settings.defaults,
+            engine=self._settings.engine,
+            seed=self._settings.batches.seed,
+            rows=ROWS,
+            model_name=batch.model,
+        )
+
+    def _stopped(self, batch: Batch, reason: StopReason | None, exc: BackendError) -> None:
+        """Handle the end of a run that was interrupted, or whose backend failed."""
+        self._keep_counts(batch)
+        if reason in ("cancelled", "expired"):
+            self._end(batch, reason)
+        elif not self._stopping.is_set():
+            self._wait(batch, f"the model ({exc})")
+
+    def _wait(self, batch: Batch, reason: str) -> None:
+        """Try a batch again later, because it needs another backend or other settings."""
+        retry_s = min(2 * self._retry_s.get(batch.id, MIN_RETRY_S / 2), MAX_RETRY_S)
+        self._retry_s[batch.id] = retry_s
+        self._retry_at[batch.id] = time.monotonic() + retry_s
+        if self._waiting_for.get(batch.id) != reason:
+            self._waiting_for[batch.id] = reason
+            logger.warning("batch %s waits for %s", batch.id, reason)
+
+    def _count_results(self, batch: Batch, folder: Path) -> None:
+        self._store.count_results(batch.id, (folder / OUTPUT).stat().st_size)
+
+    def _keep_counts(self, batch: Batch) -> None:
+        current = self.current(batch)
+        if current is not batch:
+            self._store.update(
+                batch.id,
+                lambda old: replace(
+                    old,
+                    num_completed=current.num_completed,
+                    num_failed=current.num_failed,
+                    prompt_tokens=current.prompt_tokens,
+                    completion_tokens=current.completion_tokens,
+                ),
+            )
+
+    # Both threads
+
+    def _guarded(self, batch: Batch, work: Callable[[Batch], None]) -> None:
+        """Do work for a batch; whatever goes wrong is that batch's failure."""
+        try:
+            work(batch)
+        except HttpError as exc:
+            logger.error("batch %s failed: %s", batch.id, exc)
+            self._fail(batch, BatchFault(exc.code, str(exc)))
+        except (RunError, UsageError) as exc:
+            logger.error("batch %s failed: %s", batch.id, exc)
+            self._fail(batch, _client_fault(exc))
+        except BaseException as exc:  # including a Rust panic, which is not an Exception
+            logger.error("batch %s failed", batch.id, exc_info=exc)
+            self._fail(
+                batch,
+                BatchFault(ErrorCode.INTERNAL, "internal error; see the server log for details"),
+            )
+
+    def _fail(self, batch: Batch, fault: BatchFault) -> None:
+        """End a batch as failed, with the results that can still be published."""
+        try:
+            self._keep_counts(batch)
+            self._end(batch, "failed", (fault,))
+        except Exception as exc:
+            logger.error("batch %s: cannot publish its results: %s", batch.id, exc)
+            self._store.update(
+                batch.id,
+                lambda old: replace(
+                    old,
+                    ending="failed",
+                    faults=(fault,),
+                    output_file_id=None,
+                    error_file_id=None,
+                ).with_status("failed"),
+            )
+            self._metrics.count_batch("failed")
+
+    def _end(self, batch: Batch, ending: Ending, faults: tuple[BatchFault, ...] = ()) -> None:
+        """Publish the results of a batch and give it its final status.
+
+        Every step can be repeated, so that a kill between any two of them loses nothing.
+        """
+
+        def begin(old: Batch) -> Batch:
+            is_cancelled = ending in ("completed", "failed") and old.status == "cancelling"
+            new = replace(
+                old,
+                ending="cancelled" if is_cancelled else ending,
+                faults=faults,
+                output_file_id=old.output_file_id or new_id("file-"),
+                error_file_id=old.error_file_id or new_id("file-"),
+            )
+            is_final = new.ending in ("completed", "expired") and old.status != "finalizing"
+            return new.with_status("finalizing") if is_final else new
+
+        with self._lock:
+            current = self._store.batch(batch.id)
+            if current is None or not current.is_open:
+                return
+            self._keep_counts(batch)
+            batch = self._store.update(batch.id, begin)
+            self._publish(batch)
+            batch = self._store.update(batch.id, self._finished)
+            self._store.remove_results(batch.id)
+        assert batch.ending is not None
+        self._metrics.count_batch(batch.ending)
+        self._report(batch)
+
+    def _publish(self, batch: Batch) -> None:
+        assert batch.output_file_id is not None
+        assert batch.error_file_id is not None
+        folder = self._store.results_folder(batch.id)
+        output, errors = folder / OUTPUT, folder / ERRORS
+        if batch.ending != "completed" and (output.exists() or batch.ending == "expired"):
+            self._split(batch, folder)
+            output, errors = folder / PARTIAL_OUTPUT, folder / PARTIAL_ERRORS
+        for path, file_id, name in (
+            (output, batch.output_file_id, f"{batch.id}_output.jsonl"),
+            (errors, batch.error_file_id, f"{batch.id}_error.jsonl"),
+        ):
+            if path.exists() and path.stat().st_size:
+                self._store.publish(batch, path, file_id, name)
+
+    def _finished(self, batch: Batch) -> Batch:
+        assert batch.ending is not None
+        output, errors = batch.output_file_id, batch.error_file_id
+        return replace(
+            batch,
+            output_file_id=output if output and self._store.file(output) else None,
+            error_file_id=errors if errors and self._store.file(errors) else None,
+        ).with_status(batch.ending)
+
+    def _split(self, batch: Batch, folder: Path) -> None:
+        """Write the results so far as answers and errors; requests that expired are errors too."""
+        num_answers = num_errors = 0
+        with (
+            replacing(folder / PARTIAL_OUTPUT) as answers,
+            replacing(folder / PARTIAL_ERRORS) as errors,
+        ):
+            for data in chain(_complete_lines(folder / OUTPUT), _complete_lines(folder / ERRORS)):
+                if json.loads(data)["response"]["status_code"] == HTTPStatus.OK:
+                    answers.write(data)
+                    num_answers += 1
+                else:
+                    errors.write(data)
+                    num_errors += 1
+            if batch.ending == "expired":
+                rows = read_rows(self._store.content_path(batch.input_file_id), ROWS)
+                for row in islice(rows, num_answers + num_errors, None):
+                    errors.write(encode(_expired_line(batch, row)))
+        self._store.update(
+            batch.id,
+            lambda old: replace(old, num_completed=num_answers, num_failed=num_errors),
+        )
+
+    def _report(self, batch: Batch) -> None:
+        fields = {
+            "requests": batch.num_requests,
+            "completed": batch.num_completed,
+            "failed": batch.num_failed,
+        }
+        logger.info("batch %s %s", batch.id, batch.status, extra={"fields": fields})
+
+
+def _with_counts(batch: Batch, statistics: StatisticsCollector) -> Batch:
+    return replace(
+        batch,
+        num_completed=statistics.num_answered,
+        num_failed=statistics.num_failed,
+        prompt_tokens=statistics.prompt_tokens,
+        completion_tokens=statistics.completion_tokens,
+    )
+
+
+def _client_fault(exc: SmolError) -> BatchFault:
+    """What a client may know about a failure, without the server's paths."""
+    if isinstance(exc.__cause__, OSError):
+        reason = error_reason(exc.__cause__)
+        return BatchFault(HttpCode.STORAGE_FAILED, f"the server's storage failed: {reason}")
+    message = "the results of an earlier session are damaged; create the batch again"
+    return BatchFault(HttpCode.STORAGE_FAILED, message)
+
+
+def _complete_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, without a torn one; none if it does not exist."""
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (data for data in file if data.endswith(b"\n"))
+
+
+def _expired_line(batch: Batch, row: Row) -> dict[str, Any]:
+    return {
+        "id": f"batch_req_{batch.id.removeprefix('batch_')}_{row.number}",
+        "custom_id": OPENAI.id_of(row.value, row.number),
+        "response": None,
+        "error": {"code": "batch_expired", "message": EXPIRED_MESSAGE},
+    }

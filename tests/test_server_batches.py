@@ -1,0 +1,638 @@
+"""/v1/files and /v1/batches, driven by the official OpenAI client."""
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from fakes import DyingBackend, EchoBackend, HeldBackend, echo
+from openai.types import Batch
+from server_tools import Process, RunningServer, eventually, serve_process, serving, tiny_engine
+from test_gateway import gateway
+
+from smolcli.backends.base import Backend, OnText
+from smolcli.backends.local import open_local
+from smolcli.errors import UsageError
+from smolcli.server.batch_store import BatchStore
+from smolcli.server.service import WARM_UP
+from smolcli.settings import BatchApiSettings, EngineSettings, QueryDefaults
+from smolcli.types import Query, Result, Sampling
+
+ENDPOINT: Any = "/v1/chat/completions"
+EXPIRY = "output_expires_after"
+FINAL = ("completed", "failed", "expired", "cancelled")
+
+
+def line(name: str, **body: Any) -> dict[str, Any]:
+    """A line of a batch file."""
+    messages = [{"role": "user", "content": f"Question {name}?"}]
+    body = {"model": "m", "messages": messages, "max_tokens": 6} | body
+    return {"custom_id": name, "method": "POST", "url": ENDPOINT, "body": body}
+
+
+def jsonl(lines: list[Any]) -> bytes:
+    return "".join(f"{json.dumps(each)}\n" for each in lines).encode()
+
+
+def names(number: int) -> list[str]:
+    return [f"r{index}" for index in range(number)]
+
+
+@contextmanager
+def client_of(url: str, key: str = "-") -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client:
+        yield client
+
+
+@contextmanager
+def batch_server(
+    folder: Path, backend: Callable[[], Backend] = EchoBackend, **settings: Any
+) -> Iterator[tuple[RunningServer, openai.OpenAI]]:
+    """A server with a batch store, and a client; `limits` are those of the store."""
+    batches = BatchApiSettings(folder, **settings.pop("limits", {}))
+    engine = settings.pop("engine", EngineSettings(model="m"))
+    settings = {"model_names": ("m",)} | settings
+    with (
+        serving(lambda _: backend(), engine, batches=batches, **settings) as server,
+        client_of(server.url) as client,
+    ):
+        yield server, client
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[openai.OpenAI]:
+    with batch_server(tmp_path, model_names=("m", "other")) as (_, client):
+        yield client
+
+
+def upload(client: openai.OpenAI, lines: list[Any] | bytes, **fields: Any) -> str:
+    data = lines if isinstance(lines, bytes) else jsonl(lines)
+    return client.files.create(file=("in.jsonl", data), purpose="batch", **fields).id
+
+
+def create(client: openai.OpenAI, lines: list[Any] | bytes) -> Batch:
+    return client.batches.create(
+        input_file_id=upload(client, lines), endpoint=ENDPOINT, completion_window="24h"
+    )
+
+
+def reach(client: openai.OpenAI, batch: Batch, *statuses: str) -> Batch:
+    """Wait until a batch has one of the statuses, or else a final one."""
+    found = [batch]
+
+    def is_reached() -> bool:
+        found[0] = client.batches.retrieve(batch.id)
+        return found[0].status in (statuses or FINAL)
+
+    eventually(is_reached)
+    return found[0]
+
+
+def records(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
+    assert file_id is not None
+    return [json.loads(each) for each in client.files.content(file_id).text.splitlines()]
+
+
+def counts(batch: Batch) -> tuple[int, int, int]:
+    assert batch.request_counts is not None
+    return tuple(getattr(batch.request_counts, n) for n in ("total", "completed", "failed"))
+
+
+def test_a_batch_gives_the_answers_of_chat_completions(tmp_path: Path, tiny_folder: Path) -> None:
+    backend: Any = lambda: open_local(tiny_engine(tiny_folder))  # noqa: E731
+    with batch_server(
+        tmp_path, backend, engine=tiny_engine(tiny_folder), model_names=("gpt-4o-mini",)
+    ) as (server, client):
+        lines = [line(name, model="gpt-4o-mini") for name in names(5)]
+        lines[3]["body"]["temperature"] = -4
+        file = client.files.create(file=("questions.jsonl", jsonl(lines)), purpose="batch")
+        assert (file.filename, file.purpose, file.bytes) == (
+            "questions.jsonl",
+            "batch",
+            len(jsonl(lines)),
+        )
+        assert client.files.content(file.id).read() == jsonl(lines)
+        batch = client.batches.create(
+            input_file_id=file.id,
+            endpoint=ENDPOINT,
+            completion_window="24h",
+            metadata={"run": "nightly"},
+        )
+        assert batch.status == "validating"
+        done = reach(client, batch)
+        assert (done.status, counts(done)) == ("completed", (5, 4, 1))
+        assert (done.metadata, done.model) == ({"run": "nightly"}, "gpt-4o-mini")
+        assert done.expires_at == done.created_at + 86_400
+        assert done.in_progress_at and done.finalizing_at and done.completed_at  # noqa: PT018
+        answers = records(client, done.output_file_id)
+        assert [each["custom_id"] for each in answers] == ["r0", "r1", "r2", "r4"]
+        for answer, asked in zip(answers, lines[:3] + lines[4:], strict=True):
+            body = answer["response"]["body"]
+            expected = client.chat.completions.create(**asked["body"])
+            assert body["model"] == expected.model == "gpt-4o-mini"
+            assert body["choices"][0]["message"]["content"] == expected.choices[0].message.content
+        (failed,) = records(client, done.error_file_id)
+        assert failed["custom_id"] == "r3"
+        assert failed["response"]["status_code"] == 400
+        assert failed["response"]["body"]["error"]["param"] == "temperature"
+        output = client.files.retrieve(done.output_file_id or "")
+        assert (output.purpose, output.filename) == ("batch_output", f"{batch.id}_output.jsonl")
+        metrics = server.client.get("/metrics").text
+        assert 'smol_batches_total{status="completed"} 1.0' in metrics
+        assert "smol_batch_requests_unfinished 0.0" in metrics
+
+
+def test_invalid_lines_fail_the_batch_and_are_listed(client: openai.OpenAI) -> None:
+    lines = [
+        line("a"),
+        line("b") | {"url": "/v1/embeddings"},
+        line("a"),
+        {"custom_id": "c", "method": "GET", "url": ENDPOINT, "body": {}},
+        {"method": "POST", "url": ENDPOINT, "body": {}},
+        line("d", model="gpt-4"),
+        line("e", model="other"),
+        [1],
+    ]
+    data = jsonl(lines[:4]) + b"\n{broken\n" + jsonl(lines[4:])
+    failed = reach(client, create(client, data))
+    assert (failed.status, failed.output_file_id, failed.error_file_id) == ("failed", None, None)
+    assert failed.errors is not None
+    faults = [(each.line, each.code, each.param) for each in failed.errors.data or []]
+    assert faults == [
+        (2, "invalid_value", "url"),
+        (3, "duplicate_chat_id", "custom_id"),
+        (4, "invalid_value", "method"),
+        (6, "invalid_json", None),
+        (7, "missing_field", "custom_id"),
+        (8, "model_not_found", "body.model"),
+        (9, "invalid_value", "body.model"),
+        (10, "not_an_object", None),
+    ]
+
+
+def test_a_blank_file_fails_the_batch(client: openai.OpenAI) -> None:
+    failed = reach(client, create(client, b"\n \n"))
+    assert failed.errors is not None
+    assert [each.code for each in failed.errors.data or []] == ["empty_file"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"endpoint": "/v1/embeddings"}, "endpoint"),
+        ({"endpoint": None}, "endpoint"),
+        ({"input_file_id": 3}, "input_file_id"),
+        ({"completion_window": "soon"}, "completion_window"),
+        ({"metadata": {"key": 3}}, "metadata.key"),
+        ({"metadata": {"key": "x" * 513}}, "metadata.key"),
+        ({"output_expires_after": {"anchor": "now", "seconds": 3600}}, f"{EXPIRY}.anchor"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, f"{EXPIRY}.seconds"),
+        ({"priority": "high"}, "priority"),
+    ],
+)  # fmt: skip
+def test_an_invalid_parameter_is_rejected_by_its_path(
+    client: openai.OpenAI, fields: dict[str, Any], param: str
+) -> None:
+    body = {"input_file_id": "file-x", "endpoint": ENDPOINT, "completion_window": "24h"}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/batches", body=body | fields, cast_to=object)
+    assert caught.value.param == param
+    if fields.get("endpoint"):
+        assert "'/v1/embeddings' is not supported" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"purpose": "user_data"}, "purpose"),
+        ({"purpose": ""}, "purpose"),
+        ({"file": b""}, "file"),
+        ({"file": b"\x1f\x8b\x08\x00data"}, "file"),
+        ({"expires_after": {"anchor": "created_at", "seconds": 5}}, "expires_after[seconds]"),
+        ({"expires_after": {"anchor": "x", "seconds": 3600}}, "expires_after[anchor]"),
+        ({"extra_body": {"colour": "red"}}, "colour"),
+    ],
+)
+def test_an_invalid_upload_is_rejected_by_its_field(
+    client: openai.OpenAI, fields: dict[str, Any], param: str
+) -> None:
+    num_before = len(client.files.list().data)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.files.create(**{"file": b"{}", "purpose": "batch"} | fields)
+    assert caught.value.param == param
+    assert len(client.files.list().data) == num_before
+
+
+def test_malformed_forms_are_rejected(client: openai.OpenAI) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\nbatch\r\n'
+    file = b'--x\r\nContent-Disposition: form-data; name="%s"; filename="f"\r\n\r\n{}\r\n'
+    forms = {
+        "not a form": (b"{}", "application/json", 415),
+        "no boundary": (b"", "multipart/form-data", 400),
+        "truncated": (file % b"file" + b"--x\r\nCon", "multipart/form-data; boundary=x", 400),
+        "no file": (part % b"purpose" + b"--x--\r\n", "multipart/form-data; boundary=x", 400),
+        "two files": (
+            part % b"purpose" + 2 * (file % b"file") + b"--x--\r\n",
+            "multipart/form-data; boundary=x",
+            400,
+        ),
+        "many parts": (
+            part % b"purpose" * 100 + b"--x--\r\n",
+            "multipart/form-data; boundary=x",
+            413,
+        ),
+    }
+    for what, (body, content_type, status) in forms.items():
+        response = httpx2.post(
+            f"{client.base_url}files", content=body, headers={"Content-Type": content_type}
+        )
+        assert response.status_code == status, (what, response.text)
+        assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_lists_have_pages(client: openai.OpenAI) -> None:
+    file_id = upload(client, [line("a")])
+    created = [
+        client.batches.create(input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h").id
+        for _ in range(5)
+    ]
+    page = client.batches.list(limit=2)
+    assert [each.id for each in page.data] == created[:2:-1]
+    assert page.has_more
+    assert [each.id for each in page.get_next_page().data] == created[2:0:-1]
+    assert [each.id for each in client.batches.list(limit=2)][:5] == created[::-1]
+    files = [each.id for each in client.files.list(purpose="batch", order="asc", limit=10_000)]
+    assert files[-1] == file_id
+    assert [each.id for each in client.files.list(purpose="batch", limit=1)] == files[::-1]
+    for rejected in ({"limit": 0}, {"limit": 101}, {"after": "batch_x"}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.batches.list(**rejected)
+        assert caught.value.param in rejected
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["files/{}", "files/{}/content", "batches/{}", "batches/{}/cancel"],
+)
+def test_unknown_ids_are_not_found(client: openai.OpenAI, path: str) -> None:
+    for name in ("x", "..%2f..%2fetc%2fpasswd", "%2e%2e", ".lock", "file-" + "0" * 24):
+        url = f"{client.base_url}{path.format(name)}"
+        response = httpx2.request("POST" if path.endswith("cancel") else "GET", url)
+        assert response.status_code == 404, name
+        assert response.json()["error"]["code"] == "not_found"
+
+
+def test_a_file_name_is_only_a_name(client: openai.OpenAI, tmp_path: Path) -> None:
+    for given, kept in (("../../etc/x", "x"), ("a\\b.jsonl", "b.jsonl"), ("日本語", "日本語")):
+        file = client.files.create(file=(given, b"{}"), purpose="batch")
+        assert file.filename == kept
+        response = client.files.with_raw_response.content(file.id)
+        assert response.headers["content-disposition"].startswith("attachment")
+
+
+class WarmBackend(HeldBackend):
+    """A `HeldBackend` that answers the server's warm-up query."""
+
+    def submit(
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
+    ) -> Future[Result]:
+        future = super().submit(query, on_text, is_interactive=is_interactive)
+        if query == WARM_UP:
+            self.futures.remove(future)
+            future.set_result(echo(query))
+        return future
+
+
+def hold(folder: Path, **settings: Any) -> Any:
+    """A server whose backend answers when the test says so."""
+    held = WarmBackend()
+    return held, batch_server(folder, lambda: held, **settings)
+
+
+def release(held: HeldBackend, number: int) -> None:
+    eventually(lambda: len(held.futures) >= number)
+    for index in range(number):
+        if not held.futures[index].done():
+            held.futures[index].set_result(Result(f"r{index}", f"answer {index}", line=index + 1))
+
+
+def test_cancelling_keeps_the_answers_so_far(tmp_path: Path) -> None:
+    held, running = hold(tmp_path)
+    with running as (server, client):
+        first = create(client, [line(name) for name in names(5)])
+        queued = create(client, [line("q")])
+        release(held, 2)
+        eventually(lambda: counts(client.batches.retrieve(first.id)) == (5, 2, 0))
+        assert reach(client, queued, "in_progress").status == "in_progress"
+        with pytest.raises(openai.BadRequestError, match="is the input of") as caught:
+            client.files.delete(first.input_file_id)
+        assert caught.value.param == "file_id"
+        for batch, done in ((queued, (1, 0, 0)), (first, (5, 2, 0))):
+            assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+            cancelled = reach(client, batch)
+            assert (cancelled.status, counts(cancelled)) == ("cancelled", done)
+            assert cancelled.cancelling_at and cancelled.cancelled_at  # noqa: PT018
+        assert queued.output_file_id is None
+        assert [each["custom_id"] for each in records(client, cancelled.output_file_id)] == names(2)
+        assert client.batches.cancel(first.id).status == "cancelled"
+        assert client.files.delete(first.input_file_id).deleted
+        eventually(lambda: server.client.get("/health").status_code == 200)
+        assert held.futures[2].cancelled()
+
+
+def test_a_finished_batch_cannot_be_cancelled(client: openai.OpenAI) -> None:
+    done = reach(client, create(client, [line("a")]))
+    with pytest.raises(openai.BadRequestError, match="it is completed already"):
+        client.batches.cancel(done.id)
+
+
+def test_a_batch_goes_on_after_a_clean_stop(tmp_path: Path) -> None:
+    """Also: it waits for a server with its settings, and does not hold up others meanwhile."""
+    held, running = hold(tmp_path)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(4)])
+        release(held, 2)
+        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 2, 0))
+    hotter = QueryDefaults(Sampling(temperature=2.0))
+    with batch_server(tmp_path, defaults=hotter) as (_, client):
+        assert reach(client, create(client, [line("a")])).status == "completed"
+        kept = client.batches.retrieve(batch.id)
+        assert (kept.status, counts(kept)) == ("in_progress", (4, 2, 0))
+    with batch_server(tmp_path) as (_, client):
+        done = reach(client, batch)
+        assert (done.status, counts(done)) == ("completed", (4, 4, 0))
+        answers = records(client, done.output_file_id)
+        assert [each["custom_id"] for each in answers] == names(4)
+        texts = [each["response"]["body"]["choices"][0]["message"]["content"] for each in answers]
+        assert texts[:2] == ["answer 0", "answer 1"]
+
+
+def test_an_expired_batch_keeps_its_answers_and_lists_the_rest(tmp_path: Path) -> None:
+    held, running = hold(tmp_path)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(4)])
+        release(held, 2)
+        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 2, 0))
+    change_record(tmp_path / "batches" / f"{batch.id}.json", expires_at=1)
+    with batch_server(tmp_path) as (_, client):
+        expired = reach(client, batch)
+        assert (expired.status, counts(expired)) == ("expired", (4, 2, 0))
+        answers = records(client, expired.output_file_id)
+        assert [each["custom_id"] for each in answers] == names(2)
+        errors = records(client, expired.error_file_id)
+        assert [(e["custom_id"], e["response"], e["error"]["code"]) for e in errors] == [
+            ("r2", None, "batch_expired"),
+            ("r3", None, "batch_expired"),
+        ]
+
+
+def change_record(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
+
+
+def test_a_failing_backend_delays_a_batch(tmp_path: Path) -> None:
+    backend = DyingBackend(3, window=2)  # the first query is the warm-up
+    with batch_server(tmp_path, lambda: backend) as (server, client):
+        batch = create(client, [line(name) for name in names(5)])
+        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (5, 2, 0))
+        assert server.client.get("/health").status_code == 200
+        backend.num_answers = 1000
+        done = reach(client, batch)
+        assert (done.status, counts(done)) == ("completed", (5, 5, 0))
+        answers = records(client, done.output_file_id)
+        assert [each["custom_id"] for each in answers] == names(5)
+
+
+class FailingBackend(EchoBackend):
+    """Raises where a backend must not."""
+
+    def answer(self, query: Any) -> Result:
+        if "poison" in query.chat_id:
+            raise ZeroDivisionError
+        return echo(query)
+
+
+def test_an_internal_error_fails_one_batch_only(tmp_path: Path) -> None:
+    with batch_server(tmp_path, FailingBackend) as (_, client):
+        failed = reach(client, create(client, [line("a"), line("poison")]))
+        assert failed.status == "failed"
+        assert failed.errors is not None
+        assert [each.code for each in failed.errors.data or []] == ["internal"]
+        assert reach(client, create(client, [line("a")])).status == "completed"
+
+
+def test_the_quota_is_exact_under_concurrent_uploads(tmp_path: Path) -> None:
+    size, quota = 30_000, 100_000
+    with batch_server(tmp_path, limits={"max_total_bytes": quota}) as (server, client):
+        outcomes: list[str] = []
+
+        def send() -> None:
+            try:
+                outcomes.append(upload(client, b"x" * size))
+            except openai.APIStatusError as exc:
+                outcomes.append(f"{exc.status_code} {exc.code}")
+
+        threads = [threading.Thread(target=send) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        kept = [each for each in outcomes if each.startswith("file-")]
+        assert len(kept) == quota // size
+        assert set(outcomes) - set(kept) == {"413 quota_exceeded"}
+        assert (
+            f"smol_batch_storage_bytes {len(kept) * size:.1f}" in server.client.get("/metrics").text
+        )
+        contents = [path for path in (tmp_path / "files").iterdir() if path.suffix != ".json"]
+        assert sorted(path.name for path in contents) == sorted(kept)
+        client.files.delete(kept[0])
+        assert upload(client, b"x" * size)
+
+
+def test_results_beyond_the_quota_fail_the_batch(tmp_path: Path) -> None:
+    lines = [line(name) for name in names(50)]
+    quota = len(jsonl(lines)) + 10
+    with batch_server(tmp_path, limits={"max_total_bytes": quota}) as (_, client):
+        failed = reach(client, create(client, lines))
+        assert failed.status == "failed"
+        assert failed.errors is not None
+        assert [each.code for each in failed.errors.data or []] == ["quota_exceeded"]
+        assert records(client, failed.output_file_id)
+
+
+def test_limits_are_errors_that_name_them(tmp_path: Path) -> None:
+    limits = {"max_file_bytes": 200_000, "max_requests": 3, "max_open": 1}
+    _, running = hold(tmp_path, limits=limits, max_body_bytes=50_000, api_keys=("key",))
+    with running as (server, _), client_of(server.url, "key") as client:
+        assert upload(client, b"x" * 150_000)
+        with pytest.raises(openai.APIStatusError, match="file is larger than the limit of 200,000"):
+            upload(client, b"x" * 200_001)
+        with pytest.raises(
+            openai.APIStatusError, match="the request body is larger than"
+        ) as caught:
+            upload(client, b"x" * 300_000)
+        assert (caught.value.status_code, caught.value.code) == (413, "too_large")
+        with client_of(server.url, "wrong") as stranger:
+            for size in (10, 150_000):
+                with pytest.raises(openai.AuthenticationError):
+                    upload(stranger, b"x" * size)
+            with pytest.raises(openai.AuthenticationError):
+                stranger.batches.list()
+        chat = {"model": "m", "messages": [{"role": "user", "content": "x" * 60_000}]}
+        with pytest.raises(openai.APIStatusError, match="limit of 50,000 bytes"):
+            client.post("/chat/completions", body=chat, cast_to=object)
+        many = create(client, [line(name) for name in names(4)])
+        faults = reach(client, many).errors
+        assert faults is not None
+        assert [(each.code, each.line) for each in faults.data or []] == [("too_large", 4)]
+        create(client, [line("a")])
+        with pytest.raises(openai.RateLimitError, match="1 unfinished batches"):
+            create(client, [line("a")])
+
+
+def test_damaged_records_are_left_alone(tmp_path: Path) -> None:
+    with batch_server(tmp_path) as (_, client):
+        kept = reach(client, create(client, [line("a")]))
+        broken_file, lost = upload(client, b"{}"), upload(client, b"{}")
+        broken_batch = create(client, [line("a")])
+        reach(client, broken_batch)
+    files, batches = tmp_path / "files", tmp_path / "batches"
+    (files / f"{broken_file}.json").write_text("{")
+    (files / lost).unlink()
+    (files / ".upload.part").write_bytes(b"x")
+    change_record(batches / f"{broken_batch.id}.json", output_file_id="../../x")
+    with batch_server(tmp_path) as (_, client):
+        assert {each.id for each in client.batches.list()} == {kept.id}
+        assert {broken_file, lost}.isdisjoint(each.id for each in client.files.list())
+        assert records(client, kept.output_file_id)
+        assert reach(client, create(client, [line("a")])).status == "completed"
+    assert (files / broken_file).exists()
+    assert not (files / ".upload.part").exists()
+    assert not (files / f"{lost}.json").exists()
+
+
+def test_a_damaged_journal_fails_its_batch(tmp_path: Path) -> None:
+    held, running = hold(tmp_path)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(4)])
+        release(held, 2)
+        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 2, 0))
+    with (tmp_path / "batches" / batch.id / "output.jsonl").open("ab") as file:
+        file.write(b'{"some": "thing"}\n')
+    with batch_server(tmp_path) as (_, client):
+        failed = reach(client, batch)
+        assert failed.status == "failed"
+        assert failed.errors is not None
+        assert "damaged" in str(failed.errors.data)
+        assert str(tmp_path) not in str(failed.errors.data)
+
+
+def test_a_folder_belongs_to_one_server(tmp_path: Path) -> None:
+    with batch_server(tmp_path) as (_, client):
+        upload(client, b"{}")
+        with pytest.raises(
+            UsageError, match=r"another server uses .*; give this one .*--batch-dir"
+        ):
+            BatchStore(BatchApiSettings(tmp_path))
+        with (
+            batch_server(tmp_path, limits={"is_required": False}) as (_, second),
+            pytest.raises(openai.InternalServerError, match="another server uses"),
+        ):
+            second.files.list()
+    with batch_server(tmp_path, limits={"is_required": False}) as (_, third):
+        assert len(third.files.list().data) == 1
+
+
+def test_a_server_without_batches_says_so(tmp_path: Path) -> None:
+    with (
+        serving(lambda _: EchoBackend(), EngineSettings()) as server,
+        client_of(server.url) as client,
+        pytest.raises(openai.NotFoundError, match="files and batches are disabled"),
+    ):
+        client.files.list()
+
+
+def test_old_files_and_batches_are_removed(tmp_path: Path) -> None:
+    with batch_server(tmp_path) as (_, client):
+        done = reach(client, create(client, [line("a")]))
+        assert done.output_file_id is not None
+    change_record(tmp_path / "files" / f"{done.output_file_id}.json", expires_at=1)
+    change_record(tmp_path / "batches" / f"{done.id}.json", reached_at={"completed": 1})
+    with batch_server(tmp_path) as (_, client):
+        eventually(lambda: not client.batches.list().data)
+        assert [each.id for each in client.files.list()] == [done.input_file_id]
+    assert not (tmp_path / "files" / done.output_file_id).exists()
+
+
+def test_a_failing_disk_fails_the_batch_but_not_the_server(tmp_path: Path) -> None:
+    with batch_server(tmp_path) as (server, client):
+        file_id = upload(client, [line("a")])
+        (tmp_path / "batches").rename(tmp_path / "moved")  # as root, no permission is missing
+        with pytest.raises(openai.InternalServerError, match="storage failed") as caught:
+            client.batches.create(input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h")
+        assert (caught.value.status_code, caught.value.code) == (507, "storage_failed")
+        assert str(tmp_path) not in caught.value.message
+        (tmp_path / "moved").rename(tmp_path / "batches")
+        batch = create(client, [line("a")])
+        assert reach(client, batch).status == "completed"
+        assert server.client.get("/health").status_code == 200
+
+
+def test_a_gateway_answers_batches_with_its_upstream(tmp_path: Path) -> None:
+    with (
+        serving(lambda _: EchoBackend(EngineSettings(model="m")), EngineSettings()) as service,
+        gateway(service.url, batches=BatchApiSettings(tmp_path)) as front,
+        client_of(front.url) as client,
+    ):
+        done = reach(client, create(client, [line(name) for name in names(3)]))
+        assert (done.status, counts(done)) == ("completed", (3, 3, 0))
+        assert [each["custom_id"] for each in records(client, done.output_file_id)] == names(3)
+
+
+def answered(folder: Path, batch: Batch) -> list[bytes]:
+    """The complete lines in the journal of a batch."""
+    path = folder / "batches" / batch.id / "output.jsonl"
+    data = path.read_bytes() if path.exists() else b""
+    return data[: data.rfind(b"\n") + 1].splitlines()
+
+
+@contextmanager
+def serve_batches(folder: Path, model: Path) -> Iterator[tuple[Process, openai.OpenAI]]:
+    args = ("--model", str(model), "--dtype", "float32", "--max-batch-size", "1")
+    with (
+        serve_process(*args, "--batch-dir", str(folder), "--any-model") as process,
+        client_of(process.url) as client,
+    ):
+        yield process, client
+
+
+def test_a_batch_survives_kill_9_and_sigterm(tmp_path: Path, deep_folder: Path) -> None:
+    """Nothing is answered twice or lost, and no written answer changes."""
+    number = 60
+    with serve_batches(tmp_path, deep_folder) as (process, client):
+        batch = create(client, [line(name, max_tokens=20) for name in names(number)])
+        eventually(lambda: len(answered(tmp_path, batch)) >= 3)
+        process.signal(signal.SIGKILL)
+        process.wait()
+    before = answered(tmp_path, batch)
+    assert 3 <= len(before) < number
+    with serve_batches(tmp_path, deep_folder) as (process, client):
+        eventually(lambda: len(answered(tmp_path, batch)) > len(before))
+        process.signal(signal.SIGTERM)
+        assert process.wait()[0] == 0
+    after = answered(tmp_path, batch)
+    assert after[: len(before)] == before
+    assert len(after) < number
+    with serve_batches(tmp_path, deep_folder) as (process, client):
+        done = reach(client, batch)
+        assert (done.status, counts(done)) == ("completed", (number, number, 0))
+        content = client.files.content(done.output_file_id or "").read().splitlines()
+        assert content[: len(after)] == after
+        assert [json.loads(each)["custom_id"] for each in content] == names(number)
