@@ -94,6 +94,9 @@ def test_bar_shows_done_and_failed_lines(
     bar.summary(statistics.snapshot(), Path("out.jsonl"))
     captured = capsys.readouterr()
     assert captured.out == ""
+    before, _, after = captured.err.partition("2/4")
+    assert "reading prompts" in before
+    assert "reading prompts" not in after, "there are results"
     assert "3/4" in captured.err
     assert "1 failed" in captured.err
     assert "[one] sentence" in captured.err

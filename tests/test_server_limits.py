@@ -147,6 +147,21 @@ def test_neither_priority_takes_every_request(is_interactive: bool) -> None:
     limit.enter(1, is_interactive=not is_interactive)
 
 
+@pytest.mark.parametrize("is_interactive", [True, False])
+def test_neither_priority_takes_every_query(is_interactive: bool) -> None:
+    """A batch as large as the queue once made the server reject every chat until it was done."""
+    limit = AdmissionLimit(max_queries=80, max_requests=64)
+    for _ in range(20):
+        limit.enter(4, is_interactive=is_interactive)
+    with pytest.raises(HttpError):
+        limit.enter(1, is_interactive=is_interactive)
+    limit.enter(10, is_interactive=not is_interactive)
+    with pytest.raises(HttpError):
+        limit.enter(1, is_interactive=not is_interactive)
+    limit.finish_query(is_interactive=not is_interactive)
+    limit.enter(1, is_interactive=not is_interactive)
+
+
 @pytest.mark.parametrize(
     ("num_queries", "query_s", "expected"),
     [(0, 1.0, [2, 2, 2]), (10, 0.0, [2, 2, 2]), (20, 1.0, [2, 12, 21]), (2000, 1.0, [2, 60, 60])],

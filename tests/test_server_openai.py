@@ -309,7 +309,7 @@ def test_a_prompt_that_is_too_long_fails_a_stream_with_a_status(
     messages: Any = [{"role": "user", "content": "word " * 600}]
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=tiny_folder.name, messages=messages, stream=True)
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     assert "this model's maximum context length is 512 tokens" in caught.value.message
 
 

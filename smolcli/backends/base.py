@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
-from smolcli.errors import BackendError, QueryError, SmolError
+from smolcli.errors import BackendError, PromptTooLong, QueryError, SmolError
 from smolcli.types import ErrorCode, Query, Result, failure
 
 OnText = Callable[[str], None]
@@ -30,7 +30,8 @@ def complete_future(future: Future[Result], outcome: Result | BaseException) -> 
 def failed_result(query: Query, exc: BaseException) -> Result:
     """The error result of a query whose processing raised an exception."""
     if isinstance(exc, QueryError):
-        return failure(query, str(exc), exc.code, exc.field)
+        is_raw = isinstance(exc, PromptTooLong) and query.raw_prompt is not None
+        return failure(query, str(exc), exc.code, "raw_prompt" if is_raw else exc.field)
     is_debugging = logger.isEnabledFor(logging.DEBUG)
     logger.error(
         "query %.100r: %s", query.chat_id, one_line(exc), exc_info=exc if is_debugging else None

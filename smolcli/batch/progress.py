@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LOG_INTERVAL_S = 10.0
 BAR_INTERVAL_S = 0.1
+READING = "reading prompts"  # until the first result
 _STEPS = ("weights", "backends")  # packages whose log messages name the steps of loading a model
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,7 @@ class BarProgress:
         self._console = Console(stderr=True)
         self._bar = _new_bar(self._console)
         self._statistics = StatisticsCollector()
+        self._num_resumed = 0
         self._next_s = 0.0
 
     def waiting(self, message: str) -> AbstractContextManager[None]:
@@ -163,7 +165,8 @@ class BarProgress:
 
     def start(self, total: int | None, statistics: StatisticsCollector) -> None:
         self._statistics = statistics
-        self._bar.add_task("", total=total, completed=statistics.num_lines, failed=0, rate=0.0)
+        self._num_resumed = statistics.num_lines
+        self._bar.add_task(READING, total=total, completed=statistics.num_lines, failed=0, rate=0.0)
         self._bar.start()
 
     def update(self) -> None:
@@ -191,6 +194,7 @@ class BarProgress:
         for task_id in self._bar.task_ids:
             self._bar.update(
                 task_id,
+                description="" if self._statistics.num_lines > self._num_resumed else READING,
                 completed=self._statistics.num_lines,
                 failed=self._statistics.num_failed,
                 rate=self._statistics.tokens_per_second or 0.0,
@@ -216,5 +220,6 @@ def _new_bar(console: "Console") -> "Progress":
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
         console=console,
     )

@@ -397,6 +397,8 @@ def error_object(status: int, message: str, code: str, field: str | None) -> dic
     """
     kind = "invalid_request_error" if status < 500 else "server_error"
     openai_code = _OPENAI_CODES.get(code, code)  # type: ignore[call-overload]
+    if field is None and code == ErrorCode.PROMPT_TOO_LONG:
+        field = "messages"
     field = "prompt" if field == "raw_prompt" else field
     return {"message": message, "type": kind, "param": field, "code": str(openai_code)}
 

@@ -13,7 +13,7 @@ MAX_RETRY_AFTER_S = 60
 RATE_SMOOTHING = 0.1  # weight of the latest query in the mean time between finished queries
 REQUESTS_PER_SLOT = 4  # in-flight requests for each slot of the batch
 MIN_REQUESTS = 64
-RESERVED_DIVISOR = 8  # each priority may always have 1/8 of the limit of requests in flight
+RESERVED_DIVISOR = 8  # each priority may always have 1/8 of each limit
 
 
 def request_limit(max_slots: int, max_queue: int) -> int:
@@ -21,9 +21,9 @@ def request_limit(max_slots: int, max_queue: int) -> int:
     return min(max(REQUESTS_PER_SLOT * max_slots, MIN_REQUESTS), max_queue)
 
 
-def reserved_requests(max_requests: int) -> int:
-    """How many requests of one priority are admitted even if the other has reached the limit."""
-    return max_requests // RESERVED_DIVISOR
+def reserved(limit: int) -> int:
+    """How much of a limit one priority may use even if the other has reached the limit."""
+    return limit // RESERVED_DIVISOR
 
 
 def unavailable(message: str, retry_after_s: int = MIN_RETRY_AFTER_S) -> HttpError:
@@ -55,7 +55,7 @@ def spread_retry_s(num_queries: int, query_s: float, fraction: float) -> int:
 class AdmissionLimit:
     """Counts unfinished requests and queries, and rejects what exceeds the limits.
 
-    Neither interactive nor batch requests can shut the other out: see `reserved_requests`.
+    Neither interactive nor batch requests can shut the other out: see `reserved`.
 
     Args:
         max_queries: the largest number of unfinished queries.
@@ -65,9 +65,8 @@ class AdmissionLimit:
     def __init__(self, max_queries: int, max_requests: int) -> None:
         self._max_queries = max_queries
         self._max_requests = max_requests
-        self._num_queries = 0
-        self._num_interactive = 0  # requests
-        self._num_batch = 0  # requests
+        self._queries = dict.fromkeys((True, False), 0)  # by whether they are interactive
+        self._requests = dict(self._queries)
         self._query_s = 0.0  # mean time between two finished queries
         self._last_finished_at = 0.0
         self._lock = threading.Lock()
@@ -76,17 +75,17 @@ class AdmissionLimit:
     @property
     def is_full(self) -> bool:
         """Whether a request with a single query would be rejected."""
-        return self._num_queries >= self._max_queries or not self._has_request(True)
+        return not self._has_room(1, is_interactive=True)
 
     @property
     def num_requests(self) -> int:
         """Number of unfinished requests."""
-        return self._num_interactive + self._num_batch
+        return sum(self._requests.values())
 
     @property
     def retry_after_s(self) -> int:
         """When a rejected client should retry, chosen at random to spread the retries."""
-        return spread_retry_s(self._num_queries, self._query_s, random.random())
+        return spread_retry_s(sum(self._queries.values()), self._query_s, random.random())
 
     def enter(self, num_queries: int, *, is_interactive: bool = True) -> None:
         """Admit a request with all of its queries, or none of them.
@@ -101,15 +100,14 @@ class AdmissionLimit:
         with self._lock:
             if self.is_closed:
                 raise unavailable("the server is shutting down; retry later")
-            has_room = self._num_queries + num_queries <= self._max_queries
-            if not has_room or not self._has_request(is_interactive):
+            if not self._has_room(num_queries, is_interactive=is_interactive):
                 raise unavailable("the queue is full; retry later", self.retry_after_s)
-            if self._num_queries == 0:  # do not count the time spent idle
+            if not any(self._queries.values()):  # do not count the time spent idle
                 self._last_finished_at = time.monotonic()
-            self._num_queries += num_queries
-            self._count(is_interactive, 1)
+            self._queries[is_interactive] += num_queries
+            self._requests[is_interactive] += 1
 
-    def finish_query(self) -> None:
+    def finish_query(self, *, is_interactive: bool = True) -> None:
         """Release one query of a request that is still in flight."""
         with self._lock:
             now = time.monotonic()
@@ -117,24 +115,22 @@ class AdmissionLimit:
             weight = RATE_SMOOTHING if self._query_s else 1.0
             self._query_s += weight * (elapsed_s - self._query_s)
             self._last_finished_at = now
-            self._num_queries -= 1
+            self._queries[is_interactive] -= 1
 
     def leave(self, *, is_interactive: bool = True) -> None:
         """Release a request, all of whose queries are finished."""
         with self._lock:
-            self._count(is_interactive, -1)
+            self._requests[is_interactive] -= 1
 
-    def _has_request(self, is_interactive: bool) -> bool:
-        """Whether there is room for another request of a priority."""
-        num_own = self._num_interactive if is_interactive else self._num_batch
-        is_below_limit = self.num_requests < self._max_requests
-        return is_below_limit or num_own < reserved_requests(self._max_requests)
-
-    def _count(self, is_interactive: bool, change: int) -> None:
-        if is_interactive:
-            self._num_interactive += change
-        else:
-            self._num_batch += change
+    def _has_room(self, num_queries: int, *, is_interactive: bool) -> bool:
+        """Whether both limits admit another request of a priority with this many queries."""
+        return all(
+            sum(used.values()) + num <= limit or used[is_interactive] + num <= reserved(limit)
+            for used, num, limit in (
+                (self._queries, num_queries, self._max_queries),
+                (self._requests, 1, self._max_requests),
+            )
+        )
 
     def close(self) -> None:
         """Reject every request from now on."""

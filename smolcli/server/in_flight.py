@@ -131,7 +131,7 @@ class InFlightRequest:
 
     def _finish(self, index: int, result: Result) -> Result:
         del self._queries[index]
-        self._admission.finish_query()
+        self._admission.finish_query(is_interactive=self._is_interactive)
         self._observe(result)
         return result
 

@@ -24,7 +24,7 @@ from waitress.utilities import Error as WaitressError
 
 from smolcli.backends.base import Backend
 from smolcli.errors import RunError, error_reason
-from smolcli.server.admission import AdmissionLimit, request_limit, reserved_requests
+from smolcli.server.admission import AdmissionLimit, request_limit, reserved
 from smolcli.server.app import create_app
 from smolcli.server.auth import ApiKeys, missing_key
 from smolcli.server.batches_api import BatchApi
@@ -438,7 +438,7 @@ def serve(settings: ServerSettings, open_backend: Callable[[EngineSettings], Bac
 def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict[int, Any]) -> Any:
     """Create the listening Waitress server."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    max_requests += reserved_requests(max_requests)
+    max_requests += reserved(max_requests)
     try:
         server = create_server(
             app,
