@@ -1,7 +1,7 @@
 """The types that every package shares: queries, results and sampling parameters."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from dataclasses import field as attribute
 from enum import StrEnum
 from http import HTTPStatus
@@ -183,6 +183,8 @@ class Query:
         include_stop: whether the answer contains what ended it, a stop string or stop token.
         bad_words: texts whose tokens must not occur in the answer in sequence.
         format: what the answer is constrained to; None is any text.
+        accepts_partial: whether an answer that ends before it matches its format is not an error,
+            as in OpenAI's API.
         n: number of answers.
         top_logprobs: alternatives to report for each token; None for no log probabilities.
         raw_prompt: text or token ids that the model continues, without the chat template.
@@ -200,6 +202,7 @@ class Query:
     include_stop: bool = False
     bad_words: tuple[str, ...] = ()
     format: AnswerFormat | None = None
+    accepts_partial: bool = False
     n: int = 1
     top_logprobs: int | None = None
     raw_prompt: str | tuple[int, ...] | None = None
@@ -231,6 +234,10 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
 
+    def record(self) -> dict[str, int]:
+        """The counts as a JSON object."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Timings:
@@ -257,7 +264,7 @@ class Result:
 
     Args:
         chat_id: of the query; None if it could not be read.
-        response: the text of the answer.
+        response: the text of the answer; of an error, the text before it, if any.
         finish_reason: why it ended; None if an upstream server did not say.
         logprobs: one entry per token of the text, in OpenAI's format.
         prompt_logprobs: one entry per token of the prompt, with the token's id and rank as well.
@@ -311,6 +318,7 @@ class Result:
             values |= {"error": self.error, "error_code": str(self.error_code)}
             if self.field is not None:
                 values["field"] = self.field
+            values |= self.partial
         else:
             values |= self._answer()
         if self.prompt_logprobs is not None:
@@ -318,10 +326,7 @@ class Result:
         if self.alternatives:
             values["alternatives"] = [result._answer() for result in self.alternatives]
         if self.usage is not None:
-            values["usage"] = {
-                "prompt_tokens": self.usage.prompt_tokens,
-                "completion_tokens": self.usage.completion_tokens,
-            }
+            values["usage"] = self.usage.record()
         if self.metadata is not None:
             values["metadata"] = self.metadata
         if self.line is not None:
@@ -329,6 +334,13 @@ class Result:
         if with_timings and self.timings is not None:
             values["timings"] = self.timings.record()
         return values
+
+    @property
+    def partial(self) -> dict[str, Any]:
+        """The members of an error record that hold the text before the error, if any."""
+        if self.response is None:
+            return {}
+        return {"response": self.response, "finish_reason": self.finish_reason}
 
     def _answer(self) -> dict[str, Any]:
         values = {"response": self.response, "finish_reason": self.finish_reason}

@@ -36,6 +36,9 @@ from smolcli.settings import EngineSettings, RemoteSettings
 ROOT = Path(__file__).parent.parent
 
 
+LONG_LIST = {"type": "array", "items": {"type": "integer"}, "minItems": 500}
+
+
 @contextmanager
 def gateway(
     *urls: str, retry_s: float = 0.5, waits: bool = True, **settings: Any
@@ -219,6 +222,26 @@ class TestSurface:
                 "/chat/batched", {"queries": [query(), query()]}, Accept="application/x-ndjson"
             ).text.splitlines()
             assert sorted(json.loads(line)["index"] for line in lines) == [0, 1]
+
+    def test_json_that_is_cut_off(self, service: RunningServer) -> None:
+        """Either format reports it as the upstream itself does, whole or streamed."""
+        form = {"type": "json_schema", "json_schema": {"name": "n", "schema": LONG_LIST}}
+        own = {"chat_id": "1", "user_prompt": "Hi", "response_format": form, "max_new_tokens": 5}
+        with gateway(service.url) as front:
+            for path in ("/chat", "/chat/batched"):
+                body = own if path == "/chat" else {"queries": [own, own | {"chat_id": "2"}]}
+                direct, through = (each.post(path, body) for each in (service, front))
+                assert direct.json() == through.json()
+                assert '"response":"[' in through.text.replace(": ", ":")
+            name = front.client.get("/v1/models").json()["data"][0]["id"]
+            body = {"model": name, "messages": [{"role": "user", "content": "Hi"}]}
+            body |= {"response_format": form, "max_tokens": 5}
+            direct, through = (
+                each.post("/v1/chat/completions", body).json() for each in (service, front)
+            )
+            assert through["choices"] == direct["choices"]
+            assert through["usage"] == direct["usage"]
+            assert through["choices"][0]["finish_reason"] == "length"
 
     def test_an_invalid_query_is_never_sent_upstream(self) -> None:
         with legacy_host() as host, gateway(host.url) as front:

@@ -500,6 +500,7 @@ class TestOpenAI:
         assert result.logprobs is not None
         assert result.logprobs[0]["logprob"] == -0.5
         assert torn.error_code is ErrorCode.INCOMPLETE_JSON
+        assert torn.response
         assert (choice.error_code, choice.field) == (ErrorCode.INVALID_VALUE, "choices")
 
     @pytest.mark.parametrize(

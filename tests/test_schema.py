@@ -20,6 +20,7 @@ from smolcli.protocol.strict_json import load_json
 from smolcli.settings import QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
 
+MAX_NEW_TOKENS = "a positive integer, or 0 if prompt_logprobs or echo is given"
 HI = {"chat_id": "1", "user_prompt": "Hi"}
 
 
@@ -208,10 +209,10 @@ def test_blank_prompt_is_refused() -> None:
             ["x"],
             "system_prompt must be a string; an empty one omits the default system prompt",
         ),
-        ("max_new_tokens", 0, "max_new_tokens must be a positive integer"),
-        ("max_new_tokens", 1.5, "max_new_tokens must be a positive integer"),
+        ("max_new_tokens", 0, "max_new_tokens 0 requires prompt_logprobs or echo"),
+        ("max_new_tokens", 1.5, f"max_new_tokens must be {MAX_NEW_TOKENS}"),
         ("chat_id", 1e300, "chat_id must be a non-empty string or an integer"),
-        ("max_new_tokens", "8", "max_new_tokens must be a positive integer"),
+        ("max_new_tokens", "8", f"max_new_tokens must be {MAX_NEW_TOKENS}"),
         ("temperature", -0.1, "temperature must be a number from 0 (greedy) to 100"),
         ("temperature", True, "temperature must be a number from 0 (greedy) to 100"),
         ("top_p", 0, "top_p must be a number greater than 0 and at most 1"),

@@ -109,7 +109,8 @@ def test_truncated_json_is_an_error(backend: LocalBackend) -> None:
     )
     assert (cut.error_code, by_the_model.error_code) == (ErrorCode.INCOMPLETE_JSON,) * 2
     assert "cut off after 9 tokens" in str(cut.error)
-    assert cut.response is None
+    assert (cut.finish_reason, str(cut.response)[:1]) == ("length", "[")
+    assert cut.record()["response"] == cut.response
     assert whole.error is not None or isinstance(json.loads(str(whole.response)), int)
 
 
@@ -119,7 +120,6 @@ def test_truncated_json_is_an_error(backend: LocalBackend) -> None:
         ({"type": "nonsense"}, "Invalid type: nonsense"),
         ({"type": "string", "pattern": "(a"}, "unclosed group"),
         ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum .5. is greater"),
-        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"$ref": "#"}, "no text can match it"),
         ({"$ref": "https://example.org/schema"}, "example.org"),
         ({"properties": {"a": False}, "type": "object", "required": ["a"]}, "unsatisfiable"),
@@ -252,6 +252,43 @@ def test_first_of_several_answers_equals_the_single_answer(
     record = first.record()
     assert [each["response"] for each in record["alternatives"]] == texts[1:]
     assert "usage" not in record["alternatives"][0]
+
+
+def test_partial_json_is_an_answer_if_the_query_accepts_it(backend: LocalBackend) -> None:
+    asked = query(format=LONG, sampling=Sampling(9))
+    error, answer = answers(backend, [asked, replace(asked, accepts_partial=True)])
+    assert (answer.error, answer.finish_reason) == (None, "length")
+    assert answer.response == error.response
+    assert answer.usage == error.usage
+
+
+def test_a_stop_string_beside_a_format_ends_the_answer(backend: LocalBackend) -> None:
+    """The text before it is incomplete JSON; one that never occurs changes nothing."""
+    digits = schema_format({"enum": [["a", "b", "c"]]})
+    plain, unmet, met, kept, late = answers(
+        backend,
+        [
+            query(format=digits, **changes)
+            for changes in (
+                {},
+                {"stop": ("\n\n", "<|im_end|>")},
+                {"stop": ('"b"',)},
+                {"stop": ("]",), "include_stop": True},
+                {"stop": ("]",)},
+            )
+        ],
+    )
+    assert plain.response == unmet.response == kept.response == '["a", "b", "c"]'
+    assert (met.error_code, met.response, met.finish_reason) == ("incomplete_json", '["a",', "stop")
+    assert "met a stop string" in str(met.error)
+    assert late.error_code == "incomplete_json"
+
+
+def test_unique_items_are_accepted_and_not_enforced(backend: LocalBackend) -> None:
+    """As pydantic describes sets; it removes duplicates when it parses the answer."""
+    numbers = {"type": "array", "items": {"enum": [1]}, "minItems": 2, "maxItems": 2}
+    (result,) = answers(backend, [query(format=schema_format(numbers | {"uniqueItems": True}))])
+    assert result.response == "[1, 1]"
 
 
 def test_error_of_one_answer_fails_the_query(backend: LocalBackend) -> None:

@@ -393,9 +393,8 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
     query, grammar, token_bytes = pending.query, pending.grammar, pending.token_bytes
     if sequence.error is not None:
         return failed_result(query, sequence.error)
-    if grammar is not None and sequence.is_decoding and not grammar.is_complete:
-        fault = grammar.fault
-        return failed_result(query, fault) if fault else incomplete_json(query, sequence.num_output)
+    if grammar is not None and grammar.fault:
+        return failed_result(query, grammar.fault)
     now = time.perf_counter()
     assert sequence.admitted_at is not None
     is_stopped = pending.detokenizer.is_stopped
@@ -405,7 +404,7 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
     if token_bytes is not None and query.prompt_logprobs is not None:
         scores = sequence.prompt_logprobs
         prompt_logprobs = prompt_logprob_entries(sequence.prompt_ids, scores, token_bytes)
-    return Result(
+    result = Result(
         chat_id=query.chat_id,
         response=pending.echoed + pending.detokenizer.text,
         finish_reason=FinishReason.STOP if is_stopped else sequence.finish_reason,
@@ -421,3 +420,13 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
             total_s=now - pending.submitted_at,
         ),
     )
+    if grammar is None or not sequence.is_decoding or query.accepts_partial:
+        return result
+    is_whole = _is_complete(pending, grammar)
+    return result if is_whole else incomplete_json(result, sequence.num_output)
+
+
+def _is_complete(pending: LocalQuery, grammar: GrammarMatcher) -> bool:
+    """Whether the text of an answer is all that its grammar has matched."""
+    is_cut = pending.detokenizer.is_stopped and not pending.query.include_stop
+    return grammar.is_complete and not is_cut

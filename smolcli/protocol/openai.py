@@ -441,8 +441,9 @@ def parse_completion(
         raise parameter_error(exc, CompletionFields, value) from None
     check_stream(fields)
     options = fields.stream_options
+    values = _query(fields, defaults) | {"chat_id": chat_id}
     return Completion(
-        query=parse_query(_query(fields, defaults) | {"chat_id": chat_id}, defaults, line),
+        query=parse_query(values, defaults, line, accepts_partial=True),
         model=fields.model,
         is_stream=bool(fields.stream),
         includes_usage=bool(options and options.include_usage),

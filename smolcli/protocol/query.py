@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import core_schema
 
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
@@ -110,23 +108,8 @@ CHOICES_DESCRIPTION = (
 
 
 def model_schema(kind: Any) -> dict[str, Any]:
-    """The JSON Schema of a pydantic model, or of any other type that pydantic can describe.
-
-    Sets become lists: pydantic removes duplicates when it parses the answer.
-    """
-    return TypeAdapter(kind).json_schema(schema_generator=_SchemaOfAnswers)
-
-
-class _SchemaOfAnswers(GenerateJsonSchema):
-    def set_schema(self, schema: core_schema.SetSchema) -> JsonSchemaValue:
-        return _without_unique(super().set_schema(schema))
-
-    def frozenset_schema(self, schema: core_schema.FrozenSetSchema) -> JsonSchemaValue:
-        return _without_unique(super().frozenset_schema(schema))
-
-
-def _without_unique(schema: JsonSchemaValue) -> JsonSchemaValue:
-    return {key: value for key, value in schema.items() if key != "uniqueItems"}
+    """The JSON Schema of a pydantic model, or of any other type that pydantic can describe."""
+    return TypeAdapter(kind).json_schema()
 
 
 def schema_format(schema: dict[str, Any]) -> AnswerFormat:
@@ -223,13 +206,8 @@ def combinations(absent: list[Any], default_temperature: bool) -> list[Any]:
     temperature: dict[str, Any] = {"required": ["temperature"]}
     if default_temperature:
         sampled, temperature = {"anyOf": [sampled, empty]}, {}
-    text = {"type": "object", "properties": {"type": {"const": "text"}}}
     rules: list[list[dict[str, Any]]] = [
         [{"properties": {"choices": empty}}, {"properties": {"response_format": empty}}],
-        [
-            {"properties": {"stop": {"enum": [*absent, []]}}},
-            {"properties": {"response_format": {"anyOf": [empty, text]}, "choices": empty}},
-        ],
         [
             {"properties": {"top_logprobs": {"enum": [*absent, 0]}}},
             {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
@@ -326,13 +304,20 @@ def chat_id_of(value: object) -> str | None:
     return chat_id if isinstance(chat_id, str) else None
 
 
-def parse_query(value: object, defaults: QueryDefaults, line: int | None = None) -> Query:
+def parse_query(
+    value: object,
+    defaults: QueryDefaults,
+    line: int | None = None,
+    *,
+    accepts_partial: bool = False,
+) -> Query:
     """Validate a parsed JSON value and complete it with the defaults.
 
     Args:
         value: the JSON value.
         defaults: values for the fields that it leaves out.
         line: the line number that the query carries.
+        accepts_partial: see `Query`.
 
     Raises:
         QueryError: naming the first invalid field. Unknown fields come first, because a
@@ -351,6 +336,7 @@ def parse_query(value: object, defaults: QueryDefaults, line: int | None = None)
         fields = QueryFields.model_validate(value)
     except ValidationError as exc:
         raise _query_error(exc) from None
+    answers = answer_format(fields.response_format, fields.choices, defaults.format)
     query = Query(
         chat_id=fields.chat_id,
         messages=_messages(fields, defaults.system_prompt),
@@ -358,7 +344,8 @@ def parse_query(value: object, defaults: QueryDefaults, line: int | None = None)
         stop=tuple(fields.stop or ()),
         include_stop=bool(fields.include_stop_str_in_output),
         bad_words=tuple(fields.bad_words or ()),
-        format=answer_format(fields.response_format, fields.choices, defaults.format),
+        format=answers,
+        accepts_partial=accepts_partial and answers is not None,
         n=fields.n or 1,
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
         raw_prompt=_raw_prompt(fields.raw_prompt),
@@ -420,9 +407,6 @@ def _metadata(metadata: dict[str, Any] | None, extra: dict[str, Any]) -> dict[st
 
 def _check_combination(fields: QueryFields, query: Query) -> None:
     """Refuse fields that are valid by themselves but contradict each other."""
-    if query.format is not None and query.stop:
-        message = "stop cannot be combined with response_format, choices or --schema"
-        raise QueryError(message, field="stop")
     if fields.top_logprobs and query.top_logprobs is None:
         raise QueryError("top_logprobs requires logprobs to be true", field="top_logprobs")
     if query.echo and query.raw_prompt is None:

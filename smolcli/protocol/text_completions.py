@@ -316,7 +316,7 @@ def _query(
         "top_logprobs": fields.logprobs,
         "prompt_logprobs": scored,
     }
-    return parse_query(values, defaults, line)
+    return parse_query(values, defaults, line, accepts_partial=True)
 
 
 def _logprobs(result: Result) -> dict[str, Any] | None:

@@ -57,6 +57,7 @@ class HttpError(Exception):
         code: the error code for programs.
         field: the field that is wrong, if any.
         headers: additional response headers.
+        members: further members of the body in smol's own shape.
     """
 
     def __init__(
@@ -66,12 +67,14 @@ class HttpError(Exception):
         code: ErrorCode | HttpCode,
         field: str | None = None,
         headers: Mapping[str, str] | None = None,
+        members: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.field = field
         self.headers = dict(headers or {})
+        self.members = dict(members or {})
 
 
 def code_of(status: int) -> HttpCode:
@@ -94,7 +97,7 @@ def error_body(error: HttpError, is_openai: bool) -> dict[str, Any]:
     if is_openai:
         return {"error": error_object(error.status, str(error), error.code, error.field)}
     body = {"error": str(error), "error_code": error.code}
-    return body if error.field is None else body | {"field": error.field}
+    return body | ({} if error.field is None else {"field": error.field}) | error.members
 
 
 def result_error(result: Result) -> HttpError:
@@ -102,7 +105,10 @@ def result_error(result: Result) -> HttpError:
     assert result.error is not None
     assert result.error_code is not None
     code = result.error_code
-    return HttpError(code.status, result.error, code, result.field)
+    members = result.partial
+    if members and result.usage is not None:
+        members["usage"] = result.usage.record()
+    return HttpError(code.status, result.error, code, result.field, members=members)
 
 
 def error_response(error: HttpError) -> Response:

@@ -99,6 +99,9 @@ class Failure(Exact):
     error: str = Field(description="A sentence for people.")
     error_code: ErrorCode
     field: str = Field("", description="The field that is wrong, if any.")
+    response: str = Field("", description="The text of an answer that is incomplete JSON.")
+    finish_reason: FinishReason | None = Field(None, description="Why that answer ended.")
+    usage: Usage | None = Field(None, description="The tokens of that answer.")
     metadata: dict[str, Any] = Field(
         default_factory=dict, description="The query's `metadata`, if any."
     )
@@ -139,6 +142,9 @@ class Error(Exact):
     error: str = Field(description="A sentence for people.")
     error_code: ErrorCode | HttpCode
     field: str = Field("", description="The field that is wrong, if any.")
+    response: str = Field("", description="The text of an answer that is incomplete JSON.")
+    finish_reason: FinishReason | None = Field(None, description="Why that answer ended.")
+    usage: Usage | None = Field(None, description="The tokens of that answer.")
 
 
 class OpenAIErrorDetail(Exact):

@@ -20,7 +20,8 @@ def rewrite_schema(schema: Schema) -> Schema:
     """Return an equivalent schema without the keywords that llguidance does not support.
 
     Unknown formats are dropped, and pydantic's formats for UUIDs and IP addresses are expressed
-    with other keywords. `propertyNames` becomes `properties` or `patternProperties`.
+    with other keywords. `propertyNames` becomes `properties` or `patternProperties`. `uniqueItems`
+    is dropped, because a grammar cannot compare items; parsers that want a set remove duplicates.
 
     Args:
         schema: a JSON Schema; not modified.
@@ -42,6 +43,7 @@ def _rewritten(node: Schema, root: Schema) -> Schema:
                 key: _rewritten(value, root) if isinstance(value, dict) else value
                 for key, value in node[name].items()
             }
+    node.pop("uniqueItems", None)
     if isinstance(node.get("format"), str):
         _rewrite_format(node)
     if isinstance(node.get("propertyNames"), dict):

@@ -212,6 +212,8 @@ def parse_record(record: Any, query: Query, dialect: Dialect) -> Result:
         raise MalformedAnswer("a response is not an object")
     if record.get("response") is None and (record.get("error") or record.get("detail")):
         return parse_error(record, query)
+    if record.get("error_code") == ErrorCode.INCOMPLETE_JSON:
+        return _incomplete(record, query)
     if "response" not in record:
         raise MalformedAnswer("a response has no text")
     text, chat_id = record["response"], record.get("chat_id", query.chat_id)
@@ -222,6 +224,15 @@ def parse_record(record: Any, query: Query, dialect: Dialect) -> Result:
     others = record.get("alternatives")
     records = [record, *others] if isinstance(others, list) else [record]
     return to_result(query, records, record.get("usage"))
+
+
+def _incomplete(record: Mapping[str, Any], query: Query) -> Result:
+    """The result of an answer that a smol server reports as incomplete, with its text."""
+    result = to_result(replace(query, n=1), [record], record.get("usage"))
+    if query.accepts_partial:
+        return result
+    error = str(record.get("error"))[:MAX_ERROR_CHARS]
+    return replace(result, error=error, error_code=ErrorCode.INCOMPLETE_JSON)
 
 
 def parse_completion(body: Mapping[str, Any], query: Query) -> Result:
@@ -277,7 +288,7 @@ def to_result(query: Query, records: Sequence[Mapping[str, Any]], usage: object)
     except (LookupError, TypeError, AttributeError) as exc:
         raise MalformedAnswer("an answer is not an object") from exc
     if failed := next((each for each in (first, *others) if each.is_error), None):
-        return failed
+        return replace(failed, usage=_usage(usage) if query.n == 1 else None)
     return replace(first, alternatives=tuple(others), usage=_usage(usage))
 
 
@@ -293,9 +304,9 @@ def _answer(query: Query, record: Mapping[str, Any]) -> Result:
     text = text.strip() if query.raw_prompt is None else text
     logprobs, prompt_logprobs = record.get("logprobs"), record.get("prompt_logprobs")
     is_cut_off = finish_reason is FinishReason.LENGTH
-    if query.format is not None and query.format.schema and not _is_json(text):
-        message = "the answer is not complete JSON" + (": it was cut off" if is_cut_off else "")
-        return failure(query, message, ErrorCode.INCOMPLETE_JSON)
+    has_schema = query.format is not None and bool(query.format.schema)
+    is_whole = not has_schema or query.accepts_partial or _is_json(text)
+    message = "the answer is not complete JSON" + (": it was cut off" if is_cut_off else "")
     return Result(
         chat_id=query.chat_id,
         response=text,
@@ -303,6 +314,8 @@ def _answer(query: Query, record: Mapping[str, Any]) -> Result:
         logprobs=_logprobs(logprobs) if query.top_logprobs is not None else None,
         prompt_logprobs=_logprobs(prompt_logprobs) if query.prompt_logprobs is not None else None,
         echo=query.echo if query.raw_prompt is not None else None,
+        error=None if is_whole else message,
+        error_code=None if is_whole else ErrorCode.INCOMPLETE_JSON,
         metadata=query.metadata,
         line=query.line,
     )
@@ -338,6 +351,8 @@ def parse_error(body: Mapping[str, Any], query: Query, status: int = 500) -> Res
         query: what was asked.
         status: the response's HTTP status, which determines the code if the body has none.
     """
+    if body.get("error_code") == ErrorCode.INCOMPLETE_JSON and body.get("response") is not None:
+        return _incomplete(body, query)
     error = body.get("error", body)
     detail = error if isinstance(error, dict) else body
     reason = error if isinstance(error, str) else detail.get("message", detail.get("detail"))
