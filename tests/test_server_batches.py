@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -144,8 +145,17 @@ def test_a_batch_gives_the_answers_of_chat_completions(tmp_path: Path, tiny_fold
         assert failed["response"]["body"]["error"]["param"] == "temperature"
         output = client.files.retrieve(done.output_file_id or "")
         assert (output.purpose, output.filename) == ("batch_output", f"{batch.id}_output.jsonl")
+        asked_text: Any = {"model": "gpt-4o-mini", "prompt": "The sky is", "max_tokens": 4}
+        texts = [line(n) | {"url": "/v1/completions", "body": asked_text} for n in names(2)]
+        file_id = upload(client, texts)
+        text = client.batches.create(
+            input_file_id=file_id, endpoint="/v1/completions", completion_window="24h"
+        )
+        (first, _) = records(client, reach(client, text).output_file_id)
+        expected_text = client.completions.create(**asked_text).choices[0].text
+        assert first["response"]["body"]["choices"][0]["text"] == expected_text
         metrics = server.client.get("/metrics").text
-        assert 'smol_batches_total{status="completed"} 1.0' in metrics
+        assert 'smol_batches_total{status="completed"} 2.0' in metrics
         assert "smol_batch_requests_unfinished 0.0" in metrics
 
 
@@ -158,6 +168,7 @@ def test_invalid_lines_fail_the_batch_and_are_listed(client: openai.OpenAI) -> N
         {"method": "POST", "url": ENDPOINT, "body": {}},
         line("d", model="gpt-4"),
         line("e", model="other"),
+        line("f") | {"url": "/v1/completions"},
         [1],
     ]
     data = jsonl(lines[:4]) + b"\n{broken\n" + jsonl(lines[4:])
@@ -173,7 +184,8 @@ def test_invalid_lines_fail_the_batch_and_are_listed(client: openai.OpenAI) -> N
         (7, "missing_field", "custom_id"),
         (8, "model_not_found", "body.model"),
         (9, "invalid_value", "body.model"),
-        (10, "not_an_object", None),
+        (10, "invalid_value", "url"),
+        (11, "not_an_object", None),
     ]
 
 
@@ -582,6 +594,38 @@ def test_a_failing_disk_fails_the_batch_but_not_the_server(tmp_path: Path) -> No
         (tmp_path / "moved").rename(tmp_path / "batches")
         batch = create(client, [line("a")])
         assert reach(client, batch).status == "completed"
+        assert server.client.get("/health").status_code == 200
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits on resources")
+def test_a_full_disk_fails_the_batch_and_keeps_its_answers(tmp_path: Path) -> None:
+    """The process may not write larger files for a while, as if the disk were full."""
+    import resource
+
+    lines = [line(name) for name in names(200)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with batch_server(tmp_path) as (server, client):
+        file_id = upload(client, lines)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        try:
+            batch = client.batches.create(
+                input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h"
+            )
+            failed = reach(client, batch)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert failed.status == "failed"
+        assert failed.errors is not None
+        (fault,) = failed.errors.data or []
+        assert (fault.code, fault.message) == (
+            "storage_failed",
+            "the server's storage failed: File too large",
+        )
+        answers = records(client, failed.output_file_id)
+        assert 50 < len(answers) < 200
+        assert [each["custom_id"] for each in answers] == names(len(answers))
+        assert counts(failed) == (200, len(answers), 0)
+        assert reach(client, create(client, lines)).status == "completed"
         assert server.client.get("/health").status_code == 200
 
 

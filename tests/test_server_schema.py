@@ -20,6 +20,7 @@ ROUTES = [
     ("POST", "/chat/batched"),
     ("POST", "/generate_batch"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{id}"),
     ("POST", "/v1/files"),
