@@ -1,11 +1,12 @@
 /* Runs the kernels on a small random model without Python, for other architectures (under qemu), other
    vector widths, and sanitizers.
 
-     driver THREADS               print hidden states and tokens of a few steps
+     driver THREADS FORMAT        print hidden states and tokens of a few steps
      driver stress STEPS SEED     many steps with changing teams beside busy and sleeping threads;
                                   every step must give the same bits
 
-   Weights are exact in bfloat16 and do not depend on the layout, so all builds compute the same model. */
+   Weights are exact in bfloat16 and in all quantized formats, and do not depend on the layout, so all
+   builds compute the same model from matrices in any format: 0 dense, 1 Q4_0, 2 Q4_1, 3 Q8_0. */
 
 #define _GNU_SOURCE
 #include "../smolcli/engine/native/kernels.c"
@@ -17,7 +18,8 @@
 
 enum {
     LAYERS = 2, HIDDEN = 96, INTERMEDIATE = 96, HEADS = 6, KV_HEADS = 2, DIM = 32, VOCAB = 70,
-    POSITIONS = 256, NUM_SEQUENCES = 5, LENGTH = 160, MAX_ROWS = 512
+    POSITIONS = 256, NUM_SEQUENCES = 5, LENGTH = 160, MAX_ROWS = 512, MAX_COLUMNS = HEADS * DIM,
+    MAX_THREADS_USED = 8
 };
 
 static const int PROMPT_LENGTHS[NUM_SEQUENCES] = {1, 150, 64, 7, 65};
@@ -28,9 +30,15 @@ static uint32_t hash_of(uint32_t a, uint32_t b, uint32_t c) {
     return x;
 }
 
-/* -0.5 to 0.5 in steps of 1/128. */
+/* The integer of a weight, -8 to 7, and the scale of its group. */
+static int code_at(int matrix, int row, int column) { return (int)(hash_of(matrix, row, column) % 16) - 8; }
+
+static float scale_at(int matrix, int row, int column) {
+    return (1 + hash_of(matrix + 1000, row, column / GROUP) % 3) / 64.0f;
+}
+
 static float weight_at(int matrix, int row, int column) {
-    return ((int)(hash_of(matrix, row, column) % 129) - 64) / 128.0f;
+    return code_at(matrix, row, column) * scale_at(matrix, row, column);
 }
 
 static void *aligned(size_t size) {
@@ -48,7 +56,7 @@ static int source_row(int row, int distance) {
 }
 
 /* distance: 0 keeps the order of rows. */
-static lane *pack(int matrix, int rows, int columns, int distance) {
+static Matrix pack_dense(int matrix, int rows, int columns, int distance) {
     int panels = (rows + PANEL - 1) / PANEL;
     lane *packed = aligned((size_t)panels * PANEL * columns / WEIGHTS * 4);
     for (int row = 0; row < rows; row++)
@@ -60,7 +68,38 @@ static lane *pack(int matrix, int rows, int columns, int distance) {
                        row % PANEL;
             *to |= WEIGHTS == 2 ? bits >> 16 << 16 * (column % 2) : bits;
         }
-    return packed;
+    return (Matrix){packed, DENSE, 0};
+}
+
+/* float16, for values that it has exactly. */
+static uint16_t half_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return value == 0 ? 0 : bits >> 16 & 0x8000 | ((bits >> 23 & 255) - 112) << 10 | bits >> 13 & 1023;
+}
+
+static Matrix pack_quantized(int matrix, int rows, int columns, int distance, Format format) {
+    int panels = (rows + PANEL - 1) / PANEL, bits = bits_of(format), in_word = 32 / bits;
+    char *packed = aligned(panels * panel_bytes(format, columns));
+    for (int row = 0; row < rows; row++)
+        for (int column = 0; column < columns; column++) {
+            int source = distance ? source_row(row, distance) : row, within = row % PANEL;
+            char *group = packed + row / PANEL * panel_bytes(format, columns) +
+                          column / GROUP * group_bytes(format);
+            float scale = scale_at(matrix, source, column);
+            ((uint16_t *)group)[within] = half_of(scale);
+            if (format == Q4_1) ((uint16_t *)group)[PANEL + within] = half_of(-8 * scale);
+            uint32_t *words = (uint32_t *)(group + scale_bytes(format));
+            uint32_t code = code_at(matrix, source, column) + (1 << (bits - 1));
+            if (format == Q4_1) code = code_at(matrix, source, column) + 8;
+            words[column % GROUP / in_word * PANEL + within] |= code << bits * (column % in_word);
+        }
+    return (Matrix){packed, format, 0};
+}
+
+static Matrix pack(int matrix, int rows, int columns, int distance, Format format) {
+    if (format == DENSE) return pack_dense(matrix, rows, columns, distance);
+    return pack_quantized(matrix, rows, columns, distance, format);
 }
 
 static float *vector(int matrix, int size, float offset) {
@@ -69,16 +108,16 @@ static float *vector(int matrix, int size, float offset) {
     return values;
 }
 
-static Model make_model(void) {
+static Model make_model(Format format) {
     static Layer layers[LAYERS];
     for (int i = 0; i < LAYERS; i++)
-        layers[i] = (Layer){pack(10 * i + 1, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, DIM / 2),
-                            pack(10 * i + 2, HIDDEN, HEADS * DIM, 0),
-                            pack(10 * i + 3, 2 * INTERMEDIATE, HIDDEN, INTERMEDIATE),
-                            pack(10 * i + 4, HIDDEN, INTERMEDIATE, 0),
+        layers[i] = (Layer){pack(10 * i + 1, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, DIM / 2, format),
+                            pack(10 * i + 2, HIDDEN, HEADS * DIM, 0, format),
+                            pack(10 * i + 3, 2 * INTERMEDIATE, HIDDEN, INTERMEDIATE, format),
+                            pack(10 * i + 4, HIDDEN, INTERMEDIATE, 0, format),
                             vector(10 * i + 5, HIDDEN, 1),
                             vector(10 * i + 6, HIDDEN, 1)};
-    lane *embed = pack(100, VOCAB, HIDDEN, 0);
+    Matrix embed = pack(100, VOCAB, HIDDEN, 0, format);
     Model model = {.num_layers = LAYERS, .hidden = HIDDEN, .intermediate = INTERMEDIATE,
                    .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM, .vocab = VOCAB,
                    .eps = 1e-5f, .layers = layers, .embed = embed, .head = embed,
@@ -95,6 +134,8 @@ static Space make_space(void) {
     space.queries = aligned(MAX_ROWS * HEADS * DIM * 4);
     space.attended = aligned(MAX_ROWS * HEADS * DIM * 4);
     space.act = aligned(MAX_ROWS * INTERMEDIATE * 4);
+    space.expanded_stride = sizeof(Expanded) + MAX_COLUMNS * PANEL * 4;
+    space.expanded = aligned(MAX_THREADS_USED * space.expanded_stride);
     return space;
 }
 
@@ -178,11 +219,12 @@ static int stress(Run *run, int num_steps, uint32_t seed) {
 
 int main(int argc, char **argv) {
     Run *run = aligned(sizeof *run);
-    run->model = make_model();
+    int is_stress = argc == 4 && strcmp(argv[1], "stress") == 0;
+    run->model = make_model(is_stress ? Q4_1 : argc > 2 ? atoi(argv[2]) : DENSE);
     run->space = make_space();
     for (int s = 0; s < NUM_SEQUENCES; s++)
         run->caches[s] = aligned((size_t)2 * LAYERS * KV_HEADS * LENGTH * DIM * sizeof(elem));
-    if (argc == 4 && strcmp(argv[1], "stress") == 0) return stress(run, atoi(argv[2]), atoi(argv[3]));
+    if (is_stress) return stress(run, atoi(argv[2]), atoi(argv[3]));
     Team *team = team_create(argc > 1 ? atoi(argv[1]) : 1);
     step(run, team);
     print(run);

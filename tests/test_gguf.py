@@ -6,16 +6,23 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 from gguf_file import add_sentencepiece, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_stores import entries
+from safetensors.numpy import load_file
 
+from smolcli.engine.quantized import as_array
 from smolcli.errors import ModelError
+from smolcli.weights.checkpoint import load_weights, weight_formats
 from smolcli.weights.gguf import convert, read_gguf
+from smolcli.weights.loader import load_config
 from smolcli.weights.resolve import resolve
-from smolcli.weights.store import weight_format
+from smolcli.weights.store import missing_file, weight_format
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -35,7 +42,7 @@ def test_gguf_file_is_converted_once(
     converted, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, folder, lines = converted
-    assert lines == ["converting tiny.gguf (needed once)"]
+    assert lines == ["preparing tiny.gguf (needed once)"]
     monkeypatch.setenv("SMOL_HOME", str(home))
     renamed = shutil.copy(tiny_gguf, tmp_path / "other.GGUF")
     again = resolve(str(renamed), lines.append)
@@ -45,10 +52,10 @@ def test_gguf_file_is_converted_once(
 
 
 def test_converted_weights_equal_the_originals_in_bfloat16(converted, tiny_folder: Path) -> None:
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file as load_tensors
 
-    original = load_file(tiny_folder / "model.safetensors")
-    weights = load_file(converted[1] / "model.safetensors")
+    original = load_tensors(tiny_folder / "model.safetensors")
+    weights = load_tensors(converted[1] / "model.safetensors")
     assert weights.keys() == original.keys()
     for name, weight in weights.items():
         assert weight.equal(original[name].bfloat16()), name
@@ -142,20 +149,47 @@ def test_tokenizer_and_config_equal_those_of_transformers(
 def test_quantized_weights_equal_the_dequantization_of_the_gguf_package(
     tiny_folder: Path, tmp_path: Path, quantization: str
 ) -> None:
-    import ml_dtypes
-    import numpy as np
-    from gguf import GGMLQuantizationType, quants
-    from safetensors.numpy import load_file
-
-    write_gguf(tmp_path / "tiny.gguf", tiny_folder, quantization=quantization)
-    convert(tmp_path / "tiny.gguf", tmp_path / "model")
+    """Exactly if the file is kept, rounded to bfloat16 if it is converted."""
+    folder = converted_as(quantization, tiny_folder, tmp_path)
     kind = GGMLQuantizationType[quantization]
-    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights = load_weights(folder, load_config(folder))
+    is_kept = (folder / "model.gguf").exists()
+    assert is_kept == (quantization in ("Q8_0", "Q4_0", "Q4_1", "Q5_0"))
     for name, original in load_file(tiny_folder / "model.safetensors").items():
         if original.ndim > 1:
             original = quants.dequantize(quants.quantize(original, kind), kind)
-        expected = original.astype(ml_dtypes.bfloat16).view(np.uint16)
-        assert np.array_equal(weights[name].view(np.uint16), expected), name
+        expected = original if is_kept else original.astype(ml_dtypes.bfloat16)
+        assert np.array_equal(as_array(weights[name.removeprefix("model.")]), expected), name
+
+
+def converted_as(quantization: str, tiny_folder: Path, tmp_path: Path) -> Path:
+    write_gguf(tmp_path / "tiny.gguf", tiny_folder, quantization=quantization)
+    convert(tmp_path / "tiny.gguf", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_quantized_file_is_kept_as_it_came(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = converted_as("Q4_1", tiny_folder, tmp_path)
+    assert (folder / "model.gguf").read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
+    assert weight_format(folder) == "Q4_1"
+    assert missing_file(folder) is None
+    formats = weight_formats(folder, load_config(folder))
+    assert set(formats.values()) == {"Q4_1"}
+    (folder / "model.gguf.index.json").unlink()
+    assert missing_file(folder) == "model.gguf.index.json"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "index"])
+def test_damage_to_a_kept_file_is_a_model_error(
+    tiny_folder: Path, tmp_path: Path, damage: str
+) -> None:
+    folder = converted_as("Q4_1", tiny_folder, tmp_path)
+    if damage == "truncate":
+        (folder / "model.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:-1000])
+    else:
+        (folder / "model.gguf.index.json").write_text('{"tensors": {"norm.weight": {}}}')
+    with pytest.raises(ModelError, match=r"model\.gguf"):
+        load_weights(folder, load_config(folder))
 
 
 def test_unsupported_contents_are_named(tiny_gguf: Path, tmp_path: Path) -> None:

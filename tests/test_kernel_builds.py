@@ -31,6 +31,9 @@ def build(path: Path, *flags: str, compiler: str = "gcc", bf16: tuple[int, int] 
     return path
 
 
+QUANTIZED = ("1", "2", "3")  # Q4_0, Q4_1, Q8_0; see kernel_driver.c
+
+
 def output(*command: str | Path) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
     """A row for each sequence: its next token and its hidden states."""
     done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
@@ -47,10 +50,20 @@ def relative_error(
 
 
 @pytest.fixture(scope="module")
-def expected(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
-    return output(build(tmp_path_factory.mktemp("driver") / "driver", *AVX2), "2")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("driver") / "driver", *AVX2)
+
+
+@pytest.fixture(scope="module")
+def expected(driver: Path) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
+    return output(driver, "2")
+
+
+def test_quantized_matrices_give_the_bits_of_expanded_ones(
+    driver: Path, expected: "np.ndarray[tuple[int, int], np.dtype[np.float64]]"
+) -> None:
+    for stored in QUANTIZED:
+        assert np.array_equal(output(driver, "1", stored), expected), stored
 
 
 @pytest.mark.parametrize("bf16", [(0, 0), (1, 0), (1, 1)])
@@ -59,13 +72,18 @@ def test_aarch64_equals_x86(
     bf16: tuple[int, int],
     tmp_path: Path,
 ) -> None:
-    """Bit for bit with float32 arithmetic; closely with bfloat16 products."""
+    """Bit for bit with float32 arithmetic; closely with bfloat16 products.
+
+    In all formats, quantized matrices give the same bits as expanded ones.
+    """
     compiler, qemu = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
     if not (compiler and qemu):
         pytest.skip("needs aarch64-linux-gnu-gcc and qemu-aarch64")
     march = "-march=armv8.2-a+bf16" if bf16[1] else "-march=armv8-a"
     path = build(tmp_path / "driver", march, "-static", compiler=compiler, bf16=bf16)
     found = output(qemu, path, "2")
+    for stored in QUANTIZED:
+        assert np.array_equal(output(qemu, path, "2", stored), found), stored
     if bf16[1]:
         assert relative_error(found, expected) < 0.03
     else:
@@ -81,12 +99,14 @@ def test_wide_vectors_agree_with_narrow_ones(
 ) -> None:
     """The AVX-512 code, its vectors emulated by two of AVX2 and its bfloat16 products in C."""
     flags = (*AVX2, "-DWIDTH=16", *(["-DEMULATE_BF16"] if bf16[1] else []))
-    found = output(build(tmp_path / "driver", *flags, bf16=bf16), "2")
+    path = build(tmp_path / "driver", *flags, bf16=bf16)
+    found = output(path, "2")
+    for stored in QUANTIZED:
+        assert np.array_equal(output(path, "2", stored), found), stored
     assert relative_error(found, expected) < tolerance
 
 
-def test_any_team_gives_the_same_bits(tmp_path: Path) -> None:
+def test_any_team_gives_the_same_bits(driver: Path) -> None:
     """Teams of 1, 2, 3 and 5 threads that come and go beside threads that take their cores."""
-    path = build(tmp_path / "driver", *AVX2)
-    done = subprocess.run([path, "stress", "100", "1"], capture_output=True, text=True)
+    done = subprocess.run([driver, "stress", "100", "1"], capture_output=True, text=True)
     assert done.stdout == "100 steps, 0 wrong\n"

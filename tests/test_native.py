@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, quants
 from kernel_tools import native_kernels
 from safetensors.torch import load_file
 
@@ -29,6 +30,7 @@ from smolcli.engine.native.bindings import (
 )
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.native.packing import interleave, pack_into, packed_layout, split_heads
+from smolcli.engine.quantized import GROUP, QuantizedMatrix, Weight, as_array, formats_of
 from smolcli.engine.sequence import ScheduledSequence, Sequence
 from smolcli.engine.torch_ops.model import TorchHead, TorchModel
 from smolcli.settings import EngineSettings
@@ -215,6 +217,58 @@ def test_bfloat16_weights_with_float32_arithmetic_equal_float32_weights(tiny_fol
         for kernels in (wide, narrow)
     ]
     assert np.array_equal(*seen)
+
+
+@pytest.mark.parametrize("stored", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_weights_give_the_bits_of_expanded_ones(
+    dtype: Literal["float32", "bfloat16"], stored: str, tiny_folder: Path
+) -> None:
+    """In registers for few rows, and through a buffer for many, with and without stealing."""
+    kernels = native_kernels(dtype)
+    config = tiny_config(tiny_folder)
+    weights = quantized_weights(config, stored)
+    expanded = {name: as_array(weight) for name, weight in weights.items()}
+    prompts = [[7], [8, 9], list(range(3, 9)), list(range(7)), list(range(40))]
+    reference = NativeModel(config, expanded, kernels)
+    expected = np.concatenate([hidden_states(reference, prompt) for prompt in prompts])
+    for num_threads in (1, 3):
+        model = NativeModel(config, weights, kernels, num_threads)
+        alone = np.concatenate([hidden_states(model, prompt) for prompt in prompts])
+        assert np.array_equal(alone, expected), num_threads
+        assert np.array_equal(batch_states(model, prompts), expected), num_threads
+        logits = model.head.logits(expected)
+        assert np.array_equal(logits, reference.head.logits(expected)), num_threads
+
+
+def test_matrices_of_mixed_formats_are_expanded(kernels: Kernels, tiny_folder: Path) -> None:
+    """A fused matrix has one format; llama.cpp stores some layers' values in more bits."""
+    config = tiny_config(tiny_folder)
+    weights = quantized_weights(config, "Q4_1")
+    name = "layers.1.self_attn.v_proj.weight"
+    weights[name] = quantized_weights(config, "Q8_0")[name]
+    layout = packed_layout(config, kernels, formats_of(weights)).tensors
+    assert (layout["layers.0.qkv"].format, layout["layers.1.qkv"].format) == ("Q4_1", "dense")
+    expanded = {name: as_array(weight) for name, weight in weights.items()}
+    seen = [hidden_states(NativeModel(config, w, kernels), [3, 4, 5]) for w in (weights, expanded)]
+    assert np.array_equal(*seen)
+
+
+def quantized_weights(config: LlamaConfig, stored: str) -> dict[str, Weight]:
+    """Random weights, the matrices quantized by the gguf package."""
+    kind = GGMLQuantizationType[stored]
+    weights: dict[str, Weight] = {}
+    for name, weight in random_weights(config).items():
+        weights[name] = weight
+        if weight.ndim > 1:
+            blocks = quants.quantize(weight, kind).reshape(
+                len(weight), weight.shape[1] // GROUP, -1
+            )
+            weights[name] = QuantizedMatrix(stored, blocks)
+            assert np.array_equal(
+                as_array(weights[name]), quants.dequantize(blocks, kind).reshape(weight.shape)
+            )
+    return weights
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

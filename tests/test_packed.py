@@ -59,7 +59,7 @@ def expected(files: ModelFiles, kernels: Kernels) -> bytes:
 
 
 def pack(files: ModelFiles, kernels: Kernels) -> "np.ndarray[Any, Any]":
-    found = packed_weights(files, load_config(files.folder), kernels, min_bytes=0)
+    found = packed_weights(files, load_config(files.folder), kernels, {}, min_bytes=0)
     assert found is not None
     return found
 
@@ -105,7 +105,7 @@ def test_another_revision_or_config_replaces_the_file(
     pack(files, kernels)
     pack(replace(files, revision="def"), kernels)
     config = replace(load_config(files.folder), rope_theta=5.0)
-    packed_weights(files, config, kernels, min_bytes=0)
+    packed_weights(files, config, kernels, {}, min_bytes=0)
     assert num_packed() == 3
     (file,) = packed_files()
     remove_packed(file)
@@ -117,7 +117,7 @@ def test_unwritable_store_packs_in_memory(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SMOL_HOME", str(tmp_path / "file"))
-    assert packed_weights(files, load_config(files.folder), kernels, min_bytes=0) is None
+    assert packed_weights(files, load_config(files.folder), kernels, {}, min_bytes=0) is None
 
 
 def test_packed_weights_are_listed_shown_and_removed(

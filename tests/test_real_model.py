@@ -16,6 +16,7 @@ from smolcli.engine.interfaces import Model
 from smolcli.engine.sequence import ScheduledSequence, Sequence
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message, Sampling
+from smolcli.weights import gguf_weights
 
 pytestmark = pytest.mark.model
 
@@ -43,7 +44,8 @@ def ours(request: pytest.FixtureRequest, model_folder: Path) -> Model:
 def theirs(model_folder: Path) -> Iterator[Any]:
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    gguf = {"gguf_file": gguf_weights.FILE} if gguf_weights.is_in(model_folder) else {}
+    model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32, **gguf)
     yield model
     del model
 

@@ -47,7 +47,7 @@ def test_weights_stored_in_bfloat16_stay_so_for_float32_products() -> None:
     """They are the same products, from half the memory."""
     given = EngineSettings(dtype="float32")
     expanded = resolve_config(given, SMOLLM2_135M).kernels
-    compact = resolve_config(given, SMOLLM2_135M, stored_dtype="bfloat16").kernels
+    compact = resolve_config(given, SMOLLM2_135M, formats={"embed": "bfloat16"}).kernels
     if expanded is None or compact is None:
         pytest.skip("no native kernels for this machine")
     assert compact.dtype == expanded.dtype == np.float32

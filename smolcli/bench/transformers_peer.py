@@ -13,6 +13,7 @@ from smolcli.bench.workload import long_prompt, reference, stories
 from smolcli.settings import BenchPlan
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Query
+from smolcli.weights import gguf_weights
 from smolcli.weights.resolve import resolve
 
 SYSTEM = "transformers"
@@ -47,7 +48,8 @@ class TransformersPeer:
         self._num_threads = identity["threads"]
         self._chat = ChatTokenizer.load(folder)
         self._device = identity["device"]
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        gguf = {"gguf_file": gguf_weights.FILE} if gguf_weights.is_in(folder) else {}
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf)
         self._model = model.to(self._device)
         self._eos = int(self._model.config.eos_token_id)
 

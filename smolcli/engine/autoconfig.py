@@ -12,6 +12,8 @@ from smolcli.engine.config import LlamaConfig
 from smolcli.engine.hardware import cpu_features, memory_bytes, num_cores
 from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
 from smolcli.engine.native.model import unsupported_reason
+from smolcli.engine.native.packing import NOT_QUANTIZED, packed_layout
+from smolcli.engine.quantized import Formats
 from smolcli.errors import UsageError
 from smolcli.settings import MAX_AUTO_SLOTS, EngineSettings
 
@@ -51,7 +53,7 @@ def resolve_config(
     config: LlamaConfig,
     memory: int | None = None,
     *,
-    stored_dtype: str | None = None,
+    formats: Formats = NOT_QUANTIZED,
 ) -> ResolvedConfig:
     """Fill in everything that the settings leave open.
 
@@ -62,18 +64,21 @@ def resolve_config(
         settings: what the user chose.
         config: the model's shape.
         memory: bytes of memory; by default the device's.
-        stored_dtype: dtype of the checkpoint's matrices, if known and the same for all.
+        formats: dtypes or quantized formats of the checkpoint's matrices, if known.
 
     Raises:
         UsageError: the device is not available.
     """
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
-    kernels, reason = _kernels(config, dtype, device, stored_dtype)
+    kernels, reason = _kernels(config, dtype, device, formats)
     memory = memory or _memory_bytes(device)
     prefix_cache_bytes = _prefix_cache_bytes(settings, memory)
-    weight_bytes = kernels.weight_dtype.itemsize if kernels else ITEM_BYTES[dtype]
-    taken = OVERHEAD_BYTES + config.num_weights * weight_bytes + prefix_cache_bytes
+    if kernels:
+        weight_bytes = packed_layout(config, kernels, formats).num_bytes
+    else:
+        weight_bytes = config.num_weights * ITEM_BYTES[dtype]
+    taken = OVERHEAD_BYTES + weight_bytes + prefix_cache_bytes
     item_bytes = kernels.dtype.itemsize if kernels else ITEM_BYTES[dtype]
     slot_bytes = config.kv_cache_bytes(TYPICAL_TOKENS, item_bytes)
     room = max(min(memory // KV_CACHE_DIVISOR, memory - taken), slot_bytes)
@@ -137,7 +142,7 @@ def _dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> Dtype:
 
 
 def _kernels(
-    config: LlamaConfig, dtype: Dtype, device: str, stored_dtype: str | None
+    config: LlamaConfig, dtype: Dtype, device: str, formats: Formats
 ) -> tuple[Kernels | None, str]:
     """The native kernels, or None and the reason why torch is used instead.
 
@@ -148,7 +153,7 @@ def _kernels(
         return None, "the device is a GPU"
     try:
         kernels = load_kernels(dtype)
-        if dtype == "float32" and stored_dtype == "bfloat16":
+        if dtype == "float32" and set(formats.values()) == {"bfloat16"}:
             compact = load_kernels("bfloat16")
             kernels = compact if compact.dtype == kernels.dtype else kernels
     except KernelError as exc:

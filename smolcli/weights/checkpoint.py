@@ -1,4 +1,7 @@
-"""The weights of a model directory: memory-mapped safetensors, checked against config.json."""
+"""The weights of a model directory, memory-mapped and checked against config.json.
+
+They are safetensors files or, if the model was quantized, a GGUF file as it came.
+"""
 
 import json
 import math
@@ -12,7 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from smolcli.engine.config import LlamaConfig
+from smolcli.engine.quantized import Weight, Weights, formats_of
 from smolcli.errors import ModelError
+from smolcli.weights import gguf_weights
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -25,24 +30,31 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 UNUSED = re.compile(r"lm_head\.weight|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
-def load_weights(folder: Path, config: LlamaConfig) -> Mapping[str, Array]:
-    """Map the weights of a model into memory, read-only, without copying them.
+def load_weights(folder: Path, config: LlamaConfig) -> Weights:
+    """Map the weights of a model into memory, read-only.
+
+    They are not copied, except for quantized ones in a format that no kernel reads, which are
+    expanded to float32.
 
     Args:
         folder: the model directory.
         config: what its config.json says, which decides the tensors and their shapes.
 
     Returns:
-        Tensors in float32, float16 or bfloat16, by their names without the leading "model.".
+        Quantized matrices, and tensors in float32, float16 or bfloat16, by their names without the
+        leading "model.".
 
     Raises:
         ModelError: a file is damaged, or a tensor is missing, unknown, or has the wrong shape or
             number format.
     """
-    stored: dict[str, Array] = {}
-    for path in weight_files(folder):
-        stored |= {name.removeprefix("model."): array for name, array in _tensors(path)}
-    weights: dict[str, Array] = {}
+    stored: dict[str, Weight] = {}
+    if gguf_weights.is_in(folder):
+        stored |= gguf_weights.load(folder, config)
+    else:
+        for path in weight_files(folder):
+            stored |= {name.removeprefix("model."): array for name, array in _tensors(path)}
+    weights: dict[str, Weight] = {}
     for name, shape in tensor_shapes(config):
         if name not in stored:
             raise ModelError(f"{folder}: the weights have no tensor {name}")
@@ -57,10 +69,18 @@ def load_weights(folder: Path, config: LlamaConfig) -> Mapping[str, Array]:
     return weights
 
 
-def matrix_dtype(weights: Mapping[str, Array]) -> str | None:
-    """The dtype of all matrices, such as "bfloat16"; None if they differ."""
-    names = {array.dtype.name for array in weights.values() if array.ndim > 1}
-    return names.pop() if len(names) == 1 else None
+def weight_formats(folder: Path, config: LlamaConfig) -> Mapping[str, str]:
+    """The dtype or quantized format of each matrix that `load_weights` returns.
+
+    Reads only the names, formats and shapes of the tensors.
+
+    Raises:
+        ModelError: as `load_weights`.
+    """
+    if gguf_weights.is_in(folder):
+        return gguf_weights.matrix_formats(folder)
+    weights = load_weights(folder, config)
+    return formats_of({name: weight for name, weight in weights.items() if weight.ndim > 1})
 
 
 def tensor_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -87,11 +107,13 @@ def tensor_shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint.
+    """The GGUF or safetensors files that make up a checkpoint.
 
     An index or model.safetensors takes precedence, because a directory may also contain the same
     weights in another layout, such as Mistral's consolidated.safetensors.
     """
+    if gguf_weights.is_in(folder):
+        return [folder / gguf_weights.FILE]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:

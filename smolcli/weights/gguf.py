@@ -1,12 +1,15 @@
-"""GGUF files: reading them, and converting them to model directories.
+"""GGUF files: reading them, and turning them into model directories.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp stores a Llama
 checkpoint under names of its own, with the rows of query and key projections permuted, and with
-the tokenizer as metadata. Conversion undoes all of this, so that the result is a directory as
-transformers' `save_pretrained` writes it.
+the tokenizer as metadata. `convert` writes config.json and the tokenizer's files as transformers'
+`save_pretrained` does. A file whose weights are quantized in formats that the kernels read is kept
+as it is; other weights are expanded and stored as safetensors.
 """
 
 import json
+import math
+import shutil
 import struct
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +21,8 @@ import numpy as np
 
 from smolcli import __version__
 from smolcli.errors import ModelError
+from smolcli.weights import gguf_weights
+from smolcli.weights.gguf_weights import unpermuted
 from smolcli.weights.store import ModelFiles, Notify, install, sha256_of
 
 if TYPE_CHECKING:
@@ -66,11 +71,13 @@ class GgufTensor:
     Args:
         type: the id of its number format, `gguf.GGMLQuantizationType`.
         shape: outermost dimension first.
+        offset: where its bytes begin in the file.
         data: its bytes, memory-mapped.
     """
 
     type: int
     shape: tuple[int, ...]
+    offset: int
     data: Array
 
 
@@ -83,7 +90,7 @@ class GgufFile:
 
 
 def add_gguf(gguf: Path, name: str, source: str, scratch: Path, notify: Notify) -> ModelFiles:
-    """Convert a GGUF file and install the result in the store.
+    """Install a GGUF file as a model directory in the store.
 
     The caller holds the store's lock on `name`.
 
@@ -97,7 +104,7 @@ def add_gguf(gguf: Path, name: str, source: str, scratch: Path, notify: Notify) 
     Raises:
         ModelError: the file is invalid or contains an unsupported model.
     """
-    notify(f"converting {gguf.name} (needed once)")
+    notify(f"preparing {gguf.name} (needed once)")
     files = ModelFiles(name, scratch / "model", sha256_of(gguf), source)
     quantization = convert(gguf, files.folder)
     created_with = {"smolcli": __version__, "gguf": version("gguf"), "numpy": version("numpy")}
@@ -105,7 +112,10 @@ def add_gguf(gguf: Path, name: str, source: str, scratch: Path, notify: Notify) 
 
 
 def convert(gguf: Path, folder: Path) -> str:
-    """Write the model in a GGUF file to a new directory, with weights in bfloat16.
+    """Write the model in a GGUF file to a new directory.
+
+    The file itself is copied if most weights are in formats that the kernels read. Otherwise, the
+    weights are expanded to bfloat16.
 
     Returns:
         The number format of most weights in the GGUF file, such as Q4_1.
@@ -117,7 +127,9 @@ def convert(gguf: Path, folder: Path) -> str:
         file = read_gguf(gguf)
         config = _config(file)
         tokenizer = _tokenizer(file.metadata)
-        weights = _weights(file, config)
+        names = {name: _checkpoint_name(name) for name in file.tensors}
+        is_kept = gguf_weights.is_worth_keeping(_type_sizes(file))
+        weights = {} if is_kept else _weights(file, config)
     except Exception as exc:  # damaged metadata can fail anywhere
         raise ModelError(f"cannot convert {gguf}: {_reason(exc)}") from exc
     folder.mkdir()
@@ -128,16 +140,39 @@ def convert(gguf: Path, folder: Path) -> str:
     tokenizer.save(str(folder / "tokenizer.json"))
     if template := file.metadata.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(str(template), "utf-8")
-    _save(weights, folder / "model.safetensors")
+    if is_kept:
+        _keep(gguf, file, names, folder)
+    else:
+        _save(weights, folder / "model.safetensors")
     _check(gguf, folder)
-    return _quantization(file)
+    return _type_sizes(file).most_common(1)[0][0]
 
 
-def _quantization(file: GgufFile) -> str:
+def _type_sizes(file: GgufFile) -> Counter[str]:
+    """The number of weights in matrices of each type."""
     from gguf import GGMLQuantizationType
 
-    types = Counter(tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1)
-    return GGMLQuantizationType(types.most_common(1)[0][0]).name
+    sizes: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        if len(tensor.shape) > 1:
+            sizes[GGMLQuantizationType(tensor.type).name] += math.prod(tensor.shape)
+    return sizes
+
+
+def _keep(gguf: Path, file: GgufFile, names: dict[str, str], folder: Path) -> None:
+    """Copy the file into the model directory, and write the index of its tensors."""
+    from gguf import GGMLQuantizationType
+
+    shutil.copyfile(gguf, folder / gguf_weights.FILE)
+    index = {
+        names[name].removeprefix("model."): {
+            "type": GGMLQuantizationType(tensor.type).name,
+            "shape": list(tensor.shape),
+            "offset": tensor.offset,
+        }
+        for name, tensor in file.tensors.items()
+    }
+    gguf_weights.write_index(folder, index)
 
 
 def _check(gguf: Path, folder: Path) -> None:
@@ -183,7 +218,7 @@ def read_gguf(path: Path) -> GgufFile:
         first, last = start + offset, start + offset + num_elements // block * block_bytes
         if last > len(buffer):
             raise ValueError(f"it is truncated: the tensor {name!r} ends past the end of the file")
-        tensors[name] = GgufTensor(type_id, shape, buffer[first:last])
+        tensors[name] = GgufTensor(type_id, shape, first, buffer[first:last])
     return GgufFile(metadata, tensors)
 
 
@@ -398,9 +433,9 @@ def _weights(file: GgufFile, config: dict[str, Any]) -> dict[str, Array]:
     for name, tensor in file.tensors.items():
         values = dequantize(_rows(tensor), GGMLQuantizationType(tensor.type))
         if name.endswith(".attn_q.weight"):
-            values = _unpermuted(values, config["num_attention_heads"])
+            values = unpermuted(values, config["num_attention_heads"])
         elif name.endswith(".attn_k.weight"):
-            values = _unpermuted(values, config["num_key_value_heads"])
+            values = unpermuted(values, config["num_key_value_heads"])
         weights[_checkpoint_name(name)] = values.astype(ml_dtypes.bfloat16)
     return weights
 
@@ -412,12 +447,6 @@ def _rows(tensor: GgufTensor) -> Array:
     numbers = {Type.F32: np.float32, Type.F16: np.float16, Type.F64: np.float64}
     number = numbers.get(Type(tensor.type), np.uint8)
     return tensor.data.view(number).reshape(*tensor.shape[:-1], -1)
-
-
-def _unpermuted(weight: Array, num_heads: int) -> Array:
-    """Undo llama.cpp's interleaving of the two halves of each head's rows."""
-    pairs = weight.reshape(num_heads, weight.shape[0] // num_heads // 2, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def _checkpoint_name(name: str) -> str:

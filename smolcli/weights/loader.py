@@ -1,7 +1,6 @@
 """Loads a model directory into a model that the engine can run."""
 
 import json
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +10,10 @@ from smolcli.engine.config import LlamaConfig
 from smolcli.engine.interfaces import Model
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.model import NativeModel
+from smolcli.engine.quantized import Weights, as_array
 from smolcli.errors import ModelError
 from smolcli.settings import EngineSettings
-from smolcli.weights.checkpoint import Array, load_weights, matrix_dtype
+from smolcli.weights.checkpoint import load_weights, weight_formats
 from smolcli.weights.packed import packed_weights
 from smolcli.weights.store import ModelFiles
 
@@ -26,8 +26,7 @@ def resolve_model_config(settings: EngineSettings, folder: Path) -> ResolvedConf
         UsageError: the device is not available.
     """
     config = load_config(folder)
-    stored_dtype = matrix_dtype(load_weights(folder, config))
-    return resolve_config(settings, config, stored_dtype=stored_dtype)
+    return resolve_config(settings, config, formats=weight_formats(folder, config))
 
 
 def load_model(
@@ -54,9 +53,10 @@ def load_model(
     """
     config = load_config(folder)
     if kernels is not None and files is not None:
-        packed = packed_weights(files, config, kernels)
+        formats = weight_formats(folder, config)
+        packed = packed_weights(files, config, kernels, formats)
         if packed is not None:
-            return NativeModel.from_packed(config, packed, kernels, num_threads)
+            return NativeModel.from_packed(config, packed, kernels, num_threads, formats)
     weights = load_weights(folder, config)
     if kernels is not None:
         return NativeModel(config, weights, kernels, num_threads)
@@ -64,7 +64,7 @@ def load_model(
 
 
 def _torch_model(
-    config: LlamaConfig, weights: Mapping[str, Array], dtype: str, device: str, num_threads: int
+    config: LlamaConfig, weights: Weights, dtype: str, device: str, num_threads: int
 ) -> Model:
     import torch
 
@@ -73,7 +73,8 @@ def _torch_model(
 
     if device == "cpu":
         torch.set_num_threads(num_threads)
-    model = TorchModel(config, weights, getattr(torch, dtype), torch.device(device))
+    arrays = {name: as_array(weight) for name, weight in weights.items()}
+    model = TorchModel(config, arrays, getattr(torch, dtype), torch.device(device))
     if device == "cpu":
         return model
     return GraphedModel(model, partial(record_cuda_graph, model.device))

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from smolcli import __version__, settings
+from smolcli.engine import quantized
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.native import packing
 from smolcli.engine.native.bindings import Array, Kernels
 from smolcli.engine.native.packing import pack_into, packed_layout
+from smolcli.engine.quantized import Formats
 from smolcli.errors import ModelError
 from smolcli.weights.checkpoint import load_weights, weight_files
 from smolcli.weights.store import ModelFiles, locked_scratch, sha256_of
@@ -54,7 +56,11 @@ class PackedFile:
 
 
 def packed_weights(
-    files: ModelFiles, config: LlamaConfig, kernels: Kernels, min_bytes: int = MIN_BYTES
+    files: ModelFiles,
+    config: LlamaConfig,
+    kernels: Kernels,
+    formats: Formats,
+    min_bytes: int = MIN_BYTES,
 ) -> Array | None:
     """Map the packed weights of a model, packing and storing them first if necessary.
 
@@ -64,6 +70,7 @@ def packed_weights(
         files: the model.
         config: its config.json.
         kernels: the library to pack for.
+        formats: the formats of the model's tensors.
         min_bytes: minimum size of packed weights that are stored.
 
     Returns:
@@ -73,7 +80,7 @@ def packed_weights(
     Raises:
         ModelError: the weights are damaged or do not fit config.json.
     """
-    num_bytes = packed_layout(config, kernels).num_bytes
+    num_bytes = packed_layout(config, kernels, formats).num_bytes
     if num_bytes < min_bytes:
         return None
     path = packed_folder() / f"{_key(files, config, kernels)}.bin"
@@ -121,8 +128,9 @@ def _key(files: ModelFiles, config: LlamaConfig, kernels: Kernels) -> str:
         *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats),
     ]
     digest = hashlib.sha256("\n".join(parts).encode())
-    with suppress(OSError):  # an installation may contain only compiled modules
-        digest.update(Path(packing.__file__).read_bytes())
+    for module in (packing, quantized):
+        with suppress(OSError):  # an installation may contain only compiled modules
+            digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()[:32]
 
 

@@ -23,6 +23,7 @@ REVISION_FILES = (  # every file that can change a model's answers
     "tokenizer_config.json",
     "chat_template.jinja",
     "*.safetensors",
+    "model.gguf",
 )
 
 logger = logging.getLogger(__name__)

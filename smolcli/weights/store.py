@@ -16,6 +16,7 @@ from smolcli import settings
 from smolcli.errors import ModelError, ModelNotFound, error_reason
 
 RECORD = "smol.json"
+GGUF_FILES = ("model.gguf", "model.gguf.index.json")  # weights as they came, and where they are
 
 Notify = Callable[[str], None]  # receives progress messages of one sentence
 
@@ -46,6 +47,8 @@ def missing_file(folder: Path) -> str | None:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             return name
+    if any((folder / name).is_file() for name in GGUF_FILES):
+        return next((name for name in GGUF_FILES if not (folder / name).is_file()), None)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return None if any(folder.glob("*.safetensors")) else "model.safetensors"
@@ -218,7 +221,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def weight_format(folder: Path) -> str | None:
-    """The number format of the weights in `folder`, such as "bfloat16, from Q4_1"."""
+    """The number format of the weights in `folder`, such as "Q4_1 and Q8_0" or "bfloat16"."""
+    if (folder / GGUF_FILES[0]).is_file():
+        return _gguf_format(folder)
     from safetensors import SafetensorError, safe_open
 
     dtypes: Counter[str] = Counter()
@@ -235,6 +240,15 @@ def weight_format(folder: Path) -> str | None:
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     quantization = read_record(folder).get("quantization")
     return names.get(most, most) + (f", from {quantization}" if quantization else "")
+
+
+def _gguf_format(folder: Path) -> str | None:
+    from smolcli.weights.gguf_weights import stored_types  # late: imports numpy
+
+    try:
+        return " and ".join(stored_types(folder))
+    except ModelError:
+        return None
 
 
 def find_damage(folder: Path) -> str | None:

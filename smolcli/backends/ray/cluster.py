@@ -30,7 +30,7 @@ except ImportError as exc:
     raise UsageError("--backend ray needs Ray: pip install 'smolcli[ray]'") from exc
 
 CONNECT_TIMEOUT_S = 5.0
-MODEL_FILES = ("*.json", "*.jinja", "*.safetensors")
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "model.gguf")
 
 logger = logging.getLogger(__name__)
 

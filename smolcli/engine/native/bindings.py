@@ -15,6 +15,7 @@ from smolcli.engine.native import library
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 ALIGNMENT = 64  # bytes; of weights and scratch space: a cache line, and the widest vector
+FORMATS = ("dense", "Q4_0", "Q4_1", "Q8_0")  # of packed matrices, as numbered in kernels.c
 
 Array = np.ndarray[Any, Any]
 
@@ -29,11 +30,18 @@ SPAN = np.dtype(
 )
 
 
+class MatrixStruct(ctypes.Structure):
+    """A packed matrix and its format, an index into `FORMATS`."""
+
+    _fields_ = [("panels", c_void_p), ("format", c_int32), ("padding", c_int32)]
+
+
 class LayerStruct(ctypes.Structure):
     """The weights of one layer."""
 
     _fields_ = [
-        (name, c_void_p) for name in ("qkv", "out", "gate_up", "down", "input_norm", "mlp_norm")
+        *((name, MatrixStruct) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "mlp_norm")),
     ]
 
 
@@ -44,7 +52,9 @@ class ModelStruct(ctypes.Structure):
         *((name, c_int32) for name in ("num_layers", "hidden", "intermediate", "num_heads")),
         *((name, c_int32) for name in ("num_kv_heads", "head_dim", "vocab", "padding")),
         *((name, c_float) for name in ("eps", "padding_2")),
-        *((name, c_void_p) for name in ("layers", "embed", "head", "norm", "cos", "sin")),
+        ("layers", c_void_p),
+        *((name, MatrixStruct) for name in ("embed", "head")),
+        *((name, c_void_p) for name in ("norm", "cos", "sin")),
     ]
 
 
@@ -54,6 +64,8 @@ class SpaceStruct(ctypes.Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "normed", "squares", "queries", "attended", "act")),
         ("squares_stride", c_int64),
+        ("expanded", c_void_p),
+        ("expanded_stride", c_int64),
     ]
 
 
@@ -72,7 +84,7 @@ class Kernels:
         width: float32 values per vector.
         panel: output columns per panel of packed weights.
         task_rows: maximum number of query rows of one KV head in an attention task.
-        weight_dtype: of packed weights.
+        weight_dtype: of packed weights that are not quantized.
         dtype: of activations and the KV cache.
 
     Raises:
@@ -87,7 +99,9 @@ class Kernels:
         has_bf16_weights, has_bf16_products = (c_int32 * 2).in_dll(opened, "smol_formats")
         self.weight_dtype = BFLOAT16 if has_bf16_weights else FLOAT32
         self.dtype = BFLOAT16 if has_bf16_products else FLOAT32
-        *sizes, self.best_bytes = (c_int32 * 5).in_dll(opened, "smol_struct_sizes")
+        *sizes, self.expanded_bytes, self.best_bytes = (c_int32 * 6).in_dll(
+            opened, "smol_struct_sizes"
+        )
         structs = (LayerStruct, ModelStruct, SpaceStruct)
         layer, model, space = map(ctypes.sizeof, structs)
         if sizes != [layer, model, SPAN.itemsize, space]:

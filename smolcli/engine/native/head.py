@@ -24,12 +24,16 @@ class NativeHead:
         kernels: the library.
         team: the threads that compute.
         struct: the model.
+        expanded: the buffer of each thread for a quantized panel, (threads, bytes).
     """
 
-    def __init__(self, kernels: Kernels, team: ThreadTeam, struct: ModelStruct) -> None:
+    def __init__(
+        self, kernels: Kernels, team: ThreadTeam, struct: ModelStruct, expanded: Array
+    ) -> None:
         self._kernels = kernels
         self._team = team
         self._struct = struct
+        self._expanded = expanded
         self._num_panels = -(-struct.vocab // kernels.panel)
 
     def logits(self, x: Array) -> Array:
@@ -79,6 +83,10 @@ class NativeHead:
         normed = aligned_empty((num_rows, hidden), self._kernels.dtype)
         squares = aligned_empty((hidden // self._kernels.panel, stride), FLOAT32)
         struct = SpaceStruct(
-            normed=address(normed), squares=address(squares), squares_stride=stride
+            normed=address(normed),
+            squares=address(squares),
+            squares_stride=stride,
+            expanded=address(self._expanded),
+            expanded_stride=self._expanded.shape[1],
         )
         return (normed, squares), struct

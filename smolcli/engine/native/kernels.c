@@ -2,12 +2,16 @@
 
    Compiled ahead of time, once per CPU variant and weight format (tools/build_kernels.py):
 
-     BF16_WEIGHTS   weights are stored in bfloat16, otherwise in float32
+     BF16_WEIGHTS   weights that are not quantized are stored in bfloat16, otherwise in float32;
+                    quantized weights are rounded to bfloat16 as they are expanded
      BF16_PRODUCTS  activations and the KV cache are bfloat16 too, multiplied by the CPU's
                     bfloat16 instructions; otherwise they and the arithmetic are float32
 
    All matrices are packed into panels of PANEL output columns, so that a step reads each weight once,
    in order. Softmax, norms and the residual stream are float32 in every format.
+
+   Quantized matrices keep the integers and scales of their GGUF file. Their weights are expanded in
+   registers if the step has few rows, otherwise once per panel into a buffer that stays in the cache.
 
    Outputs are batch-invariant: every sum adds its terms in the same order, however many rows are
    computed together and whichever thread computes them. Fused multiply-adds are explicit (`fma_of`), and
@@ -61,6 +65,7 @@ enum {
     KEY_BLOCK = 64,                   /* keys between two updates of the online softmax */
     TASK_ROWS = 48,                   /* query rows that share the transposed keys */
     MAX_HEAD_DIM = 256,
+    GROUP = 32, /* input features that share the scale of a quantized matrix */
     ALIGNMENT = 64, /* bytes, of packed weights */
     OPS_PER_LAYER = 5
 };
@@ -73,9 +78,27 @@ typedef vec loose __attribute__((aligned(4))); /* a vec anywhere in an array */
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The weights of one layer; matrices are packed, norms are (H,) float32. */
+/* How the weights of a matrix are stored: as they are multiplied, or as integers q of 4 or 8 bits.
+   GROUP input features of an output column share a scale d and, in Q4_1, an offset m:
+
+     Q4_0  d * (q - 8)
+     Q4_1  d * q + m
+     Q8_0  d * (q - 128)  (GGUF has signed integers; packing adds 128)
+
+   d and m are float16, so that d * q is exact in float32. */
+typedef enum { DENSE, Q4_0, Q4_1, Q8_0, NUM_FORMATS } Format;
+
+/* A packed matrix. The panels of a quantized one are (features / GROUP) groups: the scales of all
+   columns, their offsets in Q4_1, and the integers. These are words of 32 bits, (words, PANEL): a word
+   has consecutive features of one column, the first in its lowest bits. */
 typedef struct {
-    const lane *qkv, *out, *gate_up, *down;
+    const void *panels;
+    int32_t format, padding;
+} Matrix;
+
+/* The weights of one layer; norms are (H,) float32. */
+typedef struct {
+    Matrix qkv, out, gate_up, down;
     const float *input_norm, *mlp_norm;
 } Layer;
 
@@ -83,7 +106,7 @@ typedef struct {
     int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab, padding;
     float eps, padding_2;
     const Layer *layers;
-    const lane *embed, *head; /* packed; the same pointer if they are tied */
+    Matrix embed, head; /* the same if they are tied */
     const float *norm;
     const float *cos, *sin; /* (positions, D / 2) */
 } Model;
@@ -104,7 +127,15 @@ typedef struct {
     elem *attended;   /* (R, num_heads, D) */
     elem *act;        /* (R, I) */
     int64_t squares_stride; /* at least R + WIDTH */
+    char *expanded;         /* (threads, expanded_stride), an Expanded for each thread; 0 at first */
+    int64_t expanded_stride; /* bytes, a multiple of ALIGNMENT */
 } Space;
+
+/* The panel of a quantized matrix that a thread has expanded last. */
+typedef struct {
+    _Alignas(ALIGNMENT) const void *source;
+    _Alignas(ALIGNMENT) lane panel[]; /* (depth, PANEL) */
+} Expanded;
 
 /* For each vector lane: the best logit so far, its token id, and whether any logit was NaN. */
 typedef struct {
@@ -117,8 +148,8 @@ EXPORT const int32_t smol_width = WIDTH;
 EXPORT const int32_t smol_task_rows = TASK_ROWS;
 EXPORT const int32_t smol_formats[2] = {BF16_WEIGHTS, BF16_PRODUCTS};
 /* Compared with the structures of bindings.py when the library is loaded. */
-EXPORT const int32_t smol_struct_sizes[5] = {sizeof(Layer), sizeof(Model), sizeof(Span), sizeof(Space),
-                                             sizeof(Best)};
+EXPORT const int32_t smol_struct_sizes[6] = {sizeof(Layer), sizeof(Model),    sizeof(Span),
+                                             sizeof(Space), sizeof(Expanded), sizeof(Best)};
 
 /* Return values of the exported functions; the first three are those of TeamStatus. */
 enum { OK = TEAM_OK, FORKED = TEAM_FORKED, BUSY = TEAM_BUSY, MISALIGNED = 3 };
@@ -250,6 +281,113 @@ INLINE vec exp_of(vec x) {
     return select_lanes(x == x, power, x);
 }
 
+/* ---- Quantized weights ---- */
+
+INLINE int bits_of(Format format) { return format == Q8_0 ? 8 : 4; }
+
+INLINE int scale_bytes(Format format) { return (format == Q4_1 ? 4 : 2) * PANEL; }
+
+INLINE int group_bytes(Format format) { return scale_bytes(format) + bits_of(format) * GROUP / 8 * PANEL; }
+
+INLINE int64_t panel_bytes(Format format, int features) {
+    if (format == DENSE) return (int64_t)features / WEIGHTS * PANEL * 4;
+    return (int64_t)features / GROUP * group_bytes(format);
+}
+
+/* WIDTH float16 values. */
+INLINE vec load_half(const void *from) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(from));
+#else
+    union {
+        vec whole;
+#if defined(__aarch64__)
+        float32x4_t parts[WIDTH / 4];
+#else
+        __m256 parts[WIDTH / 8];
+#endif
+    } out;
+    for (unsigned i = 0; i < sizeof(vec) / sizeof out.parts[0]; i++)
+#if defined(__aarch64__)
+        out.parts[i] = vcvt_f32_f16(vld1_f16((const float16_t *)from + 4 * i));
+#else
+        out.parts[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from + i));
+#endif
+    return out.whole;
+#endif
+}
+
+/* For each of the two vectors of a panel: weight = q * scale + offset, in float32. `next` is the scale
+   of an integer that is still shifted to the left by its own bits. */
+typedef struct {
+    vec scale[2], next[2], offset[2];
+} Scales;
+
+INLINE Scales load_scales(Format format, const char *group) {
+    Scales scales;
+    for (int v = 0; v < 2; v++) {
+        vec scale = load_half(group + v * WIDTH * 2);
+        scales.scale[v] = scale;
+        scales.next[v] = scale * (1.0f / (1 << bits_of(format)));
+        if (format == Q4_1)
+            scales.offset[v] = load_half(group + (PANEL + v * WIDTH) * 2);
+        else
+            scales.offset[v] = scale * -(float)(1 << (bits_of(format) - 1));
+    }
+    return scales;
+}
+
+INLINE vec round_to_bf16(vec value) {
+    uvec bits = (uvec)value;
+    return (vec)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+}
+
+/* Two consecutive features of the columns of a vector, from the lowest bits of the words.
+
+   The sum is rounded once, like the sum of a product and an offset: the product is exact. The weights
+   of Q4_0 and Q8_0 are exact too. */
+INLINE void expand_pair(Format format, uvec words, const Scales *scales, int v, vec *first,
+                        vec *second) {
+    uvec mask = (uvec){} + ((1u << bits_of(format)) - 1);
+    vec low = __builtin_convertvector((ivec)(words & mask), vec);
+    vec high = __builtin_convertvector((ivec)(words & (mask << bits_of(format))), vec);
+    *first = fma_of(low, scales->scale[v], scales->offset[v]);
+    *second = fma_of(high, scales->next[v], scales->offset[v]);
+#if BF16_WEIGHTS
+    *first = round_to_bf16(*first), *second = round_to_bf16(*second);
+#endif
+}
+
+#if BF16_WEIGHTS
+/* The lanes that hold both features. */
+INLINE vec join_pair(vec first, vec second) { return (vec)((uvec)first >> 16 | (uvec)second); }
+#endif
+
+/* The panel as (depth, PANEL) lanes. */
+INLINE void expand_panel(Format format, const char *panel, int features, lane *to) {
+    int bits = bits_of(format);
+    vec *out = (vec *)to;
+    for (int group = 0; group < features / GROUP; group++, panel += group_bytes(format)) {
+        Scales scales = load_scales(format, panel);
+        const uvec *words = (const uvec *)(panel + scale_bytes(format));
+        for (int word = 0; word < bits; word++, words += 2) {
+            uvec left[2] = {words[0], words[1]};
+            for (int pair = 0; pair < 16 / bits; pair++, out += 4 / WEIGHTS) {
+                for (int v = 0; v < 2; v++) {
+                    vec first, second;
+                    expand_pair(format, left[v], &scales, v, &first, &second);
+                    left[v] >>= 2 * bits;
+#if BF16_WEIGHTS
+                    out[v] = join_pair(first, second);
+#else
+                    out[v] = first, out[2 + v] = second;
+#endif
+                }
+            }
+        }
+    }
+}
+
 /* ---- Products with packed weights ---- */
 
 /* Products of `rows` rows of x with the two vectors of columns of one panel.
@@ -284,6 +422,43 @@ INLINE void tile(int rows, const lane *panel, int depth, const elem *x, const ch
     for (int r = 0; r < rows; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
 }
 
+/* The same with a quantized panel, whose weights are expanded in registers. */
+INLINE void quantized_tile(Format format, int rows, const char *panel, int features, const elem *x,
+                           const char *next, int next_step, vec acc[][2]) {
+    int bits = bits_of(format), step = 0;
+    vec sum[TILE_ROWS][2];
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
+    for (int group = 0; group < features / GROUP; group++, panel += group_bytes(format)) {
+        Scales scales = load_scales(format, panel);
+        const uvec *words = (const uvec *)(panel + scale_bytes(format));
+        for (int word = 0; word < bits; word++, words += 2, step++) {
+            uvec left[2] = {words[0], words[1]};
+            __builtin_prefetch(next + ((step * next_step) >> 8) * 64, 0, 2);
+            for (int pair = 0; pair < 16 / bits; pair++, x += 2) {
+                vec first[2], second[2];
+                for (int v = 0; v < 2; v++) {
+                    expand_pair(format, left[v], &scales, v, &first[v], &second[v]);
+                    left[v] >>= 2 * bits;
+                }
+                for (int r = 0; r < rows; r++) {
+                    const elem *values = x + r * features;
+#if BF16_PRODUCTS
+                    vec value = broadcast_lane(*(const lane *)values);
+                    sum[r][0] = dot(sum[r][0], join_pair(first[0], second[0]), value);
+                    sum[r][1] = dot(sum[r][1], join_pair(first[1], second[1]), value);
+#else
+                    sum[r][0] = fma_of(first[0], broadcast(values[0]), sum[r][0]);
+                    sum[r][1] = fma_of(first[1], broadcast(values[0]), sum[r][1]);
+                    sum[r][0] = fma_of(second[0], broadcast(values[1]), sum[r][0]);
+                    sum[r][1] = fma_of(second[1], broadcast(values[1]), sum[r][1]);
+#endif
+                }
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
+}
+
 /* Evaluate `call` with ROWS as a constant, so that the compiler keeps all sums in registers. */
 #define CASE(n, call) \
     case n: { \
@@ -302,12 +477,22 @@ static void any_tile(int rows, const lane *panel, int depth, const elem *x, cons
     FOR_ROWS(rows, tile(ROWS, panel, depth, x, next, next_step, acc))
 }
 
+#define QUANTIZED_TILE(name, format) \
+    static void name(int rows, const char *panel, int features, const elem *x, const char *next, \
+                     int next_step, vec acc[][2]) { \
+        FOR_ROWS(rows, quantized_tile(format, ROWS, panel, features, x, next, next_step, acc)) \
+    }
+QUANTIZED_TILE(q4_0_tile, Q4_0)
+QUANTIZED_TILE(q4_1_tile, Q4_1)
+QUANTIZED_TILE(q8_0_tile, Q8_0)
+
 /* A product of input rows with a packed matrix. */
 typedef struct {
-    const lane *weight; /* (num_panels, depth, PANEL) */
-    int num_panels, depth;
-    const elem *x; /* (rows, depth * WEIGHTS) */
+    Matrix weight; /* num_panels panels */
+    int num_panels, features;
+    const elem *x; /* (rows, features) */
     int rows;
+    const Space *space;
 } Product;
 
 /* One item of a product: a panel of columns and a few rows. */
@@ -320,18 +505,45 @@ INLINE int num_tiles(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 INLINE int num_product_items(int num_panels, int rows) { return num_panels * num_tiles(rows); }
 
+/* A quantized panel as lanes, which stay in the worker's buffer until it expands another one. */
+static const lane *expanded_panel(const Product *product, const char *panel, int worker) {
+    const Space *space = product->space;
+    Expanded *expanded = (Expanded *)(space->expanded + worker * space->expanded_stride);
+    if (expanded->source == panel) return expanded->panel;
+    switch ((Format)product->weight.format) {
+        case Q4_0: expand_panel(Q4_0, panel, product->features, expanded->panel); break;
+        case Q4_1: expand_panel(Q4_1, panel, product->features, expanded->panel); break;
+        default: expand_panel(Q8_0, panel, product->features, expanded->panel); break;
+    }
+    expanded->source = panel;
+    return expanded->panel;
+}
+
 /* The tiles of a panel are consecutive items, so each panel is read from memory once. */
-static void compute_tile(const Product *product, int item, Tile *out) {
-    int tiles = num_tiles(product->rows), number = item % tiles, depth = product->depth;
+static void compute_tile(const Product *product, int item, int worker, Tile *out) {
+    Format format = product->weight.format;
+    int tiles = num_tiles(product->rows), number = item % tiles, features = product->features;
     out->panel = item / tiles;
     out->first_row = (int64_t)number * product->rows / tiles;
     out->end_row = (int64_t)(number + 1) * product->rows / tiles;
-    const lane *panel = product->weight + (int64_t)out->panel * depth * PANEL;
-    int next_step = (2 * WIDTH * 4 << 8) / 64 / tiles; /* cache lines of the next panel per k, times 256 */
-    const char *next = (const char *)(panel + (int64_t)depth * PANEL);
-    next += ((int64_t)number * depth * next_step >> 8) * 64;
-    any_tile(out->end_row - out->first_row, panel, depth,
-             product->x + (int64_t)out->first_row * depth * WEIGHTS, next, next_step, out->acc);
+    int rows = out->end_row - out->first_row;
+    const elem *x = product->x + (int64_t)out->first_row * features;
+    int64_t num_bytes = panel_bytes(format, features);
+    const char *panel = (const char *)product->weight.panels + out->panel * num_bytes;
+    int in_registers = format != DENSE && tiles == 1;
+    int steps = in_registers ? features / (32 / bits_of(format)) : features / WEIGHTS;
+    int next_step = (num_bytes << 8) / 64 / tiles / steps; /* cache lines of the next panel, times 256 */
+    const char *next = panel + num_bytes + ((int64_t)number * steps * next_step >> 8) * 64;
+    if (in_registers) {
+        switch (format) {
+            case Q4_0: q4_0_tile(rows, panel, features, x, next, next_step, out->acc); break;
+            case Q4_1: q4_1_tile(rows, panel, features, x, next, next_step, out->acc); break;
+            default: q8_0_tile(rows, panel, features, x, next, next_step, out->acc); break;
+        }
+        return;
+    }
+    const void *lanes = format == DENSE ? panel : (const void *)expanded_panel(product, panel, worker);
+    any_tile(rows, lanes, features / WEIGHTS, x, next, next_step, out->acc);
 }
 
 /* ---- RMSNorm ----
@@ -374,23 +586,50 @@ typedef struct {
     const Space *space;
 } Step;
 
-/* x[row] = embedding of its token. One item per row. */
-static void embed(const Step *step, int row) {
-    const Model *model = step->model;
-    int depth = model->hidden / WEIGHTS, id = step->token_ids[row];
-    const lane *from = model->embed + (int64_t)(id / PANEL) * depth * PANEL + id % PANEL;
-    float *x = step->space->x + (int64_t)row * model->hidden;
-    for (int k = 0; k < depth; k++) {
+INLINE void embed_dense(const void *panel, int column, int features, float *x) {
+    const lane *from = (const lane *)panel + column;
+    for (int k = 0; k < features / WEIGHTS; k++) {
         lane value = from[(int64_t)k * PANEL];
         for (int e = 0; e < WEIGHTS; e++) {
             uint32_t bits = WEIGHTS == 2 ? (value >> (16 * e)) << 16 : value;
             memcpy(x + k * WEIGHTS + e, &bits, 4);
         }
     }
-    for (int panel = 0; panel < model->hidden / PANEL; panel++) {
+}
+
+INLINE void embed_quantized(Format format, const char *group, int column, int features, float *x) {
+    int bits = bits_of(format), vector = column / WIDTH, in_vector = column % WIDTH;
+    for (int feature = 0; feature < features; group += group_bytes(format)) {
+        Scales scales = load_scales(format, group);
+        const uvec *words = (const uvec *)(group + scale_bytes(format)) + vector;
+        for (int word = 0; word < bits; word++) {
+            uvec left = words[2 * word];
+            for (int pair = 0; pair < 16 / bits; pair++, feature += 2) {
+                vec first, second;
+                expand_pair(format, left, &scales, vector, &first, &second);
+                left >>= 2 * bits;
+                x[feature] = first[in_vector], x[feature + 1] = second[in_vector];
+            }
+        }
+    }
+}
+
+/* x[row] = embedding of its token. One item per row. */
+static void embed(const Step *step, int row) {
+    const Model *model = step->model;
+    Format format = model->embed.format;
+    int id = step->token_ids[row], hidden = model->hidden, column = id % PANEL;
+    const char *panel = (const char *)model->embed.panels + id / PANEL * panel_bytes(format, hidden);
+    float *x = step->space->x + (int64_t)row * hidden;
+    switch (format) {
+        case Q4_0: embed_quantized(Q4_0, panel, column, hidden, x); break;
+        case Q4_1: embed_quantized(Q4_1, panel, column, hidden, x); break;
+        case Q8_0: embed_quantized(Q8_0, panel, column, hidden, x); break;
+        default: embed_dense(panel, column, hidden, x); break;
+    }
+    for (int panel = 0; panel < hidden / PANEL; panel++) {
         const loose *values = (const loose *)(x + panel * PANEL);
-        prepare_norm(step->space, model->hidden, model->layers[0].input_norm, row, panel, values[0],
-                     values[1]);
+        prepare_norm(step->space, hidden, model->layers[0].input_norm, row, panel, values[0], values[1]);
     }
 }
 
@@ -430,10 +669,10 @@ INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first
 }
 
 /* q, k, v = norm(x) @ weight.T */
-static void project_qkv(const Step *step, int layer, const Product *product, int item) {
+static void project_qkv(const Step *step, int layer, const Product *product, int item, int worker) {
     Tile tile;
     float scale[TILE_ROWS];
-    compute_tile(product, item, &tile);
+    compute_tile(product, item, worker, &tile);
     inverse_rms(step->space, step->model->hidden, step->model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++)
         store_qkv(step, layer, tile.first_row + r, tile.panel, tile.acc[r][0] * scale[r],
@@ -441,10 +680,11 @@ static void project_qkv(const Step *step, int layer, const Product *product, int
 }
 
 /* x += rows @ weight.T; also prepares the next norm. */
-static void add_product(const Step *step, const Product *product, const float *next_norm, int item) {
+static void add_product(const Step *step, const Product *product, const float *next_norm, int item,
+                        int worker) {
     Tile tile;
     int hidden = step->model->hidden;
-    compute_tile(product, item, &tile);
+    compute_tile(product, item, worker, &tile);
     for (int r = 0; r < tile.end_row - tile.first_row; r++) {
         int row = tile.first_row + r;
         loose *x = (loose *)(step->space->x + (int64_t)row * hidden + tile.panel * PANEL);
@@ -455,11 +695,11 @@ static void add_product(const Step *step, const Product *product, const float *n
 }
 
 /* act = silu(norm(x) @ gate.T) * (norm(x) @ up.T); a panel is WIDTH columns of each. */
-static void activate(const Step *step, const Product *product, int item) {
+static void activate(const Step *step, const Product *product, int item, int worker) {
     Tile tile;
     float scale[TILE_ROWS];
     const Model *model = step->model;
-    compute_tile(product, item, &tile);
+    compute_tile(product, item, worker, &tile);
     inverse_rms(step->space, model->hidden, model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++) {
         vec gate = tile.acc[r][0] * scale[r], up = tile.acc[r][1] * scale[r];
@@ -687,16 +927,21 @@ static Product layer_product(const Step *step, const Layer *layer, int kind) {
     const Space *space = step->space;
     int hidden = model->hidden, inner = model->num_heads * model->head_dim;
     int qkv = inner + 2 * model->num_kv_heads * model->head_dim;
+    Product product = {.features = hidden, .rows = step->rows, .x = space->normed, .space = space};
     switch (kind) {
-        case QKV: return (Product){layer->qkv, qkv / PANEL, hidden / WEIGHTS, space->normed, step->rows};
-        case OUT: return (Product){layer->out, hidden / PANEL, inner / WEIGHTS, space->attended, step->rows};
+        case QKV: product.weight = layer->qkv, product.num_panels = qkv / PANEL; break;
+        case OUT:
+            product.weight = layer->out, product.num_panels = hidden / PANEL;
+            product.x = space->attended, product.features = inner;
+            break;
         case GATE_UP:
-            return (Product){layer->gate_up, model->intermediate / WIDTH, hidden / WEIGHTS, space->normed,
-                             step->rows};
+            product.weight = layer->gate_up, product.num_panels = model->intermediate / WIDTH;
+            break;
         default:
-            return (Product){layer->down, hidden / PANEL, model->intermediate / WEIGHTS, space->act,
-                             step->rows};
+            product.weight = layer->down, product.num_panels = hidden / PANEL;
+            product.x = space->act, product.features = model->intermediate;
     }
+    return product;
 }
 
 /* Operation 0 is the embedding, followed by OPS_PER_LAYER operations per layer. */
@@ -710,7 +955,6 @@ static int step_items(const void *work, int op) {
 }
 
 static void compute_step(const void *work, int op, int item, int worker) {
-    (void)worker;
     const Step *step = work;
     const Model *model = step->model;
     if (op == 0) {
@@ -722,22 +966,22 @@ static void compute_step(const void *work, int op, int item, int worker) {
     const float *next_norm = number + 1 < model->num_layers ? layer[1].input_norm : model->norm;
     Product product = layer_product(step, layer, kind);
     switch (kind) {
-        case QKV: project_qkv(step, number, &product, item); break;
+        case QKV: project_qkv(step, number, &product, item, worker); break;
         case ATTEND: attend(step, number, item); break;
-        case OUT: add_product(step, &product, layer->mlp_norm, item); break;
-        case GATE_UP: activate(step, &product, item); break;
-        default: add_product(step, &product, next_norm, item); break;
+        case OUT: add_product(step, &product, layer->mlp_norm, item, worker); break;
+        case GATE_UP: activate(step, &product, item, worker); break;
+        default: add_product(step, &product, next_norm, item, worker); break;
     }
 }
 
 static int is_aligned(const void *weights) { return (uintptr_t)weights % ALIGNMENT == 0; }
 
 static int has_aligned_weights(const Model *model) {
-    int aligned = is_aligned(model->embed) && is_aligned(model->head);
+    int aligned = is_aligned(model->embed.panels) && is_aligned(model->head.panels);
     for (int i = 0; i < model->num_layers; i++) {
         const Layer *layer = model->layers + i;
-        aligned = aligned && is_aligned(layer->qkv) && is_aligned(layer->out) &&
-                  is_aligned(layer->gate_up) && is_aligned(layer->down);
+        aligned = aligned && is_aligned(layer->qkv.panels) && is_aligned(layer->out.panels) &&
+                  is_aligned(layer->gate_up.panels) && is_aligned(layer->down.panels);
     }
     return aligned;
 }
@@ -757,7 +1001,8 @@ EXPORT int smol_forward(Team *team, const Model *model, const int32_t *token_ids
 
 /* ---- The head ---- */
 
-/* Logits of (rows, H) hidden states, or the best of them. Uses only space->normed and space->squares. */
+/* Logits of (rows, H) hidden states, or the best of them. Uses only the buffers `normed`, `squares` and
+   `expanded` of the space. */
 typedef struct {
     const Model *model;
     const float *hidden;
@@ -807,10 +1052,10 @@ static void compute_head(const void *work, int op, int item, int worker) {
         }
         return;
     }
-    Product product = {model->head, num_panels, hidden / WEIGHTS, step->space->normed, step->rows};
+    Product product = {model->head, num_panels, hidden, step->space->normed, step->rows, step->space};
     Tile tile;
     float scale[TILE_ROWS];
-    compute_tile(&product, item, &tile);
+    compute_tile(&product, item, worker, &tile);
     inverse_rms(step->space, hidden, model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++) {
         int row = tile.first_row + r;
@@ -831,7 +1076,7 @@ static const Program HEAD_PROGRAM = {head_items, compute_head};
 /* Computes logits of (rows, H) hidden states; out is (rows, vocab rounded up to panels). */
 EXPORT int smol_logits(Team *team, const Model *model, const float *hidden, int rows,
                        const Space *space, float *out) {
-    if (!is_aligned(model->head)) return MISALIGNED;
+    if (!is_aligned(model->head.panels)) return MISALIGNED;
     HeadStep step = {model, hidden, rows, space, out, NULL, NULL};
     return team_run(team, &HEAD_PROGRAM, &step);
 }
@@ -843,7 +1088,7 @@ EXPORT int smol_logits(Team *team, const Model *model, const float *hidden, int 
    (threads, rows), aligned like weights. */
 EXPORT int smol_best(Team *team, const Model *model, const float *hidden, int rows,
                      const uint8_t *allowed, const Space *space, Best *best, int32_t *ids) {
-    if (!is_aligned(model->head) || !is_aligned(best)) return MISALIGNED;
+    if (!is_aligned(model->head.panels) || !is_aligned(best)) return MISALIGNED;
     int num_threads = team_num_threads(team);
     for (int64_t i = 0; i < (int64_t)rows * num_threads; i++)
         best[i] = (Best){broadcast(-INFINITY), (ivec){} - 1, (ivec){}};

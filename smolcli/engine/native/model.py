@@ -6,7 +6,6 @@ have the same bits whatever else is in the batch and however many threads comput
 """
 
 import ctypes
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,12 @@ from smolcli.engine.config import LlamaConfig
 from smolcli.engine.native.bindings import (
     ALIGNMENT,
     FLOAT32,
+    FORMATS,
     Array,
     KernelError,
     Kernels,
     LayerStruct,
+    MatrixStruct,
     ModelStruct,
     SpaceStruct,
     ThreadTeam,
@@ -27,7 +28,14 @@ from smolcli.engine.native.bindings import (
 )
 from smolcli.engine.native.cache import BufferCache, NativeBatch
 from smolcli.engine.native.head import NativeHead
-from smolcli.engine.native.packing import pack_into, packed_layout
+from smolcli.engine.native.packing import (
+    DENSE,
+    NOT_QUANTIZED,
+    PackedLayout,
+    pack_into,
+    packed_layout,
+)
+from smolcli.engine.quantized import Formats, Weights, formats_of
 
 MAX_HEAD_DIM = 256
 
@@ -54,8 +62,7 @@ class NativeModel:
 
     Args:
         config: a shape that the kernels support.
-        weights: float32, float16 or bfloat16 arrays by their names in a Llama checkpoint, without
-            the leading "model.".
+        weights: float32, float16 or bfloat16 arrays and quantized matrices.
         kernels: the library.
         num_threads: number of threads.
 
@@ -66,18 +73,23 @@ class NativeModel:
     def __init__(
         self,
         config: LlamaConfig,
-        weights: Mapping[str, Array],
+        weights: Weights,
         kernels: Kernels,
         num_threads: int = 1,
     ) -> None:
-        num_bytes = packed_layout(config, kernels).num_bytes
-        packed = aligned_empty((num_bytes,), np.dtype(np.uint8))
+        layout = packed_layout(config, kernels, formats_of(weights))
+        packed = aligned_empty((layout.num_bytes,), np.dtype(np.uint8))
         pack_into(packed, config, weights, kernels)
-        self._set_up(config, packed, kernels, num_threads)
+        self._set_up(config, packed, layout, kernels, num_threads)
 
     @classmethod
     def from_packed(
-        cls, config: LlamaConfig, packed: Array, kernels: Kernels, num_threads: int = 1
+        cls,
+        config: LlamaConfig,
+        packed: Array,
+        kernels: Kernels,
+        num_threads: int = 1,
+        formats: Formats = NOT_QUANTIZED,
     ) -> "NativeModel":
         """Create a model from packed weights, such as a memory-mapped file.
 
@@ -86,29 +98,38 @@ class NativeModel:
             packed: uint8, as `pack_into` writes it, aligned to 64 bytes; may be read-only.
             kernels: the library that the weights were packed for.
             num_threads: number of threads.
+            formats: the formats of the tensors that were packed.
 
         Raises:
             KernelError: the buffer has the wrong size, or is not aligned.
         """
-        expected = packed_layout(config, kernels).num_bytes
-        if len(packed) != expected:
-            raise KernelError(f"packed weights have {len(packed)} bytes instead of {expected}")
+        layout = packed_layout(config, kernels, formats)
+        if len(packed) != layout.num_bytes:
+            raise KernelError(
+                f"packed weights have {len(packed)} bytes instead of {layout.num_bytes}"
+            )
         if address(packed) % ALIGNMENT:
             raise KernelError(f"packed weights are not aligned to {ALIGNMENT} bytes")
         model = cls.__new__(cls)
-        model._set_up(config, packed, kernels, num_threads)
+        model._set_up(config, packed, layout, kernels, num_threads)
         return model
 
     def _set_up(
-        self, config: LlamaConfig, packed: Array, kernels: Kernels, num_threads: int
+        self,
+        config: LlamaConfig,
+        packed: Array,
+        layout: PackedLayout,
+        kernels: Kernels,
+        num_threads: int,
     ) -> None:
         self.config = config
         self._kernels = kernels
         self._packed = packed  # the structure points into it
-        self._struct, self._layers = _model_struct(config, packed, kernels)
+        self._struct, self._layers = _model_struct(config, packed, layout)
         self._team = ThreadTeam(kernels, num_threads)
-        self._space = Space(config, kernels, 0)
-        self.head = NativeHead(kernels, self._team, self._struct)
+        self._expanded = _expanded_panels(config, layout, kernels, num_threads)
+        self._space = Space(config, kernels, 0, self._expanded)
+        self.head = NativeHead(kernels, self._team, self._struct, self._expanded)
 
     def make_kv_cache(self, prefix_cache_bytes: int) -> BufferCache:
         """See `interfaces.Model`."""
@@ -118,7 +139,7 @@ class NativeModel:
         """See `interfaces.Model`; float32."""
         num_rows, spans = len(batch.token_ids), batch.spans
         if num_rows > self._space.num_rows:
-            self._space = Space(self.config, self._kernels, num_rows)
+            self._space = Space(self.config, self._kernels, num_rows, self._expanded)
         space = self._space
         span_of_row = np.repeat(np.arange(len(spans), dtype=np.int32), spans["num_rows"])
         tasks = self._tasks(spans["num_rows"])
@@ -145,14 +166,21 @@ class NativeModel:
         return np.ascontiguousarray(np.stack([span, number * size, end], axis=1), np.int32)
 
 
-def _model_struct(config: LlamaConfig, packed: Array, kernels: Kernels) -> tuple[ModelStruct, Any]:
+def _model_struct(
+    config: LlamaConfig, packed: Array, layout: PackedLayout
+) -> tuple[ModelStruct, Any]:
     """The model as kernels.c expects it, and the layers that it points to."""
-    tensors, start = packed_layout(config, kernels).tensors, address(packed)
+    tensors, start = layout.tensors, address(packed)
     at = {name: start + tensor.offset for name, tensor in tensors.items()}
-    names = [field[0] for field in LayerStruct._fields_]
+
+    def field(name: str, kind: type) -> int | MatrixStruct:
+        if kind is not MatrixStruct:
+            return at[name]
+        return MatrixStruct(at[name], FORMATS.index(tensors[name].format))
+
     layers = (LayerStruct * config.num_layers)(
         *(
-            LayerStruct(*(at[f"layers.{index}.{name}"] for name in names))
+            LayerStruct(*(field(f"layers.{index}.{name}", kind) for name, kind in _LAYER_FIELDS))
             for index in range(config.num_layers)
         )
     )
@@ -166,13 +194,31 @@ def _model_struct(config: LlamaConfig, packed: Array, kernels: Kernels) -> tuple
         vocab=config.vocab_size,
         eps=config.rms_norm_eps,
         layers=ctypes.cast(layers, ctypes.c_void_p),
-        embed=at["embed"],
-        head=at["embed" if config.is_tied else "head"],
+        embed=field("embed", MatrixStruct),
+        head=field("embed" if config.is_tied else "head", MatrixStruct),
         norm=at["norm"],
         cos=at["cos"],
         sin=at["sin"],
     )
     return struct, layers
+
+
+_LAYER_FIELDS: tuple[tuple[str, type], ...] = tuple(
+    (field[0], field[1]) for field in LayerStruct._fields_
+)
+
+
+def _expanded_panels(
+    config: LlamaConfig, layout: PackedLayout, kernels: Kernels, num_threads: int
+) -> Array:
+    """The buffer of each thread for a quantized panel, (threads, bytes)."""
+    num_bytes = kernels.expanded_bytes
+    if any(tensor.format != DENSE for tensor in layout.tensors.values()):
+        sizes = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+        num_bytes += max(sizes) * kernels.panel * kernels.weight_dtype.itemsize
+    buffers = aligned_empty((num_threads, num_bytes + -num_bytes % ALIGNMENT), np.dtype(np.uint8))
+    buffers[:, : kernels.expanded_bytes] = 0  # no panel yet
+    return buffers
 
 
 class Space:
@@ -182,9 +228,12 @@ class Space:
         config: the model's shape.
         kernels: the library.
         num_rows: maximum number of tokens in a step.
+        expanded: the buffer of each thread for a quantized panel, (threads, bytes).
     """
 
-    def __init__(self, config: LlamaConfig, kernels: Kernels, num_rows: int) -> None:
+    def __init__(
+        self, config: LlamaConfig, kernels: Kernels, num_rows: int, expanded: Array
+    ) -> None:
         self.num_rows = num_rows
         hidden, inner = config.hidden_size, config.num_heads * config.head_dim
         stride = num_rows + kernels.width
@@ -199,10 +248,12 @@ class Space:
         elements = {
             name: aligned_empty((num_rows, size), kernels.dtype) for name, size in widths.items()
         }
-        self._kept = (squares, elements)  # the structure points to them
+        self._kept = (squares, elements, expanded)  # the structure points to them
         self.struct = SpaceStruct(
             x=address(self.x),
             squares=address(squares),
             squares_stride=stride,
+            expanded=address(expanded),
+            expanded_stride=expanded.shape[1],
             **{name: address(array) for name, array in elements.items()},
         )

@@ -4,16 +4,33 @@ A matrix (out_features, in_features) becomes panels of `Kernels.panel` output co
 panel, the weights of one input feature (in bfloat16, of two) are contiguous. Rows are permuted so
 that the two vectors of a panel contain values that are used together: gate and up, or the two
 halves of a head that the rotary embedding combines.
+
+Quantized matrices stay quantized. Within a panel, each group of input features has the scales of
+all columns, their offsets, and their integers in words of 32 bits; see kernels.c. Matrices that are
+packed together but stored in different formats are expanded.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from smolcli.engine.config import LlamaConfig, rotary_angles
 from smolcli.engine.native.bindings import ALIGNMENT, FLOAT32, Array, Kernels
+from smolcli.engine.quantized import (
+    BLOCK_BYTES,
+    GROUP,
+    Formats,
+    QuantizedMatrix,
+    Weights,
+    as_array,
+    formats_of,
+)
+
+DENSE = "dense"
+NOT_QUANTIZED: Formats = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +40,7 @@ class PackedTensor:
     offset: int  # bytes, a multiple of ALIGNMENT
     shape: tuple[int, ...]
     dtype: "np.dtype[Any]"
+    format: str = DENSE  # of `bindings.FORMATS`
 
     @property
     def num_bytes(self) -> int:
@@ -44,53 +62,76 @@ class PackedLayout:
     num_bytes: int
 
 
-def packed_layout(config: LlamaConfig, kernels: Kernels) -> PackedLayout:
+def packed_layout(
+    config: LlamaConfig, kernels: Kernels, formats: Formats = NOT_QUANTIZED
+) -> PackedLayout:
     """The layout of a model's packed weights for a kernel library.
 
     Args:
         config: the model's shape.
         kernels: the library; its `width` and `weight_dtype` determine the layout.
+        formats: the formats of the checkpoint's tensors; those without one are not quantized.
     """
     tensors, offset = {}, 0
-    for name, shape, is_packed in _tensors(config, kernels):
-        dtype = kernels.weight_dtype if is_packed else FLOAT32
-        tensors[name] = tensor = PackedTensor(offset, shape, dtype)
+    for name, shape in _tensors(config):
+        tensors[name] = tensor = _packed_tensor(name, shape, offset, kernels, formats)
         offset += tensor.num_bytes + -tensor.num_bytes % ALIGNMENT
     return PackedLayout(tensors, offset)
 
 
-def pack_into(
-    buffer: Array, config: LlamaConfig, weights: Mapping[str, Array], kernels: Kernels
-) -> None:
+def _packed_tensor(
+    name: str, shape: tuple[int, ...], offset: int, kernels: Kernels, formats: Formats
+) -> PackedTensor:
+    parts = _sources(name)
+    if len(shape) == 1 or not parts:
+        return PackedTensor(offset, shape, FLOAT32)
+    out_features, in_features = shape
+    num_panels = -(-out_features // kernels.panel)
+    found = {formats.get(part, DENSE) for part in parts}
+    stored = found.pop()
+    if found or stored not in BLOCK_BYTES:
+        lane = 4 // kernels.weight_dtype.itemsize
+        dense = (num_panels, in_features // lane, kernels.panel, lane)
+        return PackedTensor(offset, dense, kernels.weight_dtype)
+    groups = (num_panels, in_features // GROUP, BLOCK_BYTES[stored] * kernels.panel)
+    return PackedTensor(offset, groups, np.dtype(np.uint8), stored)
+
+
+def pack_into(buffer: Array, config: LlamaConfig, weights: Weights, kernels: Kernels) -> None:
     """Pack a model's weights.
 
     Args:
         buffer: (num_bytes of the layout,) uint8; overwritten completely.
         config: the model's shape.
-        weights: float32, float16 or bfloat16 arrays by their names in a Llama checkpoint, without
-            the leading "model.".
+        weights: float32, float16 or bfloat16 arrays and quantized matrices.
         kernels: the library to pack for.
 
     Raises:
         KeyError: a weight is missing.
     """
-    buffer[:] = 0
-    layout, width = packed_layout(config, kernels), kernels.width
-    for name, tensor in layout.tensors.items():
-        _, _, kind = name.rpartition(".")
-        source = _SOURCES.get(kind, ())
-        parts = [weights[_checkpoint_name(name, part)] for part in source]
-        out = tensor.view(buffer)
-        if kind in ("cos", "sin"):
+    buffer[:] = 0  # padding
+    for name, tensor in packed_layout(config, kernels, formats_of(weights)).tensors.items():
+        out, kind = tensor.view(buffer), name.rpartition(".")[2]
+        parts = [weights[part] for part in _sources(name)]
+        if not parts:
             out[:] = rotary_table(config, kind)
         elif len(tensor.shape) == 1:
-            out[:] = parts[0]
-        elif kind == "qkv":
-            _pack([split_heads(part, config.head_dim, width) for part in parts], out)
-        elif kind == "gate_up":
-            _pack([interleave(parts[0], parts[1], width)], out)
+            out[:] = as_array(parts[0])
+        elif tensor.format == DENSE:
+            _pack(_arranged(kind, [as_array(part) for part in parts], config, kernels.width), out)
         else:
-            _pack(parts, out)
+            blocks = [part.blocks for part in parts if isinstance(part, QuantizedMatrix)]
+            flat = [part.reshape(len(part), -1) for part in blocks]
+            rows = _arranged(kind, flat, config, kernels.width)
+            matrix = QuantizedMatrix(tensor.format, rows.reshape(len(rows), *blocks[0].shape[1:]))
+            _pack_quantized(matrix, out, kernels.panel)
+
+
+def _arranged(kind: str, parts: list[Array], config: LlamaConfig, width: int) -> Array:
+    """The rows of all parts in the order of the packed matrix."""
+    if kind == "qkv":
+        return np.concatenate([split_heads(part, config.head_dim, width) for part in parts])
+    return interleave(parts[0], parts[1], width) if kind == "gate_up" else parts[0]
 
 
 def rotary_table(config: LlamaConfig, kind: str) -> Array:
@@ -129,40 +170,33 @@ _SOURCES = {
 }
 
 
-def _checkpoint_name(name: str, part: str) -> str:
-    prefix, dot, _ = name.rpartition(".")
-    return f"{prefix}{dot}{part}.weight"
+def _sources(name: str) -> list[str]:
+    """The names of the checkpoint tensors that a packed tensor is built from."""
+    prefix, dot, kind = name.rpartition(".")
+    return [f"{prefix}{dot}{part}.weight" for part in _SOURCES.get(kind, ())]
 
 
-def _tensors(config: LlamaConfig, kernels: Kernels) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Name, shape and whether it is packed, for all tensors in order of use."""
+def _tensors(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of all tensors in order of use; matrices are (out, in)."""
     hidden, inner = config.hidden_size, config.num_heads * config.head_dim
-    num_qkv = inner + 2 * config.num_kv_heads * config.head_dim
-
-    def packed(out_features: int, in_features: int) -> tuple[int, ...]:
-        lane = 4 // kernels.weight_dtype.itemsize
-        num_panels = -(-out_features // kernels.panel)
-        return (num_panels, in_features // lane, kernels.panel, lane)
-
-    yield "embed", packed(config.vocab_size, hidden), True
+    yield "embed", (config.vocab_size, hidden)
     for index in range(config.num_layers):
         layer = f"layers.{index}."
-        yield f"{layer}input_norm", (hidden,), False
-        yield f"{layer}qkv", packed(num_qkv, hidden), True
-        yield f"{layer}out", packed(hidden, inner), True
-        yield f"{layer}mlp_norm", (hidden,), False
-        yield f"{layer}gate_up", packed(2 * config.intermediate_size, hidden), True
-        yield f"{layer}down", packed(hidden, config.intermediate_size), True
-    yield "norm", (hidden,), False
+        yield f"{layer}input_norm", (hidden,)
+        yield f"{layer}qkv", (inner + 2 * config.num_kv_heads * config.head_dim, hidden)
+        yield f"{layer}out", (hidden, inner)
+        yield f"{layer}mlp_norm", (hidden,)
+        yield f"{layer}gate_up", (2 * config.intermediate_size, hidden)
+        yield f"{layer}down", (hidden, config.intermediate_size)
+    yield "norm", (hidden,)
     if not config.is_tied:
-        yield "head", packed(config.vocab_size, hidden), True
+        yield "head", (config.vocab_size, hidden)
     for name in ("cos", "sin"):
-        yield name, (config.max_positions, config.head_dim // 2), False
+        yield name, (config.max_positions, config.head_dim // 2)
 
 
-def _pack(parts: list[Array], out: Array) -> None:
-    """Rows of all parts -> (panels, in_features / lane, panel, lane); missing rows stay 0."""
-    weight = np.concatenate(parts) if len(parts) > 1 else parts[0]
+def _pack(weight: Array, out: Array) -> None:
+    """Rows -> (panels, in_features / lane, panel, lane); missing rows stay 0."""
     panel, lane = out.shape[2:]
     num_whole = len(weight) // panel
     panels = weight[: num_whole * panel].reshape(num_whole, panel, -1, lane)
@@ -170,3 +204,31 @@ def _pack(parts: list[Array], out: Array) -> None:
     rest = weight[num_whole * panel :]
     if len(rest):
         out[num_whole, :, : len(rest)] = rest.reshape(len(rest), -1, lane).transpose(1, 0, 2)
+
+
+def _pack_quantized(matrix: QuantizedMatrix, out: Array, panel: int) -> None:
+    """Rows -> (panels, groups, scales, offsets and words of all columns); missing rows stay 0."""
+    codes, bits = matrix.codes, 8 if matrix.format == "Q8_0" else 4
+    if bits == 4:  # two features per byte
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    words = np.ascontiguousarray(codes).view(np.uint32)  # (rows, groups, words)
+    num_scales = 2 if matrix.format == "Q4_1" else 1
+    numbers = out[..., : num_scales * panel * 2].view(np.float16)
+    numbers = numbers.reshape(*out.shape[:2], num_scales, panel)
+    integers = out[..., num_scales * panel * 2 :].view(np.uint32)
+    integers = integers.reshape(*out.shape[:2], -1, panel)
+    _fill_panels(matrix.scales[..., None], numbers[..., :1, :])
+    if num_scales == 2:
+        _fill_panels(matrix.offsets[..., None], numbers[..., 1:, :])
+    _fill_panels(words, integers)
+
+
+def _fill_panels(rows: Array, out: Array) -> None:
+    """(rows, groups, values) -> (panels, groups, values, panel)."""
+    panel = out.shape[-1]
+    num_whole = len(rows) // panel
+    whole = rows[: num_whole * panel].reshape(num_whole, panel, *rows.shape[1:])
+    out[:num_whole] = whole.transpose(0, 2, 3, 1)
+    rest = rows[num_whole * panel :]
+    if len(rest):
+        out[num_whole, ..., : len(rest)] = rest.transpose(1, 2, 0)
