@@ -99,6 +99,21 @@ def test_damaged_file_is_rebuilt(
     assert record["modified_ns"] == file.path.stat().st_mtime_ns
 
 
+def test_file_in_a_layer_of_a_container_image_is_used(
+    files: ModelFiles, kernels: Kernels, num_packed: Callable[[], int]
+) -> None:
+    """Layers keep modification times in whole seconds; weights were once packed at every start."""
+    pack(files, kernels)
+    (file,) = packed_files()
+    for path in (file.path, *files.folder.iterdir()):
+        time_ns = path.stat().st_mtime_ns // 10**9 * 10**9
+        os.utime(path, ns=(time_ns, time_ns))
+    record = file.path.with_suffix(".json").read_text()
+    pack(files, kernels)
+    assert num_packed() == 1
+    assert file.path.with_suffix(".json").read_text() == record, "the file was read and hashed"
+
+
 def test_another_revision_or_config_replaces_the_file(
     files: ModelFiles, kernels: Kernels, num_packed
 ) -> None:

@@ -86,6 +86,16 @@ def test_cuda_without_a_gpu_is_refused_with_the_alternative() -> None:
         resolve_config(EngineSettings(device="cuda"), SMOLLM2_135M)
 
 
+def test_cuda_without_torch_is_refused_with_the_alternative(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An installation for CPUs, such as the container image, leaves torch out."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "smolcli.engine.torch_ops.devices", raising=False)
+    with pytest.raises(UsageError, match=r"'cuda' needs torch, which is not installed; .* cpu"):
+        resolve_config(EngineSettings(device="cuda"), SMOLLM2_135M)
+
+
 def test_without_control_groups_the_whole_machine_is_available(tmp_path: Path) -> None:
     assert memory_bytes(tmp_path) == psutil.virtual_memory().total
     assert 1 <= num_cores(tmp_path) <= (os.cpu_count() or 1)

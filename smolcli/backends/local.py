@@ -100,11 +100,15 @@ def _identity(files: ModelFiles, config: ResolvedConfig) -> dict[str, Any]:
 @cache
 def versions() -> dict[str, str]:
     """Versions of the software that determines the answers, without importing any of it."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:  # the native kernels do not need it
+        torch = "none"
     return {
         "smol": smolcli.__version__,
-        "torch": version("torch"),
+        "torch": torch,
         "python": platform.python_version(),
     }
 

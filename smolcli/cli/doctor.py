@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "smolcli"
 MIN_DISK_BYTES = 1 << 30  # a model and its converted copy
+GPU_PACKAGES = ("torch", "transformers")  # the CPU needs them only for unusual models
 INSTALL = "pip install -c constraints.txt -e '.[dev,ray]'"
 
 
@@ -77,6 +78,8 @@ def _packages() -> Finding:
     for requirement in map(Requirement, _requirements()):
         if requirement.marker is None:
             found = _version(requirement.name)
+            if found is None and requirement.name in GPU_PACKAGES:
+                continue  # reported by the torch check
             if found is None:
                 faults.append(f"{requirement.name} is not installed")
             elif not requirement.specifier.contains(found, prereleases=True):
@@ -91,6 +94,9 @@ def _packages() -> Finding:
 
 
 def _torch() -> Iterator[Finding]:
+    if _version("torch") is None:
+        yield Finding("torch", "not installed", f"only needed for GPUs: {INSTALL}")
+        return
     try:
         from smolcli.engine.autoconfig import gpus
 

@@ -122,10 +122,14 @@ def _device(name: str) -> str:
         raise UsageError(
             f"unknown device {name!r}: expected auto, cpu, cuda, or cuda:N for one of several GPUs"
         )
-    from smolcli.engine.torch_ops.devices import check_device
-
     try:
+        from smolcli.engine.torch_ops.devices import check_device
+
         check_device(name)
+    except ModuleNotFoundError as exc:
+        raise UsageError(
+            f"device {name!r} needs torch, which is not installed; install it, or use --device cpu"
+        ) from exc
     except RuntimeError as exc:
         raise UsageError(f"device {name!r} is not available: {exc}; use --device cpu") from exc
     return name

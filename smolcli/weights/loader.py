@@ -66,7 +66,12 @@ def load_model(
 def _torch_model(
     config: LlamaConfig, weights: Weights, dtype: str, device: str, num_threads: int
 ) -> Model:
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as exc:
+        raise ModelError(
+            "the native kernels cannot run this model, and torch is not installed; install torch"
+        ) from exc
 
     from smolcli.engine.torch_ops.cuda_graphs import GraphedModel, record_cuda_graph
     from smolcli.engine.torch_ops.model import TorchModel

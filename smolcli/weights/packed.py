@@ -121,11 +121,14 @@ def remove_packed(file: PackedFile) -> None:
 
 
 def _key(files: ModelFiles, config: LlamaConfig, kernels: Kernels) -> str:
-    """A digest of everything that determines the packed bytes."""
+    """A digest of everything that determines the packed bytes.
+
+    Modification times count in whole seconds: the layers of container images keep no fractions.
+    """
     stats = [path.stat() for path in weight_files(files.folder)]
     parts = [
         *(files.revision, repr(config), kernels.name, __version__, packing.__name__),
-        *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats),
+        *(f"{stat.st_size} {_whole_s(stat.st_mtime_ns)}" for stat in stats),
     ]
     digest = hashlib.sha256("\n".join(parts).encode())
     for module in (packing, quantized):
@@ -147,13 +150,19 @@ def _is_intact(path: Path, num_bytes: int) -> bool:
         return False
     if stat.st_size != num_bytes or record.get("bytes") != num_bytes:
         return False
-    if record.get("modified_ns") == stat.st_mtime_ns:
+    recorded_ns = record.get("modified_ns")
+    if isinstance(recorded_ns, int) and stat.st_mtime_ns in (recorded_ns, _whole_s(recorded_ns)):
         return True
     if record.get("sha256") != sha256_of(path):
         return False
     with suppress(OSError):  # copied or touched: record the new time
         _write_record(path, record | {"modified_ns": stat.st_mtime_ns})
     return True
+
+
+def _whole_s(time_ns: int) -> int:
+    """A modification time in ns as the layers of container images keep it."""
+    return time_ns // 10**9 * 10**9
 
 
 def _install(built: Path, path: Path, files: ModelFiles, kernels: Kernels) -> None:

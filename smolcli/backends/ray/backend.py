@@ -5,10 +5,8 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
-from smolcli import __version__
 from smolcli.backends.base import AnswerSource, Counters, Health, OnText, start_thread
 from smolcli.backends.ray.cluster import (
     ModelUpload,
@@ -221,8 +219,10 @@ def check_versions(info: NodeInfo) -> None:
     Raises:
         BackendError: it does not.
     """
-    for name, ours in (("smol", __version__), ("torch", version("torch"))):
-        theirs = info.versions[name]
+    from smolcli.backends.local import versions  # late: loads the engine
+
+    for name in ("smol", "torch"):
+        ours, theirs = versions()[name], info.versions[name]
         if theirs.partition("+")[0] != ours.partition("+")[0]:
             raise BackendError(
                 f"the Ray node {info.node} has {name} {theirs}, and this machine {ours}; "
