@@ -155,6 +155,12 @@ def test_table_of_several_inputs_has_a_file_column(folder: Path) -> None:
     assert "file" not in Path("one.csv").read_text().splitlines()[0]
 
 
+def test_report_names_the_file(folder: Path) -> None:
+    assert smol("a.jsonl", "c.csv", "-o", "out.jsonl").exit_code == 3
+    assert CliRunner().invoke(app, ["report", "out.jsonl"]).exit_code == 0
+    assert "line 3 of a.jsonl" in Path("out.report.html").read_text()
+
+
 def test_directories_and_patterns_are_expanded(folder: Path) -> None:
     for name in (
         "data/2.jsonl",

@@ -177,7 +177,8 @@ def _values(option: Any) -> str:
 
 
 def _metavar(argument: Any) -> str:
-    return str(argument.metavar or argument.name.upper())
+    name = str(argument.metavar or argument.name.upper())
+    return f"{name}..." if argument.nargs == -1 else name
 
 
 def _plain(markup: str | None) -> str:

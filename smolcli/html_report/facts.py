@@ -26,6 +26,7 @@ class Example:
     line: int | None
     chat_id: str | None
     message: str
+    file: str | None = None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -38,6 +39,7 @@ class SlowAnswer:
     completion_tokens: int
     line: int
     chat_id: str
+    file: str = ""
 
 
 @dataclass(slots=True)
@@ -82,7 +84,9 @@ class Facts:
         """
         if record.get("error_code") is not None:
             code = str(record["error_code"])
-            example = Example(record.get("line"), record["chat_id"], str(record["error"]))
+            example = Example(
+                record.get("line"), record["chat_id"], str(record["error"]), record.get("file")
+            )
             self.examples[code] = [*self.examples.get(code, ()), example][:NUM_EXAMPLES]
             self.errors[code] += 1
             return
@@ -134,6 +138,7 @@ def _slow_answer(record: dict[str, Any], completion_tokens: int) -> SlowAnswer |
         completion_tokens=completion_tokens,
         line=record.get("line") or 0,
         chat_id=record["chat_id"],
+        file=record.get("file") or "",
     )
     if not all(map(math.isfinite, (slow.total_s, slow.first_token_s, slow.queue_s))):
         raise ValueError("a latency is not finite")

@@ -43,7 +43,7 @@ EXAMPLES = (
 InputNames = Annotated[
     list[str],
     typer.Argument(
-        metavar="INPUT...",
+        metavar="INPUT",
         help="Queries in JSON Lines, a .csv, .tsv, .parquet or .arrow table, or an SQLite "
         "database; text may be compressed. A path, a URL, or - for stdin. Several files, "
         "directories and patterns such as 'data/*.jsonl' are answered into one output.",
