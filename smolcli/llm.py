@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = EngineSettings()
 
-Conversation = Sequence[Mapping[str, str] | Message]
+Conversation = Sequence[Mapping[str, Any] | Message]
 Prompt = str | Conversation
 
 
@@ -56,6 +56,9 @@ class SamplingOptions(TypedDict, total=False):
     top_logprobs: int
     response_format: dict[str, Any]
     choices: list[str]
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, Any]
+    parallel_tool_calls: bool
 
 
 class LLM:
@@ -222,6 +225,8 @@ class LLM:
         query = _query(prompt, "0", _defaults(system_prompt, seed, schema, options), options)
         if isinstance(query, Result):
             raise _error(query)
+        if query.tools is not None:
+            raise QueryError("tools cannot be combined with stream; use chat", field="tools")
         return self._stream_query(query)
 
     def _stream_query(self, query: Query) -> Iterator[str]:
@@ -443,9 +448,11 @@ def _query(
         return Result(chat_id, error=str(exc), error_code=exc.code, field=exc.field)
 
 
-def _message(message: Mapping[str, str] | Message) -> Mapping[str, str]:
+def _message(message: Mapping[str, Any] | Message) -> Mapping[str, Any]:
     if isinstance(message, Message):
-        return {"role": message.role, "content": message.content}
+        from smolcli.protocol.tools import message_record
+
+        return message_record(message)
     return message
 
 

@@ -57,8 +57,8 @@ _TRANSIENT = {
 class FinishReason(StrEnum):
     """Why an answer ended.
 
-    A local model ends with an end token or stop string, or at the token limit. The other reasons
-    are those of upstream servers.
+    A local model ends with an end token or stop string, with function calls, or at the token limit.
+    The other reasons are those of upstream servers.
     """
 
     STOP = "stop"
@@ -126,36 +126,155 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a function, as the model wrote it.
+
+    Args:
+        id: names the call in the message that carries its result.
+        name: of the function.
+        arguments: JSON text, as in OpenAI's API.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+    def record(self) -> dict[str, Any]:
+        """The call as a JSON object, in OpenAI's shape."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a function call that is being generated.
+
+    Args:
+        index: position of the call in the answer.
+        name: of the function, in the call's first piece; empty in others.
+        arguments: the next characters of the arguments.
+    """
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation; `role` is system, user or assistant."""
+    """One message of a conversation.
+
+    Args:
+        role: system, user, assistant or tool.
+        content: its text; the result of a function if the role is tool.
+        tool_calls: the assistant's calls.
+        tool_call_id: which call the message is the result of.
+    """
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+    @property
+    def num_chars(self) -> int:
+        """Length of the content and the calls, in characters."""
+        return len(self.content) + sum(len(c.name) + len(c.arguments) for c in self.tool_calls)
+
+
+class ToolMode(StrEnum):
+    """Whether an answer may or must call functions."""
+
+    NONE = "none"
+    AUTO = "auto"
+    REQUIRED = "required"
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function that an answer may call.
+
+    Args:
+        name: letters, digits, underscores and dashes.
+        description: for the model.
+        parameters: a JSON Schema of the arguments, as text; "" if the function takes none.
+        is_strict: OpenAI's `strict`, for upstream servers; arguments always follow the schema here.
+    """
+
+    name: str
+    description: str = ""
+    parameters: str = ""
+    is_strict: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The functions that a query offers, and how its answer may use them.
+
+    Args:
+        functions: at least one.
+        mode: whether an answer may or must call functions.
+        allowed: names of the functions that may be called; () is all of them.
+        is_parallel: whether one answer may hold several calls.
+    """
+
+    functions: tuple[Function, ...]
+    mode: ToolMode = ToolMode.AUTO
+    allowed: tuple[str, ...] = ()
+    is_parallel: bool = True
+
+    @property
+    def num_chars(self) -> int:
+        """Length of all definitions, in characters."""
+        return sum(
+            len(text) for f in self.functions for text in (f.name, f.description, f.parameters)
+        )
 
 
 class TextPiece(str):
-    """A piece of an answer's text, with the log probabilities of tokens if the query wants them.
+    """A piece of an answer's text, with what belongs to it.
 
-    The pieces together carry the first entries of the result's `logprobs`; tokens whose text is not
-    final yet may be among them.
+    Attributes:
+        logprobs: log probabilities of tokens, if the query wants them. All pieces together carry
+            the first entries of the result's `logprobs`; tokens whose text is not final yet may be
+            among them.
+        calls: pieces of function calls; the text is empty then, as a rule.
     """
 
-    __slots__ = ("logprobs",)
+    __slots__ = ("calls", "logprobs")
 
     logprobs: Sequence[Mapping[str, Any]]
+    calls: Sequence[ToolCallDelta]
 
-    def __new__(cls, text: str, logprobs: Sequence[Mapping[str, Any]] | None = None) -> Self:
-        """Attach log probabilities to text."""
+    def __new__(
+        cls,
+        text: str,
+        logprobs: Sequence[Mapping[str, Any]] | None = None,
+        calls: Sequence[ToolCallDelta] = (),
+    ) -> Self:
+        """Attach log probabilities and calls to text."""
         piece = super().__new__(cls, text)
         piece.logprobs = logprobs or ()
+        piece.calls = calls
         return piece
 
     @classmethod
+    def whole(cls, result: "Result") -> Self:
+        """A complete answer as one piece."""
+        return cls(result.response or "", result.logprobs, whole_calls(result))
+
+    @classmethod
     def joined(cls, pieces: Iterable[str]) -> Self:
-        """Join pieces, of which some may be plain strings, without log probabilities."""
+        """Join pieces, of which some may be plain strings."""
         pieces = list(pieces)
-        entries = [e for piece in pieces if isinstance(piece, cls) for e in piece.logprobs]
-        return cls("".join(pieces), entries)
+        rich = [piece for piece in pieces if isinstance(piece, cls)]
+        entries = [entry for piece in rich for entry in piece.logprobs]
+        return cls("".join(pieces), entries, [call for piece in rich for call in piece.calls])
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it holds neither text nor calls."""
+        return not (self or self.calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +304,7 @@ class Query:
         format: what the answer is constrained to; None is any text.
         accepts_partial: whether an answer that ends before it matches its format is not an error,
             as in OpenAI's API.
+        tools: functions that the answer may call; None is none.
         n: number of answers.
         top_logprobs: alternatives to report for each token; None for no log probabilities.
         raw_prompt: text or token ids that the model continues, without the chat template.
@@ -203,6 +323,7 @@ class Query:
     bad_words: tuple[str, ...] = ()
     format: AnswerFormat | None = None
     accepts_partial: bool = False
+    tools: Tools | None = None
     n: int = 1
     top_logprobs: int | None = None
     raw_prompt: str | tuple[int, ...] | None = None
@@ -214,10 +335,11 @@ class Query:
 
     @property
     def num_chars(self) -> int:
-        """Length of the prompt and the answer format, in characters."""
+        """Length of the prompt, the answer format and the tools, in characters."""
         answers = self.format or AnswerFormat()
-        texts = (answers.schema, *answers.choices, *(m.content for m in self.messages))
-        return sum(map(len, texts)) + len(self.raw_prompt or "")
+        num_chars = sum(map(len, (answers.schema, *answers.choices, self.raw_prompt or "")))
+        num_chars += self.tools.num_chars if self.tools else 0
+        return num_chars + sum(message.num_chars for message in self.messages)
 
     @property
     def last_text(self) -> str:
@@ -264,7 +386,10 @@ class Result:
 
     Args:
         chat_id: of the query; None if it could not be read.
-        response: the text of the answer; of an error, the text before it, if any.
+        response: the text of the answer, None if it consists of calls; of an error, the text before
+            it, if any.
+        tool_calls: functions that it calls; of an answer that was cut off, the last may be
+            incomplete.
         finish_reason: why it ended; None if an upstream server did not say.
         logprobs: one entry per token of the text, in OpenAI's format.
         prompt_logprobs: one entry per token of the prompt, with the token's id and rank as well.
@@ -283,6 +408,7 @@ class Result:
 
     chat_id: str | None
     response: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: FinishReason | None = None
     logprobs: Sequence[Mapping[str, Any]] | None = None
     prompt_logprobs: Sequence[Mapping[str, Any]] | None = None
@@ -304,8 +430,9 @@ class Result:
 
     @property
     def num_chars(self) -> int:
-        """Approximate length in characters, log probabilities and alternatives included."""
-        texts = (self.chat_id, self.response, self.error, str(self.logprobs or ""))
+        """Approximate length in characters, with calls, log probabilities and alternatives."""
+        calls = (text for call in self.tool_calls for text in (call.id, call.name, call.arguments))
+        texts = (self.chat_id, self.response, self.error, str(self.logprobs or ""), *calls)
         num_chars = sum(len(text) for text in texts if text is not None)
         for entry in self.prompt_logprobs or ():
             num_chars += ENTRY_CHARS * (1 + len(entry["top_logprobs"]))
@@ -343,8 +470,19 @@ class Result:
         return {"response": self.response, "finish_reason": self.finish_reason}
 
     def _answer(self) -> dict[str, Any]:
-        values = {"response": self.response, "finish_reason": self.finish_reason}
+        values: dict[str, Any] = {"response": self.response}
+        if self.tool_calls:
+            values["tool_calls"] = [call.record() for call in self.tool_calls]
+        values["finish_reason"] = self.finish_reason
         return values if self.logprobs is None else values | {"logprobs": self.logprobs}
+
+
+def whole_calls(result: Result) -> list[ToolCallDelta]:
+    """The calls of an answer, each in one piece."""
+    return [
+        ToolCallDelta(index, call.name, call.arguments)
+        for index, call in enumerate(result.tool_calls)
+    ]
 
 
 def failure(query: Query, message: str, code: ErrorCode, field: str | None = None) -> Result:

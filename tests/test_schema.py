@@ -249,7 +249,7 @@ def test_invalid_value_names_the_valid_ones(field: str, value: object, sentence:
     ("messages", "sentence"),
     [
         ([], "messages must be a non-empty list of {role, content}, ending with a user message"),
-        ([{"role": "user"}], "(at messages[0].content)"),
+        ([{"role": "user", "content": 5}], "(at messages[0].content)"),
         ([{"role": "robot", "content": "x"}], "(at messages[0].role)"),
         ([{"role": "user", "content": "x", "name": "y"}], "(at messages[0].name)"),
         (
@@ -450,8 +450,8 @@ def test_stream_options_of_openai_and_vllm_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("parameters", "path", "said"),
     [
-        ({"tools": [{"type": "function"}]}, "tools", "tools are not supported"),
-        ({"tool_choice": "required"}, "tool_choice", "tools are not supported"),
+        ({"functions": [{"name": "f"}]}, "functions", "use tools"),
+        ({"function_call": {"name": "f"}}, "function_call", "use tool_choice"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "numbers from -100 to 100"),
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "token ids"),
         ({"store": True}, "store", "nothing is stored"),
@@ -488,13 +488,18 @@ def test_unsupported_parameter_is_named_by_its_path(
     assert said in message
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 
 
 @pytest.mark.parametrize(
     ("message", "path", "said"),
     [
-        ({"role": "tool", "tool_call_id": "c", "content": "42"}, "role", "role 'tool' is not"),
+        ({"role": "function", "content": "42"}, "role", "role 'function' is not"),
+        ({"role": "tool", "content": "42"}, "tool_call_id", "is required"),
+        ({"role": "tool", "tool_call_id": "c"}, "content", "is required"),
+        ({"role": "user", "content": "Hi", "tool_calls": [CALL]}, "tool_calls", "'assistant'"),
+        ({"role": "user", "content": "Hi", "tool_call_id": "c"}, "tool_call_id", "'tool'"),
         ({"role": "user", "content": [IMAGE]}, "content[0].type", "type 'image_url' is not"),
         (
             {"role": "user", "content": [{"type": "text", "text": "Hi"}, IMAGE]},
@@ -505,7 +510,16 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
         ({"role": "user"}, "content", "is required"),
         ({"role": "user", "content": None}, "content", "is required"),
         ({"content": "Hi"}, "role", "is required"),
-        ({"role": "assistant", "tool_calls": [{}]}, "tool_calls", "is not supported"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "c"}]},
+            "tool_calls[0].function",
+            "is required",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]},
+            "tool_calls[0].type",
+            "'custom' is not supported",
+        ),
         ({"role": "user", "content": "Hi", "nam": "x"}, "nam", "did you mean 'name'?"),
     ],
 )

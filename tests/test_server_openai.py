@@ -97,7 +97,7 @@ def test_neutral_parameters_are_accepted(
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
-        ([{"role": "tool", "tool_call_id": "c", "content": "42"}], "messages[0].role"),
+        ([{"role": "function", "name": "c", "content": "42"}], "messages[0].role"),
         (
             [*MESSAGES, {"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
             "messages[1].content[0].type",
@@ -163,7 +163,7 @@ def test_text_parts_and_the_developer_role_are_supported(
         ({"logprobs": 2}, "logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"logit_bias": {"5000": 1}}, "logit_bias"),
         ({"response_format": {"type": "json"}}, "response_format.type"),
@@ -174,7 +174,7 @@ def test_text_parts_and_the_developer_role_are_supported(
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"colour": "red"}, "colour"),
     ],
 )

@@ -84,9 +84,19 @@ def test_every_response_matches_the_document(
 
 
 def ask_a_question(body: Any) -> None:
-    """Have the last message come from the user, which JSON Schema cannot express."""
+    """Have the last message come from the user, and tools have the names that are referred to.
+
+    JSON Schema can express neither.
+    """
     if isinstance(body, dict) and body.get("messages"):
         body["messages"][-1] = {"role": "user", "content": "Hi"}
+    if isinstance(body, dict) and body.get("tools"):
+        for at, tool in enumerate(body["tools"]):
+            tool["function"]["name"] = f"f{at}"
+        if isinstance(choice := body.get("tool_choice"), dict):
+            allowed = choice.get("allowed_tools", {}).get("tools", [choice])
+            for each in (each for each in allowed if "function" in each):
+                each["function"]["name"] = "f0"
 
 
 LAX = [

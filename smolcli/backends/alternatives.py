@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from smolcli.backends.base import complete_future
 from smolcli.protocol.prompt import split_answers
+from smolcli.protocol.tools import with_call_ids
 from smolcli.types import Query, Result, Timings, Usage
 
 
@@ -19,10 +20,11 @@ def submit_each(query: Query, submit: Callable[[Query, bool], Future[Result]]) -
     Returns:
         The result with all answers, or the first error. Cancelling it cancels all generations.
     """
-    return _combined([submit(each, index == 0) for index, each in enumerate(split_answers(query))])
+    futures = [submit(each, index == 0) for index, each in enumerate(split_answers(query))]
+    return _combined(query, futures)
 
 
-def _combined(futures: Sequence[Future[Result]]) -> Future[Result]:
+def _combined(query: Query, futures: Sequence[Future[Result]]) -> Future[Result]:
     combined: Future[Result] = Future()
 
     def cancel_all(_: Future[Result]) -> None:
@@ -36,7 +38,8 @@ def _combined(futures: Sequence[Future[Result]]) -> Future[Result]:
             combined.cancel()
         else:
             error = next((e for future in futures if (e := future.exception())), None)
-            complete_future(combined, error or merged([future.result() for future in futures]))
+            results = [] if error else [future.result() for future in futures]
+            complete_future(combined, error or with_call_ids(merged(results), query))
 
     combined.add_done_callback(cancel_all)
     for future in futures:

@@ -18,6 +18,7 @@ from smolcli.backends.base import (
     complete_future,
     failed_result,
 )
+from smolcli.protocol.tools import with_call_ids
 from smolcli.settings import EngineSettings
 from smolcli.types import Query, Result, TextPiece, Timings
 
@@ -109,7 +110,7 @@ class DedupBackend:
             if cached := self._cached.get(key[0]):
                 self._cached.move_to_end(key[0])
                 self._num_shared += 1
-                _show(waiter, TextPiece(cached.response or "", cached.logprobs))
+                _show(waiter, TextPiece.whole(cached))
                 waiter.complete(_shared(cached, waiter))
             elif generation := self._running.get(key):
                 self._num_shared += 1
@@ -191,7 +192,8 @@ class DedupBackend:
 
 def _show(waiter: PendingQuery, text: str) -> None:
     """Pass text on to one waiter; a callback that raises is the error of its own query."""
-    if not (text and waiter.on_text and waiter.is_open):
+    is_blank = text.is_blank if isinstance(text, TextPiece) else not text
+    if is_blank or waiter.on_text is None or not waiter.is_open:
         return
     try:
         waiter.on_text(text)
@@ -210,7 +212,7 @@ def _shared(result: Result, waiter: PendingQuery) -> Result:
     """The result of one query as the result of an equal one."""
     query, total_s = waiter.query, time.perf_counter() - waiter.submitted_at
     return replace(
-        result,
+        with_call_ids(result, query),
         chat_id=query.chat_id,
         metadata=query.metadata,
         line=query.line,

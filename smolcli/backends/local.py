@@ -28,6 +28,7 @@ from smolcli.engine.autoconfig import ResolvedConfig
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError
+from smolcli.protocol.tools import with_call_ids
 from smolcli.settings import EngineSettings
 from smolcli.text.detokenizer import (
     Detokenizer,
@@ -35,9 +36,19 @@ from smolcli.text.detokenizer import (
     logprob_entries,
     prompt_logprob_entries,
 )
-from smolcli.text.grammar import GrammarCompiler, GrammarMatcher
+from smolcli.text.grammar import AnswerForm, GrammarCompiler, GrammarMatcher
 from smolcli.text.tokenizer import ChatTokenizer
-from smolcli.types import FinishReason, Query, Result, TextPiece, Timings, Usage
+from smolcli.text.tool_calls import MARKER, CallReader
+from smolcli.types import (
+    FinishReason,
+    Query,
+    Result,
+    TextPiece,
+    Timings,
+    ToolCallDelta,
+    ToolMode,
+    Usage,
+)
 from smolcli.weights.loader import load_model, resolve_model_config
 from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
@@ -118,21 +129,23 @@ class LocalQuery(PendingQuery):
     """A query in progress in this process."""
 
     detokenizer: Detokenizer
-    grammar: GrammarMatcher | None = None  # if the answer's format is constrained
+    grammar: GrammarMatcher | None = None  # if the answer's form is constrained
+    calls: CallReader | None = None  # if the answer may call functions
     token_bytes: Callable[[int], bytes] | None = None  # if log probabilities are requested
     echoed: str = ""  # what the answer starts with
     first_token_at: float = 0.0
     num_shown: int = 0  # log probabilities that have been passed on
 
-    def show(self, text: str, sequence: Sequence) -> None:
+    def show(self, text: str, sequence: Sequence, calls: list[ToolCallDelta]) -> None:
         """Pass on a piece of the answer, with the log probabilities of new tokens."""
         if self.on_text is None:
             return
+        logprobs = None
         if self.token_bytes is not None and self.query.top_logprobs is not None:
             new = sequence.logprobs[self.num_shown :]
             self.num_shown += len(new)
-            text = TextPiece(text, logprob_entries(new, self.token_bytes))
-        self.on_text(text)
+            logprobs = logprob_entries(new, self.token_bytes)
+        self.on_text(TextPiece(text, logprobs, calls) if logprobs or calls else text)
 
 
 class LocalBackend:
@@ -213,13 +226,16 @@ class LocalBackend:
                     each, on_text if is_first else None, is_interactive=is_interactive
                 ),
             )
+        marker = MARKER if query.tools else ""
         detokenizer = Detokenizer(
             self._tokenizer.decoder(),
             query.stop,
+            marker,
             include_stop=query.include_stop,
             keeps_space=query.raw_prompt is not None,
         )
-        pending = LocalQuery(query, on_text, is_interactive, detokenizer=detokenizer)
+        calls = CallReader() if marker else None
+        pending = LocalQuery(query, on_text, is_interactive, detokenizer=detokenizer, calls=calls)
         self._submitted.put(pending)
         if self._is_closed:
             self._fail_submitted()
@@ -277,8 +293,9 @@ class LocalBackend:
 
     def _sequence(self, pending: LocalQuery) -> Sequence:
         query = pending.query
-        if query.format is not None:
-            pending.grammar = self._grammars.matcher(query.format)
+        form = AnswerForm(query.format, query.tools, self._tokenizer.call_syntax)
+        if not form.is_free:
+            pending.grammar = self._grammars.matcher(form)
         if query.top_logprobs is not None or query.prompt_logprobs is not None:
             pending.token_bytes = self._grammars.token_bytes()
         if query.echo and query.raw_prompt is not None:
@@ -365,8 +382,11 @@ class LocalBackend:
         is_finished = sequence.is_finished or pending.detokenizer.is_stopped
         if is_finished:
             text += pending.detokenizer.finish()
-        if text:
-            pending.show(text, sequence)
+        calls: list[ToolCallDelta] = []
+        if pending.calls is not None:
+            calls = pending.calls.push(pending.detokenizer.take_rest())
+        if text or calls:
+            pending.show(text, sequence, calls)
         return is_finished
 
     def _push(self, pending: LocalQuery, sequence: Sequence) -> str:
@@ -401,17 +421,21 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
         return failed_result(query, grammar.fault)
     now = time.perf_counter()
     assert sequence.admitted_at is not None
-    is_stopped = pending.detokenizer.is_stopped
     logprobs = prompt_logprobs = None
     if token_bytes is not None and query.top_logprobs is not None:
         logprobs = logprob_entries(sequence.logprobs, token_bytes)
     if token_bytes is not None and query.prompt_logprobs is not None:
         scores = sequence.prompt_logprobs
         prompt_logprobs = prompt_logprob_entries(sequence.prompt_ids, scores, token_bytes)
+    text = pending.echoed + pending.detokenizer.text
+    calls = pending.calls.calls if pending.calls is not None else ()
+    finish_reason = FinishReason.STOP if pending.detokenizer.is_stopped else sequence.finish_reason
+    is_whole = grammar is None or not sequence.is_decoding or _is_complete(pending, grammar)
     result = Result(
         chat_id=query.chat_id,
-        response=pending.echoed + pending.detokenizer.text,
-        finish_reason=FinishReason.STOP if is_stopped else sequence.finish_reason,
+        response=None if calls and not text else text,
+        tool_calls=calls,
+        finish_reason=FinishReason.TOOL_CALLS if calls and is_whole else finish_reason,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         echo=query.echo if query.raw_prompt is not None else None,
@@ -424,13 +448,19 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
             total_s=now - pending.submitted_at,
         ),
     )
-    if grammar is None or not sequence.is_decoding or query.accepts_partial:
-        return result
-    is_whole = _is_complete(pending, grammar)
-    return result if is_whole else incomplete_json(result, sequence.num_output)
+    result = with_call_ids(result, query)
+    is_usable = is_whole or query.accepts_partial
+    return result if is_usable else incomplete_json(result, sequence.num_output)
 
 
 def _is_complete(pending: LocalQuery, grammar: GrammarMatcher) -> bool:
-    """Whether the text of an answer is all that its grammar has matched."""
-    is_cut = pending.detokenizer.is_stopped and not pending.query.include_stop
+    """Whether an answer is all that its grammar has matched, or free text, which may end anywhere.
+
+    Text is free if it has no format, and the answer could have called functions but did not.
+    """
+    query, detokenizer = pending.query, pending.detokenizer
+    may_be_text = query.tools is not None and query.tools.mode is ToolMode.AUTO
+    if may_be_text and query.format is None and not detokenizer.found_marker:
+        return True
+    is_cut = detokenizer.is_stopped and not query.include_stop
     return grammar.is_complete and not is_cut

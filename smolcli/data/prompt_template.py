@@ -9,8 +9,8 @@ from typing import Any
 from smolcli.data.rows import LongestField, Row
 from smolcli.errors import QueryError, UsageError
 from smolcli.protocol.bare_lines import CONTENTS, bare_id, is_bare, with_messages
-from smolcli.protocol.fields import float_to_int
-from smolcli.protocol.query import FIELDS, QueryFields, did_you_mean
+from smolcli.protocol.fields import did_you_mean, float_to_int
+from smolcli.protocol.query import FIELDS, QueryFields
 from smolcli.protocol.strict_json import load_json
 from smolcli.settings import ALL_FIELDS, RowSettings
 from smolcli.types import ErrorCode

@@ -1,6 +1,8 @@
 """The types of fields that queries and OpenAI's requests share."""
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -195,3 +197,9 @@ class Lenient(BaseModel):
                 schema["properties"][name] = described | {"anyOf": [definition, _EMPTY_SCHEMA]}
         schema["additionalProperties"] = _EMPTY_SCHEMA
         return schema
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the known name that resembles an unknown one, if any."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -48,6 +48,7 @@ from smolcli.protocol.fields import (
     Text,
     TokenIds,
     TopP,
+    did_you_mean,
 )
 from smolcli.protocol.query import (
     CHOICES_DESCRIPTION,
@@ -56,12 +57,22 @@ from smolcli.protocol.query import (
     JsonSchemaFormat,
     ResponseFormat,
     combinations,
-    did_you_mean,
     forbid_violations,
     json_path,
     parse_query,
 )
 from smolcli.protocol.strict_json import shorten
+from smolcli.protocol.tool_fields import (
+    CHOICE_DESCRIPTION,
+    TOOLS_DESCRIPTION,
+    CallFields,
+    FunctionFields,
+    ToolChoice,
+    ToolFields,
+    ToolList,
+    message_rules,
+    tool_values,
+)
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage
 
@@ -88,27 +99,25 @@ class RefusalPart(Lenient):
         return self.refusal
 
 
-_CONTENT: Any = {"type": ["string", "array"]}
-
-
 class ChatMessage(Lenient):
     """One message. Fields of an earlier answer that the official clients send back are accepted."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "anyOf": [
-                {"properties": {"role": {"const": "assistant"}}},
-                {"required": ["content"], "properties": {"content": _CONTENT}},
-            ]
-        }
+        json_schema_extra=message_rules(list(EMPTY), is_content_optional=True)
     )
     KEPT = frozenset({"content"})
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | list[TextPart | RefusalPart] | None = Field(
         None, description="a string or a list of text parts; null only from the assistant"
     )
     name: Text | None = Field(None, description="a string; it has no effect")
+    tool_calls: list[CallFields] | None = Field(
+        None, description="the calls of an earlier answer, only from the assistant"
+    )
+    tool_call_id: Text | None = Field(
+        None, description="the id of a call, in the message with its result"
+    )
     refusal: Text | None = Field(None, description="a string; used as the content if that is null")
     annotations: list[Any] | None = Field(None, description="a list; it has no effect")
     parsed: Any = Field(None, description="any value; it has no effect")
@@ -144,7 +153,7 @@ STREAM_COMBINATIONS: list[Any] = [
 _ZERO = "0: it is not supported"
 _FALSE = "false: it is not supported"
 _NO_EFFECT = "a string; it has no effect"
-_NO_TOOLS = "empty: tools are not supported"
+_USE_TOOLS = "empty: use tools"
 _UNSUPPORTED = "empty: it is not supported"
 
 
@@ -243,8 +252,11 @@ class CompletionFields(GenerationFields):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
         description="a non-empty list of {role, content} with text content, ending with a user "
-        "message"
+        "message or the result of a tool"
     )
+    tools: ToolList | None = Field(None, description=TOOLS_DESCRIPTION)
+    tool_choice: ToolChoice | None = Field(None, description=CHOICE_DESCRIPTION)
+    parallel_tool_calls: Flag | None = Field(None, description="true or false")
     max_completion_tokens: Count | None = Field(None, description="a positive integer")
     logprobs: Flag | None = Field(None, description="true or false")
     top_logprobs: NumLogprobs | None = Field(
@@ -261,7 +273,6 @@ class CompletionFields(GenerationFields):
     service_tier: Text | None = Field(None, description=_NO_EFFECT)
     metadata: dict[str, Any] | None = Field(None, description="an object; it has no effect")
     prediction: dict[str, Any] | None = Field(None, description="an object; it has no effect")
-    parallel_tool_calls: Flag | None = Field(None, description="true or false; it has no effect")
 
     # OpenAI's parameters that are not supported.
     store: Literal[False] | None = Field(None, description="false: nothing is stored")
@@ -274,13 +285,9 @@ class CompletionFields(GenerationFields):
     verbosity: Literal["medium"] | None = Field(
         None, description='"medium": others are not supported'
     )
-    tools: None = Field(None, description=_NO_TOOLS)
-    functions: None = Field(None, description=_NO_TOOLS)
-    tool_choice: Literal["none", "auto"] | None = Field(
-        None, description='"none" or "auto": tools are not supported'
-    )
+    functions: None = Field(None, description=_USE_TOOLS)
     function_call: Literal["none", "auto"] | None = Field(
-        None, description='"none" or "auto": tools are not supported'
+        None, description='"none" or "auto": use tool_choice'
     )
     audio: None = Field(None, description=_UNSUPPORTED)
     moderation: None = Field(None, description=_UNSUPPORTED)
@@ -318,7 +325,7 @@ class Completion:
     def chunk(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: Sequence[Mapping[str, Any]] = (),
         finish_reason: FinishReason | None = None,
     ) -> dict[str, Any]:
@@ -350,7 +357,7 @@ def answer_fields(result: Result) -> dict[str, Any]:
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": each.response},
+            "message": _answer_message(each),
             "logprobs": _logprobs(each),
             "finish_reason": each.finish_reason,
         }
@@ -380,6 +387,13 @@ def rank_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | 
             position |= ranked(each, rank)
         positions.append(position)
     return positions
+
+
+def _answer_message(answer: Result) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.response}
+    if answer.tool_calls:
+        message["tool_calls"] = [call.record() for call in answer.tool_calls]
+    return message
 
 
 # OpenAI's clients recognize this code.
@@ -478,6 +492,7 @@ def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
         "max_new_tokens": fields.max_completion_tokens or fields.max_tokens,
         "logprobs": fields.logprobs,
         "top_logprobs": fields.top_logprobs,
+        **tool_values(fields.tools, fields.tool_choice, fields.parallel_tool_calls),
     }
 
 
@@ -491,17 +506,19 @@ def query_fields(fields: GenerationFields, defaults: QueryDefaults) -> dict[str,
     return values | {"top_k": None if fields.top_k is None else max(fields.top_k, 0)}
 
 
-def _message(index: int, message: ChatMessage) -> dict[str, str]:
+def _message(index: int, message: ChatMessage) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     content = message.refusal if message.content is None else message.content
-    if content is None:
+    if content is None and not message.tool_calls:
         if role != "assistant":
             path = f"messages[{index}].content"
             raise QueryError(f"{path} is required", ErrorCode.MISSING_FIELD, path)
         content = ""
-    if not isinstance(content, str):
+    if isinstance(content, list):
         content = "".join(part.text for part in content)
-    return {"role": role, "content": content}
+    calls = [call.model_dump(exclude_none=True) for call in message.tool_calls or ()]
+    values = {"role": role, "content": content, "tool_call_id": message.tool_call_id}
+    return values | {"tool_calls": calls}
 
 
 def _logprobs(result: Result) -> dict[str, Any] | None:
@@ -531,7 +548,7 @@ def parameter_error(exc: ValidationError, model: type[BaseModel], value: object)
     top = [f for f in faults if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or faults
     same = [f for f in top if f["loc"][0] == top[0]["loc"][0]]
     # A union reports an error for each of its types; take the one that validated furthest.
-    fault = max(same, key=lambda f: _depth(list(_location(value, f["loc"]))))
+    fault = max(same, key=lambda f: _depth(list(_location(value, f["loc"])), f["type"]))
     location = list(_location(value, fault["loc"]))
     kind, given = fault["type"], fault["input"]
     if kind.startswith("union_tag"):  # the type of a response_format
@@ -552,14 +569,20 @@ def parameter_error(exc: ValidationError, model: type[BaseModel], value: object)
     return invalid_parameter(str(location[0]), model, path)
 
 
-def _depth(location: list[int | str]) -> tuple[int, list[int]]:
-    """How far into a value a location is: its length, then its indices."""
-    return len(location), [step for step in location if isinstance(step, int)]
+def _depth(location: list[int | str], kind: str) -> tuple[int, list[int]]:
+    """How far into a value a fault is: its length, then its indices.
+
+    A type that is wrong is inside of its object.
+    """
+    length = len(location) + kind.startswith("union_tag")
+    return length, [step for step in location if isinstance(step, int)]
 
 
 def _location(value: Any, location: Sequence[int | str]) -> Iterator[int | str]:
     """The keys and indices of a location, without pydantic's names for the types of a union."""
     for at, step in enumerate(location):
+        if str(step).startswith(("literal[", "tagged-union[")):
+            continue
         if isinstance(value, dict) and (step in value or at == len(location) - 1):
             value = value.get(step)
         elif isinstance(value, list) and isinstance(step, int):
@@ -574,6 +597,8 @@ def _known(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
     if location[0] == "response_format":
         known: type[BaseModel] = JsonSchemaFields if len(location) > 2 else JsonSchemaFormat
         return [info.alias or name for name, info in known.model_fields.items()]
+    if location[0] == "tools":
+        return list((FunctionFields if len(location) > 3 else ToolFields).model_fields)
     models: dict[int, type[BaseModel]] = {1: model, 2: StreamOptions, 3: ChatMessage, 5: TextPart}
     return list(models.get(len(location), model).model_fields)
 

@@ -4,9 +4,8 @@ The pydantic models here are the only description of a query: they parse it, and
 generated from them.
 """
 
-import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -47,9 +46,21 @@ from smolcli.protocol.fields import (
     TopK,
     TopP,
     decimal_id,
+    did_you_mean,
 )
 from smolcli.protocol.prompt import derived_seed, with_system_prompt
 from smolcli.protocol.strict_json import shorten
+from smolcli.protocol.tool_fields import (
+    CHOICE_DESCRIPTION,
+    TOOLS_DESCRIPTION,
+    CallFields,
+    ToolChoice,
+    ToolList,
+    check_calls,
+    message_rules,
+    parse_calls,
+    parse_tools,
+)
 from smolcli.settings import DEFAULT_SEED, QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
 
@@ -190,6 +201,7 @@ _SCORES: dict[str, Any] = {
 }
 _RAW_COMBINATIONS: list[Any] = [
     {"anyOf": [{"not": _ECHOES}, _IS_RAW]},
+    {"anyOf": [{"not": _IS_RAW}, {"properties": {"tools": {"enum": [None, []]}}}]},
     {"anyOf": [{"properties": {"max_new_tokens": {"not": {"const": 0}}}}, _ECHOES, _SCORES]},
 ]
 
@@ -213,6 +225,10 @@ def combinations(absent: list[Any], default_temperature: bool) -> list[Any]:
             {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
         ],
         [
+            {"properties": {"tool_choice": {"enum": [*absent, "none", "auto"]}}},
+            {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
+        ],
+        [
             {"properties": {"n": {"enum": [*absent, 1]}}},
             temperature | {"properties": {"temperature": sampled}},
         ],
@@ -231,11 +247,15 @@ def forbid_violations(rules: list[dict[str, Any]]) -> dict[str, Any]:
 class MessageFields(BaseModel):
     """One message of `messages`."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(
+        extra="allow", json_schema_extra=message_rules([None], is_content_optional=False)
+    )
     __pydantic_extra__: dict[str, None] = Field(init=False)
 
-    role: Literal["system", "user", "assistant"]
-    content: Text
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Text | None = None
+    tool_calls: list[CallFields] | None = None
+    tool_call_id: Text | None = None
 
 
 class QueryFields(BaseModel):
@@ -255,7 +275,9 @@ class QueryFields(BaseModel):
         None, description="a string; an empty one omits the default system prompt"
     )
     messages: Annotated[list[MessageFields], Field(min_length=1)] | None = Field(
-        None, description="a non-empty list of {role, content}, ending with a user message"
+        None,
+        description="a non-empty list of {role, content}, ending with a user message or the result "
+        "of a tool",
     )
     raw_prompt: RawPrompt | None = Field(
         None, description="a non-empty string or a non-empty list of token ids"
@@ -284,6 +306,9 @@ class QueryFields(BaseModel):
     allowed_token_ids: AllowedIds | None = Field(None, description=ALLOWED_TOKEN_IDS)
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=CHOICES_DESCRIPTION)
+    tools: ToolList | None = Field(None, description=TOOLS_DESCRIPTION)
+    tool_choice: ToolChoice | None = Field(None, description=CHOICE_DESCRIPTION)
+    parallel_tool_calls: Flag | None = Field(None, description="true or false")
     n: NumAnswers | None = Field(None, description=f"an integer from 1 to {MAX_ANSWERS}")
     logprobs: Flag | None = Field(None, description="true or false")
     top_logprobs: NumLogprobs | None = Field(
@@ -337,6 +362,7 @@ def parse_query(
     except ValidationError as exc:
         raise _query_error(exc) from None
     answers = answer_format(fields.response_format, fields.choices, defaults.format)
+    tools = parse_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
     query = Query(
         chat_id=fields.chat_id,
         messages=_messages(fields, defaults.system_prompt),
@@ -345,7 +371,8 @@ def parse_query(
         include_stop=bool(fields.include_stop_str_in_output),
         bad_words=tuple(fields.bad_words or ()),
         format=answers,
-        accepts_partial=accepts_partial and answers is not None,
+        tools=tools,
+        accepts_partial=accepts_partial and not (answers is None and tools is None),
         n=fields.n or 1,
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
         raw_prompt=_raw_prompt(fields.raw_prompt),
@@ -377,12 +404,22 @@ def _messages(fields: QueryFields, system_prompt: str | None) -> tuple[Message, 
         for other in ("user_prompt", "system_prompt"):
             if getattr(fields, other) is not None:
                 raise QueryError(f"{other} cannot be combined with messages", field=other)
-        turns = [Message(turn.role, turn.content) for turn in fields.messages]
-        if turns[-1].role != "user" or not turns[-1].content.strip():
-            message = "messages must end with a non-blank user message"
+        turns = [_message(turn, f"messages[{at}]") for at, turn in enumerate(fields.messages)]
+        last = turns[-1]
+        if last.role != "tool" and (last.role != "user" or not last.content.strip()):
+            message = "messages must end with a non-blank user message or the result of a tool"
             raise QueryError(message, field="messages")
         system = None if turns[0].role == "system" else system_prompt
     return with_system_prompt(tuple(turns), system)
+
+
+def _message(turn: MessageFields, path: str) -> Message:
+    if turn.content is None and not turn.tool_calls:
+        path = f"{path}.content"
+        raise QueryError(f"{path} is required", ErrorCode.MISSING_FIELD, path)
+    check_calls(turn.role, turn.tool_calls, turn.tool_call_id, path)
+    calls = parse_calls(turn.tool_calls)
+    return Message(turn.role, turn.content or "", calls, turn.tool_call_id or "")
 
 
 def _sampling(fields: QueryFields, defaults: Sampling) -> Sampling:
@@ -409,6 +446,8 @@ def _check_combination(fields: QueryFields, query: Query) -> None:
     """Refuse fields that are valid by themselves but contradict each other."""
     if fields.top_logprobs and query.top_logprobs is None:
         raise QueryError("top_logprobs requires logprobs to be true", field="top_logprobs")
+    if query.tools is not None and query.raw_prompt is not None:
+        raise QueryError("tools cannot be combined with raw_prompt", field="tools")
     if query.echo and query.raw_prompt is None:
         raise QueryError("echo requires raw_prompt", field="echo")
     if fields.max_new_tokens == 0 and fields.prompt_logprobs is None and not fields.echo:
@@ -432,7 +471,8 @@ def _query_error(exc: ValidationError) -> QueryError:
     if field == "chat_id" and (fault["type"] == "missing" or fault["input"] in (None, "")):
         return _required("chat_id")
     where = json_path(fault["loc"])
-    detail = f" (at {where})" if where != field and field == "messages" else ""
+    is_nested = where != field and field in ("messages", "tools")
+    detail = f" (at {where})" if is_nested else ""
     message = f"{field} must be {FIELDS[field].description}{detail}"
     return QueryError(message, ErrorCode.INVALID_VALUE, field)
 
@@ -445,9 +485,3 @@ def json_path(location: Sequence[int | str]) -> str:
     """A location inside a JSON value as text: `messages[1].content`."""
     path = "".join(f"[{at}]" if isinstance(at, int) else f".{shorten(at)}" for at in location)
     return path.removeprefix(".")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the known name that resembles an unknown one, if any."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import Any
@@ -12,11 +12,12 @@ from flask import Blueprint, Response
 from smolcli.backends.alternatives import merged
 from smolcli.protocol.openai import Completion, parse_completion
 from smolcli.protocol.prompt import split_answers
+from smolcli.protocol.tools import delta_record
 from smolcli.server.errors import HttpError, error_body, error_response, result_error
 from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json
 from smolcli.server.sse import DONE, KEEP_ALIVE, KEEP_ALIVE_S, first_event, sse_line
-from smolcli.types import Result, TextPiece
+from smolcli.types import Result, TextPiece, ToolCallDelta, whole_calls
 
 Event = tuple[int, str | Result] | None  # with the index of the answer
 
@@ -95,6 +96,7 @@ class CompletionStream:
         self._completion = completion
         self._results: dict[int, Result] = {}
         self._num_logprobs = [0] * completion.query.n  # sent for each answer
+        self._has_calls = [False] * completion.query.n  # whether any were sent
 
     def lines(self, events: Iterator[Event]) -> Iterator[str]:
         """The lines to send.
@@ -124,12 +126,25 @@ class CompletionStream:
         if isinstance(event, str):
             entries = event.logprobs if isinstance(event, TextPiece) else ()
             self._num_logprobs[index] += len(entries)
-            return self._chunk(index, {"content": event}, entries)
+            calls = event.calls if isinstance(event, TextPiece) else ()
+            content = {"content": str(event)} if event or not calls else {}
+            return self._chunk(index, content | self._calls(index, calls), entries)
         if event.is_error:
             return sse_line(error_body(result_error(event), is_openai=True))
         self._results[index] = event
         rest = (event.logprobs or ())[self._num_logprobs[index] :]
-        return self._chunk(index, {}, rest, event.finish_reason)
+        last = self._chunk(index, {}, rest, event.finish_reason)
+        if event.tool_calls and not self._has_calls[index]:  # a backend that does not stream them
+            return self._chunk(index, self._calls(index, whole_calls(event))) + last
+        return last
+
+    def _calls(self, index: int, deltas: Sequence[ToolCallDelta]) -> dict[str, Any]:
+        """The member of a delta that holds pieces of calls, if there are any."""
+        if not deltas:
+            return {}
+        self._has_calls[index] = True
+        query = self._completion.query
+        return {"tool_calls": [delta_record(each, query, index) for each in deltas]}
 
     def _end(self) -> str:
         lines = DONE

@@ -64,10 +64,28 @@ class PromptLogprob(Exact):
     top_logprobs: list[TopPromptLogprob]
 
 
+class CalledFunction(Exact):
+    """A function and the arguments to call it with, as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Exact):
+    """A call of a function."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Alternative(Exact):
     """One of several answers to a query."""
 
-    response: str
+    response: str | None = Field(description="Null if the answer consists of calls.")
+    tool_calls: list[ToolCall] = Field(
+        default_factory=list, description="Present if the answer calls functions."
+    )
     finish_reason: FinishReason | None = Field(
         description="Null if an upstream server does not report it."
     )
@@ -172,7 +190,10 @@ class OpenAIMessage(Exact):
     """The assistant's message."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="Null if the answer consists of calls.")
+    tool_calls: list[ToolCall] = Field(
+        default_factory=list, description="Present if the answer calls functions."
+    )
 
 
 class OpenAILogprobs(Exact):

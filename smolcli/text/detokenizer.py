@@ -62,9 +62,12 @@ class Detokenizer:
     The text excludes surrounding white space and, by default, the stop string. Text that may be the
     start of a stop string, and white space that may be the last, is held back until more is known.
 
+    What follows the marker, if there is one, is not part of the text: `take_rest` returns it.
+
     Args:
         decoder: a new decoder.
         stop: strings that end the answer.
+        marker: ends the text but not the answer; "" is none.
         include_stop: whether the text includes the stop string.
         keeps_space: whether surrounding white space is part of the text, as in the continuation of
             a raw prompt.
@@ -74,6 +77,7 @@ class Detokenizer:
         self,
         decoder: TextDecoder,
         stop: tuple[str, ...],
+        marker: str = "",
         *,
         include_stop: bool = False,
         keeps_space: bool = False,
@@ -82,6 +86,8 @@ class Detokenizer:
         self._include_stop = include_stop
         self._keeps_space = keeps_space
         self._stop = [StopString(text) for text in stop]
+        self._marker = StopString(marker) if marker else None
+        self._rest: str | None = None  # after the marker; None before it
         self._shown: list[str] = []
         self._space: list[str] = []  # white space after the text shown
         self._tail = ""  # text that may be the start of a stop string
@@ -102,6 +108,16 @@ class Detokenizer:
         """
         return self._extend(self._decoder.push(token_id), may_stop)
 
+    @property
+    def found_marker(self) -> bool:
+        """Whether the text has ended at the marker."""
+        return self._rest is not None
+
+    def take_rest(self) -> str:
+        """The text after the marker that no earlier call has returned."""
+        rest, self._rest = self._rest or "", None if self._rest is None else ""
+        return rest
+
     def finish(self) -> str:
         """End the answer; returns the rest of the text."""
         piece = "" if self.is_stopped else self._extend(self._decoder.flush(), may_stop=True)
@@ -109,17 +125,26 @@ class Detokenizer:
         return piece + self._show(tail)
 
     def _extend(self, piece: str, may_stop: bool) -> str:
+        if self._rest is not None:
+            self._rest += piece
+            return ""
         text = self._tail + piece
         found = [(stop, stop.find(piece, may_stop)) for stop in self._stop]
+        if self._marker is not None:
+            found.append((self._marker, self._marker.find(piece, True)))
         ends = [(stop, end) for stop, end in found if end is not None]
         if ends:
-            self.is_stopped = True
             # Of several, the one that begins first counts.
-            start, end = min((end - len(stop.text), end) for stop, end in ends)
-            num_final = len(self._tail) + (end if self._include_stop else start)
+            start, end, is_marker = min(
+                (end - len(stop.text), end, stop is self._marker) for stop, end in ends
+            )
+            self.is_stopped = not is_marker
+            self._rest = piece[end:] if is_marker else None
+            includes_it = self._include_stop and not is_marker
+            num_final = len(self._tail) + (end if includes_it else start)
             text = text[:num_final]
         else:
-            num_final = len(text) - max((stop.num_matched for stop in self._stop), default=0)
+            num_final = len(text) - max((stop.num_matched for stop, _ in found), default=0)
         self._tail = text[num_final:]
         return self._show(text[:num_final])
 

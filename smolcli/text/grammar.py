@@ -5,12 +5,14 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from smolcli.errors import QueryError
-from smolcli.text.json_schema import rewrite_schema
-from smolcli.types import AnswerFormat
+from smolcli.text.json_schema import close_objects, rewrite_schema
+from smolcli.text.tool_calls import ARGUMENTS, END, LIST, MARKER, NAME, CallSyntax
+from smolcli.types import AnswerFormat, Function, ToolMode, Tools
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 MAX_COMBINED_PATTERNS = 12  # llguidance's time doubles with each, and it has no timeout
 _PATTERN_KEYWORDS = ("pattern", "format", "$ref")
 MAX_CACHED_GRAMMARS = 128
+MAX_CALLS = 8  # in one answer
+NO_ARGUMENTS = '{"type": "object", "properties": {}, "additionalProperties": false}'
 # The layout of json.dumps: a model that chooses its own white space may never stop.
 JSON_STYLE: Any = {
     "whitespace_flexible": False,
@@ -57,13 +61,13 @@ class GrammarCompiler:
         tokenizer = self._tokenizer()
         return lambda token_id: tokenizer.decode_bytes([token_id])
 
-    def matcher(self, answers: AnswerFormat) -> "GrammarMatcher":
-        """A new matcher for one answer; each distinct format is compiled once.
+    def matcher(self, form: "AnswerForm") -> "GrammarMatcher":
+        """A new matcher for one answer; each distinct form is compiled once.
 
         Raises:
-            QueryError: the format is not supported.
+            QueryError: the form is not supported.
         """
-        return GrammarMatcher(self._compiled(answers).deep_copy(), answers)
+        return GrammarMatcher(self._compiled(form).deep_copy(), form)
 
     def _tokenizer(self) -> "LLTokenizer":
         """Load the tokenizer on first use: it takes a while."""
@@ -76,16 +80,41 @@ class GrammarCompiler:
                 )
             return self._loaded
 
-    def _compile(self, answers: AnswerFormat) -> "LLMatcher":
-        return _compile(answers, self._tokenizer())
+    def _compile(self, form: "AnswerForm") -> "LLMatcher":
+        return _compile(form, self._tokenizer())
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """Everything that constrains an answer.
+
+    Args:
+        format: of its text; None for any text.
+        tools: functions that it may call.
+        syntax: how it calls them.
+    """
+
+    format: AnswerFormat | None = None
+    tools: Tools | None = None
+    syntax: CallSyntax = LIST
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is any text."""
+        return self.format is None and self.callable is None
+
+    @property
+    def callable(self) -> Tools | None:
+        """The tools, if any may be called."""
+        return self.tools if self.tools and self.tools.mode is not ToolMode.NONE else None
 
 
 class GrammarMatcher:
     """The state of one answer in its grammar; implements `engine.sequence.Constraint`."""
 
-    def __init__(self, matcher: "LLMatcher", answers: AnswerFormat) -> None:
+    def __init__(self, matcher: "LLMatcher", form: AnswerForm) -> None:
         self._matcher = matcher
-        self._answers = answers
+        self._form = form
 
     @property
     def is_complete(self) -> bool:
@@ -101,7 +130,7 @@ class GrammarMatcher:
     def fault(self) -> QueryError | None:
         """Why matching failed, or None."""
         is_error = self._matcher.is_error()
-        return _unsupported(self._answers, self._matcher.get_error()) if is_error else None
+        return _unsupported(self._form, self._matcher.get_error()) if is_error else None
 
     def mask(self) -> bytes:
         """A bit mask over the vocabulary, least significant bit first; 1 means allowed."""
@@ -112,26 +141,92 @@ class GrammarMatcher:
         self._matcher.consume_token(token_id)
 
 
-def to_grammar(answers: AnswerFormat) -> str:
-    """Translate an answer format to llguidance's grammar language."""
+def to_grammar(form: AnswerForm) -> str:
+    """Translate the form of an answer to llguidance's grammar language."""
     from llguidance import LLMatcher
 
-    if answers.choices:
-        return LLMatcher.grammar_from_regex("|".join(map(re.escape, answers.choices)))
-    _reject_unsafe(answers)
-    schema = json.dumps(rewrite_schema(json.loads(answers.schema)), ensure_ascii=False)
+    if form.callable is not None:
+        return LLMatcher.grammar_from_lark(_tools_grammar(form, form.callable))
+    assert form.format is not None
+    if form.format.choices:
+        return LLMatcher.grammar_from_regex("|".join(map(re.escape, form.format.choices)))
+    schema = _rewritten(form.format.schema)
     return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
 
 
-def _reject_unsafe(answers: AnswerFormat) -> None:
+def _rewritten(schema: str) -> str:
+    return json.dumps(rewrite_schema(json.loads(schema)), ensure_ascii=False)
+
+
+def _tools_grammar(form: AnswerForm, tools: Tools) -> str:
+    """A grammar in llguidance's dialect of Lark: text, or calls, which MARKER begins.
+
+    Text may precede calls. It never contains MARKER, so a model that writes MARKER has to go on
+    with a call.
+    """
+    syntax = form.syntax
+    names = [function.name for function in callable_functions(tools)]
+    more = f" ({_quoted(syntax.separator)} call){{0,{MAX_CALLS - 1}}}" if tools.is_parallel else ""
+    lines = ["%llguidance {}"]
+    if tools.mode is ToolMode.REQUIRED:
+        lines.append(f"start: {_quoted(MARKER)} calls")
+    elif form.format is None:
+        lines += [
+            "start: TEXT | before calls",
+            f"before[suffix={_quoted(MARKER)}]: /(?s:.*)/",
+            f"TEXT: /(?s:.*)/ & ~/(?s:.*){MARKER}(?s:.*)/",
+        ]
+    else:
+        lines += [f"start: answer | {_quoted(MARKER)} calls", _answer_rule(form.format)]
+    lines += [
+        f"calls: {_quoted(syntax.opening)} call{more} {_quoted(syntax.closing)}",
+        f"call: {' | '.join(f'call_{at}' for at in range(len(names)))}",
+    ]
+    for at, function in enumerate(callable_functions(tools)):
+        head = _quoted(f"{NAME}{function.name}{ARGUMENTS}")
+        lines += [f"call_{at}: {head} arguments_{at} {_quoted(END)}"]
+        lines += [f"arguments_{at}: %json {_styled(_argument_schema(function))}"]
+    return "\n".join(lines) + "\n"
+
+
+def _answer_rule(answers: AnswerFormat) -> str:
+    if answers.choices:
+        return f"answer: {' | '.join(map(_quoted, answers.choices))}"
+    return f"answer: %json {_styled(json.loads(answers.schema))}"
+
+
+def _styled(schema: dict[str, Any]) -> str:
+    """A schema for Lark's %json, which takes options from the schema itself."""
+    rewritten = rewrite_schema(schema) | {"x-guidance": JSON_STYLE}
+    return json.dumps(rewritten, ensure_ascii=False)
+
+
+def callable_functions(tools: Tools) -> list[Function]:
+    """The functions that an answer may call."""
+    return [f for f in tools.functions if not tools.allowed or f.name in tools.allowed]
+
+
+def _argument_schema(function: Function) -> dict[str, Any]:
+    """The schema of a function's arguments, which are always an object."""
+    schema = json.loads(function.parameters or NO_ARGUMENTS)
+    return close_objects({"type": "object"} | schema)
+
+
+def _quoted(text: str) -> str:
+    """A literal in Lark."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _reject_unsafe(schema: str, field: str) -> None:
     """Reject schemas that llguidance would compile forever, and its extensions to JSON Schema."""
     num_patterns = 0
-    for node in _nodes(json.loads(answers.schema or "{}")):
+    for node in _nodes(json.loads(schema or "{}")):
         if "x-guidance" in node:
-            raise _unsupported(answers, "x-guidance is not supported")
+            raise _unsupported_schema("x-guidance is not supported", field)
         num_patterns += _num_patterns(node)
     if num_patterns > MAX_COMBINED_PATTERNS:
-        raise _unsupported(answers, f"it combines more than {MAX_COMBINED_PATTERNS} patterns")
+        reason = f"it combines more than {MAX_COMBINED_PATTERNS} patterns"
+        raise _unsupported_schema(reason, field)
 
 
 def _num_patterns(node: dict[str, Any]) -> int:
@@ -168,8 +263,8 @@ def _nodes(value: object) -> Iterator[dict[str, Any]]:
                 pending.extend(items)
 
 
-def check_format(answers: AnswerFormat) -> None:
-    """Check, without a model, that an answer format is supported.
+def check_form(form: AnswerForm) -> None:
+    """Check, without a model, that the form of an answer is supported.
 
     The grammar is compiled as for an answer, with bytes as tokens: validating it alone misses
     schemas that no text matches.
@@ -177,7 +272,12 @@ def check_format(answers: AnswerFormat) -> None:
     Raises:
         QueryError: it is not.
     """
-    _compile(answers, _byte_tokenizer())
+    _compile(form, _byte_tokenizer())
+
+
+def check_format(answers: AnswerFormat) -> None:
+    """Check, without a model, that an answer format is supported; see `check_form`."""
+    check_form(AnswerForm(answers))
 
 
 @lru_cache(1)
@@ -187,32 +287,69 @@ def _byte_tokenizer() -> "LLTokenizer":
     return LLTokenizer("byte")
 
 
-def _compile(answers: AnswerFormat, tokenizer: "LLTokenizer") -> "LLMatcher":
-    from llguidance import LLMatcher, LLParserLimits
-
-    limits = LLParserLimits(verbose_errors=False)
-    with _panics_as_query_errors(answers):
-        matcher = LLMatcher(tokenizer, to_grammar(answers), log_level=0, limits=limits)
-        matcher.compute_bitmask()  # some errors are reported only here
+def _compile(form: AnswerForm, tokenizer: "LLTokenizer") -> "LLMatcher":
+    if form.format is not None:
+        _reject_unsafe(form.format.schema, "response_format")
+    if form.callable is not None:
+        _check_parameters(form.callable)
+    matcher = _matcher(form, tokenizer)
     if matcher.is_error():
-        raise _unsupported(answers, matcher.get_error())
+        if form.callable is not None:
+            _blame_part(form, form.callable, tokenizer)
+        raise _unsupported(form, matcher.get_error())
     return matcher
 
 
+def _matcher(form: AnswerForm, tokenizer: "LLTokenizer") -> "LLMatcher":
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(verbose_errors=False)
+    with _panics_as_query_errors(form):
+        matcher = LLMatcher(tokenizer, to_grammar(form), log_level=0, limits=limits)
+        matcher.compute_bitmask()  # some errors are reported only here
+    return matcher
+
+
+def _check_parameters(tools: Tools) -> None:
+    for at, function in enumerate(tools.functions):
+        path = f"tools[{at}].function.parameters"
+        _reject_unsafe(function.parameters, path)
+        if _argument_schema(function)["type"] != "object":
+            raise QueryError(f'{path}.type must be "object"', field=f"{path}.type")
+
+
+def _blame_part(form: AnswerForm, tools: Tools, tokenizer: "LLTokenizer") -> None:
+    """Raise the error of the schema that makes a form unsupported, if it is a single one."""
+    if form.format is not None:
+        _compile(AnswerForm(form.format), tokenizer)
+    for at, function in enumerate(tools.functions):
+        arguments = AnswerFormat(schema=json.dumps(_argument_schema(function)))
+        matcher = _matcher(AnswerForm(arguments), tokenizer)
+        if matcher.is_error():
+            raise _unsupported_schema(matcher.get_error(), f"tools[{at}].function.parameters")
+
+
 @contextmanager
-def _panics_as_query_errors(answers: AnswerFormat) -> Iterator[None]:
+def _panics_as_query_errors(form: AnswerForm) -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
         if type(exc).__name__ != "PanicException":  # raised by pyo3; not a subclass of Exception
             raise
-        raise _unsupported(answers, f"llguidance failed: {exc}") from exc
+        raise _unsupported(form, f"llguidance failed: {exc}") from exc
 
 
-def _unsupported(answers: AnswerFormat, reason: str) -> QueryError:
-    field = "choices" if answers.choices else "response_format"
-    what = "choices" if answers.choices else "schema"
-    return QueryError(f"unsupported {what}: {_explain(reason)}", field=field)
+def _unsupported(form: AnswerForm, reason: str) -> QueryError:
+    if form.callable is not None:
+        return QueryError(f"unsupported tools: {_explain(reason)}", field="tools")
+    if form.format is not None and form.format.choices:
+        return QueryError(f"unsupported choices: {_explain(reason)}", field="choices")
+    return _unsupported_schema(reason, "response_format")
+
+
+def _unsupported_schema(reason: str, field: str) -> QueryError:
+    where = "" if field == "response_format" else f"{field}: "
+    return QueryError(f"{where}unsupported schema: {_explain(reason)}", field=field)
 
 
 def _explain(text: str) -> str:

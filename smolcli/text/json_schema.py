@@ -29,6 +29,57 @@ def rewrite_schema(schema: Schema) -> Schema:
     return _rewritten(schema, schema)
 
 
+def close_objects(schema: Schema) -> Schema:
+    """Return a schema whose objects have no properties but those that it names.
+
+    Whatever follows the result also follows the schema. Objects stay open where another keyword
+    may add properties, and a schema with allOf is returned as it is, because what one part names
+    another may not.
+
+    Args:
+        schema: a JSON Schema; not modified.
+    """
+    return schema if _has_key(schema, "allOf") else _closed(schema)
+
+
+_OPENING = {
+    *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames"),
+    *("minProperties", "anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas"),
+}
+
+
+def _closed(node: Schema) -> Schema:
+    node = dict(node)
+    properties = node.get("properties")
+    if isinstance(properties, dict):
+        is_named = set(_strings(node.get("required"))) <= properties.keys()
+        if is_named and not node.keys() & _OPENING:
+            node["additionalProperties"] = False
+    for name in ("items", "additionalProperties"):
+        if isinstance(node.get(name), dict):
+            node[name] = _closed(node[name])
+    for name in ("prefixItems", *(() if isinstance(properties, dict) else ("anyOf", "oneOf"))):
+        if isinstance(node.get(name), list):
+            node[name] = [_closed(v) if isinstance(v, dict) else v for v in node[name]]
+    for name in ("properties", "$defs", "definitions"):
+        if isinstance(node.get(name), dict):
+            node[name] = {
+                key: _closed(value) if isinstance(value, dict) else value
+                for key, value in node[name].items()
+            }
+    return node
+
+
+def _has_key(value: object, key: str) -> bool:
+    if isinstance(value, dict):
+        return key in value or any(_has_key(each, key) for each in value.values())
+    return isinstance(value, list) and any(_has_key(each, key) for each in value)
+
+
+def _strings(value: object) -> list[str]:
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+
+
 def _rewritten(node: Schema, root: Schema) -> Schema:
     node = dict(node)
     for name in _WITH_SCHEMA:

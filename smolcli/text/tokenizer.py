@@ -3,10 +3,12 @@
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
@@ -15,7 +17,16 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from smolcli.errors import ModelError, QueryError
-from smolcli.types import Message, Query
+from smolcli.protocol.tools import function_record
+from smolcli.text.tool_calls import (
+    LIST,
+    MARKER,
+    CallSyntax,
+    plain_messages,
+    template_message,
+    template_syntax,
+)
+from smolcli.types import Function, Message, Query, ToolCall, ToolMode, Tools
 
 # Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
 PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
@@ -49,6 +60,11 @@ class ChatTokenizer:
         self._json = tokenizer_json
         self._template = template
         self._special_tokens = special_tokens
+        is_special = any(
+            token.special and token.content == MARKER
+            for token in tokenizer.get_added_tokens_decoder().values()
+        )
+        self._template_syntax = None if is_special else template_syntax(template_source)
         self._encoder = PromptEncoder(tokenizer, template_source, special_tokens)
 
     @classmethod
@@ -74,16 +90,29 @@ class ChatTokenizer:
         template = _compile(source, folder)
         return cls(tokenizer, tokenizer_json, template, source, special_tokens, vocab_size)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    @property
+    def call_syntax(self) -> CallSyntax:
+        """How prompts ask the model to write calls."""
+        return self._template_syntax or LIST
+
+    def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """Encode a conversation as a prompt that ends where the assistant's answer begins.
 
-        The text of a message never becomes a control token.
+        The text of a message or a tool never becomes a control token.
+
+        Args:
+            messages: the conversation.
+            tools: functions that the prompt describes to the model.
 
         Raises:
             QueryError: the chat template rejects the messages, or the model has no embedding for
                 one of their tokens.
         """
-        ids = self._encoder.encode(messages, self.render)
+        if tools is not None and tools.mode is ToolMode.NONE:
+            tools = None
+        if self._template_syntax is None:
+            messages, tools = plain_messages(messages, tools), None
+        ids = self._encoder.encode(messages, tools, self.render)
         if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
             raise QueryError(
                 f"the model has no embedding for the token {max(ids)} of this prompt",
@@ -92,7 +121,7 @@ class ChatTokenizer:
         return ids
 
     def encode_query(self, query: Query) -> list[int]:
-        """Encode the conversation of a query, or its raw prompt.
+        """Encode the conversation of a query and its tools, or its raw prompt.
 
         Control tokens that are written out in a raw prompt are control tokens.
 
@@ -102,7 +131,7 @@ class ChatTokenizer:
         """
         raw = query.raw_prompt
         if raw is None:
-            return self.encode(query.messages)
+            return self.encode(query.messages, query.tools)
         ids = self._encoder.encode_raw(raw) if isinstance(raw, str) else list(raw)
         if not ids:
             raise QueryError("raw_prompt contains no token", field="raw_prompt")
@@ -132,16 +161,22 @@ class ChatTokenizer:
                 found[tuple(self.encode_text(text))] = None
         return tuple(ids for ids in found if ids)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Tools | None = None) -> str:
         """Apply the chat template.
+
+        Args:
+            messages: the conversation.
+            tools: functions to describe, if the template knows tools.
 
         Raises:
             QueryError: the chat template rejects the messages.
         """
-        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        names = {call.id: call.name for turn in messages for call in turn.tool_calls}
+        turns = [template_message(turn, names) for turn in messages]
+        functions = [function_record(function) for function in tools.functions] if tools else None
         try:
             return self._template.render(
-                messages=turns, add_generation_prompt=True, tools=None, **self._special_tokens
+                messages=turns, add_generation_prompt=True, tools=functions, **self._special_tokens
             )
         except TemplateError as exc:
             raise QueryError(
@@ -232,18 +267,19 @@ class PromptEncoder:
         self._letters = _letters(token.content for token in control.values())
 
     def encode(
-        self, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]
+        self, messages: Sequence[Message], tools: Tools | None, render: "Render"
     ) -> list[int]:
         """Render and encode messages.
 
         Args:
             messages: the conversation.
+            tools: functions to describe.
             render: the chat template; returns the prompt's text.
 
         Raises:
             QueryError: from `render`, or if the vocabulary itself turns text into a control token.
         """
-        text = self._with_aliases(messages, render)
+        text = self._with_aliases(messages, tools, render)
         encoded = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not self._never.isdisjoint(encoded):
             raise QueryError(
@@ -262,20 +298,21 @@ class PromptEncoder:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _with_aliases(
-        self, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]
+        self, messages: Sequence[Message], tools: Tools | None, render: "Render"
     ) -> str:
         """The prompt's text, with aliases for the control tokens that the template wrote."""
-        text = render(messages)
+        text = render(messages, tools)
         hide = self._private_letters(text)
         show = {ord(private): letter for letter, private in hide.items()}
-        table = str.maketrans(hide)
-        hidden = [Message(turn.role, turn.content.translate(table)) for turn in messages]
-        safe, control = self._aliased(render(hidden))
+        hidden = Hidden({ord(letter): private for letter, private in hide.items()})
+        turns = [hidden.message(turn) for turn in messages]
+        safe, control = self._aliased(render(turns, hidden.tools(tools)))
         safe = safe.translate(show)
         plain, plain_control = self._aliased(text)
         # A template that looks at contents (to cut off a part, say) may render the hidden ones
         # differently. What it makes of the plain ones counts unless they added control tokens.
-        return plain if plain_control == control and not self._occur_in(messages) else safe
+        contents = _contents(messages, tools)
+        return plain if plain_control == control and not self._occur_in(contents) else safe
 
     def _aliased(self, text: str) -> tuple[str, list[str]]:
         """Replace control tokens by their aliases; also returns the control tokens, in order."""
@@ -291,14 +328,95 @@ class PromptEncoder:
             text = pattern.sub(alias, text)
         return text, found
 
-    def _occur_in(self, messages: Sequence[Message]) -> bool:
-        return any(token in turn.content for token in self._aliases for turn in messages)
+    def _occur_in(self, contents: Sequence[str]) -> bool:
+        return any(token in text for token in self._aliases for text in contents)
 
     def _private_letters(self, text: str) -> dict[str, str]:
         """A private-use character that is not in `text` for each letter of control tokens."""
         used = set(IS_PRIVATE_USE_A.findall(text))
         free = (char for code in PRIVATE_USE_A if (char := chr(code)) not in used)
         return dict(zip(self._letters, free, strict=False))
+
+
+class Render(Protocol):
+    """Applies a chat template."""
+
+    def __call__(self, messages: Sequence[Message], tools: Tools | None) -> str:
+        """The prompt's text."""
+        ...
+
+
+# Words of JSON Schema that templates look at; none is part of a control token.
+_SCHEMA_WORDS = {
+    *("type", "properties", "required", "items", "enum", "description", "anyOf", "$defs", "$ref"),
+    *("object", "array", "string", "integer", "number", "boolean", "null"),
+}
+
+
+class Hidden:
+    """Replaces the characters of all texts that come from a query.
+
+    Args:
+        table: for `str.translate`.
+    """
+
+    def __init__(self, table: Mapping[int, str]) -> None:
+        self._table = table
+
+    def message(self, message: Message) -> Message:
+        """A message with other characters."""
+        calls = tuple(
+            ToolCall(self._text(call.id), self._text(call.name), self._json(call.arguments))
+            for call in message.tool_calls
+        )
+        call_id = self._text(message.tool_call_id)
+        return Message(message.role, self._text(message.content), calls, call_id)
+
+    def tools(self, tools: Tools | None) -> Tools | None:
+        """Tools with other characters."""
+        return tools and replace(tools, functions=tuple(map(self._function, tools.functions)))
+
+    def _function(self, function: Function) -> Function:
+        parameters = function.parameters and self._json(function.parameters)
+        return Function(self._text(function.name), self._text(function.description), parameters)
+
+    def _text(self, text: str) -> str:
+        return text.translate(self._table)
+
+    def _json(self, text: str) -> str:
+        try:
+            return json.dumps(self._value(json.loads(text)), ensure_ascii=False)
+        except ValueError:
+            return self._text(text)
+
+    def _value(self, value: object) -> object:
+        match value:
+            case str():
+                return value if value in _SCHEMA_WORDS else self._text(value)
+            case list():
+                return [self._value(each) for each in value]
+            case dict():
+                return {self._value(key): self._value(each) for key, each in value.items()}
+            case _:
+                return value
+
+
+def _contents(messages: Sequence[Message], tools: Tools | None) -> list[str]:
+    """The texts of a conversation that may hold anything; JSON as it is and without escapes."""
+    texts = [turn.content for turn in messages]
+    calls = [call for turn in messages for call in turn.tool_calls]
+    functions = tools.functions if tools else ()
+    json_texts = [call.arguments for call in calls] + [f.parameters for f in functions]
+    texts += [turn.tool_call_id for turn in messages]
+    texts += [text for call in calls for text in (call.id, call.name)]
+    texts += [text for f in functions for text in (f.name, f.description)]
+    return texts + json_texts + [_unescaped(text) for text in json_texts]
+
+
+def _unescaped(text: str) -> str:
+    with suppress(ValueError):
+        return json.dumps(json.loads(text), ensure_ascii=False)
+    return text
 
 
 def _copied(token: AddedToken, content: str, special: bool) -> AddedToken:

@@ -9,7 +9,7 @@ from math import ceil
 
 from smolcli.backends.base import PendingQuery, complete_future
 from smolcli.errors import BackendError, SmolError
-from smolcli.types import Result
+from smolcli.types import Result, TextPiece
 
 MAX_WORKERS_LOST = 5  # while they held the same query, which then fails
 WAKE_INTERVAL_S = 0.2
@@ -23,8 +23,9 @@ class ClusterQuery(PendingQuery):
 
     def complete(self, result: Result) -> None:
         """Deliver the result, and its text in one piece if it is streamed."""
-        if self.on_text and result.response and not self.future.cancelled():
-            self.on_text(result.response)
+        piece = TextPiece.whole(result)
+        if self.on_text and not piece.is_blank and not self.future.cancelled():
+            self.on_text(piece)
         complete_future(self.future, result)
 
 

@@ -15,6 +15,7 @@ from smolcli.backends.remote.upstream import Unavailable, Upstream, check_status
 from smolcli.backends.remote.wire import (
     Dialect,
     MalformedAnswer,
+    StreamedCalls,
     chat_body,
     completion_body,
     load_object,
@@ -302,6 +303,7 @@ async def _error_body(response: httpx.Response) -> dict[str, Any]:
 async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result:
     """Pass on the pieces of an answer as they arrive."""
     pieces: list[str] = []
+    calls = StreamedCalls()
     logprobs: list[Any] | None = None
     num_shown = 0
     finish_reason = usage = None
@@ -323,18 +325,22 @@ async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result
                     logprobs = [*(logprobs or []), *entries]
                 delta = choice.get("delta") or {}
                 has_refusal = has_refusal or bool(delta.get("refusal"))
-                if text := delta.get("content") or choice.get("text"):
+                called = calls.add(delta.get("tool_calls") or [])
+                text = delta.get("content") or choice.get("text") or ""
+                if text or called:
                     pieces.append(text + "")  # a TypeError unless it is a string
                     new = (logprobs or [])[num_shown:]
                     num_shown += len(new)
-                    pending.show(TextPiece(text, new))
+                    pending.show(TextPiece(text, new, called))
     except (LookupError, TypeError, AttributeError, ValueError) as exc:
         raise MalformedAnswer("the stream does not consist of completion chunks") from exc
     if not is_done:
         raise Unavailable("the stream ended early")
     is_empty_answer = finish_reason in ("stop", "length") and not has_refusal
-    response_text = "".join(pieces) if pieces or is_empty_answer else None
+    text = "".join(pieces)
+    response_text = text if text or is_empty_answer else None
     record = {"response": response_text, "finish_reason": finish_reason, "logprobs": logprobs}
+    record["tool_calls"] = calls.records() or None
     return to_result(pending.query, [record], usage)
 
 

@@ -10,7 +10,18 @@ from smolcli.errors import QueryError
 from smolcli.protocol.query import format_fields
 from smolcli.protocol.strict_json import load_json
 from smolcli.protocol.text_completions import entries_of
-from smolcli.types import ErrorCode, FinishReason, Query, Result, Sampling, Usage, failure
+from smolcli.protocol.tools import message_record, tool_fields, with_call_ids
+from smolcli.types import (
+    ErrorCode,
+    FinishReason,
+    Query,
+    Result,
+    Sampling,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+    failure,
+)
 
 MAX_ERROR_CHARS = 1000
 MAX_COUNT = 2**53  # tokens; larger counts fit neither a table nor every JSON parser
@@ -96,8 +107,8 @@ def _prompt(query: Query) -> dict[str, Any]:
     return {"raw_prompt": query.raw_prompt} | echo
 
 
-def _messages(query: Query) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in query.messages]
+def _messages(query: Query) -> list[dict[str, Any]]:
+    return [message_record(message) for message in query.messages]
 
 
 def _sampling(query: Query) -> dict[str, Any]:
@@ -140,7 +151,7 @@ def _options(query: Query, dialect: Dialect) -> dict[str, Any]:
     Raises:
         QueryError: the dialect cannot express it.
     """
-    fields = format_fields(query.format)
+    fields = format_fields(query.format) | tool_fields(query.tools)
     if query.format is None and dialect is Dialect.SMOL:
         fields["response_format"] = {"type": "text"}  # overrides the server's own --schema
     if query.n > 1:
@@ -210,7 +221,8 @@ def parse_record(record: Any, query: Query, dialect: Dialect) -> Result:
     """
     if not isinstance(record, dict):
         raise MalformedAnswer("a response is not an object")
-    if record.get("response") is None and (record.get("error") or record.get("detail")):
+    has_answer = record.get("response") is not None or record.get("tool_calls")
+    if not has_answer and (record.get("error") or record.get("detail")):
         return parse_error(record, query)
     if record.get("error_code") == ErrorCode.INCOMPLETE_JSON:
         return _incomplete(record, query)
@@ -248,6 +260,7 @@ def parse_completion(body: Mapping[str, Any], query: Query) -> Result:
         records = [
             {
                 "response": choice["text"] if is_raw else choice["message"].get("content"),
+                "tool_calls": None if is_raw else choice["message"].get("tool_calls"),
                 "finish_reason": choice.get("finish_reason"),
                 "logprobs": logprobs_of(choice),
             }
@@ -289,27 +302,33 @@ def to_result(query: Query, records: Sequence[Mapping[str, Any]], usage: object)
         raise MalformedAnswer("an answer is not an object") from exc
     if failed := next((each for each in (first, *others) if each.is_error), None):
         return replace(failed, usage=_usage(usage) if query.n == 1 else None)
-    return replace(first, alternatives=tuple(others), usage=_usage(usage))
+    result = replace(first, alternatives=tuple(others), usage=_usage(usage))
+    return with_call_ids(result, query)
 
 
 def _answer(query: Query, record: Mapping[str, Any]) -> Result:
     text, finish_reason = record["response"], _finish_reason(record.get("finish_reason"))
-    if text is None:
+    calls = _calls(record.get("tool_calls")) if query.tools else ()
+    if text is None and not calls:
         message = "the upstream server returned no text"
         if finish_reason is not None:
             message += f" (finish_reason {str(finish_reason)!r})"
         return failure(query, message, ErrorCode.INTERNAL)
-    if not isinstance(text, str):
+    if not isinstance(text, str | None):
         raise MalformedAnswer("the text of an answer is not a string")
+    text = text or ""
     text = text.strip() if query.raw_prompt is None else text
     logprobs, prompt_logprobs = record.get("logprobs"), record.get("prompt_logprobs")
     is_cut_off = finish_reason is FinishReason.LENGTH
     has_schema = query.format is not None and bool(query.format.schema)
-    is_whole = not has_schema or query.accepts_partial or _is_json(text)
+    json_text = calls[-1].arguments if calls and is_cut_off else text
+    is_json_expected = is_cut_off if calls else has_schema
+    is_whole = not is_json_expected or query.accepts_partial or _is_json(json_text)
     message = "the answer is not complete JSON" + (": it was cut off" if is_cut_off else "")
     return Result(
         chat_id=query.chat_id,
-        response=text,
+        response=None if calls and not text else text,
+        tool_calls=calls,
         finish_reason=finish_reason,
         logprobs=_logprobs(logprobs) if query.top_logprobs is not None else None,
         prompt_logprobs=_logprobs(prompt_logprobs) if query.prompt_logprobs is not None else None,
@@ -319,6 +338,52 @@ def _answer(query: Query, record: Mapping[str, Any]) -> Result:
         metadata=query.metadata,
         line=query.line,
     )
+
+
+def _calls(value: object) -> tuple[ToolCall, ...]:
+    """The calls of an answer, as the server wrote them: they may not follow their schemas."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise MalformedAnswer("the calls of an answer are not a list")
+    calls = []
+    for call in value:
+        name, arguments = call["function"]["name"], call["function"].get("arguments") or "{}"
+        if not (isinstance(name, str) and isinstance(arguments, str)):
+            raise MalformedAnswer("a call has no name, or its arguments are not text")
+        calls.append(ToolCall("", name, arguments))
+    return tuple(calls)
+
+
+class StreamedCalls:
+    """Puts the calls of a streamed answer together."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+        self._arguments: dict[int, list[str]] = {}
+
+    def add(self, deltas: Sequence[Mapping[str, Any]]) -> list[ToolCallDelta]:
+        """Add the `tool_calls` of one chunk; returns what they add.
+
+        Raises:
+            LookupError, TypeError, AttributeError: they do not have OpenAI's shape.
+        """
+        added = []
+        for delta in deltas:
+            index, function = delta.get("index", 0), delta.get("function") or {}
+            name, arguments = function.get("name") or "", function.get("arguments") or ""
+            self._names[index] = self._names.get(index, "") + name
+            # A TypeError unless they are numbers and strings.
+            self._arguments.setdefault(index + 0, []).append(arguments + "")
+            added.append(ToolCallDelta(index, name, arguments))
+        return added
+
+    def records(self) -> list[dict[str, Any]]:
+        """The calls in the shape of a complete answer."""
+        return [
+            {"function": {"name": name, "arguments": "".join(self._arguments[index])}}
+            for index, name in sorted(self._names.items())
+        ]
 
 
 def _finish_reason(value: object) -> FinishReason | None:
