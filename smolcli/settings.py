@@ -231,7 +231,7 @@ class BatchApiSettings:
         folder: where files and batches are.
         is_required: whether the server must not start without the folder.
         max_file_bytes: the largest file.
-        max_total_bytes: all files and results together.
+        max_total_bytes: all files and results together; a quarter is kept for results.
         max_requests: the most requests in a file.
         max_open: the most unfinished batches.
         retention_s: how long files and finished batches are kept, in seconds.

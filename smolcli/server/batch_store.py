@@ -34,6 +34,7 @@ from smolcli.settings import BatchApiSettings
 logger = getLogger(__name__)
 
 MAX_FILES = 10_000
+RESULTS_DIVISOR = 4  # uploads leave 1/4 of the quota for results
 MAX_NAME = 255  # characters of a file's name
 
 Purpose = Literal["batch", "batch_output"]
@@ -278,9 +279,10 @@ class BatchStore:
                 HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, HttpCode.TOO_LARGE, "file"
             )
         with self._lock:
-            if self.used_bytes + num_bytes > quota:
+            if self.used_bytes + num_bytes > quota - quota // RESULTS_DIVISOR:
                 raise _quota_exceeded(
-                    f"the files of this server would exceed its quota of {quota:,} bytes"
+                    f"the file would fill this server's quota of {quota:,} bytes, a quarter of "
+                    "which is kept for results"
                 )
             self._used_bytes += num_bytes
 

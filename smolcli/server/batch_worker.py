@@ -47,7 +47,6 @@ MAX_FAULTS = 100  # listed for a file
 POLL_S = 0.5
 MIN_RETRY_S, MAX_RETRY_S = 0.5, 30.0  # after the backend failed, or with other settings
 SWEEP_INTERVAL_S = 60.0
-SIZE_INTERVAL_S = 1.0  # between two looks at the size of the results
 JOIN_TIMEOUT_S = 10.0
 
 OUTPUT, ERRORS = "output.jsonl", "errors.jsonl"
@@ -129,12 +128,11 @@ class BatchProgress:
     """Keeps the statistics of a running batch at hand, and its results within the quota.
 
     Args:
-        check_size: called now and then; raises RunError if the results are too large.
+        check_size: called after each result; raises HttpError if all of them are too large.
     """
 
     def __init__(self, check_size: Callable[[], None]) -> None:
         self._check_size = check_size
-        self._next_check_s = 0.0
         self.statistics: StatisticsCollector | None = None
 
     def waiting(self, message: str) -> AbstractContextManager[None]:
@@ -147,9 +145,7 @@ class BatchProgress:
 
     def update(self) -> None:
         """See `RunProgress`."""
-        if (now := time.monotonic()) >= self._next_check_s:
-            self._next_check_s = now + SIZE_INTERVAL_S
-            self._check_size()
+        self._check_size()
 
     def stop(self) -> None:
         """See `RunProgress`."""
@@ -219,12 +215,17 @@ class BatchWorker:
         self._wake_runner.set()
 
     def stop(self) -> None:
-        """Interrupt the running batch, which the next server on the folder continues."""
-        with self._lock:
-            self._stopping.set()
-            if self._running is not None:
-                self._running.backend.stop("shutdown")
+        """Interrupt the running batch, which the next server on the folder continues.
+
+        Takes no lock, so that it returns at once.
+        """
+        self._stopping.set()
+        if (running := self._running) is not None:
+            running.backend.stop("shutdown")
         self.wake()
+
+    def close(self) -> None:
+        """Wait for both threads to end after `stop`, and let another server use the store."""
         for thread in self._threads:
             thread.join(JOIN_TIMEOUT_S)
         if not any(thread.is_alive() for thread in self._threads):
@@ -344,6 +345,8 @@ class BatchWorker:
             if self._stopping.is_set() or current is None or current.status != "in_progress":
                 return
             self._running = RunningBatch(batch, backend, progress)
+        if self._stopping.is_set():  # `stop` may have come too early to see it
+            backend.stop("shutdown")
         try:
             run_file(self._run_settings(batch, folder), lambda _: backend, progress)
         except SettingsChanged as exc:

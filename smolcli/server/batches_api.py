@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from flask import Blueprint, Response, request, send_file
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
 
 from smolcli.data.compression import LONGEST_MAGIC, codec_of_bytes
@@ -30,7 +31,7 @@ from smolcli.types import ErrorCode
 logger = logging.getLogger(__name__)
 
 ENDPOINTS: tuple[str, ...] = get_args(RequestFields.model_fields["url"].annotation)
-MAX_FORM_BYTES = 64 << 10  # of the fields of an upload
+MAX_FORM_BYTES = 1 << 20  # of an upload's form without the file, and of what is parsed at once
 MAX_FORM_PARTS = 16
 MAX_BATCH_PAGE, MAX_FILE_PAGE = 100, 10_000
 MIN_LIFETIME_S, MAX_LIFETIME_S = 3600, 30 * 86_400
@@ -106,11 +107,18 @@ class BatchApi:
             logger.warning("files and batches are not available: %s", exc)
 
     def stop(self) -> None:
-        """Interrupt the running batch, which the next server continues."""
+        """Interrupt the running batch, which the next server continues; returns at once."""
+        self._is_stopped = True
+        if self._worker is not None:
+            self._worker.stop()
+
+    def close(self) -> None:
+        """Stop, wait for work in progress, and let another server use the folder."""
+        self.stop()
         with self._lock:
-            self._is_stopped = True
             if self._worker is not None:
                 self._worker.stop()
+                self._worker.close()
             elif self._store is not None:
                 self._store.close()
 
@@ -383,6 +391,9 @@ def _parse_form(start: Callable[..., Upload]) -> tuple[Any, Any]:
         _, form, files = parser.parse(
             request.stream, request.mimetype, request.content_length, request.mimetype_params
         )
+    except RequestEntityTooLarge as exc:
+        message = "the form has more or larger fields than an upload needs"
+        raise HttpError(exc.code, message, HttpCode.TOO_LARGE) from exc
     except ValueError as exc:
         raise HttpError(
             HTTPStatus.BAD_REQUEST,

@@ -363,7 +363,7 @@ class Server:
             self._serve()
             self._drain()
         finally:
-            self._batches.stop()
+            self._batches.close()
             self._loader.close()
             self._poll_until_idle(time.monotonic() + FLUSH_TIMEOUT_S)
             self._waitress.task_dispatcher.shutdown()
@@ -446,6 +446,7 @@ def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict
             listen=f"{host}:{settings.port}",
             threads=max_requests + SPARE_THREADS,
             connection_limit=max_requests + SPARE_CONNECTIONS,
+            recv_bytes=1 << 16,  # a poll reads one piece of each connection
             channel_request_lookahead=1,  # required to notice that a client has disconnected
             max_request_body_size=settings.max_body_bytes + 1,  # the first size that is rejected
             outbuf_high_watermark=1 << 30,  # never block a thread on a slow reader

@@ -243,7 +243,7 @@ class BatchOptions:
         return BatchApiSettings(
             folder=(self.batch_dir or smol_home() / "batches").absolute(),
             is_required=self.batch_dir is not None,
-            max_file_bytes=min(self.max_file_mb, self.batch_quota_mb) << 20,
+            max_file_bytes=self.max_file_mb << 20,
             max_total_bytes=self.batch_quota_mb << 20,
             max_requests=self.max_file_requests,
             max_open=self.max_open_batches,
