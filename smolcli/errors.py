@@ -14,6 +14,8 @@ SmolError
     └── BackendError        the backend is gone
 """
 
+from collections.abc import Iterable
+
 from smolcli.types import ErrorCode
 
 
@@ -102,3 +104,16 @@ class BackendError(RunError):
 def error_reason(exc: BaseException) -> str:
     """A short description of a foreign exception, for use in an error message."""
     return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that an unknown one was probably meant to be, for use in an error message.
+
+    Args:
+        name: the unknown name.
+        known: names to choose from.
+        cutoff: the least similarity, from 0 to 1.
+    """
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

@@ -1,6 +1,5 @@
 """The config file, which sets options that neither a flag nor an environment variable sets."""
 
-import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import typer
 
-from smolcli.errors import UsageError, error_reason
+from smolcli.errors import UsageError, closest, error_reason
 
 
 def find_config(given: Path | None) -> Path | None:
@@ -70,8 +69,8 @@ def _reject_unknown(given: Iterable[str], known: Iterable[str], message: str) ->
     known = list(known)
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = closest(key, known)
+            hint = f"; did you mean {near!r}?" if near else ""
             raise UsageError(f"{message} {key!r}{hint}")
 
 

@@ -1,6 +1,5 @@
 """The loop of `smol chat`: reads lines, runs commands, streams answers."""
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +7,7 @@ from queue import Empty, SimpleQueue
 
 from smolcli.backends.base import Backend
 from smolcli.cli.conversation import Conversation
-from smolcli.errors import BackendError, RunError
+from smolcli.errors import BackendError, RunError, closest
 from smolcli.types import ErrorCode, FinishReason, Query, Result
 
 COMMANDS = {
@@ -75,8 +74,8 @@ class InteractiveChat:
         elif word == "/help":
             self._notify(HELP)
         else:
-            near = difflib.get_close_matches(word, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "/help lists the commands"
+            near = closest(word, COMMANDS)
+            hint = f"did you mean {near}?" if near else "/help lists the commands"
             self._notify(f"unknown command {word}; {hint}")
 
     def _save(self, path: Path) -> None:

@@ -1,13 +1,12 @@
 """Prompt templates, and the mapping of rows to queries."""
 
-import difflib
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from smolcli.data.rows import LongestField, Row
-from smolcli.errors import QueryError, UsageError
+from smolcli.errors import QueryError, UsageError, closest
 from smolcli.protocol.bare_lines import CONTENTS, bare_id, is_bare, with_messages
 from smolcli.protocol.fields import did_you_mean, float_to_int
 from smolcli.protocol.query import FIELDS, QueryFields
@@ -162,10 +161,8 @@ def no_column(column: str, columns: Iterable[str]) -> str:
     """An error message for a missing column that suggests the one that was meant, if any."""
     names = [name for name in columns if name]
     folded = {name.strip().casefold(): name for name in reversed(names)}
-    near = difflib.get_close_matches(column.strip().casefold(), folded, n=1)
-    hint = (
-        f"did you mean {folded[near[0]]!r}?" if near else f"the columns are {', '.join(names[:20])}"
-    )
+    near = closest(column.strip().casefold(), folded)
+    hint = f"did you mean {folded[near]!r}?" if near else f"the columns are {', '.join(names[:20])}"
     return f"no column named {column!r}" + (f"; {hint}" if names else "")
 
 
