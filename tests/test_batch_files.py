@@ -22,6 +22,7 @@ from smolcli.batch.manifest import load_manifest, manifest_path, save_manifest
 from smolcli.batch.validation import check_input
 from smolcli.cli.main import app
 from smolcli.errors import BackendError, QueryError, ResumeRefused, UsageError
+from smolcli.protocol.line_formats import smol_record
 from smolcli.protocol.openai import parse_completion
 from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
 from smolcli.types import Query, Result
@@ -572,3 +573,11 @@ def test_run_killed_repeatedly_ends_with_the_same_bytes(job: RunSettings) -> Non
     assert num_killed > 0
     assert torn.output.read_bytes() == whole.output.read_bytes()
     assert torn.errors.read_bytes() == whole.errors.read_bytes()
+
+
+def test_record_of_a_text_completion_is_converted() -> None:
+    """Its choices have no message, which reports and tables used to expect."""
+    choice = {"text": "Paris", "finish_reason": "stop", "logprobs": None}
+    response = {"status_code": 200, "body": {"choices": [choice]}}
+    record = {"id": "x", "custom_id": "1", "response": response, "error": None}
+    assert smol_record(record) == {"chat_id": "1", "response": "Paris", "finish_reason": "stop"}

@@ -355,7 +355,7 @@ def _answer_fields(choice: dict[str, Any]) -> dict[str, Any]:
         "response": choice["text"] if "text" in choice else choice["message"].get("content"),
         "finish_reason": choice.get("finish_reason"),
     }
-    if calls := choice["message"].get("tool_calls"):
+    if calls := choice.get("message", {}).get("tool_calls"):
         answer["tool_calls"] = calls
     return answer | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
 
