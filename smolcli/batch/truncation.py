@@ -59,7 +59,7 @@ class PromptTruncation:
         if isinstance(query.raw_prompt, tuple):
             return query
         limit = self._limit(query)
-        if self._most_tokens(query) <= limit or self._fits(query, limit):
+        if (_is_plain(query) and self._most_tokens(query) <= limit) or self._fits(query, limit):
             return query
         cuttable = _cuttable(query, row)
         kept = self._most_that_fits(cuttable, limit)
@@ -70,7 +70,7 @@ class PromptTruncation:
         return replace(cuttable.put(_cut(cuttable.text, kept)), metadata=metadata)
 
     def _most_tokens(self, query: Query) -> int:
-        """An upper bound that is cheap to compute: no token is shorter than a byte."""
+        """A cheap upper bound for a plain query: no token is shorter than a byte."""
         num_bytes = sum(len(text.encode()) for text in _texts(query))
         return num_bytes + self._template_tokens + _MESSAGE_TOKENS * len(query.messages)
 
@@ -109,6 +109,11 @@ class PromptTruncation:
             )
         folder: Path = files.folder
         return ChatTokenizer.load(folder), context_length(folder)
+
+
+def _is_plain(query: Query) -> bool:
+    """Whether the prompt has no text besides the messages and the chat template."""
+    return query.tools is None and not any(turn.tool_calls for turn in query.messages)
 
 
 def _texts(query: Query) -> list[str]:

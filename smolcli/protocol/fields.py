@@ -1,6 +1,5 @@
 """The types of fields that queries and OpenAI's requests share."""
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
@@ -16,6 +15,8 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import core_schema
+
+from smolcli.errors import closest
 
 MAX_CHOICES = 1000
 MIN_SEED, MAX_SEED = -(2**63), 2**63 - 1
@@ -201,5 +202,5 @@ class Lenient(BaseModel):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the known name that resembles an unknown one, if any."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = closest(name, known, cutoff=0.7)
+    return f"; did you mean {near!r}?" if near else ""
