@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test check format docs kernels wheels sanitize clean
+.PHONY: run test check format docs site kernels wheels dist-check sbom audit image deploy-check sanitize clean
 
 run: kernels
 	$(BIN)/smol pull
@@ -33,6 +33,34 @@ wheels: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt hatchling ziglang
 	for target in $(WHEELS); do SMOL_WHEEL_TARGET=$$target $(BIN)/hatchling build -t wheel || exit 1; done
 
+# Install the wheel into an empty environment without a compiler, and ask it a question.
+dist-check: $(STAMP)
+	tools/dist_check.sh $(BIN)/python
+
+# The packages of an installed wheel, their licenses and dependencies, in CycloneDX format.
+sbom: dist-check build/tools
+	build/tools/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
+		-o dist/smolcli.cdx.json build/dist-check/venv/bin/python
+
+# Known vulnerabilities of the versions in constraints.txt; needs PyPI's JSON API.
+audit: build/tools
+	build/tools/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+build/tools:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet 'cyclonedx-bom>=7' 'pip-audit>=2.9'
+
+# Build the container image from Debian packages and use it; needs root, buildah, podman and runc.
+image:
+	tools/container_test.sh
+
+# Validate the manifests against Kubernetes' schemas, and what kubectl makes of them.
+deploy-check: $(STAMP)
+	$(BIN)/pip install --quiet 'kubernetes-validate>=1.37'
+	$(BIN)/pytest -q tests/test_deploy.py
+	for name in base model-volume; do kubectl kustomize deploy/kubernetes/$$name > build/$$name.yaml \
+		&& $(BIN)/kubernetes-validate --strict build/$$name.yaml || exit 1; done
+
 # The kernels under the address, undefined-behaviour and thread sanitizers.
 STEPS ?= 10000
 DRIVER := $(CC) -std=gnu11 -O2 -g -march=native -ffp-contract=off -Wno-psabi -DSOURCE_HASH='"x"' \
@@ -46,6 +74,11 @@ sanitize:
 
 docs: $(STAMP)
 	$(BIN)/python -m tools.reference
+
+# The documentation as a site, in build/site.
+site: docs
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
