@@ -61,16 +61,24 @@ deploy-check: $(STAMP)
 	for name in base model-volume; do kubectl kustomize deploy/kubernetes/$$name > build/$$name.yaml \
 		&& $(BIN)/kubernetes-validate --strict build/$$name.yaml || exit 1; done
 
-# The kernels under the address, undefined-behaviour and thread sanitizers.
+# The kernels under the address, undefined-behaviour and thread sanitizers, and damaged models under the first two.
 STEPS ?= 10000
+EXAMPLES ?= 500
+SANITIZED := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 DRIVER := $(CC) -std=gnu11 -O2 -g -march=native -ffp-contract=off -Wno-psabi -DSOURCE_HASH='"x"' \
 	-DBF16_WEIGHTS=1 -DBF16_PRODUCTS=0 tests/kernel_driver.c smolcli/engine/native/team.c -pthread -lm
 sanitize:
 	mkdir -p build
-	$(DRIVER) -fsanitize=address,undefined -fno-sanitize-recover=undefined -o build/driver-address
+	$(DRIVER) $(SANITIZED) -o build/driver-address
 	build/driver-address stress $(STEPS) 1
 	$(DRIVER) -fsanitize=thread -o build/driver-thread
 	build/driver-thread stress $(STEPS) 2
+	$(CC) -std=gnu11 -O1 -g -march=native -ffp-contract=off -Wno-psabi -DSOURCE_HASH='"x"' -DBF16_WEIGHTS=0 \
+		-DBF16_PRODUCTS=0 $(SANITIZED) -shared -fPIC smolcli/engine/native/kernels.c smolcli/engine/native/team.c \
+		-o build/libsmol-address.so -pthread -lm
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. \
+		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+		$(BIN)/python tests/fuzz_models.py build/libsmol-address.so $(EXAMPLES)
 
 docs: $(STAMP)
 	$(BIN)/python -m tools.reference

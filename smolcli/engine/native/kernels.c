@@ -276,8 +276,8 @@ INLINE vec exp_of(vec x) {
     p = fma_of(p, r, broadcast(1.6666665459e-1f));
     p = fma_of(p, r, broadcast(5.0000001201e-1f));
     p = fma_of(p, r * r, r) + 1.0f;
-    ivec exponent = ((ivec)shifted - (ivec)broadcast(round)) << 23;
-    vec power = select_lanes(x < -87.0f, (vec){}, (vec)((ivec)p + exponent));
+    uvec exponent = ((uvec)shifted - (uvec)broadcast(round)) << 23; /* may wrap in lanes not selected */
+    vec power = select_lanes(x < -87.0f, (vec){}, (vec)((uvec)p + exponent));
     return select_lanes(x == x, power, x);
 }
 
