@@ -51,6 +51,7 @@ class SamplingOptions(TypedDict, total=False):
     include_stop_str_in_output: bool
     bad_words: list[str]
     allowed_token_ids: list[int]
+    continue_final_message: bool
     n: int
     logprobs: bool
     top_logprobs: int

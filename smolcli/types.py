@@ -302,6 +302,7 @@ class Query:
         include_stop: whether the answer contains what ended it, a stop string or stop token.
         bad_words: texts whose tokens must not occur in the answer in sequence.
         format: what the answer is constrained to; None is any text.
+        continues: whether the answer continues the last message, which is then the assistant's.
         accepts_partial: whether an answer that ends before it matches its format is not an error,
             as in OpenAI's API.
         tools: functions that the answer may call; None is none.
@@ -322,6 +323,7 @@ class Query:
     include_stop: bool = False
     bad_words: tuple[str, ...] = ()
     format: AnswerFormat | None = None
+    continues: bool = False
     accepts_partial: bool = False
     tools: Tools | None = None
     n: int = 1
@@ -332,6 +334,11 @@ class Query:
     metadata: Mapping[str, Any] | None = None
     line: int | None = None
     request_id: str | None = None
+
+    @property
+    def keeps_space(self) -> bool:
+        """Whether white space around the answer is part of it: it continues a given text."""
+        return self.raw_prompt is not None or self.continues
 
     @property
     def num_chars(self) -> int:

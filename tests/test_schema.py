@@ -253,8 +253,8 @@ def test_invalid_value_names_the_valid_ones(field: str, value: object, sentence:
         ([{"role": "robot", "content": "x"}], "(at messages[0].role)"),
         ([{"role": "user", "content": "x", "name": "y"}], "(at messages[0].name)"),
         (
-            [{"role": "assistant", "content": "x"}],
-            "messages must end with a non-blank user message",
+            [{"role": "assistant", "content": " "}],
+            "messages must end with a non-blank user message, the result of a tool, or",
         ),
         ([{"role": "user", "content": " "}], "end with a non-blank user message"),
     ],

@@ -90,6 +90,8 @@ def ask_a_question(body: Any) -> None:
     """
     if isinstance(body, dict) and body.get("messages"):
         body["messages"][-1] = {"role": "user", "content": "Hi"}
+    if isinstance(body, dict) and body.pop("continue_final_message", None):
+        body.pop("add_generation_prompt", None)
     if isinstance(body, dict) and body.get("tools"):
         for at, tool in enumerate(body["tools"]):
             tool["function"]["name"] = f"f{at}"

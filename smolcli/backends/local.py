@@ -232,7 +232,7 @@ class LocalBackend:
             query.stop,
             marker,
             include_stop=query.include_stop,
-            keeps_space=query.raw_prompt is not None,
+            keeps_space=query.keeps_space,
         )
         calls = CallReader() if marker else None
         pending = LocalQuery(query, on_text, is_interactive, detokenizer=detokenizer, calls=calls)

@@ -150,6 +150,25 @@ STREAM_COMBINATIONS: list[Any] = [
     {"anyOf": [{"not": _STREAM}, {"properties": {"prompt_logprobs": {"enum": [*EMPTY]}}}]},
 ]  # fmt: skip
 
+_CONTINUATION: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"add_generation_prompt": {"enum": [*EMPTY]}}},
+        {
+            "properties": {
+                "add_generation_prompt": {"const": True},
+                "continue_final_message": {"enum": [*EMPTY, False]},
+            }
+        },
+        {
+            "required": ["continue_final_message"],
+            "properties": {
+                "add_generation_prompt": {"const": False},
+                "continue_final_message": {"const": True},
+            },
+        },
+    ]
+}
+
 _ZERO = "0: it is not supported"
 _FALSE = "false: it is not supported"
 _NO_EFFECT = "a string; it has no effect"
@@ -246,7 +265,7 @@ class CompletionFields(GenerationFields):
 
     model_config = ConfigDict(
         json_schema_extra=forbid_violations(
-            [*combinations(list(EMPTY), True), *STREAM_COMBINATIONS]
+            [*combinations(list(EMPTY), True), *STREAM_COMBINATIONS, _CONTINUATION]
         )
     )
 
@@ -297,10 +316,14 @@ class CompletionFields(GenerationFields):
     include_reasoning: Flag | None = Field(None, description="true or false; it has no effect")
     thinking_token_budget: Zero | None = Field(None, description="0: the model does not reason")
     echo: Literal[False] | None = Field(None, description=_FALSE)
-    add_generation_prompt: Literal[True] | None = Field(
-        None, description="true: false is not supported"
+    add_generation_prompt: Flag | None = Field(
+        None, description="true, or false if and only if continue_final_message is true"
     )
-    continue_final_message: Literal[False] | None = Field(None, description=_FALSE)
+    continue_final_message: Flag | None = Field(
+        None,
+        description="true or false: whether the answer continues the last message, which must be "
+        "the assistant's",
+    )
     add_special_tokens: Literal[False] | None = Field(None, description=_FALSE)
     documents: None = Field(None, description=_UNSUPPORTED)
     chat_template: None = Field(None, description="empty: the model's own template is used")
@@ -454,6 +477,7 @@ def parse_completion(
     except ValidationError as exc:
         raise parameter_error(exc, CompletionFields, value) from None
     check_stream(fields)
+    _check_continuation(fields)
     options = fields.stream_options
     values = _query(fields, defaults) | {"chat_id": chat_id}
     return Completion(
@@ -462,6 +486,12 @@ def parse_completion(
         is_stream=bool(fields.stream),
         includes_usage=bool(options and options.include_usage),
     )
+
+
+def _check_continuation(fields: CompletionFields) -> None:
+    starts, continues = fields.add_generation_prompt, bool(fields.continue_final_message)
+    if starts is not None and starts == continues:
+        raise invalid_parameter("add_generation_prompt", CompletionFields)
 
 
 def check_stream(fields: GenerationFields) -> None:
@@ -492,6 +522,7 @@ def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
         "max_new_tokens": fields.max_completion_tokens or fields.max_tokens,
         "logprobs": fields.logprobs,
         "top_logprobs": fields.top_logprobs,
+        "continue_final_message": fields.continue_final_message,
         **tool_values(fields.tools, fields.tool_choice, fields.parallel_tool_calls),
     }
 

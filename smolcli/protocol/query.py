@@ -279,6 +279,11 @@ class QueryFields(BaseModel):
         description="a non-empty list of {role, content}, ending with a user message or the result "
         "of a tool",
     )
+    continue_final_message: Flag | None = Field(
+        None,
+        description="true or false: whether the answer continues the last message, which must be "
+        "the assistant's",
+    )
     raw_prompt: RawPrompt | None = Field(
         None, description="a non-empty string or a non-empty list of token ids"
     )
@@ -363,15 +368,17 @@ def parse_query(
         raise _query_error(exc) from None
     answers = answer_format(fields.response_format, fields.choices, defaults.format)
     tools = parse_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+    messages = _messages(fields, defaults.system_prompt)
     query = Query(
         chat_id=fields.chat_id,
-        messages=_messages(fields, defaults.system_prompt),
+        messages=messages,
         sampling=_sampling(fields, defaults.sampling),
         stop=tuple(fields.stop or ()),
         include_stop=bool(fields.include_stop_str_in_output),
         bad_words=tuple(fields.bad_words or ()),
         format=answers,
         tools=tools,
+        continues=_continues(fields, messages),
         accepts_partial=accepts_partial and not (answers is None and tools is None),
         n=fields.n or 1,
         top_logprobs=(fields.top_logprobs or 0) if fields.logprobs else None,
@@ -405,12 +412,28 @@ def _messages(fields: QueryFields, system_prompt: str | None) -> tuple[Message, 
             if getattr(fields, other) is not None:
                 raise QueryError(f"{other} cannot be combined with messages", field=other)
         turns = [_message(turn, f"messages[{at}]") for at, turn in enumerate(fields.messages)]
-        last = turns[-1]
-        if last.role != "tool" and (last.role != "user" or not last.content.strip()):
-            message = "messages must end with a non-blank user message or the result of a tool"
-            raise QueryError(message, field="messages")
+        _check_last(turns[-1])
         system = None if turns[0].role == "system" else system_prompt
     return with_system_prompt(tuple(turns), system)
+
+
+def _check_last(message: Message) -> None:
+    is_text = message.role in ("user", "assistant") and not message.tool_calls
+    if message.role != "tool" and not (is_text and message.content.strip()):
+        raise QueryError(
+            "messages must end with a non-blank user message, the result of a tool, or a non-blank "
+            "assistant message to continue",
+            field="messages",
+        )
+
+
+def _continues(fields: QueryFields, messages: tuple[Message, ...]) -> bool:
+    """Whether the answer continues the last message: an assistant's, unless the query objects."""
+    is_assistants = bool(messages) and messages[-1].role == "assistant"
+    if fields.continue_final_message and not is_assistants:
+        message = "continue_final_message requires that the last message is the assistant's"
+        raise QueryError(message, field="continue_final_message")
+    return is_assistants and fields.continue_final_message is not False
 
 
 def _message(turn: MessageFields, path: str) -> Message:

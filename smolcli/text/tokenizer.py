@@ -95,7 +95,9 @@ class ChatTokenizer:
         """How prompts ask the model to write calls."""
         return self._template_syntax or LIST
 
-    def encode(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+    def encode(
+        self, messages: Sequence[Message], tools: Tools | None = None, continues: bool = False
+    ) -> list[int]:
         """Encode a conversation as a prompt that ends where the assistant's answer begins.
 
         The text of a message or a tool never becomes a control token.
@@ -103,6 +105,8 @@ class ChatTokenizer:
         Args:
             messages: the conversation.
             tools: functions that the prompt describes to the model.
+            continues: whether the prompt ends with the text of the last message, for the model to
+                continue, instead of the beginning of an answer to it.
 
         Raises:
             QueryError: the chat template rejects the messages, or the model has no embedding for
@@ -112,7 +116,8 @@ class ChatTokenizer:
             tools = None
         if self._template_syntax is None:
             messages, tools = plain_messages(messages, tools), None
-        ids = self._encoder.encode(messages, tools, self.render)
+        render = self._render_open if continues else self.render
+        ids = self._encoder.encode(messages, tools, render)
         if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
             raise QueryError(
                 f"the model has no embedding for the token {max(ids)} of this prompt",
@@ -131,7 +136,7 @@ class ChatTokenizer:
         """
         raw = query.raw_prompt
         if raw is None:
-            return self.encode(query.messages, query.tools)
+            return self.encode(query.messages, query.tools, query.continues)
         ids = self._encoder.encode_raw(raw) if isinstance(raw, str) else list(raw)
         if not ids:
             raise QueryError("raw_prompt contains no token", field="raw_prompt")
@@ -182,6 +187,9 @@ class ChatTokenizer:
             raise QueryError(
                 f"the model's chat template rejects these messages: {exc}", field="messages"
             ) from exc
+
+    def _render_open(self, messages: Sequence[Message], tools: Tools | None) -> str:
+        return self.render(messages[:-1], tools) + messages[-1].content
 
     def tokenizer_json(self) -> str:
         """The tokenizer in the format of tokenizer.json."""

@@ -87,6 +87,8 @@ def completion_body(query: Query, model: str, dialect: Dialect, is_stream: bool)
     prompt = _prompt(query)
     if query.raw_prompt is not None:
         prompt["prompt"] = prompt.pop("raw_prompt")
+    if query.continues:
+        prompt["add_generation_prompt"] = False
     body: dict[str, Any] = {"model": model} | prompt | _sampling(query)
     if dialect is Dialect.OPENAI:
         neutral = asdict(Sampling())
@@ -102,9 +104,15 @@ def completion_body(query: Query, model: str, dialect: Dialect, is_stream: bool)
 def _prompt(query: Query) -> dict[str, Any]:
     """The fields of smol's own format that hold the prompt."""
     if query.raw_prompt is None:
-        return {"messages": _messages(query)}
+        return {"messages": _messages(query)} | _continuation(query)
     echo = {"echo": True} if query.echo else {}
     return {"raw_prompt": query.raw_prompt} | echo
+
+
+def _continuation(query: Query) -> dict[str, bool]:
+    """The field that says whether an assistant's last message is continued."""
+    is_assistants = query.messages[-1].role == "assistant"
+    return {"continue_final_message": query.continues} if is_assistants else {}
 
 
 def _messages(query: Query) -> list[dict[str, Any]]:
@@ -317,7 +325,7 @@ def _answer(query: Query, record: Mapping[str, Any]) -> Result:
     if not isinstance(text, str | None):
         raise MalformedAnswer("the text of an answer is not a string")
     text = text or ""
-    text = text.strip() if query.raw_prompt is None else text
+    text = text if query.keeps_space else text.strip()
     logprobs, prompt_logprobs = record.get("logprobs"), record.get("prompt_logprobs")
     is_cut_off = finish_reason is FinishReason.LENGTH
     has_schema = query.format is not None and bool(query.format.schema)
