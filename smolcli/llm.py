@@ -55,6 +55,7 @@ class SamplingOptions(TypedDict, total=False):
     n: int
     logprobs: bool
     top_logprobs: int
+    prompt_logprobs: int
     response_format: dict[str, Any]
     choices: list[str]
     tools: list[dict[str, Any]]
@@ -195,6 +196,64 @@ class LLM:
         each = cast("Sequence[Prompt]", [prompts] if is_single else prompts)
         defaults = _defaults(system_prompt, seed, schema, options)
         items = [_query(item, str(at), defaults, options) for at, item in enumerate(each)]
+        results = list(answer_all(items, self._backend))
+        return results[0] if is_single else results
+
+    @overload
+    def complete(  # type: ignore[overload-overlap]  # a str is a Sequence[str]
+        self,
+        prompts: str | Sequence[int],
+        *,
+        seed: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Result: ...
+
+    @overload
+    def complete(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        seed: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Result]: ...
+
+    def complete(
+        self,
+        prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        seed: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Result | list[Result]:
+        """Continue one text, or a list of them, without the chat template.
+
+        Control tokens that are written in a text count. With `max_new_tokens=0` and
+        `prompt_logprobs`, texts are only scored.
+
+        >>> llm.complete("The capital of France is", max_new_tokens=1).response
+        ' Paris'
+        >>> scored = llm.complete("Rome is in Italy", max_new_tokens=0, prompt_logprobs=0)
+        >>> [token["token"] for token in scored.prompt_logprobs]
+        ['Rome', ' is', ' in', ' Italy']
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            seed: as for `chat`.
+            options: see `SamplingOptions`.
+
+        Returns:
+            As for `chat`.
+
+        Raises:
+            QueryError: an option is invalid.
+            BackendError: the model or every server has failed.
+        """
+        from smolcli.batch.pipeline import answer_all
+
+        is_single = isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], int))
+        each: Sequence[Any] = [prompts] if is_single else prompts
+        defaults = _defaults(None, seed, None, options)
+        contents = [{"raw_prompt": p if isinstance(p, str) else list(p)} for p in each]
+        items = [_parsed(c, str(at), defaults, options) for at, c in enumerate(contents)]
         results = list(answer_all(items, self._backend))
         return results[0] if is_single else results
 
@@ -438,11 +497,18 @@ def _query(
     prompt: Prompt, chat_id: str, defaults: QueryDefaults, options: SamplingOptions
 ) -> Query | Result:
     """A query, or the error result of an invalid prompt."""
-    from smolcli.protocol.query import parse_query
-
     content: dict[str, Any] = {"user_prompt": prompt}
     if not isinstance(prompt, str):
         content = {"messages": [_message(message) for message in prompt]}
+    return _parsed(content, chat_id, defaults, options)
+
+
+def _parsed(
+    content: dict[str, Any], chat_id: str, defaults: QueryDefaults, options: SamplingOptions
+) -> Query | Result:
+    """The query with a content, or the error result of one that is invalid."""
+    from smolcli.protocol.query import parse_query
+
     try:
         return parse_query({"chat_id": chat_id, **content, **options}, defaults)
     except QueryError as exc:

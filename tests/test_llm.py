@@ -73,6 +73,17 @@ def test_an_invalid_prompt_is_a_result_and_an_invalid_option_an_error(model: LLM
         model.chat("Hi", temprature=1)  # type: ignore[call-overload]
 
 
+def test_texts_and_token_ids_are_continued_and_scored(model: LLM) -> None:
+    single = model.complete("Rome is", max_new_tokens=4)
+    scored = model.complete("Rome is", max_new_tokens=0, prompt_logprobs=1)
+    assert scored.prompt_logprobs is not None
+    ids = [token["token_id"] for token in scored.prompt_logprobs]
+    assert model.complete(ids, max_new_tokens=4).response == single.response
+    several = model.complete([ids, [1]], max_new_tokens=4)
+    assert several[0].response == single.response
+    assert model.complete(["Rome is", ""], max_new_tokens=4)[1].field == "raw_prompt"
+
+
 def test_a_seed_makes_sampling_reproducible(model: LLM) -> None:
     def sample(seed: int | None) -> list[str | None]:
         results = model.chat(["Hi"] * 3, temperature=2.0, max_new_tokens=9, seed=seed)

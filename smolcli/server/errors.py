@@ -23,6 +23,13 @@ REJECTION = "smol.rejection"  # WSGI key of the HttpError of a request that Wait
 INTERNAL_ERROR = "internal error; see the server log for details"
 
 
+_EMBEDDINGS = (
+    "smol serves no embeddings: those of a chat model find less than a search for words; "
+    "use a server with an embedding model"
+)
+_ABSENT = {"/v1/embeddings": _EMBEDDINGS, "/embeddings": _EMBEDDINGS}
+
+
 class HttpCode(StrEnum):
     """Error codes of requests that are rejected before their queries are parsed."""
 
@@ -149,7 +156,7 @@ def _translate(exc: Exception) -> HttpError:
 
 def _translate_werkzeug(exc: HTTPException, status: int) -> HttpError:
     messages = {
-        HTTPStatus.NOT_FOUND: f"no route for {request.path}",
+        HTTPStatus.NOT_FOUND: _ABSENT.get(request.path, f"no route for {request.path}"),
         HTTPStatus.METHOD_NOT_ALLOWED: f"{request.method} is not allowed for {request.path}",
     }
     allowed: list[str] = getattr(exc, "valid_methods", None) or []

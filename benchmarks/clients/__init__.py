@@ -1,0 +1,1 @@
+"""Unchanged clients of other projects, driven against a running server."""
