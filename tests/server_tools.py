@@ -35,6 +35,20 @@ def tiny_engine(folder: Path) -> EngineSettings:
     return EngineSettings(model=str(folder), dtype="float32", max_batch_size=8)
 
 
+def model_variant(folder: Path, target: Path, template: str | None = None) -> Path:
+    """The model of `folder` in `target`, with room for long prompts and maybe another template."""
+    for path in folder.iterdir():
+        (target / path.name).symlink_to(path)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    files = {"config.json": json.dumps(config | {"max_position_embeddings": 4096})}
+    if template is not None:
+        files["chat_template.jinja"] = template
+    for name, text in files.items():
+        (target / name).unlink(missing_ok=True)
+        (target / name).write_text(text, "utf-8")
+    return target
+
+
 class FaultyModel:
     """The tiny model with a delay in every step, which can be made to fail."""
 

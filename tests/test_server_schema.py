@@ -21,6 +21,7 @@ ROUTES = [
     ("POST", "/generate_batch"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{id}"),
     ("POST", "/v1/files"),
@@ -83,6 +84,9 @@ def test_every_response_matches_the_document(
     check()
 
 
+ITEM = {"role": "user", "content": "Hi"}
+
+
 def ask_a_question(body: Any) -> None:
     """Have the last message come from the user, and tools have the names that are referred to.
 
@@ -94,11 +98,12 @@ def ask_a_question(body: Any) -> None:
         body.pop("add_generation_prompt", None)
     if isinstance(body, dict) and body.get("tools"):
         for at, tool in enumerate(body["tools"]):
-            tool["function"]["name"] = f"f{at}"
+            tool.get("function", tool)["name"] = f"f{at}"
         if isinstance(choice := body.get("tool_choice"), dict):
-            allowed = choice.get("allowed_tools", {}).get("tools", [choice])
-            for each in (each for each in allowed if "function" in each):
-                each["function"]["name"] = "f0"
+            for each in choice.get("allowed_tools", choice).get("tools", [choice]):
+                each.get("function", each)["name"] = "f0"
+    if isinstance(body, dict) and body.get("input"):
+        body["input"] = "Hi" if isinstance(body["input"], str) else [*body["input"], ITEM]
 
 
 LAX = [

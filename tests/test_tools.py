@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_tools import answer, results
-from server_tools import RunningServer, serving, tiny_engine
+from server_tools import RunningServer, model_variant, serving, tiny_engine
 
 from smolcli.backends.local import LocalBackend, open_local
 from smolcli.backends.remote.backend import open_gateway
@@ -71,20 +71,7 @@ USER = {"role": "user", "content": "What is the weather?"}
 @pytest.fixture(scope="module")
 def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with room for tools, whose descriptions have a token for every other byte."""
-    return variant(tiny_folder, tmp_path_factory.mktemp("roomy"))
-
-
-def variant(folder: Path, target: Path, template: str | None = None) -> Path:
-    for path in folder.iterdir():
-        (target / path.name).symlink_to(path)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    files = {"config.json": json.dumps(config | {"max_position_embeddings": 4096})}
-    if template is not None:
-        files["chat_template.jinja"] = template
-    for name, text in files.items():
-        (target / name).unlink(missing_ok=True)
-        (target / name).write_text(text, "utf-8")
-    return target
+    return model_variant(tiny_folder, tmp_path_factory.mktemp("roomy"))
 
 
 @pytest.fixture
@@ -340,7 +327,7 @@ TAG_TEMPLATE = """{%- if tools %}<|im_start|>system
 @pytest.fixture(scope="module")
 def tag_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with a template that knows tools, as Hermes' and Qwen's do."""
-    return variant(tiny_folder, tmp_path_factory.mktemp("tags"), TAG_TEMPLATE)
+    return model_variant(tiny_folder, tmp_path_factory.mktemp("tags"), TAG_TEMPLATE)
 
 
 def test_template_that_knows_tools_is_used(tag_folder: Path) -> None:

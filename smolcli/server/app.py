@@ -14,6 +14,7 @@ from smolcli.server.errors import handle_errors
 from smolcli.server.openai_api import openai_routes
 from smolcli.server.ops import ops_routes
 from smolcli.server.page import page_routes
+from smolcli.server.responses_api import responses_routes
 from smolcli.server.service import Service
 from smolcli.server.text_completions_api import text_completions_routes
 
@@ -67,6 +68,7 @@ def create_app(service: Service, batches: BatchApi) -> Flask:
     app.register_blueprint(chat_routes(service))
     app.register_blueprint(openai_routes(service))
     app.register_blueprint(text_completions_routes(service))
+    app.register_blueprint(responses_routes(service))
     app.register_blueprint(batch_routes(batches))
     app.register_blueprint(ops_routes(service))
     app.register_blueprint(page_routes())

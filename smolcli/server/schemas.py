@@ -10,6 +10,7 @@ from smolcli import __version__
 from smolcli.protocol.fields import MAX_ANSWERS
 from smolcli.protocol.openai import CompletionFields
 from smolcli.protocol.query import QueryFields
+from smolcli.protocol.responses import ResponsesFields
 from smolcli.protocol.text_completions import TextCompletionFields
 from smolcli.server.batch_store import Purpose
 from smolcli.server.batch_store import Status as BatchStatus
@@ -275,6 +276,34 @@ class OpenAITextCompletion(Exact):
     usage: OpenAIUsage | None = Field(description="Null if an upstream server does not report it.")
 
 
+class ResponseItem(BaseModel):
+    """An item of a response's output: a message or a function call."""
+
+    id: str
+    type: Literal["message", "function_call"]
+    status: Literal["completed", "incomplete"]
+
+
+class ResponseUsage(BaseModel):
+    """Token counts of a response."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+
+
+class OpenAIResponse(BaseModel):
+    """A response. If `stream` is true, its events are sent as server-sent events instead."""
+
+    id: str
+    object: Literal["response"]
+    created_at: float
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[ResponseItem]
+    usage: ResponseUsage | None = Field(description="Null if an upstream does not report it.")
+
+
 class ModelIdentity(BaseModel):
     """What determines a model's answers, and the load that keeps its server busy."""
 
@@ -428,6 +457,8 @@ _MODELS: tuple[type[BaseModel], ...] = (
     OpenAICompletion,
     TextCompletionFields,
     OpenAITextCompletion,
+    ResponsesFields,
+    OpenAIResponse,
     OpenAIModel,
     OpenAIModels,
     FileForm,
@@ -466,7 +497,7 @@ def openapi_document(requires_key: bool, models: Sequence[str]) -> Json:
     _, schemas = models_json_schema(modes, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components: Json = {"schemas": schemas["$defs"]}
     if models:
-        for name in ("CompletionFields", "TextCompletionFields"):
+        for name in ("CompletionFields", "TextCompletionFields", "ResponsesFields"):
             components["schemas"][name]["properties"]["model"]["enum"] = list(models)
     document: Json = {
         "openapi": "3.1.0",
@@ -501,6 +532,14 @@ def _paths(unauthorized: dict[str, str], models: Sequence[str]) -> Json:
                 "Create text completions",
                 TextCompletionFields,
                 _json(OpenAITextCompletion) | {"text/event-stream": {}},
+                _responses(descriptions | _MODEL_NOT_FOUND, OpenAIError),
+            )
+        },
+        "/v1/responses": {
+            "post": _post(
+                "Create a response",
+                ResponsesFields,
+                _json(OpenAIResponse) | {"text/event-stream": {}},
                 _responses(descriptions | _MODEL_NOT_FOUND, OpenAIError),
             )
         },
