@@ -166,7 +166,7 @@ def test_directories_and_patterns_are_expanded(folder: Path) -> None:
         "data/2.jsonl",
         "data/1.csv",
         "data/.hidden.jsonl",
-        "data/notes.md",
+        "data/README.txt",
         "data/x/3.csv",
     ):
         path = Path(name)

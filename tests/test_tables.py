@@ -443,7 +443,7 @@ def test_table_of_query_fields_needs_no_prompt(tmp_path: Path) -> None:
     )
     assert (first.sampling.max_new_tokens, first.sampling.temperature) == (5, 0.5)
     assert prompt(second) == "hello"
-    assert third.error == "max_new_tokens must be a positive integer"
+    assert third.error.startswith("max_new_tokens must be a positive integer")
 
 
 def test_table_without_prompts_gets_a_hint_to_the_options() -> None:

@@ -15,9 +15,9 @@ from smolcli.errors import UsageError
 from smolcli.protocol.many_files import place_of, row_number
 from smolcli.settings import InputFile, RowSettings, RunSettings
 
-# Files that a directory stands for.
+# Files that a directory stands for; a .txt file may be a README.
 _SUFFIXES = {
-    *(".jsonl", ".ndjson", ".json", ".txt", ".csv", ".tsv"),
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv"),
     *(".parquet", ".arrow", ".feather", ".ipc"),
 }
 _MANIFEST = ".manifest.json"
