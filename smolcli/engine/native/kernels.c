@@ -337,9 +337,10 @@ INLINE Scales load_scales(Format format, const char *group) {
     return scales;
 }
 
-INLINE vec round_to_bf16(vec value) {
+/* An expanded weight as it is multiplied: in bfloat16, rounded to nearest, ties to even. */
+INLINE vec round_weight(vec value) {
     uvec bits = (uvec)value;
-    return (vec)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+    return BF16_WEIGHTS ? (vec)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u) : value;
 }
 
 /* Two consecutive features of the columns of a vector, from the lowest bits of the words.
@@ -353,14 +354,20 @@ INLINE void expand_pair(Format format, uvec words, const Scales *scales, int v, 
     vec high = __builtin_convertvector((ivec)(words & (mask << bits_of(format))), vec);
     *first = fma_of(low, scales->scale[v], scales->offset[v]);
     *second = fma_of(high, scales->next[v], scales->offset[v]);
-#if BF16_WEIGHTS
-    *first = round_to_bf16(*first), *second = round_to_bf16(*second);
-#endif
 }
 
 #if BF16_WEIGHTS
-/* The lanes that hold both features. */
-INLINE vec join_pair(vec first, vec second) { return (vec)((uvec)first >> 16 | (uvec)second); }
+/* The lanes that hold two features, rounded. Weights are 0 or too large for the instructions to flush
+   them to 0: scales and offsets are multiples of 2^-24. */
+INLINE vec join_pair(vec first, vec second) {
+#if defined(__AVX512BF16__) && !defined(EMULATE_BF16)
+    uvec low = (uvec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
+    uvec high = (uvec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)second));
+    return (vec)(low | high << 16);
+#else
+    return (vec)((uvec)round_weight(first) >> 16 | (uvec)round_weight(second));
+#endif
+}
 #endif
 
 /* The panel as (depth, PANEL) lanes. */
@@ -439,13 +446,18 @@ INLINE void quantized_tile(Format format, int rows, const char *panel, int featu
                 for (int v = 0; v < 2; v++) {
                     expand_pair(format, left[v], &scales, v, &first[v], &second[v]);
                     left[v] >>= 2 * bits;
+#if BF16_PRODUCTS
+                    first[v] = join_pair(first[v], second[v]);
+#else
+                    first[v] = round_weight(first[v]), second[v] = round_weight(second[v]);
+#endif
                 }
                 for (int r = 0; r < rows; r++) {
                     const elem *values = x + r * features;
 #if BF16_PRODUCTS
                     vec value = broadcast_lane(*(const lane *)values);
-                    sum[r][0] = dot(sum[r][0], join_pair(first[0], second[0]), value);
-                    sum[r][1] = dot(sum[r][1], join_pair(first[1], second[1]), value);
+                    sum[r][0] = dot(sum[r][0], first[0], value);
+                    sum[r][1] = dot(sum[r][1], first[1], value);
 #else
                     sum[r][0] = fma_of(first[0], broadcast(values[0]), sum[r][0]);
                     sum[r][1] = fma_of(first[1], broadcast(values[0]), sum[r][1]);
@@ -608,7 +620,8 @@ INLINE void embed_quantized(Format format, const char *group, int column, int fe
                 vec first, second;
                 expand_pair(format, left, &scales, vector, &first, &second);
                 left >>= 2 * bits;
-                x[feature] = first[in_vector], x[feature + 1] = second[in_vector];
+                x[feature] = round_weight(first)[in_vector];
+                x[feature + 1] = round_weight(second)[in_vector];
             }
         }
     }
