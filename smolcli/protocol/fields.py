@@ -145,7 +145,7 @@ SEED = "an integer from -2^63 to 2^63 - 1; -1 means the default"
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
-def _is_empty(value: object) -> bool:
+def is_empty(value: object) -> bool:
     """Whether a value has no effect: it is empty, or an object of empty and false members."""
     if isinstance(value, dict):
         return all(member is False or _is_plain_empty(member) for member in value.values())
@@ -179,7 +179,7 @@ class Lenient(BaseModel):
     def _drop_empty(cls, values: object) -> object:
         if not isinstance(values, dict):
             return values
-        return {k: v for k, v in values.items() if not _is_empty(v) or k in cls._kept()}
+        return {k: v for k, v in values.items() if not is_empty(v) or k in cls._kept()}
 
     @classmethod
     def _kept(cls) -> set[str]:

@@ -23,6 +23,7 @@ from smolcli.protocol.fields import (
     Temperature,
     Text,
     TopP,
+    is_empty,
 )
 from smolcli.protocol.openai import RefusalPart, parameter_error
 from smolcli.protocol.query import (
@@ -95,7 +96,9 @@ class CallOutputItem(ItemFields):
 def _item_type(value: object) -> str | None:
     """The type of an item; messages may omit it."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return kind if isinstance(kind, str) else "message" if kind is None else None
+    if is_empty(kind):
+        return "message"
+    return kind if isinstance(kind, str) else None
 
 
 Item = Annotated[
