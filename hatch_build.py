@@ -13,6 +13,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
     """Runs tools/build_kernels.py.
 
     SMOL_WHEEL_TARGET selects another platform (cross-compiled with ziglang), see `make wheels`.
+    SMOL_WHEEL_FOR_THIS_CPU leaves out the kernels that this CPU cannot run, to save time.
     """
 
     def dependencies(self) -> list[str]:
@@ -36,7 +37,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
             build(target, runnable_only=True)
             return
         folder = Path(self.root) / "build" / "kernels" / (name or "host")
-        libraries = build(target, folder)
+        libraries = build(target, folder, runnable_only="SMOL_WHEEL_FOR_THIS_CPU" in os.environ)
         if not libraries:
             self.app.display_warning(f"no native kernels for {target.machine}: smol will use torch")
             return
