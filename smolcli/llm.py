@@ -58,6 +58,7 @@ class SamplingOptions(TypedDict, total=False):
     prompt_logprobs: int
     response_format: dict[str, Any]
     choices: list[str]
+    structured_outputs: dict[str, Any]
     tools: list[dict[str, Any]]
     tool_choice: str | dict[str, Any]
     parallel_tool_calls: bool

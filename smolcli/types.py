@@ -279,15 +279,19 @@ class TextPiece(str):
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """What answers are constrained to: a JSON Schema, or a list of choices.
+    """What answers are constrained to; exactly one of these.
 
     Args:
         schema: a JSON Schema as text, which makes formats hashable; "" if there is none.
         choices: the only possible answers; () if there are none.
+        regex: a regular expression that the whole answer matches; "" if there is none.
+        grammar: a grammar in Lark's language or in GBNF; "" if there is none.
     """
 
     schema: str = ""
     choices: tuple[str, ...] = ()
+    regex: str = ""
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,14 +341,29 @@ class Query:
 
     @property
     def keeps_space(self) -> bool:
-        """Whether white space around the answer is part of it: it continues a given text."""
-        return self.raw_prompt is not None or self.continues
+        """Whether white space around the answer is part of it.
+
+        It continues a given text, or a regular expression or grammar says where white space is.
+        """
+        is_exact = self.format is not None and bool(self.format.regex or self.format.grammar)
+        return self.raw_prompt is not None or self.continues or is_exact
 
     @property
     def num_chars(self) -> int:
         """Length of the prompt, the answer format and the tools, in characters."""
         answers = self.format or AnswerFormat()
-        num_chars = sum(map(len, (answers.schema, *answers.choices, self.raw_prompt or "")))
+        num_chars = sum(
+            map(
+                len,
+                (
+                    answers.schema,
+                    *answers.choices,
+                    answers.regex,
+                    answers.grammar,
+                    self.raw_prompt or "",
+                ),
+            )
+        )
         num_chars += self.tools.num_chars if self.tools else 0
         return num_chars + sum(message.num_chars for message in self.messages)
 

@@ -15,7 +15,15 @@ from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.fields import LOGIT_BIAS
 from smolcli.protocol.openai import CompletionFields, error_code, error_object, parse_completion
 from smolcli.protocol.prompt import prompt_query
-from smolcli.protocol.query import FIELDS, QueryFields, chat_id_of, parse_query
+from smolcli.protocol.query import (
+    FIELDS,
+    JSON_OBJECT,
+    QueryFields,
+    chat_id_of,
+    format_fields,
+    parse_query,
+    schema_format,
+)
 from smolcli.protocol.strict_json import load_json
 from smolcli.settings import QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
@@ -447,6 +455,35 @@ def test_stream_options_of_openai_and_vllm_are_accepted() -> None:
     completion(stream=True, stream_options=options)
 
 
+SKY = {"type": "object", "properties": {"sky": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"response_format": {"type": "json_object", "schema": SKY}}, schema_format(SKY)),
+        ({"structured_outputs": {"json": SKY}}, schema_format(SKY)),
+        ({"structured_outputs": {"regex": "a+"}}, AnswerFormat(regex="a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, AnswerFormat(choices=("a", "b"))),
+        ({"structured_outputs": {"grammar": "start: A"}}, AnswerFormat(grammar="start: A")),
+        ({"structured_outputs": {"json_object": True}}, AnswerFormat(schema=JSON_OBJECT)),
+        ({"structured_outputs": {"disable_any_whitespace": True}}, None),
+        ({"guided_json": SKY}, schema_format(SKY)),
+        ({"guided_regex": "a+"}, AnswerFormat(regex="a+")),
+        ({"guided_choice": ["a", "b"]}, AnswerFormat(choices=("a", "b"))),
+        ({"guided_grammar": "start: A"}, AnswerFormat(grammar="start: A")),
+    ],
+)
+def test_formats_of_llama_cpp_and_vllm(
+    parameters: dict[str, Any], expected: AnswerFormat | None
+) -> None:
+    query = completion(**parameters)
+    assert query.format == expected
+    if not next(iter(parameters)).startswith("guided"):
+        assert parse_query(HI | parameters, QueryDefaults()).format == expected
+    assert parse_query(HI | format_fields(expected), QueryDefaults()).format == expected
+
+
 @pytest.mark.parametrize(
     ("parameters", "path", "said"),
     [
@@ -464,10 +501,17 @@ def test_stream_options_of_openai_and_vllm_are_accepted() -> None:
             "response_format.json_schema.schema",
             "is required",
         ),
-        ({"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs", "must be empty"),
+        (
+            {"structured_outputs": {"json_object": True, "regex": "a"}},
+            "structured_outputs",
+            "one of",
+        ),
         ({"max_token": 5}, "max_token", "did you mean 'max_tokens'?"),
         ({"max_new_tokens": 5}, "max_new_tokens", "did you mean 'max_tokens'?"),
         ({"stop": ["a", ""]}, "stop[1]", "(at stop[1])"),
+        ({"structured_outputs": {"regx": "a"}}, "structured_outputs.regx", "did you mean 'regex'?"),
+        ({"guided_regex": "a", "choices": ["a"]}, "guided_regex", "combined with choices"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex", "with guided_choice"),
         (
             {"stream": True, "stream_options": {"include_usag": True}},
             "stream_options.include_usag",

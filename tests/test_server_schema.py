@@ -129,6 +129,8 @@ LAX = [
     {"chat_id": 0, "user_prompt": "Hi", "logit_bias": {"1": 101}},
     {"chat_id": 0, "user_prompt": "Hi", "bad_words": [" "]},
     {"chat_id": 0, "user_prompt": "Hi", "min_p": 2},
+    {"chat_id": 0, "user_prompt": "Hi", "structured_outputs": {"regex": "a", "choice": ["a"]}},
+    {"chat_id": 0, "user_prompt": "Hi", "structured_outputs": {"regex": "a"}, "choices": ["a"]},
     {"chat_id": 0, "user_prompt": "Hi", "unknown": 1},
 ]
 STRICT = [
@@ -140,6 +142,7 @@ STRICT = [
     {"chat_id": 0, "user_prompt": "Hi", "top_logprobs": 1, "logprobs": True},
     {"chat_id": 0, "user_prompt": "Hi", "n": 2, "temperature": 0.5},
     {"chat_id": 0, "user_prompt": "Hi", "max_new_tokens": 2.0},
+    {"chat_id": 0, "user_prompt": "Hi", "structured_outputs": {"regex": "a", "choice": []}},
     {"chat_id": 0, "user_prompt": "Hi", "seed": -1, "logit_bias": {"1": 1.5}, "min_tokens": 9},
 ]
 

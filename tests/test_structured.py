@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -289,6 +290,59 @@ def test_unique_items_are_accepted_and_not_enforced(backend: LocalBackend) -> No
     numbers = {"type": "array", "items": {"enum": [1]}, "minItems": 2, "maxItems": 2}
     (result,) = answers(backend, [query(format=schema_format(numbers | {"uniqueItems": True}))])
     assert result.response == "[1, 1]"
+
+
+EBNF = """
+root ::= select_statement
+select_statement ::= "SELECT " column " from " table
+column ::= "col_1 " | "col_2 "
+table ::= "table_1" | "table_2"
+"""
+LARK = """
+start: term ("+" term)?
+term: NUMBER | "(" term ")"
+NUMBER: /[1-3]{1,2}/
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer_format", "expected"),
+    [
+        (AnswerFormat(regex=r"^ [a-c]{2,4}-[0-9]\n$"), r" [a-c]{2,4}-[0-9]\n"),
+        (AnswerFormat(grammar=EBNF), r"SELECT col_[12]  from table_[12]"),
+        (AnswerFormat(grammar=LARK), r"\(*[1-3]{1,2}\)*(\+\(*[1-3]{1,2}\)*)?"),
+    ],
+    ids=["regex", "EBNF of vLLM's documentation", "Lark"],
+)
+def test_answers_match_a_regex_or_a_grammar_with_their_white_space(
+    backend: LocalBackend, answer_format: AnswerFormat, expected: str
+) -> None:
+    asked = [query(format=answer_format, sampling=Sampling(64, 2.0, seed=n)) for n in range(6)]
+    results = answers(backend, asked)
+    whole = [str(result.response) for result in results if not result.is_error]
+    assert len(set(whole)) > 1
+    for text in whole:
+        assert re.fullmatch(expected, text), text
+
+
+@pytest.mark.parametrize(
+    ("answer_format", "reason"),
+    [
+        (AnswerFormat(regex="(a"), "unsupported regex: unclosed group"),
+        (AnswerFormat(regex="(?=a)b"), "unsupported regex: look-around"),
+        (AnswerFormat(grammar="root ::= ( 'a'"), "unsupported grammar: "),
+        (AnswerFormat(grammar="start: B"), "unsupported grammar: .*B"),
+        (AnswerFormat(grammar="start: A\nA: /a/ & /b/"), "'&' is not supported"),
+        (AnswerFormat(grammar="start: %json {}"), "'%json' is not supported"),
+    ],
+    ids=str,
+)
+def test_an_unsupported_regex_or_grammar_says_why(
+    backend: LocalBackend, answer_format: AnswerFormat, reason: str
+) -> None:
+    (result,) = answers(backend, [query(format=answer_format)])
+    assert (result.error_code, result.field) == ("invalid_value", "structured_outputs")
+    assert re.search(reason, str(result.error))
 
 
 def test_error_of_one_answer_fails_the_query(backend: LocalBackend) -> None:

@@ -53,9 +53,13 @@ from smolcli.protocol.fields import (
 from smolcli.protocol.query import (
     CHOICES_DESCRIPTION,
     FORMAT_DESCRIPTION,
+    FORMAT_FIELDS,
+    STRUCTURED_DESCRIPTION,
     JsonSchemaFields,
     JsonSchemaFormat,
     ResponseFormat,
+    StructuredOutputs,
+    at_most_one,
     combinations,
     forbid_violations,
     json_path,
@@ -150,6 +154,13 @@ STREAM_COMBINATIONS: list[Any] = [
     {"anyOf": [{"not": _STREAM}, {"properties": {"prompt_logprobs": {"enum": [*EMPTY]}}}]},
 ]  # fmt: skip
 
+SHARED_COMBINATIONS: list[Any] = [
+    *combinations(list(EMPTY), True),
+    *at_most_one(
+        (*FORMAT_FIELDS, "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        list(EMPTY),
+    ),
+]
 _CONTINUATION: dict[str, Any] = {
     "anyOf": [
         {"properties": {"add_generation_prompt": {"enum": [*EMPTY]}}},
@@ -218,6 +229,11 @@ class GenerationFields(Lenient):
     n: NumAnswers | None = Field(None, description=f"an integer from 1 to {MAX_ANSWERS}")
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=f"{CHOICES_DESCRIPTION}; an extension")
+    structured_outputs: StructuredOutputs | None = Field(None, description=STRUCTURED_DESCRIPTION)
+    guided_json: dict[str, Any] | None = Field(None, description="a JSON Schema")
+    guided_regex: Text | None = Field(None, description="a string")
+    guided_choice: Choices | None = Field(None, description=CHOICES_DESCRIPTION)
+    guided_grammar: Text | None = Field(None, description="a string")
 
     # OpenAI's parameters without an effect here.
     user: Text | None = Field(None, description=_NO_EFFECT)
@@ -250,12 +266,7 @@ class GenerationFields(Lenient):
     )
     return_tokens_as_token_ids: Literal[False] | None = Field(None, description=_FALSE)
     return_token_ids: Literal[False] | None = Field(None, description=_FALSE)
-    guided_json: None = Field(None, description="empty: use response_format")
-    guided_choice: None = Field(None, description="empty: use choices")
-    guided_regex: None = Field(None, description=_UNSUPPORTED)
-    guided_grammar: None = Field(None, description=_UNSUPPORTED)
     guided_whitespace_pattern: None = Field(None, description=_UNSUPPORTED)
-    structured_outputs: None = Field(None, description="empty: use response_format or choices")
     kv_transfer_params: None = Field(None, description=_UNSUPPORTED)
     vllm_xargs: None = Field(None, description=_UNSUPPORTED)
 
@@ -265,7 +276,7 @@ class CompletionFields(GenerationFields):
 
     model_config = ConfigDict(
         json_schema_extra=forbid_violations(
-            [*combinations(list(EMPTY), True), *STREAM_COMBINATIONS, _CONTINUATION]
+            [*SHARED_COMBINATIONS, *STREAM_COMBINATIONS, _CONTINUATION]
         )
     )
 
@@ -527,6 +538,29 @@ def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
     }
 
 
+_GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
+
+
+def _guided(fields: GenerationFields) -> dict[str, Any]:
+    """The field that vLLM's older parameters for formats stand for.
+
+    Raises:
+        QueryError: there are several, or there is a newer one as well.
+    """
+    given = [name for name in _GUIDED if getattr(fields, name) is not None]
+    others = [name for name in FORMAT_FIELDS if getattr(fields, name) is not None]
+    if not given:
+        return {}
+    if both := [*given[1:], *others]:
+        raise QueryError(f"{given[0]} cannot be combined with {both[0]}", field=given[0])
+    return {"structured_outputs": {_GUIDED[given[0]]: getattr(fields, given[0])}}
+
+
 def query_fields(fields: GenerationFields, defaults: QueryDefaults) -> dict[str, Any]:
     """The query fields equivalent to the parameters that all requests share."""
     values = {name: getattr(fields, name) for name in _SAME_NAME}
@@ -534,6 +568,9 @@ def query_fields(fields: GenerationFields, defaults: QueryDefaults) -> dict[str,
         values["temperature"] = defaults.several_temperature
     if fields.response_format is not None:
         values["response_format"] = fields.response_format.model_dump(by_alias=True)
+    if fields.structured_outputs is not None:
+        values["structured_outputs"] = fields.structured_outputs.model_dump(by_alias=True)
+    values |= _guided(fields)
     return values | {"top_k": None if fields.top_k is None else max(fields.top_k, 0)}
 
 
@@ -628,6 +665,8 @@ def _known(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
     if location[0] == "response_format":
         known: type[BaseModel] = JsonSchemaFields if len(location) > 2 else JsonSchemaFormat
         return [info.alias or name for name, info in known.model_fields.items()]
+    if location[0] == "structured_outputs":
+        return [info.alias or name for name, info in StructuredOutputs.model_fields.items()]
     if location[0] == "tools":
         return list((FunctionFields if len(location) > 3 else ToolFields).model_fields)
     models: dict[int, type[BaseModel]] = {1: model, 2: StreamOptions, 3: ChatMessage, 5: TextPart}

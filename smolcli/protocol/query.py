@@ -6,14 +6,16 @@ generated from them.
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from itertools import combinations as combinations_of
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
     ALLOWED_TOKEN_IDS,
     BAD_WORDS,
+    EMPTY,
     FLAG,
     LOGIT_BIAS,
     MAX_ANSWERS,
@@ -74,7 +76,38 @@ SAMPLING_FIELDS = (
 )
 
 
+# Rules between fields as JSON Schemas.
+
+
+def forbid_violations(rules: list[dict[str, Any]]) -> dict[str, Any]:
+    """A JSON Schema of which all rules hold.
+
+    Equivalent to `allOf`, but some test data generators expand the product of its alternatives.
+    """
+    return {"not": {"anyOf": [{"not": rule} for rule in rules]}}
+
+
+def at_most_one(names: Sequence[str], absent: list[Any]) -> list[dict[str, Any]]:
+    """Rules that at most one of several members is present.
+
+    Args:
+        names: of the members.
+        absent: the values that count as absent.
+    """
+    empty = {"enum": absent}
+    return [
+        {"anyOf": [{"properties": {one: empty}}, {"properties": {other: empty}}]}
+        for one, other in combinations_of(names, 2)
+    ]
+
+
 # Answer formats.
+
+FORMAT_FIELDS = ("response_format", "choices", "structured_outputs")
+_STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
+_WITHOUT_EFFECT = {
+    *("disable_fallback", "disable_any_whitespace", "disable_additional_properties", "backend"),
+}
 
 
 class JsonSchemaFields(Lenient):
@@ -93,9 +126,10 @@ class TextFormat(Lenient):
 
 
 class JsonObjectFormat(Lenient):
-    """Any JSON object."""
+    """Any JSON object, or one that conforms to a schema, as in llama.cpp's API."""
 
     type: Literal["json_object"]
+    definition: dict[str, Any] | None = Field(None, alias="schema", description="a JSON Schema")
 
 
 class JsonSchemaFormat(Lenient):
@@ -109,6 +143,47 @@ ResponseFormat = Annotated[
     TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
 ]
 
+
+class StructuredOutputs(Lenient):
+    """An answer format in vLLM's shape: at most one of the first five members."""
+
+    model_config = ConfigDict(
+        json_schema_extra=forbid_violations(at_most_one(_STRUCTURES, [*EMPTY, False]))
+    )
+
+    definition: dict[str, Any] | None = Field(None, alias="json", description="a JSON Schema")
+    regex: Text | None = Field(None, description="a string")
+    choice: Choices | None = Field(None, description="a list of strings")
+    grammar: Text | None = Field(None, description="a string")
+    json_object: Flag | None = Field(None, description="true or false")
+    disable_fallback: Flag | None = Field(None, description="true or false; it has no effect")
+    disable_any_whitespace: Flag | None = Field(None, description="true or false; it has no effect")
+    disable_additional_properties: Literal[False] | None = Field(None, description="false")
+    backend: Text | None = Field(None, description="a string; it has no effect")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        names = [name for name in self.__pydantic_fields_set__ if name not in _WITHOUT_EFFECT]
+        if sum(getattr(self, name) not in (None, False) for name in names) > 1:
+            raise ValueError("more than one format")
+        return self
+
+    def format(self) -> AnswerFormat | None:
+        """The format that it stands for; None if it has none."""
+        if self.definition is not None:
+            return schema_format(self.definition)
+        if self.choice is not None:
+            return AnswerFormat(choices=tuple(dict.fromkeys(self.choice)))
+        if self.json_object:
+            return AnswerFormat(schema=JSON_OBJECT)
+        if self.regex or self.grammar:
+            return AnswerFormat(regex=self.regex or "", grammar=self.grammar or "")
+        return None
+
+
+STRUCTURED_DESCRIPTION = (
+    'an object with one of "json" (a JSON Schema), "regex", "choice", "grammar" and "json_object"'
+)
 FORMAT_DESCRIPTION = (
     '{"type": "text"}, {"type": "json_object"}, '
     'or {"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
@@ -131,6 +206,7 @@ def schema_format(schema: dict[str, Any]) -> AnswerFormat:
 def answer_format(
     response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
     choices: list[str] | None,
+    structured_outputs: StructuredOutputs | None,
     default: AnswerFormat | None,
 ) -> AnswerFormat | None:
     """The answer format that a query asks for; None means any text.
@@ -138,11 +214,18 @@ def answer_format(
     Args:
         response_format: the field of that name.
         choices: the field of that name.
-        default: the format of a query that has neither field.
+        structured_outputs: the field of that name.
+        default: the format of a query that has none of these fields.
 
     Raises:
-        QueryError: both fields are given.
+        QueryError: more than one of the fields is given.
     """
+    if structured_outputs is not None:
+        for name, value in (("response_format", response_format), ("choices", choices)):
+            if value is not None:
+                message = f"structured_outputs cannot be combined with {name}"
+                raise QueryError(message, field="structured_outputs")
+        return structured_outputs.format() or default
     if choices is not None:
         if response_format is not None:
             raise QueryError("choices cannot be combined with response_format", field="choices")
@@ -153,7 +236,8 @@ def answer_format(
         case TextFormat():
             return None
         case JsonObjectFormat():
-            return AnswerFormat(schema=JSON_OBJECT)
+            definition = response_format.definition
+            return schema_format(definition) if definition else AnswerFormat(schema=JSON_OBJECT)
         case JsonSchemaFormat():
             return schema_format(response_format.json_schema.definition)
 
@@ -164,6 +248,9 @@ def format_fields(answers: AnswerFormat | None) -> dict[str, Any]:
         return {}
     if answers.choices:
         return {"choices": list(answers.choices)}
+    for name in ("regex", "grammar"):
+        if text := getattr(answers, name):
+            return {"structured_outputs": {name: text}}
     if answers.schema == JSON_OBJECT:
         return {"response_format": {"type": "json_object"}}
     schema = {"name": SCHEMA_NAME, "schema": json.loads(answers.schema)}
@@ -219,7 +306,6 @@ def combinations(absent: list[Any], default_temperature: bool) -> list[Any]:
     if default_temperature:
         sampled, temperature = {"anyOf": [sampled, empty]}, {}
     rules: list[list[dict[str, Any]]] = [
-        [{"properties": {"choices": empty}}, {"properties": {"response_format": empty}}],
         [
             {"properties": {"top_logprobs": {"enum": [*absent, 0]}}},
             {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
@@ -233,15 +319,7 @@ def combinations(absent: list[Any], default_temperature: bool) -> list[Any]:
             temperature | {"properties": {"temperature": sampled}},
         ],
     ]
-    return [{"anyOf": options} for options in rules]
-
-
-def forbid_violations(rules: list[dict[str, Any]]) -> dict[str, Any]:
-    """A JSON Schema of which all rules hold.
-
-    Equivalent to `allOf`, but some test data generators expand the product of its alternatives.
-    """
-    return {"not": {"anyOf": [{"not": rule} for rule in rules]}}
+    return [{"anyOf": options} for options in rules] + at_most_one(FORMAT_FIELDS, absent)
 
 
 class MessageFields(BaseModel):
@@ -311,6 +389,7 @@ class QueryFields(BaseModel):
     allowed_token_ids: AllowedIds | None = Field(None, description=ALLOWED_TOKEN_IDS)
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=CHOICES_DESCRIPTION)
+    structured_outputs: StructuredOutputs | None = Field(None, description=STRUCTURED_DESCRIPTION)
     tools: ToolList | None = Field(None, description=TOOLS_DESCRIPTION)
     tool_choice: ToolChoice | None = Field(None, description=CHOICE_DESCRIPTION)
     parallel_tool_calls: Flag | None = Field(None, description="true or false")
@@ -366,7 +445,9 @@ def parse_query(
         fields = QueryFields.model_validate(value)
     except ValidationError as exc:
         raise _query_error(exc) from None
-    answers = answer_format(fields.response_format, fields.choices, defaults.format)
+    answers = answer_format(
+        fields.response_format, fields.choices, fields.structured_outputs, defaults.format
+    )
     tools = parse_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
     messages = _messages(fields, defaults.system_prompt)
     query = Query(

@@ -26,6 +26,7 @@ from smolcli.protocol.fields import (
     TokenId,
 )
 from smolcli.protocol.openai import (
+    SHARED_COMBINATIONS,
     STREAM_COMBINATIONS,
     GenerationFields,
     check_stream,
@@ -36,7 +37,7 @@ from smolcli.protocol.openai import (
     usage_fields,
 )
 from smolcli.protocol.prompt import split_answers
-from smolcli.protocol.query import combinations, forbid_violations, parse_query
+from smolcli.protocol.query import forbid_violations, parse_query
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage
 
@@ -77,7 +78,7 @@ class TextCompletionFields(GenerationFields):
 
     model_config = ConfigDict(
         json_schema_extra=forbid_violations(
-            [*combinations(list(EMPTY), True), *STREAM_COMBINATIONS, *_COMBINATIONS]
+            [*SHARED_COMBINATIONS, *STREAM_COMBINATIONS, *_COMBINATIONS]
         )
     )
 

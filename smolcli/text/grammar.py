@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_COMBINED_PATTERNS = 12  # llguidance's time doubles with each, and it has no timeout
 _PATTERN_KEYWORDS = ("pattern", "format", "$ref")
 MAX_CACHED_GRAMMARS = 128
+MAX_GRAMMAR_CHARS = 50_000
+_LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?![*/])(?:\\.|[^/\\\n])*/|(?://|#)[^\n]*')
 MAX_CALLS = 8  # in one answer
 NO_ARGUMENTS = '{"type": "object", "properties": {}, "additionalProperties": false}'
 # The layout of json.dumps: a model that chooses its own white space may never stop.
@@ -150,8 +152,37 @@ def to_grammar(form: AnswerForm) -> str:
     assert form.format is not None
     if form.format.choices:
         return LLMatcher.grammar_from_regex("|".join(map(re.escape, form.format.choices)))
+    if form.format.regex:
+        return LLMatcher.grammar_from_regex(form.format.regex)
+    if form.format.grammar:
+        return LLMatcher.grammar_from_lark(_to_lark(form.format.grammar))
     schema = _rewritten(form.format.schema)
     return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
+
+
+def _to_lark(grammar: str) -> str:
+    """A grammar in Lark's language, translated from GBNF if it is in that.
+
+    Raises:
+        QueryError: it cannot be read, or uses what could take unbounded time to compile.
+    """
+    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+
+    if len(grammar) > MAX_GRAMMAR_CHARS:
+        raise _unsupported_grammar(f"it is longer than {MAX_GRAMMAR_CHARS:,} characters")
+    bare = _LITERALS.sub("", grammar)
+    if "::=" in bare:
+        try:
+            return str(gbnf_to_lark(grammar))
+        except GbnfToLarkError as exc:
+            raise _unsupported_grammar(str(exc)) from exc
+    if found := re.search(r"&|%(?!ignore\b|import\b)\w*", bare):
+        raise _unsupported_grammar(f"{found[0]!r} is not supported")
+    return grammar
+
+
+def _unsupported_grammar(reason: str) -> QueryError:
+    return QueryError(f"unsupported grammar: {_explain(reason)}", field="structured_outputs")
 
 
 def _rewritten(schema: str) -> str:
@@ -190,6 +221,9 @@ def _tools_grammar(form: AnswerForm, tools: Tools) -> str:
 
 
 def _answer_rule(answers: AnswerFormat) -> str:
+    if answers.regex or answers.grammar:
+        message = "a regex or a grammar cannot be combined with tools that may be called"
+        raise QueryError(message, field="structured_outputs")
     if answers.choices:
         return f"answer: {' | '.join(map(_quoted, answers.choices))}"
     return f"answer: %json {_styled(json.loads(answers.schema))}"
@@ -344,6 +378,12 @@ def _unsupported(form: AnswerForm, reason: str) -> QueryError:
         return QueryError(f"unsupported tools: {_explain(reason)}", field="tools")
     if form.format is not None and form.format.choices:
         return QueryError(f"unsupported choices: {_explain(reason)}", field="choices")
+    if form.format is not None and form.format.grammar:
+        return _unsupported_grammar(reason)
+    if form.format is not None and form.format.regex:
+        found = re.search(r"^error: (.*)$", reason, re.MULTILINE)
+        message = f"unsupported regex: {_explain(found[1] if found else reason)}"
+        return QueryError(message, field="structured_outputs")
     return _unsupported_schema(reason, "response_format")
 
 

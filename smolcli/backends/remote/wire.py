@@ -170,7 +170,7 @@ def _options(query: Query, dialect: Dialect) -> dict[str, Any]:
         fields["prompt_logprobs"] = query.prompt_logprobs
     unsupported = {
         Dialect.SMOL: set(),
-        Dialect.OPENAI: {"choices", "prompt_logprobs"},
+        Dialect.OPENAI: {"choices", "structured_outputs", "prompt_logprobs"},
         Dialect.PLAIN: set(fields),
     }[dialect]
     for name in sorted(unsupported & fields.keys()):
