@@ -193,3 +193,10 @@ def test_text_format_can_be_stated(tmp_path: Path) -> None:
     assert records[0]["response"].startswith("Say Sea! (")
     refused = CliRunner().invoke(app, ["run", str(path), "--check"], obj=EchoBackend)
     assert "such as text for one prompt per line" in refused.stderr
+
+
+def test_final_assistant_message_can_be_continued() -> None:
+    """It is no reference answer if the line says so."""
+    query = parse({"messages": [USER, ANSWER], "continue_final_message": True})
+    assert contents(query)[-1] == ("assistant", "Hello!")
+    assert query.metadata is None

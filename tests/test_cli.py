@@ -132,7 +132,7 @@ def test_a_failed_run_exits_with_1_and_explains_how_to_resume(queries: Path) -> 
     [
         (["--temperature", "-1"], "temperature must be a number from 0 (greedy) to 100"),
         (["--top-p", "nan"], "top_p must be a number greater than 0 and at most 1"),
-        (["--max-new-tokens", "0"], "max_new_tokens must be a positive integer"),
+        (["--max-new-tokens", "-1"], "max_new_tokens must be a positive integer"),
         (["--seed", f"{2**63}"], "seed must be an integer from -2^63 to 2^63 - 1"),
         (["--presence-penalty", "3"], "presence_penalty must be a number from -2 to 2"),
         (["--limit", "0"], "--limit"),
