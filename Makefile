@@ -39,6 +39,7 @@ dist-check: $(STAMP)
 
 # The packages of an installed wheel, their licenses and dependencies, in CycloneDX format.
 sbom: dist-check build/tools
+	mkdir -p dist
 	build/tools/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
 		-o dist/smolcli.cdx.json build/dist-check/venv/bin/python
 
