@@ -52,7 +52,7 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 SIZES = [name for name, value in CONFIG.items() if type(value) is int]
-VALUES = st.one_of(
+VALUES: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from([*{CONFIG[name] * k // 2 for name in SIZES for k in (1, 2, 3, 4)}]),
     st.integers(-(2**40), 2**40),
     st.sampled_from([None, "96", 0.5, float("nan"), float("inf"), True, [], {}]),

@@ -106,7 +106,7 @@ def test_answers_on_a_cpu_need_neither_torch_nor_transformers(
 ) -> None:
     """Every sampling setting, log probabilities and a grammar, too."""
     native_kernels("float32")
-    queries = [
+    queries: list[dict[str, object]] = [
         {},
         {"temperature": 0.9, "top_p": 0.8, "top_k": 40, "repetition_penalty": 1.2},
         {"logprobs": True, "top_logprobs": 3},
