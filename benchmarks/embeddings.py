@@ -76,6 +76,7 @@ def main() -> None:
         sys.stdout.write(f"{name}: {len(queries)} pairs\n")
         for method, table in scores.items():
             sys.stdout.write(f"  {method:24}{summary(table)}\n")
+        sys.stdout.flush()
 
 
 def package_pairs() -> Pairs:

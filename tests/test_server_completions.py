@@ -183,6 +183,12 @@ def test_what_is_not_supported_is_rejected_by_name(
     assert caught.value.param == param
 
 
+def test_a_request_for_embeddings_is_told_why_there_are_none(server: RunningServer) -> None:
+    answer = httpx2.post(f"{server.url}/v1/embeddings", json={"model": "m", "input": "x"})
+    assert answer.status_code == 404
+    assert "not trained for retrieval" in answer.json()["error"]["message"]
+
+
 def test_neutral_values_are_accepted(ask: Any) -> None:
     expected = ask().choices[0].text
     neutral: dict[str, Any] = {

@@ -24,7 +24,7 @@ INTERNAL_ERROR = "internal error; see the server log for details"
 
 
 _EMBEDDINGS = (
-    "smol serves no embeddings: those of a chat model find less than a search for words; "
+    "smol serves no embeddings: its model is not trained for retrieval; "
     "use a server with an embedding model"
 )
 _ABSENT = {"/v1/embeddings": _EMBEDDINGS, "/embeddings": _EMBEDDINGS}
