@@ -234,7 +234,7 @@ def _extras() -> Iterator[Finding]:
     extras = (
         set(metadata.metadata(PACKAGE).get_all("Provides-Extra") or []) if _is_installed() else ()
     )
-    for extra in sorted(set(extras) - {"dev"}):
+    for extra in sorted(set(extras) - {"dev", "docs"}):
         wanted = [
             r for r in map(Requirement, _requirements()) if r.marker and extra in str(r.marker)
         ]
