@@ -133,7 +133,7 @@ def _key(files: ModelFiles, config: LlamaConfig, kernels: Kernels) -> str:
     digest = hashlib.sha256("\n".join(parts).encode())
     for module in (packing, quantized):
         with suppress(OSError):  # an installation may contain only compiled modules
-            digest.update(Path(module.__file__).read_bytes())
+            digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:32]
 
 
