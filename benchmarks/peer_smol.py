@@ -30,8 +30,9 @@ def main() -> None:
     chat = ChatTokenizer.load(folder)
     prompts = [chat.encode((Message("user", text),)) for text in read_questions(args.questions)]
 
+    engine = Engine(model, args.slots, 1 << 30, config.prefix_cache_bytes)
+
     def answer_all(limit: int) -> int:
-        engine = Engine(model, args.slots, 1 << 30)
         sequences = [Sequence(ids, Sampling(max_new_tokens=limit)) for ids in prompts]
         for sequence in sequences:
             engine.add(sequence)
