@@ -414,9 +414,9 @@ class Result:
         chat_id: of the query; None if it could not be read.
         response: the text of the answer, None if it consists of calls; of an error, the text before
             it, if any.
+        finish_reason: why it ended; None if an upstream server did not say.
         tool_calls: functions that it calls; of an answer that was cut off, the last may be
             incomplete.
-        finish_reason: why it ended; None if an upstream server did not say.
         logprobs: one entry per token of the text, in OpenAI's format.
         prompt_logprobs: one entry per token of the prompt, with the token's id and rank as well.
             The log probability and rank of the first one are null.
@@ -434,8 +434,8 @@ class Result:
 
     chat_id: str | None
     response: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: FinishReason | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
     logprobs: Sequence[Mapping[str, Any]] | None = None
     prompt_logprobs: Sequence[Mapping[str, Any]] | None = None
     echo: bool | None = None
