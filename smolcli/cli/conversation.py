@@ -70,8 +70,8 @@ class Conversation:
         now = datetime.now()
         return {
             "chat_id": f"chat-{now:%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
-            "messages": [asdict(message) for message in messages],
-            **asdict(self.sampling),
+            "messages": [{"role": each.role, "content": each.content} for each in messages],
+            **{name: value for name, value in asdict(self.sampling).items() if value != ()},
             "metadata": {"response": answer.content},
         }
 
