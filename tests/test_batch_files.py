@@ -140,7 +140,7 @@ def only_error(job: RunSettings, line: object) -> tuple[str | None, str, str | N
         ({"custom_id": 7.5}, "custom_id must be a non-empty string or an integer", "custom_id"),
         ({"method": "GET"}, "method must be POST", "method"),
         ({"url": "/v1/embeddings"}, "url must be /v1/chat/completions or /v1/completions", "url"),
-        ({"body": "x"}, "body must be an object: a request for a chat completion", "body"),
+        ({"body": "x"}, "body must be an object: the body of a request to the url", "body"),
         ({"priority": 1}, "priority is not supported", "priority"),
     ],
 )

@@ -269,7 +269,6 @@ def test_first_line_may_state_the_delimiter(tmp_path: Path, name: str, delimiter
     [
         (b"PK\x03\x04....", "a zip archive or an Excel workbook"),
         (b"%PDF-1.7\n\n", "a PDF document"),
-        (b"SQLite format 3\0", "an SQLite database"),
         (b"\x7fELF\2\1\1\0\0\0", "a binary file"),
         (b"Once upon a time\nthere was a line.\n", "begins with 'Once upon a time'"),
         (b"<html>\n<body>\n", "begins with '<html>'"),

@@ -165,7 +165,7 @@ def test_stop_strings_and_formats_apply_to_the_continuation(ask: Any) -> None:
         ({"prompt": ["a", ""]}, "prompt[1]"),
         ({"prompt": [[1], [384]]}, "prompt[1]"),
         ({"prompt": [1, 384]}, "prompt"),
-        ({"prompt": "x" * 600}, None),
+        ({"prompt": "x" * 600}, "prompt"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"max_tokens": 0}, "max_tokens"),

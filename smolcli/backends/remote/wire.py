@@ -11,6 +11,7 @@ from smolcli.protocol.query import format_fields
 from smolcli.protocol.strict_json import load_json
 from smolcli.protocol.text_completions import entries_of
 from smolcli.protocol.tools import message_record, tool_fields, with_call_ids
+from smolcli.text.detokenizer import incomplete_json
 from smolcli.types import (
     ErrorCode,
     FinishReason,
@@ -309,7 +310,10 @@ def to_result(query: Query, records: Sequence[Mapping[str, Any]], usage: object)
     except (LookupError, TypeError, AttributeError) as exc:
         raise MalformedAnswer("an answer is not an object") from exc
     if failed := next((each for each in (first, *others) if each.is_error), None):
-        return replace(failed, usage=_usage(usage) if query.n == 1 else None)
+        failed = replace(failed, usage=_usage(usage) if query.n == 1 else None)
+        if failed.usage and failed.finish_reason is FinishReason.LENGTH:
+            return incomplete_json(failed, failed.usage.completion_tokens)
+        return failed
     result = replace(first, alternatives=tuple(others), usage=_usage(usage))
     return with_call_ids(result, query)
 
@@ -433,6 +437,8 @@ def parse_error(body: Mapping[str, Any], query: Query, status: int = 500) -> Res
     code = _error_code(detail.get("error_code", detail.get("code")), message, status)
     field = detail.get("field", detail.get("param"))
     field = field if isinstance(field, str) else None
+    if code is ErrorCode.PROMPT_TOO_LONG:  # OpenAI's API names the whole prompt
+        field = None if query.raw_prompt is None else "raw_prompt"
     return failure(query, message[:MAX_ERROR_CHARS], code, field)
 
 
