@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from smolcli.bench.measure import Reading, Show
 from smolcli.bench.workload import long_prompt, reference, stories
+from smolcli.errors import UsageError
 from smolcli.settings import BenchPlan
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Query
@@ -40,6 +42,9 @@ class TransformersPeer:
 
     Args:
         identity: of the backend to compare with; its `model`, `dtype`, `device` and `threads`.
+
+    Raises:
+        UsageError: the model is a GGUF file, which transformers cannot load without accelerate.
     """
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
@@ -49,6 +54,10 @@ class TransformersPeer:
         self._chat = ChatTokenizer.load(folder)
         self._device = identity["device"]
         gguf = {"gguf_file": gguf_weights.FILE} if gguf_weights.is_in(folder) else {}
+        if gguf and find_spec("accelerate") is None:
+            raise UsageError(
+                "transformers needs accelerate to load a GGUF model: pip install accelerate"
+            )
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **gguf)
         self._model = model.to(self._device)
         self._eos = int(self._model.config.eos_token_id)
