@@ -48,12 +48,31 @@ def json_values(file: BufferedIOBase, path: Path) -> Iterator[Line]:
         raise InputError(f"cannot read {path}{where}: {error_reason(exc)}") from exc
 
 
-class _SequenceSplitter:
-    """Splits a JSON text sequence at its record separators."""
+class _ValueBuffer:
+    """The text of the value that is being read, up to MAX_LINE_BYTES of it."""
 
     def __init__(self) -> None:
         self._value = bytearray()
         self._is_too_long = False
+
+    def _add(self, data: bytes) -> None:
+        if len(self._value) + len(data) > MAX_LINE_BYTES:
+            self._is_too_long = True
+            data = b""
+        self._value += data
+
+    def _take(self) -> Iterator[bytes | None]:
+        value = bytes(self._value).strip(_BLANK)
+        if self._is_too_long:
+            yield None
+        elif value:
+            yield value
+        self._value.clear()
+        self._is_too_long = False
+
+
+class _SequenceSplitter(_ValueBuffer):
+    """Splits a JSON text sequence at its record separators."""
 
     def feed(self, chunk: bytes) -> Iterator[bytes | None]:
         """Yield the values that end in a chunk; None for one longer than MAX_LINE_BYTES."""
@@ -65,31 +84,18 @@ class _SequenceSplitter:
 
     def finish(self) -> Iterator[bytes | None]:
         """Yield the value before a separator or the end of the file, if any."""
-        value = bytes(self._value).strip(_BLANK)
-        if self._is_too_long:
-            yield None
-        elif value:
-            yield value
-        self._value.clear()
-        self._is_too_long = False
-
-    def _add(self, data: bytes) -> None:
-        if len(self._value) + len(data) > MAX_LINE_BYTES:
-            self._is_too_long = True
-            data = b""
-        self._value += data
+        yield from self._take()
 
 
-class _Splitter:
+class _Splitter(_ValueBuffer):
     """Splits a stream of JSON text into its outermost values."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._base: int | None = None  # nesting depth of the values: 1 inside an array
         self._depth = 0
         self._is_in_string = False
         self._num_skipped = 0  # escaped bytes at the beginning of the next chunk
-        self._value = bytearray()
-        self._is_too_long = False
         self._is_closed = False  # whether the array has ended
 
     def feed(self, chunk: bytes) -> Iterator[bytes | None]:
@@ -145,18 +151,3 @@ class _Splitter:
             self._depth = max(self._depth - 1, 0)
             return self._depth < self._base or self._depth == self._base == 0
         return self._depth == self._base
-
-    def _add(self, data: bytes) -> None:
-        if len(self._value) + len(data) > MAX_LINE_BYTES:
-            self._is_too_long = True
-            data = b""
-        self._value += data
-
-    def _take(self) -> Iterator[bytes | None]:
-        value = bytes(self._value).strip(_BLANK)
-        if self._is_too_long:
-            yield None
-        elif value:
-            yield value
-        self._value.clear()
-        self._is_too_long = False
