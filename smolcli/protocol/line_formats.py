@@ -8,7 +8,7 @@ from http import HTTPStatus
 from itertools import islice
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from smolcli.errors import QueryError
 from smolcli.protocol.bare_lines import bare_id, is_bare, parse_bare
@@ -17,8 +17,8 @@ from smolcli.protocol.openai import (
     answer_fields,
     error_code,
     error_object,
-    parameter_error,
     parse_completion,
+    validated,
 )
 from smolcli.protocol.query import chat_id_of, parse_query
 from smolcli.protocol.text_completions import parse_text_line, text_answer_fields
@@ -210,10 +210,7 @@ class OpenAIBatchFormat(LineFormat):
                 "this line is in smol's own format, but the file is in OpenAI's batch format; "
                 "a file cannot mix the two"
             )
-        try:
-            return RequestFields.model_validate(value)
-        except ValidationError as exc:
-            raise parameter_error(exc, RequestFields, value) from None
+        return validated(RequestFields, value)
 
     def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
         request = self.request(value)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -79,6 +79,8 @@ from smolcli.protocol.tool_fields import (
 )
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class TextPart(Lenient):
@@ -481,12 +483,7 @@ def parse_completion(
     Raises:
         QueryError: naming the first invalid parameter by its path.
     """
-    if not isinstance(value, dict):
-        raise QueryError("the body must be a JSON object", ErrorCode.NOT_AN_OBJECT)
-    try:
-        fields = CompletionFields.model_validate(value)
-    except ValidationError as exc:
-        raise parameter_error(exc, CompletionFields, value) from None
+    fields = validated(CompletionFields, value)
     check_stream(fields)
     _check_continuation(fields)
     options = fields.stream_options
@@ -604,7 +601,25 @@ def usage_fields(usage: Usage | None) -> dict[str, int] | None:
     }
 
 
-def parameter_error(exc: ValidationError, model: type[BaseModel], value: object) -> QueryError:
+def validated(model: type[M], value: object) -> M:
+    """Validate the body of a request.
+
+    Args:
+        model: describes the parameters.
+        value: the parsed JSON body.
+
+    Raises:
+        QueryError: naming the first invalid parameter by its path.
+    """
+    if not isinstance(value, dict):
+        raise QueryError("the body must be a JSON object", ErrorCode.NOT_AN_OBJECT)
+    try:
+        return model.model_validate(value)
+    except ValidationError as exc:
+        raise _parameter_error(exc, model, value) from None
+
+
+def _parameter_error(exc: ValidationError, model: type[BaseModel], value: object) -> QueryError:
     """The error for the first invalid parameter; unknown parameters come first.
 
     Args:

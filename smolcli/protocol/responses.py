@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
@@ -25,7 +25,7 @@ from smolcli.protocol.fields import (
     TopP,
     is_empty,
 )
-from smolcli.protocol.openai import RefusalPart, parameter_error
+from smolcli.protocol.openai import RefusalPart, validated
 from smolcli.protocol.query import (
     JsonObjectFormat,
     TextFormat,
@@ -35,7 +35,7 @@ from smolcli.protocol.query import (
 from smolcli.protocol.tool_fields import MAX_TOOLS, FunctionName, FunctionRef
 from smolcli.protocol.tools import call_id
 from smolcli.settings import QueryDefaults
-from smolcli.types import ErrorCode, FinishReason, Query, Result, TextPiece, whole_calls
+from smolcli.types import FinishReason, Query, Result, TextPiece, whole_calls
 
 Prompt = Annotated[str, Field(strict=True, json_schema_extra={"pattern": r"\S"})]  # not blank
 
@@ -384,12 +384,7 @@ def parse_response_request(
     Raises:
         QueryError: naming the first invalid parameter by its path.
     """
-    if not isinstance(value, dict):
-        raise QueryError("the body must be a JSON object", ErrorCode.NOT_AN_OBJECT)
-    try:
-        fields = ResponsesFields.model_validate(value)
-    except ValidationError as exc:
-        raise parameter_error(exc, ResponsesFields, value) from None
+    fields = validated(ResponsesFields, value)
     try:
         values = {"chat_id": response_id} | _query_values(fields)
         query = parse_query(values, defaults, accepts_partial=True)

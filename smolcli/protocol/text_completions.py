@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
@@ -31,15 +31,15 @@ from smolcli.protocol.openai import (
     GenerationFields,
     check_stream,
     invalid_parameter,
-    parameter_error,
     query_fields,
     rank_entries,
     usage_fields,
+    validated,
 )
 from smolcli.protocol.prompt import split_answers
 from smolcli.protocol.query import forbid_violations, parse_query
 from smolcli.settings import QueryDefaults
-from smolcli.types import ErrorCode, FinishReason, Query, Result, Usage
+from smolcli.types import FinishReason, Query, Result, Usage
 
 DEFAULT_MAX_TOKENS = 16  # of OpenAI's API
 _CONTINUATION = [bytes([byte]) for byte in range(0x80, 0xC0)]  # bytes within a character of UTF-8
@@ -279,12 +279,7 @@ def entries_of(logprobs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _fields(value: object) -> TextCompletionFields:
-    if not isinstance(value, dict):
-        raise QueryError("the body must be a JSON object", ErrorCode.NOT_AN_OBJECT)
-    try:
-        fields = TextCompletionFields.model_validate(value)
-    except ValidationError as exc:
-        raise parameter_error(exc, TextCompletionFields, value) from None
+    fields = validated(TextCompletionFields, value)
     check_stream(fields)
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise invalid_parameter("best_of", TextCompletionFields)

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal, get_args
 
 from flask import Blueprint, Response, request, send_file
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
 
@@ -18,7 +18,7 @@ from smolcli.data.compression import LONGEST_MAGIC, codec_of_bytes
 from smolcli.errors import QueryError, RunError, SmolError, error_reason
 from smolcli.protocol.fields import FLOAT_TO_INT, Lenient, Text
 from smolcli.protocol.line_formats import RequestFields
-from smolcli.protocol.openai import parameter_error
+from smolcli.protocol.openai import validated
 from smolcli.protocol.strict_json import shorten
 from smolcli.server.admission import unavailable
 from smolcli.server.batch_store import Batch, BatchStore, StoredFile, Upload, no_file
@@ -260,10 +260,7 @@ def parse_batch(value: object) -> BatchFields:
     if isinstance(endpoint, str) and endpoint not in ENDPOINTS:
         message = f"endpoint {shorten(endpoint)!r} is not supported in batches; use {_ENDPOINT}"
         raise QueryError(message, ErrorCode.INVALID_VALUE, "endpoint")
-    try:
-        return BatchFields.model_validate(value)
-    except ValidationError as exc:
-        raise parameter_error(exc, BatchFields, value) from None
+    return validated(BatchFields, value)
 
 
 def _new_batch(fields: BatchFields, batch_id: str, created_ns: int) -> Batch:
