@@ -4,7 +4,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from itertools import chain
 from typing import Any
 
 from flask import Blueprint, Response
@@ -13,13 +12,10 @@ from smolcli.backends.alternatives import merged
 from smolcli.protocol.openai import Completion, parse_completion
 from smolcli.protocol.prompt import split_answers
 from smolcli.protocol.tools import delta_record
-from smolcli.server.errors import HttpError, error_body, error_response, result_error
-from smolcli.server.in_flight import InFlightRequest
-from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json
-from smolcli.server.sse import DONE, KEEP_ALIVE, KEEP_ALIVE_S, first_event, sse_line
+from smolcli.server.errors import error_body, error_response, result_error
+from smolcli.server.service import Service, json_response, read_json
+from smolcli.server.sse import DONE, Event, event_lines, sse_line, stream_response
 from smolcli.types import Result, TextPiece, ToolCallDelta, whole_calls
-
-Event = tuple[int, str | Result] | None  # with the index of the answer
 
 
 def openai_routes(service: Service) -> Blueprint:
@@ -43,7 +39,11 @@ def openai_routes(service: Service) -> Blueprint:
         if completion.is_stream:
             queries = dict(enumerate(split_answers(completion.query)))
             in_flight = service.start(queries, is_interactive=True, with_text=True)
-            return _stream(completion, in_flight)
+            return stream_response(
+                in_flight,
+                CompletionStream(completion).lines,
+                lambda _, result: error_response(result_error(result)),
+            )
         in_flight = service.start({0: completion.query}, is_interactive=True)
         with closing(in_flight):
             _, result = next(in_flight.results())
@@ -62,27 +62,6 @@ def openai_routes(service: Service) -> Blueprint:
         return json_response(model_object(name))
 
     return routes
-
-
-def _stream(completion: Completion, in_flight: InFlightRequest) -> Response:
-    """Stream the answer as server-sent events.
-
-    An error within the first second, before any text, still gets its own HTTP status. After that,
-    the stream begins even if the query is waiting for a slot.
-    """
-    events = in_flight.events()
-    try:
-        first: Event = first_event(events)
-    except HttpError:
-        in_flight.close()
-        raise
-    if first is not None and isinstance(first[1], Result) and first[1].is_error:
-        in_flight.close()
-        return error_response(result_error(first[1]))
-    lines = CompletionStream(completion).lines(chain([first], events))
-    response = Response(lines, headers=STREAM_HEADERS, mimetype="text/event-stream")
-    response.call_on_close(in_flight.close)
-    return response
 
 
 class CompletionStream:
@@ -106,21 +85,7 @@ class CompletionStream:
         """
         for index in range(self._completion.query.n):
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        sent_at = time.monotonic()
-        try:
-            for event in events:
-                if event is not None:
-                    yield self._event(*event)
-                elif time.monotonic() - sent_at >= KEEP_ALIVE_S:
-                    yield KEEP_ALIVE
-                else:
-                    continue
-                sent_at = time.monotonic()
-                if event is not None and isinstance(event[1], Result) and event[1].is_error:
-                    return  # without the other answers
-            yield self._end()
-        except HttpError:
-            return  # the client disconnected
+        yield from event_lines(events, self._event, self._end)
 
     def _event(self, index: int, event: str | Result) -> str:
         if isinstance(event, str):

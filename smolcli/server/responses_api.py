@@ -1,27 +1,22 @@
 """OpenAI's Responses API: /v1/responses, without stored state."""
 
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import chain
+from functools import partial
 from typing import Any
 
 from flask import Blueprint, Response
 
 from smolcli.protocol.responses import (
     ResponseEvents,
-    ResponseRequest,
     own_paths,
     parse_response_request,
 )
 from smolcli.server.errors import HttpError, error_response, result_error
-from smolcli.server.in_flight import InFlightRequest
-from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json, to_json
-from smolcli.server.sse import KEEP_ALIVE, KEEP_ALIVE_S, first_event
+from smolcli.server.service import Service, json_response, read_json, to_json
+from smolcli.server.sse import Event, event_lines, stream_response
 from smolcli.types import Result
-
-Event = tuple[int, str | Result] | None
 
 
 def responses_routes(service: Service) -> Blueprint:
@@ -35,7 +30,8 @@ def responses_routes(service: Service) -> Blueprint:
         service.check_model(asked.fields.model)
         in_flight = service.start({0: asked.query}, is_interactive=True, with_text=asked.is_stream)
         if asked.is_stream:
-            return _stream(asked, in_flight)
+            lines = partial(_lines, ResponseEvents(asked))
+            return stream_response(in_flight, lines, lambda _, result: _failed(result))
         with closing(in_flight):
             _, result = next(in_flight.results())
         return _failed(result) if result.is_error else json_response(asked.response(result))
@@ -50,39 +46,12 @@ def _failed(result: Result) -> Response:
     return error_response(HttpError(error.status, message, error.code, path, error.headers))
 
 
-def _stream(asked: ResponseRequest, in_flight: InFlightRequest) -> Response:
-    """Stream the response; an error that comes first still gets its own HTTP status."""
-    events = in_flight.events()
-    try:
-        first: Event = first_event(events)
-    except HttpError:
-        in_flight.close()
-        raise
-    if first is not None and isinstance(first[1], Result) and first[1].is_error:
-        in_flight.close()
-        return _failed(first[1])
-    lines = _lines(ResponseEvents(asked), chain([first], events))
-    response = Response(lines, headers=STREAM_HEADERS, mimetype="text/event-stream")
-    response.call_on_close(in_flight.close)
-    return response
-
-
 def _lines(stream: ResponseEvents, events: Iterator[Event]) -> Iterator[str]:
+    def render(_: int, event: str | Result) -> str:
+        return _events(stream.end(event) if isinstance(event, Result) else stream.piece(event))
+
     yield _events(stream.start())
-    sent_at = time.monotonic()
-    try:
-        for event in events:
-            if event is not None:
-                piece = event[1]
-                values = stream.end(piece) if isinstance(piece, Result) else stream.piece(piece)
-                yield _events(values)
-            elif time.monotonic() - sent_at >= KEEP_ALIVE_S:
-                yield KEEP_ALIVE
-            else:
-                continue
-            sent_at = time.monotonic()
-    except HttpError:
-        return  # the client disconnected
+    yield from event_lines(events, render)
 
 
 def _events(values: list[dict[str, Any]]) -> str:

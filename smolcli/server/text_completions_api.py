@@ -1,11 +1,9 @@
 """OpenAI's text completions: POST /v1/completions."""
 
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from http import HTTPStatus
-from itertools import chain
 from typing import Any
 
 from flask import Blueprint, Response
@@ -17,12 +15,9 @@ from smolcli.protocol.text_completions import (
     text_entries,
 )
 from smolcli.server.errors import HttpCode, HttpError, error_body, error_response, result_error
-from smolcli.server.in_flight import InFlightRequest
-from smolcli.server.service import STREAM_HEADERS, Service, json_response, read_json
-from smolcli.server.sse import DONE, KEEP_ALIVE, KEEP_ALIVE_S, first_event, sse_line
+from smolcli.server.service import Service, json_response, read_json
+from smolcli.server.sse import DONE, Event, event_lines, sse_line, stream_response
 from smolcli.types import Result, TextPiece
-
-Event = tuple[int, str | Result] | None  # index of the choice; None while nothing happens
 
 
 def text_completions_routes(service: Service) -> Blueprint:
@@ -34,6 +29,10 @@ def text_completions_routes(service: Service) -> Blueprint:
         completion_id = f"cmpl-{uuid.uuid4().hex}"
         completion = parse_text_completion(read_json(), service.settings.defaults, completion_id)
         service.check_model(completion.model)
+
+        def failed(index: int, result: Result) -> Response:
+            return error_response(result_error(completion.error(index, result)))
+
         _check_number(completion, service.settings.max_batch_queries)
         in_flight = service.start(
             dict(enumerate(completion.queries)),
@@ -41,13 +40,13 @@ def text_completions_routes(service: Service) -> Blueprint:
             with_text=completion.is_stream,
         )
         if completion.is_stream:
-            return _stream(completion, in_flight)
+            return stream_response(in_flight, TextStream(completion).lines, failed)
         with closing(in_flight):
             results = dict(in_flight.results())
         in_order = [results[index] for index in range(len(results))]
         for index, result in enumerate(in_order):
             if result.is_error:
-                return error_response(result_error(completion.error(index, result)))
+                return failed(index, result)
         return json_response(completion.answer(in_order))
 
     return routes
@@ -57,23 +56,6 @@ def _check_number(completion: TextCompletion, limit: int) -> None:
     if (num_choices := len(completion.queries)) > limit:
         message = f"prompt and n ask for {num_choices:,} choices, more than the limit of {limit:,}"
         raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, HttpCode.TOO_LARGE, "prompt")
-
-
-def _stream(completion: TextCompletion, in_flight: InFlightRequest) -> Response:
-    """Stream the choices as server-sent events, each with its index."""
-    events = in_flight.events()
-    try:
-        first: Event = first_event(events)
-    except HttpError:
-        in_flight.close()
-        raise
-    if first is not None and isinstance(first[1], Result) and first[1].is_error:
-        in_flight.close()
-        return error_response(result_error(completion.error(first[0], first[1])))
-    lines = TextStream(completion).lines(chain([first], events))
-    response = Response(lines, headers=STREAM_HEADERS, mimetype="text/event-stream")
-    response.call_on_close(in_flight.close)
-    return response
 
 
 class TextStream:
@@ -98,24 +80,13 @@ class TextStream:
         Args:
             events: pieces and results of the choices, and None now and then.
         """
-        sent_at = time.monotonic()
-        try:
-            for event in events:
-                if event is not None:
-                    yield sse_line(self._value(*event))
-                elif time.monotonic() - sent_at >= KEEP_ALIVE_S:
-                    yield KEEP_ALIVE
-                else:
-                    continue
-                sent_at = time.monotonic()
-                if event is not None and isinstance(event[1], Result) and event[1].is_error:
-                    return  # without the other choices
-        except HttpError:
-            return  # the client disconnected
-        if self._completion.includes_usage:
-            in_order = [result for _, result in sorted(self._results.items())]
-            yield sse_line(self._completion.usage_chunk(in_order))
-        yield DONE
+        return event_lines(events, lambda *event: sse_line(self._value(*event)), self._end)
+
+    def _end(self) -> str:
+        if not self._completion.includes_usage:
+            return DONE
+        in_order = [result for _, result in sorted(self._results.items())]
+        return sse_line(self._completion.usage_chunk(in_order)) + DONE
 
     def _value(self, index: int, event: str | Result) -> dict[str, Any]:
         query = self._completion.queries[index]
