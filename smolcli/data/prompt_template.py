@@ -3,6 +3,7 @@
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from smolcli.data.rows import LongestField, Row
@@ -211,7 +212,6 @@ class RowMapper:
         in_prompt = self._template.columns if self._template else []
         in_id = [settings.id_column] if settings.id_column is not None else []
         self._needed = list(dict.fromkeys([*in_id, *in_prompt, *self._fields]))
-        self._json_fields = _json_fields()
 
     def choose(self, header: Sequence[str]) -> list[str]:
         """The columns of a table to read.
@@ -309,7 +309,7 @@ class RowMapper:
         return query | ({"metadata": metadata} if metadata else {})
 
     def _typed(self, name: str, value: object) -> object:
-        if name not in self._json_fields:
+        if name not in _json_fields():
             return value
         if name == "logprobs":  # true, TRUE or True, and what pandas makes of them
             return _BOOLEANS.get(str(float_to_int(value)).strip().casefold(), value)
@@ -321,11 +321,12 @@ class RowMapper:
             return value  # the parser reports it
 
 
-def _json_fields() -> set[str]:
+@cache
+def _json_fields() -> frozenset[str]:
     """The fields of a query that are never a string."""
     properties = QueryFields.model_json_schema()["properties"]
-    return {
+    return frozenset(
         name
         for name, schema in properties.items()
         if not any(kind.get("type") == "string" for kind in schema.get("anyOf", [schema]))
-    }
+    )
