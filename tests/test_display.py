@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from smolcli.backends.base import Counters
-from smolcli.batch.progress import BarProgress, LogProgress, waiting
+from smolcli.batch.progress import BarProgress, LogProgress
 from smolcli.batch.statistics import LatencyHistogram, StatisticsCollector
+from smolcli.batch.status_line import waiting
 from smolcli.types import ErrorCode, FinishReason, Result, Timings, Usage
 
 GOOD = Result("1", "x", FinishReason.STOP, usage=Usage(10, 100), timings=Timings(0, 0, 0.5))

@@ -1,6 +1,5 @@
 """The config file, which sets options that neither a flag nor an environment variable sets."""
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,8 @@ def load_config(path: Path, ctx: typer.Context) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import tomllib
+
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as exc:

@@ -1,10 +1,11 @@
 """The `smol` command: registers the commands and turns errors into exit codes."""
 
-import functools
 import gc
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib import import_module
 from io import TextIOWrapper, UnsupportedOperation
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,17 +15,68 @@ from typer.core import TyperGroup
 
 from smolcli import __version__
 from smolcli.cli.argument_conversion import SmolCommand, convert_plain_values
-from smolcli.cli.commands import ask, bench, chat, doctor, models, pull, report, run, serve
 from smolcli.cli.config_file import find_config, load_config
 from smolcli.cli.exit_codes import ExitCode
 from smolcli.cli.terminal import replace_closed_streams
 from smolcli.errors import SmolError, UsageError, error_reason
 
 GC_THRESHOLD = 100_000  # by default, looking for garbage takes a tenth of the start-up time
+ANSWERING, MAINTAINING = "Answer questions", "Models and machine"
+COMMANDS = {  # the panel of the help that lists each command; `smol run` is commands.run.run
+    "run": ANSWERING,
+    "ask": ANSWERING,
+    "chat": ANSWERING,
+    "serve": ANSWERING,
+    "report": ANSWERING,
+    "pull": MAINTAINING,
+    "doctor": MAINTAINING,
+    "bench": MAINTAINING,
+    "models": MAINTAINING,
+}
+
+
+class Commands(Mapping[str, Any]):
+    """The commands by name, each of which is imported when it is first looked up."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = _load_command(name, COMMANDS[name])
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+def _load_command(name: str, panel: str) -> Any:
+    """Import a command, or a group of commands: a module that has an `app` of its own."""
+    module = import_module(f"smolcli.cli.commands.{name}")
+    if hasattr(module, "app"):
+        group = typer.main.get_command(module.app)
+        group.name, group.rich_help_panel = name, panel  # type: ignore[attr-defined]
+        return group
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    register = alone.command(
+        name,
+        cls=getattr(module, "COMMAND_CLASS", SmolCommand),
+        epilog=module.EXAMPLES,
+        rich_help_panel=panel,
+    )
+    register(getattr(module, name))
+    return typer.main.get_command(alone)
 
 
 class SmolGroup(TyperGroup):
-    """Turns every expected error into one line on stderr and an exit code."""
+    """Imports only the command that runs, and turns expected errors into exit codes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = Commands()  # type: ignore[assignment]  # nothing adds commands to it
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters, which convert plain values without pydantic."""
@@ -128,16 +180,3 @@ def main(
     if path := find_config(config):
         ctx.default_map = load_config(path, ctx)
         ctx.meta["config"] = path
-
-
-_answering = functools.partial(app.command, cls=SmolCommand, rich_help_panel="Answer questions")
-_answering(epilog=run.EXAMPLES)(run.run)
-_answering(epilog=ask.EXAMPLES, cls=ask.AskCommand)(ask.ask)
-_answering(epilog=chat.EXAMPLES)(chat.chat)
-_answering(epilog=serve.EXAMPLES)(serve.serve)
-_answering(epilog=report.EXAMPLES)(report.report)
-_maintaining = functools.partial(app.command, cls=SmolCommand, rich_help_panel="Models and machine")
-_maintaining(epilog=pull.EXAMPLES)(pull.pull)
-app.add_typer(models.app, name="models", rich_help_panel="Models and machine")
-_maintaining(epilog=doctor.EXAMPLES)(doctor.doctor)
-_maintaining(epilog=bench.EXAMPLES)(bench.bench)

@@ -77,6 +77,9 @@ class AskCommand(SmolCommand):
         return None
 
 
+COMMAND_CLASS = AskCommand
+
+
 @with_option_groups
 def ask(
     *,
@@ -90,7 +93,7 @@ def ask(
     remote: ViaOptions,
 ) -> None:
     """Answer one question. The answer is streamed if stdout is a terminal."""
-    from smolcli.batch.progress import waiting
+    from smolcli.batch.status_line import waiting
 
     query = prompt_query(
         "ask",

@@ -10,7 +10,9 @@ from smolcli.cli.options import AsJson
 from smolcli.cli.options.engine import StoredModel, StoredModels
 
 app = typer.Typer(
-    no_args_is_help=True, help="List, inspect and remove the models in the model store."
+    add_completion=False,
+    no_args_is_help=True,
+    help="List, inspect and remove the models in the model store.",
 )
 
 
