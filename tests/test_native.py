@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from smolcli.engine.autoconfig import resolve_config
 from smolcli.engine.config import LlamaConfig
+from smolcli.engine.dtypes import numpy_dtype
 from smolcli.engine.interfaces import Model
 from smolcli.engine.native import library
 from smolcli.engine.native.bindings import (
-    BFLOAT16,
     Array,
     KernelError,
     Kernels,
@@ -154,7 +154,9 @@ def random_weights(config: LlamaConfig) -> dict[str, Array]:
             f"{layer}post_attention_layernorm.weight": (hidden,),
         }
     return {
-        name: (0.2 * source.standard_normal(shape)).astype(BFLOAT16).astype(np.float32)
+        name: (0.2 * source.standard_normal(shape))
+        .astype(numpy_dtype("bfloat16"))
+        .astype(np.float32)
         for name, shape in shapes.items()
     }
 

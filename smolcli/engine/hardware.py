@@ -4,8 +4,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 ROOT = Path("/")
 CPU_FEATURES = {  # flags of /proc/cpuinfo, on x86 and ARM
     "avx2": "AVX2",
@@ -32,7 +30,7 @@ def num_cores(root: Path = ROOT) -> int:
         num_usable = len(os.sched_getaffinity(0))
     else:
         num_usable = os.cpu_count() or 1
-    num_physical = psutil.cpu_count(logical=False) or num_usable
+    num_physical = _num_physical_cores() or num_usable
     quotas = [_quota(group) for group in _groups(root, "cpu")]
     return max(1, int(min([num_usable, num_physical, *quotas])))
 
@@ -44,7 +42,7 @@ def memory_bytes(root: Path = ROOT) -> int:
         root: the root of the file system, for tests.
     """
     limits = [_memory_limit(group) for group in _groups(root, "memory")]
-    return int(min([psutil.virtual_memory().total, *limits]))
+    return int(min([_physical_memory(), *limits]))
 
 
 def cpu_features(root: Path = ROOT) -> list[str]:
@@ -61,6 +59,27 @@ def cpu_features(root: Path = ROOT) -> list[str]:
         for flag in line.partition(":")[2].split()
     }
     return list(dict.fromkeys(name for flag, name in CPU_FEATURES.items() if flag in flags))
+
+
+def _num_physical_cores() -> int:
+    """The machine's cores, however many threads each of them runs; 0 if unknown."""
+    folder = Path("/sys/devices/system/cpu")
+    cores = {_read(core) for core in folder.glob("cpu[0-9]*/topology/core_cpus_list")} - {""}
+    if cores:
+        return len(cores)
+    import psutil  # late: takes long to import
+
+    return psutil.cpu_count(logical=False) or 0
+
+
+def _physical_memory() -> int:
+    """The machine's memory in bytes."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not POSIX, or not known by this name
+        import psutil  # late: takes long to import
+
+        return int(psutil.virtual_memory().total)
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

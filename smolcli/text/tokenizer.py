@@ -1,8 +1,8 @@
 """The tokenizer and chat template of a model: messages to token ids, token ids to text."""
 
 import json
+import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -261,7 +261,7 @@ class PromptEncoder:
             tokenizer = Tokenizer.from_str(tokenizer.to_str())  # decoding needs the flags unchanged
             tokenizer.add_special_tokens([_copied(t, t.content, True) for t in control.values()])
         tokenizer.encode_special_tokens = True  # as ordinary text
-        secret = "".join(map(chr, secrets.SystemRandom().sample(PRIVATE_USE_B, 16)))
+        secret = _secret()
         aliases = {token_id: f"{secret}{token_id}{secret}" for token_id in control}
         tokenizer.add_tokens([_copied(t, aliases[i], False) for i, t in control.items()])
         self._tokenizer = tokenizer
@@ -425,6 +425,12 @@ def _unescaped(text: str) -> str:
     with suppress(ValueError):
         return json.dumps(json.loads(text), ensure_ascii=False)
     return text
+
+
+def _secret() -> str:
+    """Sixteen unpredictable characters. The module `secrets` takes long to import."""
+    numbers = memoryview(os.urandom(64)).cast("I")
+    return "".join(chr(PRIVATE_USE_B[number % len(PRIVATE_USE_B)]) for number in numbers)
 
 
 def _copied(token: AddedToken, content: str, special: bool) -> AddedToken:

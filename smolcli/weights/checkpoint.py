@@ -10,22 +10,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from smolcli.engine.config import LlamaConfig
+from smolcli.engine.dtypes import numpy_dtype
 from smolcli.engine.quantized import Weight, Weights, formats_of
 from smolcli.errors import ModelError
 from smolcli.weights import gguf_weights
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-DTYPES: dict[str, np.dtype[Any]] = {  # by their names in safetensors
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 LAYER = re.compile(r"layers\.(\d+)\.")
 UNUSED = re.compile(r"lm_head\.weight|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -127,6 +122,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _tensors(path: Path) -> Iterator[tuple[str, Array]]:
     """All tensors of a file, memory-mapped."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="np") as file:  # checks the header and the file's size
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
@@ -140,14 +137,15 @@ def _tensors(path: Path) -> Iterator[tuple[str, Array]]:
                 f"{path}: the tensor {name} is stored as {dtype_name}; smol supports "
                 f"{', '.join(DTYPES)}"
             )
+    dtypes = {dtype_name: numpy_dtype(DTYPES[dtype_name]) for dtype_name, _ in layouts.values()}
     sizes = {
-        name: math.prod(shape) * DTYPES[dtype_name].itemsize
+        name: math.prod(shape) * dtypes[dtype_name].itemsize
         for name, (dtype_name, shape) in layouts.items()
     }
     start = len(data) - sum(sizes.values())  # the format allows no gaps and nothing after the data
     for name, (dtype_name, shape) in layouts.items():
         flat, start = data[start : start + sizes[name]], start + sizes[name]
-        yield name, np.require(flat.view(DTYPES[dtype_name]).reshape(shape), requirements="A")
+        yield name, np.require(flat.view(dtypes[dtype_name]).reshape(shape), requirements="A")
 
 
 def _check_unused(folder: Path, name: str, config: LlamaConfig) -> None:

@@ -10,20 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from smolcli.engine.config import LlamaConfig
+from smolcli.engine.dtypes import numpy_dtype
 from smolcli.engine.quantized import BLOCK_BYTES, GROUP, Array, QuantizedMatrix, Weight
 from smolcli.errors import ModelError
 
 FILE = "model.gguf"
 INDEX = "model.gguf.index.json"
-DTYPES: dict[str, "np.dtype[Any]"] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # GGUF's names
 READ_AS = {"Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q8_0": "Q8_0", "Q5_0": "Q8_0"}  # without loss
 
 
@@ -105,7 +101,7 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
 def _format(kind: str) -> str:
     if kind in READ_AS:
         return READ_AS[kind]
-    return DTYPES[kind].name if kind in DTYPES else "float32"
+    return DTYPES.get(kind, "float32")
 
 
 def _tensor(name: str, entry: Mapping[str, Any], data: Array, config: LlamaConfig) -> Weight:
@@ -122,7 +118,7 @@ def _tensor(name: str, entry: Mapping[str, Any], data: Array, config: LlamaConfi
         if f"{part}.weight" in name:
             rows = unpermuted(rows, num_heads)
     if entry["type"] in DTYPES:
-        return rows.view(DTYPES[entry["type"]])
+        return rows.view(numpy_dtype(DTYPES[entry["type"]]))
     if entry["type"] not in READ_AS:
         return dequantize(rows, kind)
     blocks = rows.reshape(*outer, inner // GROUP, -1)

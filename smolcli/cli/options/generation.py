@@ -3,7 +3,7 @@
 import functools
 import importlib
 import json
-import secrets
+import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -138,7 +138,7 @@ class GenerationOptions:
             UsageError: a value is invalid; the message names the option.
         """
         system_prompt = self._system_prompt()
-        seed = secrets.randbelow(2**31) if self.given_seed is None else self.given_seed
+        seed = _drawn_seed() if self.given_seed is None else self.given_seed
         several = OPENAI_TEMPERATURE if self.temperature is None else self.temperature
         return QueryDefaults(
             sampling=replace(self._sampling(), seed=seed),
@@ -168,6 +168,11 @@ class GenerationOptions:
         if self.system_prompt is not None:
             raise UsageError("--system and --system-file cannot be combined")
         return read_text("--system-file", self.system_file)
+
+
+def _drawn_seed() -> int:
+    """A random seed below 2**31. The modules `random` and `secrets` take long to import."""
+    return int.from_bytes(os.urandom(4), "little") >> 1
 
 
 def read_schema(schema: str | None) -> AnswerFormat | None:

@@ -7,12 +7,11 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from smolcli.engine.dtypes import numpy_dtype
 from smolcli.engine.native import library
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
 ALIGNMENT = 64  # bytes; of weights and scratch space: a cache line, and the widest vector
 FORMATS = ("dense", "Q4_0", "Q4_1", "Q8_0")  # of packed matrices, as numbered in kernels.c
@@ -97,8 +96,8 @@ class Kernels:
         self.panel = 2 * self.width
         self.task_rows = c_int32.in_dll(opened, "smol_task_rows").value
         has_bf16_weights, has_bf16_products = (c_int32 * 2).in_dll(opened, "smol_formats")
-        self.weight_dtype = BFLOAT16 if has_bf16_weights else FLOAT32
-        self.dtype = BFLOAT16 if has_bf16_products else FLOAT32
+        self.weight_dtype = numpy_dtype("bfloat16" if has_bf16_weights else "float32")
+        self.dtype = numpy_dtype("bfloat16" if has_bf16_products else "float32")
         *sizes, self.expanded_bytes, self.best_bytes = (c_int32 * 6).in_dll(
             opened, "smol_struct_sizes"
         )
