@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -14,7 +14,6 @@ from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from smolcli.errors import ModelError, QueryError
 from smolcli.protocol.tools import function_record
@@ -26,6 +25,7 @@ from smolcli.text.tool_calls import (
     template_message,
     template_syntax,
 )
+from smolcli.text.vocabulary_index import IndexedTokenizer, open_indexed, write_index
 from smolcli.types import Function, Message, Query, ToolCall, ToolMode, Tools
 
 # Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
@@ -39,7 +39,7 @@ class ChatTokenizer:
 
     Args:
         tokenizer: the model's tokenizer.
-        tokenizer_json: the same in the format of tokenizer.json.
+        tokenizer_json: returns the same in the format of tokenizer.json.
         template: renders messages to a prompt.
         template_source: the template's source.
         special_tokens: texts that the template may refer to, by name (`bos_token`, ...).
@@ -48,8 +48,8 @@ class ChatTokenizer:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        tokenizer_json: str,
+        tokenizer: Tokenizer | IndexedTokenizer,
+        tokenizer_json: Callable[[], str],
         template: Template,
         template_source: str,
         special_tokens: Mapping[str, str],
@@ -193,7 +193,7 @@ class ChatTokenizer:
 
     def tokenizer_json(self) -> str:
         """The tokenizer in the format of tokenizer.json."""
-        return self._json
+        return self._json()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode token ids to text, skipping special tokens."""
@@ -207,22 +207,36 @@ class ChatTokenizer:
 class TextDecoder:
     """Incremental decoder whose concatenated output equals `ChatTokenizer.decode`."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer | IndexedTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._token_ids: list[int] = []
         self._num_sent = 0
+        self._window = 0  # the first of the tokens that are decoded together with the next one
+        self._next_window = 0
+        self._shown = ""  # the text of the window, which has been returned
 
     def push(self, token_id: int) -> str:
-        """Decode one more token; returns "" while a character is incomplete."""
+        """Decode one more token; returns "" while a character is incomplete.
+
+        The token is decoded after those of the previous piece, because the text of a token may
+        depend on the one before it.
+        """
         self._token_ids.append(token_id)
-        piece = self._stream.step(self._tokenizer, token_id) or ""
+        text = self._decode(self._window)
+        if len(text) <= len(self._shown) or text.endswith("\ufffd"):
+            return ""
+        piece = text[len(self._shown) :]
+        self._window, self._next_window = self._next_window, len(self._token_ids)
+        self._shown = self._decode(self._window)
         self._num_sent += len(piece)
         return piece
 
+    def _decode(self, start: int) -> str:
+        return self._tokenizer.decode(self._token_ids[start:], skip_special_tokens=True)
+
     def flush(self) -> str:
         """Return the remaining text: U+FFFD for a character that was never completed, else ""."""
-        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        text = self._decode(0)
         piece = text[self._num_sent :]
         self._num_sent = len(text)
         return piece
@@ -248,7 +262,10 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template_source: str, special_tokens: Mapping[str, str]
+        self,
+        tokenizer: Tokenizer | IndexedTokenizer,
+        template_source: str,
+        special_tokens: Mapping[str, str],
     ) -> None:
         added = tokenizer.get_added_tokens_decoder()
         mentioned = template_source + "\n".join(special_tokens.values())
@@ -258,6 +275,7 @@ class PromptEncoder:
             if token.special or (token.content.strip() and token.content in mentioned)
         }
         if not all(token.special for token in control.values()):
+            assert isinstance(tokenizer, Tokenizer)  # indexed ones have only special tokens
             tokenizer = Tokenizer.from_str(tokenizer.to_str())  # decoding needs the flags unchanged
             tokenizer.add_special_tokens([_copied(t, t.content, True) for t in control.values()])
         tokenizer.encode_special_tokens = True  # as ordinary text
@@ -467,7 +485,7 @@ def _letters(control_tokens: Iterable[str]) -> list[str]:
     return sorted(letters)
 
 
-def _harmless_unknown(tokenizer: Tokenizer, mentioned: str) -> set[int]:
+def _harmless_unknown(tokenizer: Tokenizer | IndexedTokenizer, mentioned: str) -> set[int]:
     """The id of the unknown token, unless the template also uses that token."""
     unknown = getattr(tokenizer.model, "unk_token", None)
     if not isinstance(unknown, str) or mentioned.count(unknown) > 1:
@@ -476,18 +494,22 @@ def _harmless_unknown(tokenizer: Tokenizer, mentioned: str) -> set[int]:
     return set() if token_id is None else {token_id}
 
 
-def _load_tokenizer(path: Path) -> tuple[Tokenizer, str]:
-    """The tokenizer, and its JSON without truncation and padding."""
+def _load_tokenizer(path: Path) -> tuple[Tokenizer | IndexedTokenizer, Callable[[], str]]:
+    """The tokenizer, and what returns its JSON without truncation and padding."""
     try:
-        text = path.read_text("utf-8")
-        tokenizer = Tokenizer.from_str(text)
+        source = path.read_bytes()
+        if indexed := open_indexed(source):
+            return indexed, source.decode
+        tokenizer = Tokenizer.from_str(source.decode())
+        write_index(source)  # for the next start
     except Exception as exc:  # the library raises no narrower type
         raise ModelError(f"{path} is not a valid tokenizer: {exc}") from exc
-    if tokenizer.truncation or tokenizer.padding:
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        text = tokenizer.to_str()
-    return tokenizer, text
+    if not (tokenizer.truncation or tokenizer.padding):
+        return tokenizer, source.decode
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    text = tokenizer.to_str()
+    return tokenizer, lambda: text
 
 
 def context_length(folder: Path) -> int:
@@ -510,7 +532,9 @@ def _vocab_size(folder: Path) -> int | None:
     return size if type(size) is int else None  # the loader rejects anything else
 
 
-def _check_ids(tokenizer: Tokenizer, vocab_size: int, padding: str | None, folder: Path) -> None:
+def _check_ids(
+    tokenizer: Tokenizer | IndexedTokenizer, vocab_size: int, padding: str | None, folder: Path
+) -> None:
     """Check that all tokens have a row in the embedding.
 
     Padding may lie beyond it: fine-tuned models add such a token, and no prompt contains it.

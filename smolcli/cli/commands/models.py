@@ -65,6 +65,7 @@ def show(model: StoredModel) -> None:
 @app.command("rm", epilog="[bold]smol models rm HuggingFaceTB/SmolLM2-135M-Instruct[/bold]")
 def remove_models(models: StoredModels) -> None:
     """Remove models, and the weights packed for this machine's CPU, from the model store."""
+    from smolcli.text.vocabulary_index import remove_index
     from smolcli.weights.packed import packed_files, remove_packed
     from smolcli.weights.store import entries, find_entry, remove
 
@@ -72,6 +73,7 @@ def remove_models(models: StoredModels) -> None:
     only_packed = {file.model for file in packed} - {item.name for item in entries()}
     items = [find_entry(model) for model in models if model not in only_packed]
     for item in items:
+        remove_index(item.folder)
         remove(item)
         typer.echo(f"removed {item.name} ({_mb(item.num_bytes)})", err=True)
     names = {item.name for item in items} | set(models)
