@@ -2,8 +2,9 @@
    vector widths, and sanitizers.
 
      driver THREADS FORMAT        print hidden states and tokens of a few steps
-     driver stress STEPS SEED     many steps with changing teams beside busy and sleeping threads;
-                                  every step must give the same bits
+     driver stress STEPS SEED     many steps over changing sequences and teams, beside busy and
+                                  sleeping threads; a sequence must get the same bits in all of them.
+                                  A long run may be split over seeds
 
    Weights are exact in bfloat16 and in all quantized formats, and do not depend on the layout, so all
    builds compute the same model from matrices in any format: 0 dense, 1 Q4_0, 2 Q4_1, 3 Q8_0. */
@@ -19,7 +20,7 @@
 enum {
     LAYERS = 2, HIDDEN = 96, INTERMEDIATE = 96, HEADS = 6, KV_HEADS = 2, DIM = 32, VOCAB = 70,
     POSITIONS = 256, NUM_SEQUENCES = 5, LENGTH = 160, MAX_ROWS = 512, MAX_COLUMNS = HEADS * DIM,
-    MAX_THREADS_USED = 8
+    MAX_THREADS_USED = 8, ALL = (1 << NUM_SEQUENCES) - 1
 };
 
 static const int PROMPT_LENGTHS[NUM_SEQUENCES] = {1, 150, 64, 7, 65};
@@ -147,31 +148,38 @@ typedef struct {
     int32_t ids[NUM_SEQUENCES];
 } Run;
 
-/* Reads all prompts in one step, then the head. */
-static void step(Run *run, Team *team) {
+/* Reads the prompts of some sequences in one step, then the head.
+   present: bit s is set if sequence s takes part. The values of the others stay as they are. */
+static void step(Run *run, Team *team, unsigned present) {
     Span spans[NUM_SEQUENCES];
-    int32_t tokens[MAX_ROWS], span_of_row[MAX_ROWS], tasks[3 * MAX_ROWS];
-    int rows = 0, num_tasks = 0, size = TASK_ROWS / (HEADS / KV_HEADS);
+    int32_t tokens[MAX_ROWS], span_of_row[MAX_ROWS], tasks[3 * MAX_ROWS], ids[NUM_SEQUENCES];
+    float hidden[NUM_SEQUENCES][HIDDEN];
+    int rows = 0, num_tasks = 0, count = 0, size = TASK_ROWS / (HEADS / KV_HEADS);
     for (int s = 0; s < NUM_SEQUENCES; s++) {
+        if (!(present >> s & 1)) continue;
         int length = PROMPT_LENGTHS[s];
-        spans[s] = (Span){rows, length, 0, LENGTH, run->caches[s]};
+        spans[count] = (Span){rows, length, 0, LENGTH, run->caches[s]};
         for (int first = 0; first < length; first += size) {
-            int32_t task[3] = {s, first, min_int(first + size, length)};
+            int32_t task[3] = {count, first, min_int(first + size, length)};
             memcpy(tasks + 3 * num_tasks++, task, sizeof task);
         }
         for (int i = 0; i < length; i++, rows++)
-            tokens[rows] = hash_of(7, s, i) % VOCAB, span_of_row[rows] = s;
+            tokens[rows] = hash_of(7, s, i) % VOCAB, span_of_row[rows] = count;
+        count++;
     }
     if (smol_forward(team, &run->model, tokens, span_of_row, rows, spans, tasks, num_tasks, &run->space))
         abort();
-    for (int s = 0; s < NUM_SEQUENCES; s++)
-        memcpy(run->hidden[s],
-               run->space.x + (size_t)(spans[s].first_row + spans[s].num_rows - 1) * HIDDEN,
-               sizeof run->hidden[s]);
+    for (int i = 0; i < count; i++)
+        memcpy(hidden[i], run->space.x + (size_t)(spans[i].first_row + spans[i].num_rows - 1) * HIDDEN,
+               sizeof hidden[i]);
     Best *best = aligned(sizeof *best * NUM_SEQUENCES * team_num_threads(team));
-    if (smol_best(team, &run->model, run->hidden[0], NUM_SEQUENCES, NULL, &run->space, best, run->ids))
-        abort();
+    if (smol_best(team, &run->model, hidden[0], count, NULL, &run->space, best, ids)) abort();
     free(best);
+    for (int s = 0, i = 0; s < NUM_SEQUENCES; s++) {
+        if (!(present >> s & 1)) continue;
+        memcpy(run->hidden[s], hidden[i], sizeof hidden[i]);
+        run->ids[s] = ids[i++];
+    }
 }
 
 static void print(const Run *run) {
@@ -191,14 +199,22 @@ static void *disturb(void *stop) {
     return NULL;
 }
 
+/* One to all of the sequences; most steps are small, as in decoding. */
+static unsigned some(uint32_t seed, int turn) {
+    unsigned present = 1u << hash_of(seed, turn, 4) % NUM_SEQUENCES;
+    for (int s = 0; s < NUM_SEQUENCES; s++)
+        if (hash_of(seed, turn, 5 + s) % 4 == 0) present |= 1u << s;
+    return present;
+}
+
 static int stress(Run *run, int num_steps, uint32_t seed) {
     static const int THREADS[4] = {1, 2, 3, 5};
-    enum { NUM_DISTURBING = 3 };
+    enum { NUM_DISTURBING = 3, REPORTED = 250 /* steps between two lines of progress */ };
     pthread_t disturbing[NUM_DISTURBING];
     int stop = 0, num_wrong = 0;
     for (int i = 0; i < NUM_DISTURBING; i++) pthread_create(disturbing + i, NULL, disturb, &stop);
     Team *team = team_create(1);
-    step(run, team);
+    step(run, team, ALL);
     Run expected = *run;
     for (int i = 0; i < num_steps; i++) {
         if (hash_of(seed, i, 0) % 20 == 0) {
@@ -206,14 +222,20 @@ static int stress(Run *run, int num_steps, uint32_t seed) {
             team = team_create(THREADS[hash_of(seed, i, 1) % 4]);
         }
         if (hash_of(seed, i, 2) % 50 == 0) usleep(hash_of(seed, i, 3) % 1000);
-        step(run, team);
-        num_wrong += memcmp(run->hidden, expected.hidden, sizeof run->hidden) != 0;
-        num_wrong += memcmp(run->ids, expected.ids, sizeof run->ids) != 0;
+        memset(run->hidden, 0, sizeof run->hidden);
+        unsigned present = some(seed, i);
+        step(run, team, present);
+        for (int s = 0; s < NUM_SEQUENCES; s++)
+            if (present >> s & 1)
+                num_wrong += memcmp(run->hidden[s], expected.hidden[s], sizeof run->hidden[s]) ||
+                             run->ids[s] != expected.ids[s];
+        if ((i + 1) % REPORTED == 0 && i + 1 < num_steps)
+            fprintf(stderr, "seed %u: %d of %d steps, %d wrong\n", seed, i + 1, num_steps, num_wrong);
     }
     team_destroy(team);
     __atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
     for (int i = 0; i < NUM_DISTURBING; i++) pthread_join(disturbing[i], NULL);
-    printf("%d steps, %d wrong\n", num_steps, num_wrong);
+    printf("seed %u: %d steps, %d wrong\n", seed, num_steps, num_wrong);
     return num_wrong > 0;
 }
 
@@ -226,7 +248,7 @@ int main(int argc, char **argv) {
         run->caches[s] = aligned((size_t)2 * LAYERS * KV_HEADS * LENGTH * DIM * sizeof(elem));
     if (is_stress) return stress(run, atoi(argv[2]), atoi(argv[3]));
     Team *team = team_create(argc > 1 ? atoi(argv[1]) : 1);
-    step(run, team);
+    step(run, team, ALL);
     print(run);
     team_destroy(team);
     return 0;
