@@ -43,9 +43,9 @@ sbom: dist-check build/tools
 	build/tools/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml \
 		-o dist/smolcli.cdx.json build/dist-check/venv/bin/python
 
-# Known vulnerabilities of the versions in constraints.txt; needs PyPI's JSON API.
+# Known vulnerabilities of the versions in constraints.txt; needs PyPI's JSON API or OSV.
 audit: build/tools
-	build/tools/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(PYTHON) -m tools.audit build/tools/bin/pip-audit constraints.txt
 
 build/tools:
 	$(PYTHON) -m venv $@

@@ -15,6 +15,7 @@ from smolcli.backends.base import Counters
 from smolcli.cli.main import app
 from smolcli.server.metrics import Metrics
 from smolcli.settings import ServerSettings
+from tools.audit import audit
 from tools.slim_requirements import name_of, slim_requirements
 
 ROOT = Path(__file__).parents[1]
@@ -189,3 +190,28 @@ def test_manifests_match_the_schemas_of_kubernetes() -> None:
     for name, document in documents():
         if document["kind"] not in ("Kustomization", "RayJob") and name != PATCH:
             validate.validate(document, validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "words"),
+    [
+        ({"name": "a", "version": "1", "vulns": []}, 0, "1 packages, no known vulnerability"),
+        ({"name": "a", "skip_reason": "Dependency not found"}, 2, "1 of 1 packages not found (a)"),
+        (None, 2, "https://api.osv.dev: cannot be reached"),
+        (
+            {"name": "a", "version": "1", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2"]}]},
+            1,
+            "a 1: PYSEC-1, fixed in 2",
+        ),
+    ],
+)
+def test_an_audit_passes_only_if_every_package_was_looked_up(
+    found: dict[str, Any] | None, status: int, words: str, tmp_path: Path
+) -> None:
+    """pip-audit exits with 0 and "No known vulnerabilities found" if it found no package at all."""
+    program = tmp_path / "pip-audit"
+    answer = f"echo '{json.dumps({'dependencies': [found]})}'"
+    program.write_text(f"#!/bin/sh\n{answer if found else 'echo ConnectionError: x >&2; exit 1'}\n")
+    program.chmod(0o755)
+    code, message = audit(str(program), "constraints.txt")
+    assert (code, words in message) == (status, True), message
