@@ -1,5 +1,6 @@
 """The `smol` command: registers the commands and turns errors into exit codes."""
 
+import atexit
 import gc
 import os
 import sys
@@ -101,6 +102,7 @@ class SmolGroup(TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command; output outside of `invoke`, such as help, may fail as well."""
         gc.set_threshold(GC_THRESHOLD)
+        atexit.register(gc.freeze)  # else Python searches everything for garbage as it exits
         try:
             try:
                 return super().main(*args, **options)
