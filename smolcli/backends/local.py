@@ -80,7 +80,8 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
     def build_engine() -> Engine:
         return Engine(
             load_model(
-                files.folder, config.dtype, config.device, config.kernels, config.threads, files
+                *(files.folder, config.dtype, config.device, config.kernels, config.threads),
+                *(files, config.formats),
             ),
             config.max_batch_size,
             kv_cache_bytes=config.kv_cache_bytes,

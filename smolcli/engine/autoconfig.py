@@ -33,7 +33,8 @@ class ResolvedConfig:
 
     `kernels` is None if torch computes: on a GPU, or if the native kernels cannot run the model on
     this CPU, and `unsupported_reason` says why. `memory_bytes` is the device's memory and
-    `needed_bytes` an estimate of what the engine occupies when every slot is in use.
+    `needed_bytes` an estimate of what the engine occupies when every slot is in use. `formats` are
+    those of the checkpoint's matrices, as far as they are known.
     """
 
     device: str
@@ -46,6 +47,7 @@ class ResolvedConfig:
     prefix_cache_bytes: int
     memory_bytes: int
     needed_bytes: int
+    formats: Formats
 
 
 def resolve_config(
@@ -96,6 +98,7 @@ def resolve_config(
         prefix_cache_bytes=prefix_cache_bytes,
         memory_bytes=memory,
         needed_bytes=taken + min(max_batch_size * slot_bytes, kv_cache_bytes),
+        formats=formats,
     )
 
 

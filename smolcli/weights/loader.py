@@ -10,7 +10,7 @@ from smolcli.engine.config import LlamaConfig
 from smolcli.engine.interfaces import Model
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.model import NativeModel
-from smolcli.engine.quantized import Weights, as_array
+from smolcli.engine.quantized import Formats, Weights, as_array
 from smolcli.errors import ModelError
 from smolcli.settings import EngineSettings
 from smolcli.weights.checkpoint import load_weights, weight_formats
@@ -36,6 +36,7 @@ def load_model(
     kernels: Kernels | None = None,
     num_threads: int = 1,
     files: ModelFiles | None = None,
+    formats: Formats | None = None,
 ) -> Model:
     """Load a Llama checkpoint in the layout of transformers' `save_pretrained`.
 
@@ -47,13 +48,14 @@ def load_model(
         num_threads: CPU threads to compute with.
         files: the model that the directory belongs to; if given, the weights that native kernels
             read are packed once and then mapped from the model store.
+        formats: the result of `weight_formats`, if it has been called already.
 
     Raises:
         ModelError: the architecture is not supported, or the files are damaged or inconsistent.
     """
     config = load_config(folder)
     if kernels is not None and files is not None:
-        formats = weight_formats(folder, config)
+        formats = weight_formats(folder, config) if formats is None else formats
         packed = packed_weights(files, config, kernels, formats)
         if packed is not None:
             return NativeModel.from_packed(config, packed, kernels, num_threads, formats)

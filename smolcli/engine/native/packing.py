@@ -10,6 +10,7 @@ all columns, their offsets, and their integers in words of 32 bits; see kernels.
 packed together but stored in different formats are expanded.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -45,7 +46,7 @@ class PackedTensor:
     @property
     def num_bytes(self) -> int:
         """Size in bytes, without trailing padding."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def view(self, buffer: Array) -> Array:
         """The tensor in a buffer of bytes."""
