@@ -4,6 +4,8 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,21 @@ import pytest
 from model_stores import MODEL, fill_store
 from typer.testing import CliRunner
 
+from smolcli.backends.local import LocalBackend
 from smolcli.cli.main import app
+from smolcli.engine.engine import Engine
 from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
+from smolcli.engine.native.model import NativeModel
 from smolcli.engine.native.packing import pack_into, packed_layout
+from smolcli.engine.prefix_cache import BLOCK_TOKENS
+from smolcli.text.tokenizer import ChatTokenizer
+from smolcli.types import Message, Query, Sampling
 from smolcli.weights import packed
 from smolcli.weights.checkpoint import load_weights
 from smolcli.weights.loader import load_config
 from smolcli.weights.packed import packed_files, packed_weights, remove_packed
 from smolcli.weights.store import ModelFiles, stored
+from smolcli.weights.stored_prefix import StoredPrefix
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -28,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("home")
 @pytest.fixture
 def kernels() -> Kernels:
     try:
-        return load_kernels("float32")
+        return copy(load_kernels("float32"))
     except KernelError as exc:
         pytest.skip(str(exc))
 
@@ -156,6 +165,47 @@ def test_packed_weights_are_listed_shown_and_removed(
     run_models("rm", home.joinpath("models").glob("[!.]*").__next__().name, "/only/packed")
     assert list(packed_files()) == []
     assert stored(MODEL) is None
+
+
+def test_the_shared_start_of_prompts_is_computed_once(files: ModelFiles, kernels: Kernels) -> None:
+    """The next process finds its keys and values in the prefix cache, and answers with equal bits.
+
+    Damaged ones, and those of another build of the kernels, are computed anew.
+    """
+    config = load_config(files.folder)
+    weights = pack(files, kernels)
+    query = Query("q", (Message("user", "Why?"),), Sampling(4), top_logprobs=2)
+
+    def answer() -> tuple[list[object], int, bool]:
+        stored_prefix = StoredPrefix(files, config, kernels)
+        backend = LocalBackend(
+            lambda: ChatTokenizer.load(files.folder),
+            lambda: Engine(NativeModel.from_packed(config, weights, kernels), 1, 1 << 20, 1 << 20),
+            {},
+            1,
+            stored_prefix,
+        )
+        with closing(backend):
+            result = backend.submit(query).result()
+            num_cached = backend.counters().cached_tokens
+        return [result.response, result.logprobs], num_cached, stored_prefix.is_restored
+
+    first, num_cached, is_restored = answer()
+    assert (num_cached, is_restored) == (0, False)
+    start = ChatTokenizer.load(files.folder).shared_start()
+    whole_blocks = len(start) // BLOCK_TOKENS * BLOCK_TOKENS
+    assert whole_blocks > 0
+    assert answer() == (first, whole_blocks, True)
+
+    (path,) = packed.packed_folder().glob("*.kv")
+    intact = path.read_bytes()
+    path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    assert answer() == (first, 0, False)
+    assert path.read_bytes() == intact
+    kernels.source += "-2"
+    assert answer() == (first, 0, False)
+    remove_packed(*packed_files())
+    assert list(packed.packed_folder().iterdir()) == []
 
 
 def run_models(*arguments: str) -> str:

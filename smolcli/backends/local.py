@@ -27,7 +27,7 @@ from smolcli.backends.base import (
 from smolcli.engine.autoconfig import ResolvedConfig
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
-from smolcli.errors import BackendError
+from smolcli.errors import BackendError, QueryError
 from smolcli.protocol.tools import with_call_ids
 from smolcli.settings import EngineSettings
 from smolcli.text.detokenizer import (
@@ -49,9 +49,10 @@ from smolcli.types import (
     ToolMode,
     Usage,
 )
-from smolcli.weights.loader import load_model, resolve_model_config
+from smolcli.weights.loader import load_config, load_model, resolve_model_config
 from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
+from smolcli.weights.stored_prefix import StoredPrefix
 
 WINDOW_BATCHES = 3
 STUCK_AFTER_S = 60.0  # far longer than any step takes
@@ -77,6 +78,10 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
     if config.kernels is None and config.device == "cpu":
         logger.warning("computing with torch, which is slower: %s", config.unsupported_reason)
 
+    stored = None
+    if config.kernels is not None and config.prefix_cache_bytes > 0:
+        stored = StoredPrefix(files, load_config(files.folder), config.kernels)
+
     def build_engine() -> Engine:
         return Engine(
             load_model(
@@ -93,6 +98,7 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
         build_engine,
         _identity(files, config),
         settings.max_concurrency,
+        stored,
     )
 
 
@@ -160,6 +166,7 @@ class LocalBackend:
         build_engine: builds the engine; called on the engine thread.
         identity: what determines the answers.
         max_concurrency: number of threads that tokenize.
+        stored_prefix: keys and values to start with, and to store for the next process.
     """
 
     def __init__(
@@ -168,7 +175,9 @@ class LocalBackend:
         build_engine: Callable[[], Engine],
         identity: Mapping[str, Any],
         max_concurrency: int,
+        stored_prefix: StoredPrefix | None = None,
     ) -> None:
+        self._stored_prefix = stored_prefix
         self._identity = dict(identity)
         self._inbox: SimpleQueue[tuple[LocalQuery, Sequence] | None] = SimpleQueue()
         self._queries: dict[Sequence, LocalQuery] = {}
@@ -264,6 +273,15 @@ class LocalBackend:
         self._fail_submitted()
         self._inbox.put(None)
         self._thread.join()
+        self._store_prefix()
+
+    def _store_prefix(self) -> None:
+        """Store what is computed for most prompts, unless it was stored before."""
+        stored, self._stored_prefix = self._stored_prefix, None
+        if stored is not None and not stored.is_restored and self._num_prompt_tokens:
+            with suppress(QueryError):  # the template may want more than a user message
+                ids = self._tokenizer.shared_start()
+                stored.save(self._engine.kv_cache.prefix_cache, ids)
 
     def _fail_submitted(self) -> None:
         assert self._gone is not None
@@ -315,6 +333,8 @@ class LocalBackend:
         """The engine thread: build the engine, then step it until closed."""
         try:
             self._engine = build_engine()
+            if self._stored_prefix is not None:
+                self._stored_prefix.restore(self._engine.kv_cache.prefix_cache)
         except BaseException as exc:
             built.set_exception(exc)
         else:

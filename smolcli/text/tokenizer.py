@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -124,6 +125,12 @@ class ChatTokenizer:
                 field="messages",
             )
         return ids
+
+    def shared_start(self) -> list[int]:
+        """The tokens that prompts of one user message begin with, whatever the message."""
+        prompts = [self.encode([Message("user", text)]) for text in ("a", "1")]
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))
+        return [token_id for token_id, _ in same]
 
     def encode_query(self, query: Query) -> list[int]:
         """Encode the conversation of a query and its tools, or its raw prompt.

@@ -83,7 +83,7 @@ def packed_weights(
     num_bytes = packed_layout(config, kernels, formats).num_bytes
     if num_bytes < min_bytes:
         return None
-    path = packed_folder() / f"{_key(files, config, kernels)}.bin"
+    path = packed_path(files, config, kernels)
     if not _is_intact(path, num_bytes):
         weights = load_weights(files.folder, config)
         try:
@@ -97,6 +97,11 @@ def packed_weights(
             logger.warning("cannot store packed weights, packing in memory instead: %s", exc)
             return None
     return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+
+
+def packed_path(files: ModelFiles, config: LlamaConfig, kernels: Kernels) -> Path:
+    """Where the packed weights of a model are, or would be."""
+    return packed_folder() / f"{_key(files, config, kernels)}.bin"
 
 
 def packed_folder() -> Path:
@@ -116,7 +121,7 @@ def packed_files() -> Iterator[PackedFile]:
 
 def remove_packed(file: PackedFile) -> None:
     """Delete packed weights; processes that have mapped them keep them until they end."""
-    for path in (_record_path(file.path), file.path):
+    for path in (_record_path(file.path), file.path.with_suffix(".kv"), file.path):
         path.unlink(missing_ok=True)
 
 

@@ -80,6 +80,7 @@ class Kernels:
         name: variant and weight format, such as "x86-64-v3-bfloat16".
 
     Attributes:
+        source: a digest of the C sources that the library was built from.
         width: float32 values per vector.
         panel: output columns per panel of packed weights.
         task_rows: maximum number of query rows of one KV head in an attention task.
@@ -92,6 +93,7 @@ class Kernels:
 
     def __init__(self, opened: ctypes.CDLL, name: str) -> None:
         self.name = name
+        self.source = _text(opened, "smol_source")
         self.width = c_int32.in_dll(opened, "smol_width").value
         self.panel = 2 * self.width
         self.task_rows = c_int32.in_dll(opened, "smol_task_rows").value

@@ -1,0 +1,76 @@
+"""Keys and values of the start that most prompts of a model share, kept between processes.
+
+Most prompts begin with the model's own system prompt, which is longer than a short question. Its
+keys and values are the same whichever prompt they are computed for, so they are stored next to the
+packed weights, and a new process finds them in its prefix cache.
+"""
+
+import json
+import os
+import threading
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from smolcli.engine.config import LlamaConfig
+from smolcli.engine.native.bindings import Kernels
+from smolcli.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
+from smolcli.weights.packed import packed_path
+from smolcli.weights.store import ModelFiles
+
+Array = np.ndarray[Any, Any]
+
+
+class StoredPrefix:
+    """The file with the stored keys and values of one model.
+
+    Args:
+        files: the model.
+        config: its config.json.
+        kernels: the library that computes them, on whose build the bits may depend.
+    """
+
+    def __init__(self, files: ModelFiles, config: LlamaConfig, kernels: Kernels) -> None:
+        self.is_restored = False
+        self._weights = packed_path(files, config, kernels)
+        self._path = self._weights.with_suffix(".kv")
+        self._source = kernels.source
+        shape = (2, config.num_layers, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
+        self._shape, self._dtype = shape, kernels.dtype
+
+    def restore(self, cache: PrefixCache[Array]) -> None:
+        """Put what is stored into a prefix cache, if it is intact and from this build."""
+        try:
+            packed = self._path.read_bytes()
+            head, _, data = packed[4:].partition(b"\n")
+            if zlib.crc32(packed[4:]) != int.from_bytes(packed[:4], "little"):
+                return
+            record = json.loads(head)
+            if record["source"] != self._source:
+                return
+            blocks = np.frombuffer(data, self._dtype).reshape(-1, *self._shape)
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        cache.insert(record["token_ids"], lambda start, _: blocks[start // BLOCK_TOKENS])
+        self.is_restored = True
+
+    def save(self, cache: PrefixCache[Array], token_ids: Sequence[int]) -> None:
+        """Store the start of a prompt, as far as a prefix cache contains it.
+
+        Args:
+            cache: the prefix cache.
+            token_ids: the start of the prompt.
+        """
+        blocks = cache.match([*token_ids, -1])  # the last token never counts
+        if not blocks or not self._weights.exists():
+            return
+        ids = list(token_ids)[: len(blocks) * BLOCK_TOKENS]
+        head = json.dumps({"source": self._source, "token_ids": ids}).encode()
+        body = head + b"\n" + np.stack(blocks).tobytes()
+        partial = self._path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        with suppress(OSError):
+            partial.write_bytes(zlib.crc32(body).to_bytes(4, "little") + body)
+            partial.replace(self._path)
