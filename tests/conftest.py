@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 from filelock import FileLock
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 from smolcli.settings import DEFAULT_MODEL
 from smolcli.weights.pull import pull
@@ -49,6 +52,9 @@ build(host(), runnable_only=True)  # compiles nothing if the kernels are up to d
 
 hypothesis.settings.register_profile("same-each-time", derandomize=True, database=None)
 hypothesis.settings.load_profile("same-each-time")
+# Examples also contain constants from the modules that are imported: without this, they depend on
+# which tests ran earlier in the process.
+providers._get_local_constants = Constants
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -150,10 +156,15 @@ def no_user_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
-    """Check after each test that all of smol's threads have ended."""
+    """Check after each test that the threads of smol that it started have ended."""
+    before = set(threading.enumerate())  # of servers that the tests of a file share
     yield
     deadline = time.monotonic() + LEAK_GRACE_S
-    while leaked := [t.name for t in threading.enumerate() if t.name.startswith("smol-")]:
+    while leaked := [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith("smol-") and thread not in before
+    ]:
         assert time.monotonic() < deadline, f"threads left behind: {leaked}"
         time.sleep(0.01)
 
@@ -211,4 +222,5 @@ def _save_tiny_llama(folder: Path, vocab_size: int, num_layers: int = 3) -> None
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).float().save_pretrained(folder)
+        model: Any = LlamaForCausalLM(config)
+        model.float().save_pretrained(folder)

@@ -1,6 +1,8 @@
 """Parsing queries and chat completions: what is accepted, and how the rest is refused."""
 
 import json
+import re
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -12,7 +14,7 @@ from openai.types.chat import ParsedChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from smolcli.errors import PromptTooLong, QueryError
-from smolcli.protocol.fields import LOGIT_BIAS
+from smolcli.protocol.fields import LOGIT_BIAS, NOT_BLANK
 from smolcli.protocol.openai import CompletionFields, error_code, error_object, parse_completion
 from smolcli.protocol.prompt import prompt_query
 from smolcli.protocol.query import (
@@ -204,6 +206,15 @@ def test_required_fields_cannot_be_empty(field: str, value: str | None) -> None:
 
 def test_blank_prompt_is_refused() -> None:
     assert refusal(HI | {"user_prompt": " \n\t"})[:2] == ("missing_field", "user_prompt")
+
+
+def test_documented_white_space_is_what_the_parser_strips() -> None:
+    """To JSON Schema, unlike to `str.strip`, \\x1d is not white space and \\ufeff is."""
+    characters = "".join(map(chr, range(sys.maxunicode + 1)))
+    assert re.sub(NOT_BLANK, "", characters) == "".join(filter(str.isspace, characters))
+    with pytest.raises(QueryError, match="bad_words"):
+        parse_query(HI | {"bad_words": ["\x1d"]}, QueryDefaults())
+    assert parse_query(HI | {"bad_words": ["\ufeff"]}, QueryDefaults()).bad_words == ("\ufeff",)
 
 
 @pytest.mark.parametrize(
@@ -597,7 +608,8 @@ def test_earlier_answer_can_be_sent_back(message: dict[str, Any]) -> None:
 
 
 def test_assistant_message_may_be_empty() -> None:
-    for content in (None, "", []):
+    contents: tuple[Any, ...] = (None, "", [])
+    for content in contents:
         query = completion([USER, {"role": "assistant", "content": content}, USER])
         assert query.messages[1] == Message("assistant", "")
 

@@ -1,7 +1,6 @@
 """/openapi.json is valid and accurate: schemathesis finds no undocumented response."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -10,6 +9,7 @@ import schemathesis
 from fakes import EchoBackend
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
+from schemathesis.specs.openapi.schemas import OpenApiSchema
 from server_tools import TIMEOUT_S, RunningServer, serving
 
 from smolcli.settings import BatchApiSettings, EngineSettings
@@ -41,14 +41,23 @@ ROUTES = [
 ]
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RunningServer]:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server that answers every valid query, whatever a model would make of it."""
-    batches = BatchApiSettings(tmp_path)
+    batches = BatchApiSettings(tmp_path_factory.mktemp("batches"))
     with serving(
         lambda _: EchoBackend(), EngineSettings(), api_keys=("key",), batches=batches
     ) as running:
+        running.client.get("/v1/batches", headers=KEY)  # starts the threads that work on batches
         yield running
+
+
+@pytest.fixture(scope="module")
+def document(server: RunningServer) -> OpenApiSchema:
+    """The server's own document, with its address."""
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=KEY)
+    schema.validate()
+    return schema
 
 
 def test_every_route_is_documented(server: RunningServer) -> None:
@@ -60,14 +69,16 @@ def test_every_route_is_documented(server: RunningServer) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "mode"),
     [(*route, GenerationMode.POSITIVE) for route in ROUTES]
-    + [(*route, GenerationMode.NEGATIVE) for route in ROUTES if route[0] == "POST"],
+    + [
+        (method, path, GenerationMode.NEGATIVE)
+        for method, path in ROUTES
+        if method == "POST" and path != "/generate_batch"  # an alias of /chat/batched
+    ],
 )
 def test_every_response_matches_the_document(
-    server: RunningServer, method: str, path: str, mode: GenerationMode
+    document: OpenApiSchema, method: str, path: str, mode: GenerationMode
 ) -> None:
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", headers=KEY)
-    schema.validate()
-    operation = schema[path][method]
+    operation = document[path][method]
 
     # A GET has no body, so that there is little to vary.
     @settings(
@@ -76,9 +87,10 @@ def test_every_response_matches_the_document(
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))
-    def check(case: schemathesis.Case) -> None:
+    def check(case: schemathesis.Case[Any]) -> None:
         if mode is GenerationMode.POSITIVE:
-            ask_a_question(case.body)
+            # The Responses API has no object around a function.
+            ask_a_question(case.body, is_nested=path != "/v1/responses")
         case.call_and_validate(headers=KEY, timeout=TIMEOUT_S)
 
     check()
@@ -87,23 +99,27 @@ def test_every_response_matches_the_document(
 ITEM = {"role": "user", "content": "Hi"}
 
 
-def ask_a_question(body: Any) -> None:
+def ask_a_question(body: Any, is_nested: bool) -> None:
     """Have the last message come from the user, and tools have the names that are referred to.
 
     JSON Schema can express neither.
     """
-    if isinstance(body, dict) and body.get("messages"):
+    if not isinstance(body, dict):
+        return
+    if body.get("messages"):
         body["messages"][-1] = {"role": "user", "content": "Hi"}
-    if isinstance(body, dict) and body.pop("continue_final_message", None):
+    if body.pop("continue_final_message", None):
         body.pop("add_generation_prompt", None)
-    if isinstance(body, dict) and body.get("tools"):
-        for at, tool in enumerate(body["tools"]):
-            tool.get("function", tool)["name"] = f"f{at}"
-        if isinstance(choice := body.get("tool_choice"), dict):
-            for each in choice.get("allowed_tools", choice).get("tools", [choice]):
-                each.get("function", each)["name"] = "f0"
-    if isinstance(body, dict) and body.get("input"):
+    if body.get("input"):
         body["input"] = "Hi" if isinstance(body["input"], str) else [*body["input"], ITEM]
+    for at, tool in enumerate(body.get("tools") or []):
+        (tool["function"] if is_nested else tool)["name"] = f"f{at}"
+    choice = body.get("tool_choice")
+    if isinstance(choice, dict) and choice:
+        is_list = choice["type"] == "allowed_tools"
+        listed = choice["allowed_tools"] if is_list and is_nested else choice
+        for each in listed["tools"] if is_list else [choice]:
+            (each["function"] if is_nested else each)["name"] = "f0"
 
 
 LAX = [

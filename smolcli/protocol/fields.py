@@ -62,6 +62,10 @@ def _stripped(value: object) -> object:
     return value
 
 
+# What `str.strip` removes, written out for /openapi.json: a validator's `\s` has other members.
+_WHITE_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+NOT_BLANK = f"[^{_WHITE_SPACE}]"
+
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
@@ -106,12 +110,12 @@ RawText = Annotated[str, Field(strict=True, min_length=1)]
 RawPrompt = RawText | Annotated[list[TokenId], Field(min_length=1)]
 Id = Annotated[str, Field(strict=True, min_length=1)]
 BadWord = Annotated[
-    str, Field(strict=True, max_length=1000, pattern=r"\S")  # white space is not a word
+    str, Field(strict=True, max_length=1000, pattern=NOT_BLANK)  # white space is not a word
 ]
 BadWords = Annotated[list[BadWord], Field(max_length=MAX_LISTED)]
 ChatId = Annotated[Id, BeforeValidator(decimal_id, json_schema_input_type=Id | int)]
 # The lookahead is JSON Schema's portable way to say "end of text": $ also matches before "\n".
-_CHOICE_PATTERN = r"^\S(?:[\s\S]*\S)?(?![\s\S])"
+_CHOICE_PATTERN = rf"^{NOT_BLANK}(?:[\s\S]*{NOT_BLANK})?(?![\s\S])"
 _ChoiceText = Annotated[
     str,
     Field(

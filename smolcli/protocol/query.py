@@ -23,6 +23,7 @@ from smolcli.protocol.fields import (
     MAX_LOGPROBS,
     MIN_P,
     MIN_TOKENS,
+    NOT_BLANK,
     PENALTY,
     SEED,
     STOP_TOKEN_IDS,
@@ -263,7 +264,7 @@ _NULL: dict[str, Any] = {"type": "null"}
 _WAYS_TO_ASK: list[Any] = [
     {
         "required": ["user_prompt"],
-        "properties": {"user_prompt": {"type": "string", "pattern": r"\S"}}
+        "properties": {"user_prompt": {"type": "string", "pattern": NOT_BLANK}}
         | dict.fromkeys(("messages", "raw_prompt"), _NULL),
     },
     {

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
     EMPTY,
+    NOT_BLANK,
     Count,
     Flag,
     Integer,
@@ -37,7 +38,7 @@ from smolcli.protocol.tools import call_id
 from smolcli.settings import QueryDefaults
 from smolcli.types import FinishReason, Query, Result, TextPiece, whole_calls
 
-Prompt = Annotated[str, Field(strict=True, json_schema_extra={"pattern": r"\S"})]  # not blank
+Prompt = Annotated[str, Field(strict=True, json_schema_extra={"pattern": NOT_BLANK})]
 
 _NO_EFFECT = "a string; it has no effect"
 _NO_STATE = "empty: nothing is stored, so send the whole conversation as input"
