@@ -3,7 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+Array = np.ndarray[Any, Any]
 
 
 def write_gguf(
@@ -50,7 +57,7 @@ def write_gguf(
     writer.close()
 
 
-def _add_tokenizer(writer, folder: Path) -> None:
+def _add_tokenizer(writer: "GGUFWriter", folder: Path) -> None:
     model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
     writer.add_tokenizer_model("gpt2")
@@ -86,7 +93,7 @@ def _gguf_name(name: str) -> str:
     return name
 
 
-def _permuted(name: str, weight, config):
+def _permuted(name: str, weight: Array, config: dict[str, Any]) -> Array:
     """llama.cpp interleaves the two halves of each rotary head."""
     if "q_proj" not in name and "k_proj" not in name:
         return weight
@@ -95,7 +102,7 @@ def _permuted(name: str, weight, config):
     return halves.swapaxes(1, 2).reshape(weight.shape).copy()
 
 
-def add_sentencepiece(writer, folder: Path) -> None:
+def add_sentencepiece(writer: "GGUFWriter", folder: Path) -> None:
     """Add a vocabulary like that of Llama 2: scores in place of merges, spaces as letters."""
     size = json.loads((folder / "config.json").read_text("utf-8"))["vocab_size"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

@@ -95,7 +95,7 @@ class LegacyHost:
 def listening(app: Flask, port: int = 0) -> Iterator[str]:
     """Serve an application on a thread; yields its URL."""
     sockets: dict[int, Any] = {}
-    server = create_server(app, map=sockets, listen=f"127.0.0.1:{port}", threads=32)
+    server: Any = create_server(app, map=sockets, listen=f"127.0.0.1:{port}", threads=32)
     stopping = threading.Event()
 
     def loop() -> None:

@@ -70,7 +70,7 @@ def serving(model: Path, *options: str) -> Iterator[str]:
 def is_ready(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:
-            return answer.status == 200
+            return bool(answer.status == 200)
     except OSError:
         return False
 

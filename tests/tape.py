@@ -15,11 +15,11 @@ NOT_IN_A_GRAPH = (  # these wait for the device, or copy data to it that a repla
 )
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operators that run, with the tensors that they read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_replays = 0
         self._calls: list[tuple[Callable[..., Any], Any, Any, Any]] = []
 

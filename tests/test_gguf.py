@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,19 +28,20 @@ from smolcli.weights.store import missing_file, weight_format
 pytestmark = pytest.mark.usefixtures("home")
 
 
+Converted = tuple[Path, Path, list[str]]
+
+
 @pytest.fixture(scope="session")
-def converted(
-    tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, list[str]]:
+def converted(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """The tiny .gguf file, resolved once: SMOL_HOME, the converted directory, the notifications."""
-    home, lines = tmp_path_factory.mktemp("home"), []
+    home, lines = tmp_path_factory.mktemp("home"), list[str]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOL_HOME", str(home))
         return home, resolve(str(tiny_gguf), lines.append).folder, lines
 
 
 def test_gguf_file_is_converted_once(
-    converted, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converted: Converted, tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, folder, lines = converted
     assert lines == ["preparing tiny.gguf (needed once)"]
@@ -51,7 +53,9 @@ def test_gguf_file_is_converted_once(
     assert entries(home) == [f"gguf--{again.revision}"]
 
 
-def test_converted_weights_equal_the_originals_in_bfloat16(converted, tiny_folder: Path) -> None:
+def test_converted_weights_equal_the_originals_in_bfloat16(
+    converted: Converted, tiny_folder: Path
+) -> None:
     from safetensors.torch import load_file as load_tensors
 
     original = load_tensors(tiny_folder / "model.safetensors")
@@ -61,7 +65,7 @@ def test_converted_weights_equal_the_originals_in_bfloat16(converted, tiny_folde
         assert weight.equal(original[name].bfloat16()), name
 
 
-def test_converted_config_is_clean(converted) -> None:
+def test_converted_config_is_clean(converted: Converted) -> None:
     """A float32 1e-05 in GGUF once became 9.999999747378752e-06, and its title a path."""
     folder = converted[1]
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -86,7 +90,7 @@ def test_converted_config_is_clean(converted) -> None:
     assert len(modes) == 1, "all files have the same permissions"
 
 
-def test_converted_tokenizer_splits_digits(converted, tiny_folder: Path) -> None:
+def test_converted_tokenizer_splits_digits(converted: Converted, tiny_folder: Path) -> None:
     """transformers reads `tokenizer.ggml.pre` smollm as gpt-2, which splits "a  1" differently."""
     from tokenizers import Tokenizer
 
@@ -120,7 +124,7 @@ TEXTS += ["<think>the</s> <|im_end|>", "The in\u2581the"]
 
 @pytest.mark.parametrize("add_tokenizer", [None, add_sentencepiece], ids=["gpt2", "llama"])
 def test_tokenizer_and_config_equal_those_of_transformers(
-    tiny_folder: Path, tmp_path: Path, add_tokenizer
+    tiny_folder: Path, tmp_path: Path, add_tokenizer: Callable[..., None] | None
 ) -> None:
     from tokenizers import Tokenizer
     from transformers import AutoConfig, AutoTokenizer

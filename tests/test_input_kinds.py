@@ -18,13 +18,18 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from smolcli.cli.main import app
-from smolcli.data.compression import CODECS, Codec, zstd
+from smolcli.data.compression import CODECS, Codec
 from smolcli.data.json_values import json_values
 from smolcli.data.jsonl import MAX_LINE_BYTES, read_lines
 from smolcli.data.reader import read_rows
 from smolcli.data.source import check_encoding
 from smolcli.errors import InputError, UsageError
 from smolcli.settings import RowSettings
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 QUERIES = [{"chat_id": name, "user_prompt": f"Grüße, {name}"} for name in "abc"]
 LINES = "".join(json.dumps(query, ensure_ascii=False) + "\n" for query in QUERIES)

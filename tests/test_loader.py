@@ -148,6 +148,7 @@ def test_weights_are_mapped_in_the_dtype_they_are_stored_in(
     weights = load_weights(folder, load_config(folder))
     for name, array in expected.items():
         mapped = weights[name.removeprefix("model.")]
+        assert isinstance(mapped, np.ndarray)
         assert mapped.dtype == dtype
         assert mapped.tobytes() == array.tobytes()
         assert mapped.flags.aligned

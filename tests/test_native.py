@@ -274,7 +274,9 @@ def quantized_weights(config: LlamaConfig, stored: str) -> dict[str, Weight]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_batch_size_and_threads_change_no_bit(dtype: str, tiny_folder: Path) -> None:
+def test_batch_size_and_threads_change_no_bit(
+    dtype: Literal["float32", "bfloat16"], tiny_folder: Path
+) -> None:
     """From 1 to 128 sequences, with 1, 2, 3 and 5 threads: one set of hidden states."""
     kernels = native_kernels(dtype)
     config = tiny_config(tiny_folder)
@@ -339,8 +341,9 @@ def test_activations_of_any_size_are_computed(kernels: Kernels, tiny_folder: Pat
     large = {n: w * 1000 if "gate_proj" in n else w for n, w in weights.items()}
     ours = NativeModel(config, {n: w.numpy() for n, w in large.items()}, kernels)
     theirs = TorchModel(config, large, torch.float32, torch.device("cpu"))
-    seen = [torch.as_tensor(hidden_states(model, list(range(5, 45)))) for model in (ours, theirs)]
-    assert torch.allclose(*seen, rtol=1e-3, atol=1e-3 * seen[1].abs().max().item())
+    ids = list(range(5, 45))
+    found, expected = (torch.as_tensor(hidden_states(model, ids)) for model in (ours, theirs))
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
 def hidden_states(model: Model, token_ids: list[int]) -> Any:

@@ -73,7 +73,9 @@ def pack(files: ModelFiles, kernels: Kernels) -> "np.ndarray[Any, Any]":
     return found
 
 
-def test_weights_are_packed_once(files: ModelFiles, kernels: Kernels, num_packed) -> None:
+def test_weights_are_packed_once(
+    files: ModelFiles, kernels: Kernels, num_packed: Callable[[], int]
+) -> None:
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: pack(files, kernels), range(4)))
     assert num_packed() == 1
@@ -86,7 +88,7 @@ def test_weights_are_packed_once(files: ModelFiles, kernels: Kernels, num_packed
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no record", "bad record", "touch"])
 def test_damaged_file_is_rebuilt(
-    files: ModelFiles, kernels: Kernels, num_packed, damage: str
+    files: ModelFiles, kernels: Kernels, num_packed: Callable[[], int], damage: str
 ) -> None:
     pack(files, kernels)
     (file,) = packed_files()
@@ -124,7 +126,7 @@ def test_file_in_a_layer_of_a_container_image_is_used(
 
 
 def test_another_revision_or_config_replaces_the_file(
-    files: ModelFiles, kernels: Kernels, num_packed
+    files: ModelFiles, kernels: Kernels, num_packed: Callable[[], int]
 ) -> None:
     pack(files, kernels)
     pack(replace(files, revision="def"), kernels)

@@ -24,7 +24,8 @@ needs_chromium = pytest.mark.skipif(
 
 def browser_test(function: Callable[..., None]) -> Callable[..., None]:
     """Mark a test that drives Chromium."""
-    return pytest.mark.browser(needs_chromium(function))
+    marked: Callable[..., None] = pytest.mark.browser(needs_chromium(function))
+    return marked
 
 
 @pytest.mark.parametrize("path", sorted(PAGE.iterdir()), ids=lambda path: path.name)

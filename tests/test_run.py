@@ -568,9 +568,10 @@ def test_impossible_output_names_are_usage_errors(job: RunSettings, name: str) -
     """They ended in a traceback; the longest name next to the output counts."""
     job.output.with_name("loop").symlink_to("loop")
     path = job.output.with_name(name)
-    for change in ({"output": path}, {"errors": path}, {"table": path, "output": path}):
+    changed = (replace(job, output=path), replace(job, errors=path))
+    for impossible in (*changed, replace(job, table=path, output=path)):
         with pytest.raises(UsageError, match="cannot write"):
-            answer(replace(job, **change), no_backend)
+            answer(impossible, no_backend)
     with pytest.raises(InputError):
         answer(replace(job, input=path), no_backend)
 

@@ -40,7 +40,7 @@ def expected_probs(logits: Array, options: dict[str, Any]) -> Array:
         TopPLogitsWarper,
     )
 
-    ids = torch.tensor([[0]])
+    ids: Any = torch.tensor([[0]])
     scores = TemperatureLogitsWarper(options["temperature"])(ids, torch.tensor(logits)[None])
     if "min_p" in options:
         scores = MinPLogitsWarper(options["min_p"])(ids, scores)

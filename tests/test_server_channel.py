@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 from server_tools import http
-from waitress import create_server
+from waitress.server import create_server
 
 from smolcli.server.wsgi import (
     IDLE_TIMEOUT_S,

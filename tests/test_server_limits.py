@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import EchoBackend, HeldBackend
@@ -32,7 +33,7 @@ from smolcli.settings import EngineSettings
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message, Query, Result
 
-LONG = {"max_new_tokens": 400, "repetition_penalty": 1.3}
+LONG: dict[str, Any] = {"max_new_tokens": 400, "repetition_penalty": 1.3}
 
 
 @pytest.fixture
@@ -53,9 +54,11 @@ def test_new_connections_are_accepted_without_a_pause(
             pauses.append(pause_s)
         sleep(pause_s)
 
-    address = ("127.0.0.1", running.client.base_url.port)
     with ExitStack() as stack:
-        connect = lambda: stack.enter_context(socket.create_connection(address))  # noqa: E731
+
+        def connect() -> socket.socket:
+            return stack.enter_context(socket.create_connection(running.address))
+
         for _ in range(100):
             connect()
         eventually(lambda: running.client.get("/health").status_code == 200)

@@ -50,7 +50,7 @@ def test_every_route_but_probes_and_page_requires_the_key(tiny_folder: Path) -> 
         for sent in ("Bearer wrong", "Bearer first-key2", "Basic first-key", "first-key", "Bearer"):
             assert server.post("/chat", query(), Authorization=sent).status_code == 401
         assert server.post("/chat", query(), Authorization="Bearer first-key").status_code == 200
-        raw = {"Authorization": f"bearer {keys[1]}".encode()}
+        raw = {b"Authorization": f"bearer {keys[1]}".encode()}
         assert server.client.post("/chat", json=query(), headers=raw).status_code == 200
         assert server.client.get("/v1/models").json()["error"]["code"] == "unauthorized"
 
@@ -80,7 +80,7 @@ def test_only_listed_origins_are_allowed(tiny_folder: Path) -> None:
 def test_a_valid_request_id_is_kept_and_others_are_replaced(server: RunningServer) -> None:
     assert server.post("/chat", {}, **{"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
     for invalid in ("", "a b", "x" * 129, "ü"):
-        headers = {"X-Request-Id": invalid.encode()}
+        headers = {b"X-Request-Id": invalid.encode()}
         made = server.client.get("/health", headers=headers).headers["x-request-id"]
         assert len(made) == 32
 

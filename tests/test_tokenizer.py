@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -57,7 +59,7 @@ def assert_equals_transformers(folder: Path) -> None:
     tokenizer, reference = ChatTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
     for messages in CONVERSATIONS:
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        expected = reference.apply_chat_template(
+        expected: Any = reference.apply_chat_template(
             turns, add_generation_prompt=True, return_dict=False
         )
         assert tokenizer.encode(messages) == expected, messages
@@ -150,7 +152,9 @@ def test_template_rejection_is_a_query_error(
 
 
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: [{"name": "default", "template": t}]])
-def test_template_in_tokenizer_config(tiny_folder: Path, tmp_path: Path, wrap) -> None:
+def test_template_in_tokenizer_config(
+    tiny_folder: Path, tmp_path: Path, wrap: Callable[[str], Any]
+) -> None:
     """Older models store the template there and special tokens as objects."""
     folder = copy_tokenizer(tiny_folder, tmp_path)
     (folder / "chat_template.jinja").unlink()

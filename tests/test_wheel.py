@@ -98,8 +98,8 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment") / "venv"
     python = folder / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-cache-dir", wheel]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-cache-dir", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *install], check=True)
     installed = next((folder / "lib").glob("python*/site-packages"))
     # The path files in this directory, such as that of an editable smol, have no effect there.
     (installed / "requirements.pth").write_text(f"{SITE_PACKAGES}\n")
@@ -118,7 +118,7 @@ def test_installed_wheel_runs_native_kernels_without_a_compiler(
     (tmp_path / "questions.jsonl").write_text(
         '{"chat_id": "1", "user_prompt": "What is the capital of France?", "max_new_tokens": 8}\n'
     )
-    command = [environment / "bin" / "smol", "run", "questions.jsonl"]
+    command = [str(environment / "bin" / "smol"), "run", "questions.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answer = json.loads((tmp_path / "questions.results.jsonl").read_text())
