@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from kernel_tools import native_kernels
 
-from tools.import_graph import imported
+from tools import import_graph
 
 PACKAGE = Path(__file__).parents[1] / "smolcli"
 LAYERS = [  # top to bottom: a package imports only from the rows below its own
@@ -32,6 +33,11 @@ def modules() -> Iterator[tuple[str, Path]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         yield name.removesuffix(".__init__"), path
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
+    return frozenset(import_graph.imported(path))
 
 
 def package(module: str) -> str:

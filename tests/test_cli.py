@@ -30,8 +30,8 @@ BAD = b'{"chat_id": "2"}\n'
 OpenBackend = Callable[[EngineSettings], EchoBackend]
 
 
-def smol(*args: object, backend: OpenBackend = EchoBackend, **options: Any) -> Result:
-    """Run `smol` in this process; the context object opens its backends."""
+def smol(*args: object, backend: OpenBackend | None = EchoBackend, **options: Any) -> Result:
+    """Run `smol` in this process with backends of the test; with None, of its own."""
     return CliRunner().invoke(app, [str(arg) for arg in args], obj=backend, **options)
 
 
@@ -97,7 +97,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_a_check_does_not_import_torch(queries: Path) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "smolcli", "run", queries, "--check"]
+    command = [sys.executable, "-X", "importtime", "-m", "smolcli", "run", str(queries), "--check"]
     done = subprocess.run(command, capture_output=True, cwd=REPOSITORY, check=True)
     imported = {line.split(b"|")[-1].strip() for line in done.stderr.splitlines()}
     assert b"smolcli.batch.validation" in imported
@@ -481,11 +481,12 @@ def test_interrupted_run_exits_with_130_and_can_be_resumed(
     source.write_text(
         "".join(
             f'{{"chat_id": "{n}", "user_prompt": "Hi {n}", "max_new_tokens": 256}}\n'
-            for n in range(100)
+            for n in range(16)
         )
     )
     output = tmp_path / "in.results.jsonl"
-    args = ["run", str(source), "--model", str(tiny_folder), "--max-batch-size", "4"]
+    args = ["run", str(source), "--model", str(tiny_folder), "--max-batch-size", "1"]
+    args += ["--threads", "1"]
     command = [sys.executable, "-m", "smolcli", *args]
     with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=REPOSITORY) as running:
         while running.poll() is None and not (output.exists() and output.stat().st_size):
@@ -498,7 +499,7 @@ def test_interrupted_run_exits_with_130_and_can_be_resumed(
     before = output.read_bytes()
     assert process(*args).returncode == 0
     assert output.read_bytes().startswith(before)
-    assert output.read_bytes().count(b"\n") == 100
+    assert output.read_bytes().count(b"\n") == 16
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX pipes")

@@ -95,24 +95,3 @@ def test_run_killed_repeatedly_ends_with_the_same_bytes(
     assert finish(start(questions, torn, tiny_folder, dtype)) == 3, (
         "a complete run is left untouched"
     )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_sigint_stops_the_run_and_explains_how_to_resume(
-    questions: Path, tiny_folder: Path
-) -> None:
-    output = questions.with_name("out.jsonl")
-    command = [sys.executable, "-m", "smolcli", "run", str(questions), "-o", str(output)]
-    process = subprocess.Popen(
-        [*command, "--model", str(tiny_folder), "--max-batch-size", "1"], stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + DEADLINE_S
-    while not (output.exists() and output.stat().st_size > 100):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, talk = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 130
-    assert b"run the same command to resume" in talk
-    assert b"Traceback" not in talk

@@ -51,7 +51,7 @@ def gateway(
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def service(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(tiny_folder)) as running:
         yield running

@@ -21,6 +21,7 @@ from smolcli.types import Sampling
 from smolcli.weights.loader import load_model
 
 NUM_TOKENS = 40
+NUM_QUESTIONS = 30
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,11 @@ def plain(tiny_folder: Path) -> TorchModel:
     model = load_model(tiny_folder, "float32")
     assert isinstance(model, TorchModel)
     return model
+
+
+@pytest.fixture(scope="module")
+def eager_answers(plain: TorchModel) -> list[list[int]]:
+    return answers(plain, NUM_QUESTIONS)
 
 
 def answers(model: Model, num_questions: int) -> list[list[int]]:
@@ -50,20 +56,22 @@ def test_a_step_is_recorded_after_a_few_eager_ones(plain: TorchModel) -> None:
     assert tape.num_replays == NUM_TOKENS - 1 - EAGER_STEPS, "the first token comes from the prompt"
 
 
-def test_a_slab_that_grows_or_shrinks_is_recorded_again(plain: TorchModel) -> None:
+def test_a_slab_that_grows_or_shrinks_is_recorded_again(
+    plain: TorchModel, eager_answers: list[list[int]]
+) -> None:
     tapes: list[Tape] = []
 
     def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         tapes.append(Tape())
         return tapes[-1].record(compute)
 
-    assert answers(GraphedModel(plain, record), 30) == answers(plain, 30)
+    assert answers(GraphedModel(plain, record), NUM_QUESTIONS) == eager_answers
     assert len(tapes) > 2
     assert all(tape.num_replays for tape in tapes)
 
 
 def test_decoding_continues_eagerly_if_recording_fails(
-    plain: TorchModel, caplog: pytest.LogCaptureFixture
+    plain: TorchModel, eager_answers: list[list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     tried: list[Any] = []
 
@@ -72,7 +80,7 @@ def test_decoding_continues_eagerly_if_recording_fails(
         raise RuntimeError("out of memory")
 
     with caplog.at_level(logging.WARNING):
-        assert answers(GraphedModel(plain, refuse), 30) == answers(plain, 30)
+        assert answers(GraphedModel(plain, refuse), NUM_QUESTIONS) == eager_answers
     assert len(tried) == len(caplog.records) == 1
     assert "slower: out of memory" in caplog.text
 

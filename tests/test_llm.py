@@ -28,11 +28,6 @@ def model(tiny_folder: Path) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture(autouse=True)
-def no_thread_left() -> None:
-    """The module's model stays open between its tests."""
-
-
 def test_importing_the_package_is_cheap() -> None:
     code = (
         "import sys, smolcli; from smolcli import LLM\n"
@@ -52,7 +47,9 @@ def test_one_prompt_gives_one_result_and_a_list_a_list(model: LLM) -> None:
     single = model.chat("Hi", max_new_tokens=5)
     conversation = model.chat(CONVERSATION, max_new_tokens=5)
     both = model.chat(["Hi", CONVERSATION], max_new_tokens=5)
-    messages = model.chat([Message(**message) for message in CONVERSATION], max_new_tokens=5)
+    messages = model.chat(
+        [Message(m["role"], m["content"]) for m in CONVERSATION], max_new_tokens=5
+    )
     assert single.usage is not None
     assert single.usage.completion_tokens <= 5
     assert [result.response for result in both] == [single.response, conversation.response]

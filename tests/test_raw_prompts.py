@@ -25,7 +25,7 @@ TEXTS = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def backend(tiny_folder: Path) -> Iterator[LocalBackend]:
     settings = EngineSettings(str(tiny_folder), dtype="float32", max_batch_size=4, kv_cache_mb=64)
     with closing(open_local(settings)) as backend:

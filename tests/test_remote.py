@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 from flask import Flask, Response, jsonify, request
+from flask.json.provider import DefaultJSONProvider
 from legacy_host import legacy_host, listening
 from server_tools import TIMEOUT_S, FaultyBackend, RunningServer, eventually, serving, tiny_engine
 from typer.testing import CliRunner
@@ -46,8 +48,8 @@ from smolcli.types import (
 
 def query(chat_id: str = "1", prompt: str = "Hi", **fields: Any) -> Query:
     seed = int(chat_id) if chat_id.isdecimal() else 0
-    values = {"sampling": Sampling(6, seed=seed), "messages": (Message("user", prompt),)}
-    return Query(chat_id, **values | fields)
+    asked = Query(chat_id, (Message("user", prompt),), Sampling(6, seed=seed))
+    return replace(asked, **fields)
 
 
 @contextmanager
@@ -69,7 +71,7 @@ def answers(backend: RemoteBackend, queries: list[Query]) -> list[Result]:
     return [future.result(TIMEOUT_S) for future in futures]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def smol(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(tiny_folder)) as running:
         yield running
@@ -417,7 +419,7 @@ class TestOpenAI:
                 return jsonify(object="error", message=message, code=400), 400
             if body.get("stream"):
                 pieces = ["", " It", " is\u2028so."]
-                chunks = [{"choices": [{"delta": {"content": p}}]} for p in pieces]
+                chunks: list[Any] = [{"choices": [{"delta": {"content": p}}]} for p in pieces]
                 chunks.append({"choices": [{"delta": {}, "finish_reason": "length"}]})
                 chunks.append(
                     {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}
@@ -439,6 +441,7 @@ class TestOpenAI:
             usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
             return jsonify(choices=choices, usage=usage)
 
+        assert isinstance(app.json, DefaultJSONProvider)
         app.json.ensure_ascii = False
         return app
 

@@ -17,7 +17,7 @@ from smolcli.settings import RunSettings
 NDJSON = "application/x-ndjson"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(tiny_folder)) as running:
         yield running

@@ -27,7 +27,7 @@ PROMPT = "The capital of Italy is"
 OTHER = "<|im_start|>user\nHi<|im_end|>\né"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(deduplicated(open_local), tiny_engine(tiny_folder)) as running:
         yield running

@@ -34,7 +34,7 @@ VALUES = st.recursive(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(FaultyBackend().open, tiny_engine(tiny_folder), max_body_bytes=100_000) as running:
         yield running

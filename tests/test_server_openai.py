@@ -14,7 +14,7 @@ from smolcli.backends.local import open_local
 MESSAGES: Any = [{"role": "user", "content": "What is gravity?"}]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(tiny_folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(tiny_folder)) as running:
         yield running
@@ -290,9 +290,9 @@ def test_several_choices_are_sampled_at_openais_default_temperature(
     """Programs written for OpenAI rely on its default of 1; /chat requires a temperature."""
     asked: Any = {"model": tiny_folder.name, "messages": MESSAGES, "seed": 4, "max_tokens": 6}
     created = client.chat.completions.create
-    default, explicit = [created(**asked, n=3, **extra) for extra in ({}, {"temperature": 1})]
+    default, explicit = created(**asked, n=3), created(**asked, n=3, temperature=1)
     assert default.choices == explicit.choices
-    one, greedy = [created(**asked, **extra) for extra in ({}, {"temperature": 0})]
+    one, greedy = created(**asked), created(**asked, temperature=0)
     assert one.choices == greedy.choices
     assert server.ask(n=3).json()["field"] == "n"
 

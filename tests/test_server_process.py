@@ -31,17 +31,17 @@ def test_shutdown_finishes_running_requests_and_rejects_new_ones(
 ) -> None:
     """Every request is answered or rejected as documented, and the exit code is 0."""
     args = ("--model", str(deep_folder), "--drain-timeout", "300", "--no-dedupe")
-    with serve_process(*args) as process, ThreadPoolExecutor(24) as pool:
-        asked = [pool.submit(process.ask, LONG | {"chat_id": str(n)}) for n in range(24)]
-        eventually(lambda: "running 24.0" in process.get("/metrics").text)
+    with serve_process(*args) as process, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(process.ask, LONG | {"chat_id": str(n)}) for n in range(8)]
+        eventually(lambda: "running 8.0" in process.get("/metrics").text)
         process.signal(number)
         eventually(lambda: process.get("/ready").json() == {"status": "draining"})
         late = process.ask(query())
         assert (late.status_code, late.headers["retry-after"]) == (503, "2")
-        assert [response.result().status_code for response in asked] == [200] * 24
+        assert [response.result().status_code for response in asked] == [200] * 8
         code, stderr = process.wait()
     assert code == 0
-    assert "shutting down: 24 requests in flight" in stderr
+    assert "shutting down: 8 requests in flight" in stderr
     assert "Traceback" not in stderr
 
 
@@ -78,14 +78,14 @@ def test_schema_constrains_every_query_without_a_format_of_its_own(
 ) -> None:
     path = tmp_path / "digit.json"
     path.write_text('{"type": "integer", "minimum": 0, "maximum": 9}', "utf-8")
-    text = {"response_format": {"type": "text"}}
+    text: dict[str, Any] = {"response_format": {"type": "text"}}
     asked = {"model": tiny_folder.name, "messages": [{"role": "user", "content": "Hi"}]}
     with serve_process("--model", str(tiny_folder), "--schema", str(path)) as process:
 
         def post(route: str, body: dict[str, Any]) -> Any:
             return httpx2.post(f"{process.url}{route}", json=body, timeout=TIMEOUT_S).json()
 
-        chats = [post("/chat", query(**extra)) for extra in ({}, text)]
+        chats = [post("/chat", query() | extra) for extra in ({}, text)]
         batch = post("/chat/batched", {"queries": [query(), query(**text), query(choices=["b"])]})
         others = [post("/v1/chat/completions", asked | extra) for extra in ({}, text)]
     constrained, free = [answer["response"] for answer in chats]

@@ -28,7 +28,7 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_variant(tiny_folder, tmp_path_factory.mktemp("roomy"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(folder)) as running:
         yield running

@@ -46,7 +46,7 @@ def settings(tiny_folder: Path) -> EngineSettings:
     return EngineSettings(model=str(tiny_folder), dtype="float32", max_batch_size=8, kv_cache_mb=64)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def backend(settings: EngineSettings) -> Iterator[LocalBackend]:
     with closing(open_local(settings)) as backend:
         yield backend
@@ -153,7 +153,9 @@ def test_schema_that_exceeds_the_lexer_limits_fails_with_an_explanation(tiny_fol
         assert not matcher.is_complete
         if not matcher.is_over:
             matcher.mask()
-            matcher.accept(tokenizer.token_to_id(char))
+            token_id = tokenizer.token_to_id(char)
+            assert token_id is not None
+            matcher.accept(token_id)
     assert matcher.is_over
     assert "its patterns are too complex" in str(matcher.fault)
 
@@ -172,7 +174,8 @@ def test_llguidance_panic_fails_only_its_query(
         raise panic("index out of bounds")
 
     monkeypatch.setattr("llguidance.LLMatcher", SimpleNamespace(grammar_from_json_schema=fail))
-    bad, good = answers(backend, [query(format=LONG), query()])
+    unseen = schema_format({"type": "array", "items": {"type": "integer"}, "minItems": 499})
+    bad, good = answers(backend, [query(format=unseen), query()])
     assert bad.error_code == code
     assert "index out of bounds" in str(bad.error)
     assert not good.is_error
@@ -193,6 +196,7 @@ def test_logprobs_cover_every_token_of_the_text(backend: LocalBackend) -> None:
     plain, told = answers(backend, [query(), query(top_logprobs=3)])
     assert told.response == plain.response
     assert plain.logprobs is None
+    assert told.response is not None
     assert told.logprobs is not None
     spelled = b"".join(bytes(entry["bytes"]) for entry in told.logprobs)
     assert spelled.decode(errors="ignore").strip() == told.response.replace("\ufffd", "").strip()

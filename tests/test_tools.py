@@ -61,7 +61,11 @@ SUM = {
 }
 NOW = {"name": "now"}
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": f} for f in (WEATHER, SUM, NOW)]
-SCHEMAS = {"get_weather": CITY, "add": SUM["parameters"], "now": {"maxProperties": 0}}
+SCHEMAS: dict[str, Any] = {
+    "get_weather": CITY,
+    "add": SUM["parameters"],
+    "now": {"maxProperties": 0},
+}
 NAMED = {"type": "function", "function": {"name": "add"}}
 ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}
 CALL = ToolCall("c1", "add", '{"terms": [1]}')
@@ -74,7 +78,7 @@ def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model_variant(tiny_folder, tmp_path_factory.mktemp("roomy"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def backend(folder: Path) -> Iterator[LocalBackend]:
     with closing(open_local(tiny_engine(folder))) as backend:
         yield backend
@@ -427,7 +431,7 @@ def test_messages_are_restored_from_a_query() -> None:
 # Ways in and out.
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[RunningServer]:
     with serving(open_local, tiny_engine(folder)) as running:
         yield running
