@@ -6,18 +6,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
 
 from smolcli.errors import ModelError, QueryError
 from smolcli.protocol.tools import function_record
+from smolcli.text.chat_template import ChatTemplate
 from smolcli.text.tool_calls import (
     LIST,
     MARKER,
@@ -32,6 +29,7 @@ from smolcli.types import Function, Message, Query, ToolCall, ToolMode, Tools
 # Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
 PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
 IS_PRIVATE_USE_A = re.compile("[\U000f0000-\U000ffffd]")
+LARGE_VOCABULARY = 10_000  # tokens, from which on starts are made faster
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
@@ -42,7 +40,6 @@ class ChatTokenizer:
         tokenizer: the model's tokenizer.
         tokenizer_json: returns the same in the format of tokenizer.json.
         template: renders messages to a prompt.
-        template_source: the template's source.
         special_tokens: texts that the template may refer to, by name (`bos_token`, ...).
         vocab_size: rows of the model's embedding; None if unknown.
     """
@@ -51,8 +48,7 @@ class ChatTokenizer:
         self,
         tokenizer: Tokenizer | IndexedTokenizer,
         tokenizer_json: Callable[[], str],
-        template: Template,
-        template_source: str,
+        template: ChatTemplate,
         special_tokens: Mapping[str, str],
         vocab_size: int | None,
     ) -> None:
@@ -60,13 +56,12 @@ class ChatTokenizer:
         self._vocab_size = vocab_size
         self._json = tokenizer_json
         self._template = template
-        self._special_tokens = special_tokens
         is_special = any(
             token.special and token.content == MARKER
             for token in tokenizer.get_added_tokens_decoder().values()
         )
-        self._template_syntax = None if is_special else template_syntax(template_source)
-        self._encoder = PromptEncoder(tokenizer, template_source, special_tokens)
+        self._template_syntax = None if is_special else template_syntax(template.source)
+        self._encoder = PromptEncoder(tokenizer, template.source, special_tokens)
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTokenizer":
@@ -88,8 +83,9 @@ class ChatTokenizer:
         if vocab_size is not None:
             _check_ids(tokenizer, vocab_size, special_tokens.get("pad_token"), folder)
         source = _template_source(folder, config)
-        template = _compile(source, folder)
-        return cls(tokenizer, tokenizer_json, template, source, special_tokens, vocab_size)
+        is_large = tokenizer.get_vocab_size(with_added_tokens=False) >= LARGE_VOCABULARY
+        template = ChatTemplate(source, special_tokens, folder, is_stored=is_large)
+        return cls(tokenizer, tokenizer_json, template, special_tokens, vocab_size)
 
     @property
     def call_syntax(self) -> CallSyntax:
@@ -186,14 +182,7 @@ class ChatTokenizer:
         names = {call.id: call.name for turn in messages for call in turn.tool_calls}
         turns = [template_message(turn, names) for turn in messages]
         functions = [function_record(function) for function in tools.functions] if tools else None
-        try:
-            return self._template.render(
-                messages=turns, add_generation_prompt=True, tools=functions, **self._special_tokens
-            )
-        except TemplateError as exc:
-            raise QueryError(
-                f"the model's chat template rejects these messages: {exc}", field="messages"
-            ) from exc
+        return self._template.render(turns, functions)
 
     def _render_open(self, messages: Sequence[Message], tools: Tools | None) -> str:
         return self.render(messages[:-1], tools) + messages[-1].content
@@ -591,29 +580,3 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
             "nor a chat_template in tokenizer_config.json"
         )
     return found
-
-
-def _compile(source: str, folder: Path) -> Template:
-    """Compile a template in the environment that transformers provides to templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    environment.filters["tojson"] = _to_json
-    try:
-        return environment.from_string(source)
-    except TemplateError as exc:
-        raise ModelError(f"the chat template in {folder} is invalid: {exc}") from exc
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    """Serialize as JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
