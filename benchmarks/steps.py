@@ -1,7 +1,7 @@
 """Profile of an engine step: time in the layers, in the head, and in Python.
 
     python -m benchmarks.steps
-    python -m benchmarks.steps --dtype float32 --sizes 1,64
+    python -m benchmarks.steps --dtype float32 --sizes 1,64 --threads 1
 
 Every batch decodes answers that never end, after prompts of about 100 tokens; the table shows the
 median step. To profile the kernels: `perf record -e cpu-clock python -m benchmarks.steps`.
@@ -88,10 +88,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="1,2,4,8,16,32,64,128")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="all cores by default")
     args = parser.parse_args()
     folder = resolve(DEFAULT_MODEL).folder
-    settings = EngineSettings(dtype=args.dtype)
+    settings = EngineSettings(dtype=args.dtype, threads=args.threads)
     config = resolve_model_config(settings, folder)
     loaded = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
     model, chat = TimedModel(loaded), ChatTokenizer.load(folder)
