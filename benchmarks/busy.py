@@ -11,24 +11,23 @@ affects all of them. PYTHON is the interpreter of the peer's own environment.
 """
 
 import argparse
-import json
 import os
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.turns import System, systems
+
 SMOL = Path(__file__).with_name("peer_smol.py")
 NUM_QUESTIONS = 32
 NUM_TOKENS = 32
-
-Run = Callable[[], float]
 
 
 @contextmanager
@@ -45,56 +44,32 @@ def busy_loops(level: str) -> Iterator[None]:
             loop.wait()
 
 
-@contextmanager
-def system(command: list[str]) -> Iterator[tuple[str, Run]]:
-    """Start a system, which loads its model, and yield its name and a function that runs it.
-
-    Args:
-        command: a script that calls `peer_record.measure`, with its arguments.
-    """
-    shared = ["--questions", str(NUM_QUESTIONS), "--max-new-tokens", str(NUM_TOKENS), "--turns"]
-    with subprocess.Popen(
-        [*command, *shared], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin
-        assert process.stdout
-        stdin, stdout = process.stdin, process.stdout
-
-        def tokens_per_s() -> float:
-            stdin.write("\n")
-            stdin.flush()
-            answer = json.loads(stdout.readline())
-            return float(answer["tokens"] / answer["seconds"])
-
-        facts = json.loads(stdout.readline())
-        yield f"{facts['system']}, {facts['model']}", tokens_per_s
-        stdin.close()
-
-
 def compare(args: argparse.Namespace) -> None:
     """Measure all systems at all levels and print a table."""
     levels = args.levels.split(",")
-    smol = [sys.executable, str(SMOL), "--dtype", args.dtype]
-    with ExitStack() as stack:
-        commands = [smol, *map(shlex.split, args.peer)]
-        systems = dict(stack.enter_context(system(command)) for command in commands)
-        found: dict[tuple[str, str], list[float]] = {}
+    smol = shlex.join([sys.executable, str(SMOL), "--dtype", args.dtype, "--slots", "32"])
+    options = [f"--questions={NUM_QUESTIONS}", f"--max-new-tokens={NUM_TOKENS}"]
+    with systems([smol, *args.peer], options) as running:
+        found: dict[tuple[System, str], list[float]] = {}
         for _ in range(args.runs):
             for level in levels:
-                for name, run in systems.items():
+                for system in running:
                     with busy_loops(level):
-                        found.setdefault((name, level), []).append(run())
+                        rate = system.run().tokens_per_s
+                    found.setdefault((system, level), []).append(rate)
     table = Table("system", "loops", "median tokens/s", "worst", "worst of idle", box=None)
-    for (name, level), values in found.items():
-        idle = statistics.median(found[name, levels[0]])
+    for (system, level), values in found.items():
+        idle = statistics.median(found[system, levels[0]])
         median, worst = statistics.median(values), min(values)
-        table.add_row(name, level, f"{median:,.0f}", f"{worst:,.0f}", f"{worst / idle:.0%}")
+        table.add_row(system.name, level, f"{median:,.0f}", f"{worst:,.0f}", f"{worst / idle:.0%}")
     Console().print(table)
     Console().print(f"{NUM_QUESTIONS} questions, {NUM_TOKENS} tokens, {os.cpu_count()} CPUs")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--levels", default="0,1,2,4,2n")
     parser.add_argument("--peer", action="append", default=[], help="command of another system")
     parser.add_argument("--runs", type=int, default=5)

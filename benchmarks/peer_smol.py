@@ -6,7 +6,7 @@ python benchmarks/peer_smol.py --slots 1 --dtype float32
 
 import argparse
 
-from peer_record import add_options, measure, read_questions
+from peer_record import add_options, measure
 
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
@@ -18,7 +18,9 @@ from smolcli.weights.resolve import resolve
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
@@ -28,24 +30,23 @@ def main() -> None:
     config = resolve_model_config(EngineSettings(dtype=args.dtype), folder)
     model = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
     chat = ChatTokenizer.load(folder)
-    prompts = [chat.encode((Message("user", text),)) for text in read_questions(args.questions)]
-
     engine = Engine(model, args.slots, 1 << 30, config.prefix_cache_bytes)
 
-    def answer_all(limit: int) -> int:
-        sequences = [Sequence(ids, Sampling(max_new_tokens=limit)) for ids in prompts]
+    def answer_all(prompts: list[list[int]], limit: int) -> int:
+        sampling = Sampling(max_new_tokens=limit, ignore_eos=args.ignore_eos)
+        sequences = [Sequence(ids, sampling) for ids in prompts]
         for sequence in sequences:
             engine.add(sequence)
         while engine.has_work:
             engine.step()
         return sum(sequence.num_output for sequence in sequences)
 
-    answer_all(4)
     measure(
-        lambda: answer_all(args.max_new_tokens),
+        lambda question: chat.encode((Message("user", question),)),
+        answer_all,
         args,
         system="smol",
-        model=str(config.dtype),
+        model=str(config.dtype) if args.dtype == "auto" else args.dtype,
         slots=args.slots,
     )
 
