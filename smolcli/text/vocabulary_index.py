@@ -19,14 +19,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from smolcli.settings import smol_home
 
-Array = np.ndarray[Any, np.dtype[Any]]
+if TYPE_CHECKING:  # NumPy is imported late: checking a file and remote models need none
+    import numpy as np
 
 FORMAT = 1  # of an index
 MIN_BYTES = 256 << 10  # a smaller tokenizer.json loads as fast as its index
@@ -59,7 +59,7 @@ class VocabularyIndex:
     added: list[dict[str, Any]]
     max_bytes: int
     tokens: list[bytes]
-    merges: Array
+    merges: "np.ndarray[Any, np.dtype[Any]]"
 
 
 class IndexedTokenizer:
@@ -131,6 +131,8 @@ class IndexedTokenizer:
 
     def _part(self, text: str) -> tuple[Tokenizer, dict[int, int]]:
         """A tokenizer for one text, and the ids that its own ids stand for."""
+        import numpy as np
+
         tokens, (left, right, union) = self._index.tokens, self._index.merges
         candidates: set[bytes] = set()
         for section in self._sections(text):
@@ -218,6 +220,8 @@ def build_index(values: Mapping[str, Any]) -> VocabularyIndex | None:
     Returns:
         None if its tokens are not always substrings of the text, or not numbered from 0.
     """
+    import numpy as np
+
     model, added = values["model"], values["added_tokens"]
     if not (_is_byte_level(values) and all(map(_is_plain_special, added))):
         return None
@@ -275,6 +279,8 @@ def _path(source: bytes) -> Path:
 
 def _pack(index: VocabularyIndex | None) -> bytes:
     """An index as a file: a checksum, the lengths and texts of the parts, and the merges."""
+    import numpy as np
+
     if index is None:
         head, tokens, merges = b"null", b"", b""
     else:
@@ -290,6 +296,8 @@ def _unpack(packed: bytes) -> VocabularyIndex | None:
     Raises:
         ValueError: the file is damaged.
     """
+    import numpy as np
+
     if zlib.crc32(memoryview(packed)[4:]).to_bytes(4, "little") != packed[:4]:
         raise ValueError("the checksum is wrong")
     head_bytes, tokens_bytes = np.frombuffer(packed, "<i4", 2, 4).tolist()
