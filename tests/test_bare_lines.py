@@ -13,7 +13,7 @@ from smolcli.cli.main import app
 from smolcli.data.reader import read_rows
 from smolcli.errors import BackendError, QueryError
 from smolcli.protocol.line_formats import BARE, OPENAI, SMOL, detect_format
-from smolcli.settings import QueryDefaults, RowSettings, RunSettings
+from smolcli.settings import ALL_FIELDS, QueryDefaults, RowSettings, RunSettings
 from smolcli.types import ErrorCode, Query
 
 USER = {"role": "user", "content": "Hi"}
@@ -181,6 +181,19 @@ def test_text_has_a_prompt_on_every_line(tmp_path: Path) -> None:
     path.write_text("word\tlang\nsea\tFrench\n")
     table = list(read_rows(path, RowSettings("Say {word} in {lang}")))
     assert [row.value for row in table] == [{"chat_id": "2", "user_prompt": "Say sea in French"}]
+
+
+def test_a_template_of_the_text_keeps_prose_with_commas_text(tmp_path: Path) -> None:
+    """`{text}` names the line, unless the first row names a column so."""
+    path = tmp_path / "in.txt"
+    settings = RowSettings("Say {text}", fields=ALL_FIELDS)
+    for content, prompts in {
+        "Hello, Anna\nGood morning, Ben\n": ["Say Hello, Anna", "Say Good morning, Ben"],
+        "n,text\n1,sea\n": ["Say sea"],
+    }.items():
+        path.write_text(content)
+        rows = [row.value for row in read_rows(path, settings)]
+        assert [row["user_prompt"] for row in rows if isinstance(row, dict)] == prompts
 
 
 def test_text_format_can_be_stated(tmp_path: Path) -> None:

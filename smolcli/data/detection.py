@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ TableKind = Literal["csv", "tsv", "parquet", "arrow", "sqlite"]
 SAMPLE_LINES = 64
 SAMPLE_BYTES = 1 << 16
 DELIMITERS = (",", ";", "\t", "|")
+TEXT_COLUMN = "text"  # of a file with one prompt per line
 
 _KINDS: dict[InputFormat, Kind] = {
     "jsonl": "jsonl",
@@ -95,7 +96,10 @@ class Sample:
 
 
 def detect_kind(
-    sample: Sample, path: Path, input_format: InputFormat, has_columns: bool = False
+    sample: Sample,
+    path: Path,
+    input_format: InputFormat,
+    columns: Collection[str] = (),
 ) -> Kind:
     """Detect the kind of an input from its content.
 
@@ -106,7 +110,7 @@ def detect_kind(
         sample: of the file.
         path: its name; a .txt file that is not JSON has one prompt per line.
         input_format: the value of `--input-format`.
-        has_columns: whether options name columns, so that a .txt file may be a table.
+        columns: that options name, so that a .txt file may be a table.
 
     Raises:
         UsageError: the format is not supported.
@@ -123,7 +127,7 @@ def detect_kind(
         return "jsonl"
     is_txt = without_codec_suffix(path).suffix.lower() == ".txt"
     if is_txt and not first.startswith(b"{") and b"\0" not in first:
-        return _kind_of_text(sample, lines, has_columns)
+        return _kind_of_text(sample, lines, columns)
     seen = [first]
     if first.startswith(b"{") or any(_is_object(line, seen) for line in lines):
         return "jsonl"
@@ -148,12 +152,22 @@ def _begins_json(first: bytes, lines: Iterator[bytes], sample: Sample) -> bool:
     return first.startswith(b"[") and _is_array(first, lines)
 
 
-def _kind_of_text(sample: Sample, lines: Iterator[bytes], has_columns: bool) -> Kind:
-    """The kind of a .txt file whose first line is not JSON."""
+def _kind_of_text(sample: Sample, lines: Iterator[bytes], columns: Collection[str]) -> Kind:
+    """The kind of a .txt file whose first line is not JSON.
+
+    Lines with equally many commas are a table if options name its columns. `text` may also be the
+    column of a prompt per line, unless the first row has that name.
+    """
     if any(line.startswith(b"{") and _is_json(line) for line in lines):
         return "jsonl"
-    is_table = has_columns and _guess_delimiter(sample.head, sample.is_whole) is not None
-    return "csv" if is_table else "text"
+    delimiter = _guess_delimiter(sample.head, sample.is_whole) if columns else None
+    if delimiter is None:
+        return "text"
+    if set(columns) == {TEXT_COLUMN}:
+        head = io.StringIO(sample.head.decode(errors="replace"), newline="")
+        header = next(row for row in csv.reader(head, delimiter=delimiter) if row)
+        return "csv" if TEXT_COLUMN in header else "text"
+    return "csv"
 
 
 def reject_unsupported(head: bytes, path: Path) -> None:

@@ -191,6 +191,20 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def named_columns(settings: RowSettings) -> set[str]:
+    """The columns that options name; `*` is one only if there is no template.
+
+    Raises:
+        UsageError: the prompt is not a template.
+    """
+    named = set(settings.fields)
+    if settings.id_column is not None:
+        named.add(settings.id_column)
+    if settings.prompt is not None:
+        named = named.difference(ALL_FIELDS) | set(Template(settings.prompt).columns)
+    return named
+
+
 class RowMapper:
     """Turns rows into queries.
 

@@ -11,6 +11,7 @@ from typing import Any
 from smolcli.data.arrow import read_arrow
 from smolcli.data.csv import read_csv
 from smolcli.data.detection import (
+    TEXT_COLUMN,
     Kind,
     Sample,
     detect_kind,
@@ -20,7 +21,7 @@ from smolcli.data.detection import (
 )
 from smolcli.data.json_values import json_values
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, is_stream, nonblank_lines
-from smolcli.data.prompt_template import RowMapper
+from smolcli.data.prompt_template import RowMapper, named_columns
 from smolcli.data.rows import Row
 from smolcli.data.source import READ_ERRORS, Prefixed, open_source, read_some
 from smolcli.data.sqlite import read_sqlite
@@ -88,7 +89,9 @@ def read_rows(
             option = "--table" if settings.query is None else "--query"
             raise UsageError(f"{option} needs an SQLite database, which {path} is not")
         if source.kind == "text":
-            mapper = RowMapper(replace(settings, prompt=settings.prompt or "{text}"), id_prefix)
+            mapper = RowMapper(
+                replace(settings, prompt=settings.prompt or f"{{{TEXT_COLUMN}}}"), id_prefix
+            )
             lines = (line for line in source.lines() if line.number > after)
             yield from (mapper.query(_prompt_row(line)) for line in lines)
             return
@@ -139,7 +142,7 @@ def _prompt_row(line: Line) -> Row:
     if line.data is None:
         return Row(line.number, fault=_too_long())
     try:
-        return Row(line.number, {"text": line.data.decode()})
+        return Row(line.number, {TEXT_COLUMN: line.data.decode()})
     except UnicodeDecodeError:
         return Row(line.number, fault=QueryError("the line is not valid UTF-8; set --encoding"))
 
@@ -164,7 +167,8 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
     with open_source(path, settings.encoding) as file:
         sample = Sample(file)
         try:
-            kind = kind or detect_kind(sample, path, settings.input_format, settings.maps_rows)
+            columns = named_columns(settings)
+            kind = kind or detect_kind(sample, path, settings.input_format, columns)
             if kind in ("csv", "tsv"):
                 next(sample.lines(), None)
                 delimiter = settings.delimiter or _delimiter(kind, sample)
