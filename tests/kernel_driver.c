@@ -193,7 +193,7 @@ static void print(const Run *run) {
 /* Takes a core from the team for a while, again and again. */
 static void *disturb(void *stop) {
     for (unsigned turn = 0; !__atomic_load_n((int *)stop, __ATOMIC_RELAXED); turn++) {
-        if (hash_of(turn, 1, 1) % 2) usleep(hash_of(turn, 2, 2) % 2000);
+        usleep(hash_of(turn, 2, 2) % 4000);
         for (volatile int i = 0; i < (int)(hash_of(turn, 3, 3) % 200000); i++) {}
     }
     return NULL;

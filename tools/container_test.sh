@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the container image and uses it as deploy/ does: non-root, on a read-only file system, without
-# capabilities. Asks it over HTTP, then stops it while it answers.
+# capabilities. Asks it over HTTP, gives it a batch, stops it while it answers, and runs a file of a mounted folder.
 #
 #   tools/container_test.sh [BASE]
 #
@@ -18,7 +18,10 @@ CONTAINER=smol-test-$$
 
 podman() { command podman "${STORAGE[@]}" --runtime runc "$@"; }
 fail() { echo "FAILED: $*" >&2; podman logs "$CONTAINER" >&2 || true; exit 1; }
-cleanup() { podman rm -f -t 0 "$CONTAINER" >/dev/null 2>&1 || true; }
+cleanup() {
+    podman rm -f -t 0 "$CONTAINER" >/dev/null 2>&1 || true
+    podman volume rm -f "$CONTAINER" >/dev/null 2>&1 || true
+}
 trap cleanup EXIT
 
 base=${1:-localhost/smol-base}
@@ -36,6 +39,7 @@ buildah "${STORAGE[@]}" build --format docker --isolation chroot --network host 
 
 # The limits of this shell, because a container must not have higher ones.
 podman run --detach --name "$CONTAINER" --network host --env SMOL_PORT="$PORT" \
+    --volume "$CONTAINER:/var/lib/smol/batches" \
     --read-only --cap-drop all --security-opt no-new-privileges \
     --ulimit "nofile=$(ulimit -Hn):$(ulimit -Hn)" --ulimit nproc=4096:4096 \
     localhost/smol >/dev/null
@@ -57,6 +61,37 @@ request = urllib.request.Request(
 answer = json.load(urllib.request.urlopen(request, timeout=120))
 print(answer["response"])
 assert "Paris" in answer["response"], answer
+
+line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
+line["body"] = {"model": answer.get("model", "HuggingFaceTB/SmolLM2-135M-Instruct"), "max_tokens": 16}
+line["body"]["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
+parts = [
+    b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n',
+    b'--x\r\nContent-Disposition: form-data; name="file"; filename="in.jsonl"\r\n\r\n',
+    json.dumps(line).encode(),
+    b"\n\r\n--x--\r\n",
+]
+
+
+def call(path, data=None, content_type="application/json"):
+    headers = {"Content-Type": content_type}
+    request = urllib.request.Request(f"{url}/v1{path}", data, headers)
+    return urllib.request.urlopen(request, timeout=120).read()
+
+
+uploaded = json.loads(call("/files", b"".join(parts), "multipart/form-data; boundary=x"))
+batch = {"input_file_id": uploaded["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+batch = json.loads(call("/batches", json.dumps(batch).encode()))
+for _ in range(240):
+    batch = json.loads(call(f"/batches/{batch['id']}"))
+    if batch["status"] not in ("validating", "in_progress", "finalizing"):
+        break
+    time.sleep(0.5)
+assert batch["status"] == "completed" and batch["request_counts"]["completed"] == 1, batch
+result = json.loads(call(f"/files/{batch['output_file_id']}/content"))
+content = result["response"]["body"]["choices"][0]["message"]["content"]
+print("batch:", content)
+assert "Paris" in content, result
 PYTHON
 
 podman healthcheck run "$CONTAINER" || fail "unhealthy"
@@ -78,5 +113,15 @@ wait "$request"
 grep -q '"finish_reason"' "$WORK/last.json" || fail "the running request was lost: $(cat "$WORK/last.json")"
 code=$(podman inspect --format '{{.State.ExitCode}}' "$CONTAINER")
 [[ $code == 0 ]] || fail "exit code $code after SIGTERM"
+
+# A file of a mounted folder, which belongs to a user that the image does not know.
+rm -rf "$WORK/data"
+mkdir "$WORK/data"
+head -3 sample_inputs/queries.jsonl > "$WORK/data/queries.jsonl"
+chown -R 12345 "$WORK/data"
+podman run --rm --network none --read-only --cap-drop all --security-opt no-new-privileges \
+    --ulimit "nofile=$(ulimit -Hn):$(ulimit -Hn)" --ulimit nproc=4096:4096 \
+    --volume "$WORK/data:/data" --user 12345 localhost/smol run --quiet /data/queries.jsonl || fail "smol run"
+[[ $(grep -c '"response"' "$WORK/data/queries.results.jsonl") == 3 ]] || fail "smol run lost answers"
 podman images localhost/smol
 echo "1 passed, 0 failed"
