@@ -188,6 +188,7 @@ class RunSettings:
             database; None for none.
         table_name: of the table in an SQLite database.
         files: the input files, if results carry the names of their files; () otherwise.
+        input_name: of a single input, for messages and the manifest; None is its path.
         model_name: the name of the model in answers in OpenAI's format; None is its own.
     """
 
@@ -205,6 +206,7 @@ class RunSettings:
     table: Path | None = None
     files: tuple[InputFile, ...] = ()
     table_name: str = RESULTS_TABLE
+    input_name: str | None = None
     model_name: str | None = None
 
 

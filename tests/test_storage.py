@@ -49,6 +49,7 @@ def test_results_of_a_remote_input_are_written_locally(tmp_path: Path) -> None:
     assert output.read_bytes() == plain_output(tmp_path)
     again = smol_run("memory://bucket/in.jsonl")
     assert (again.exit_code, "is complete" in again.stderr) == (0, True)
+    assert load_manifest(output).input == "memory://bucket/in.jsonl"
 
 
 def test_several_remote_inputs_name_their_urls(bucket: Any, tmp_path: Path) -> None:
@@ -133,9 +134,13 @@ def test_file_url_is_a_local_path(tmp_path: Path) -> None:
         (["memory://bucket/"], 2, "does not name a file"),
         (["nowhere://bucket/in.jsonl"], 2, "cannot use nowhere://bucket/in.jsonl"),
         (["memory://bucket/in.jsonl", "-o", "nowhere://b/o.jsonl"], 2, "cannot use nowhere://b"),
+        (["memory://bucket/in.csv", "--prompt", "{c}"], 2, "memory://bucket/in.csv: no column"),
+        (["memory://bucket/in.bin"], 2, "memory://bucket/in.bin is not JSON"),
     ],
 )
-def test_invalid_url_is_refused(args: list[str], code: int, said: str) -> None:
+def test_invalid_url_is_refused(bucket: Any, args: list[str], code: int, said: str) -> None:
+    bucket.pipe_file("/bucket/in.csv", b"a,b\n1,2\n")
+    bucket.pipe_file("/bucket/in.bin", b"\0\1")
     refused = smol_run(*args)
     assert (refused.exit_code, said in refused.stderr) == (code, True), refused.stderr
 

@@ -7,12 +7,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import ClassVar, Self
 
-from smolcli.data.inputs import Inputs
+from smolcli.data.inputs import Inputs, rows_of
 from smolcli.data.jsonl import is_stream
-from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
 from smolcli.data.sqlite import is_database
 from smolcli.errors import InputError, RunError, error_reason
@@ -153,12 +151,12 @@ def input_format(inputs: Inputs, settings: RunSettings) -> LineFormat:
         UsageError: an input lacks a column that the settings name.
         InputError: an input cannot be read.
     """
-    formats = {file.name: _format(file.path, settings) for file in inputs.files}
+    formats = {file.name: _format(file, settings) for file in inputs.files}
     return ManyFilesFormat.of(formats) if inputs.is_several else formats[inputs.files[0].name]
 
 
-def _format(path: Path, settings: RunSettings) -> LineFormat:
-    values = (row.value for row in read_rows(path, settings.rows))
+def _format(file: InputFile, settings: RunSettings) -> LineFormat:
+    values = (row.value for row in rows_of(file, settings.rows))
     return stated_format(settings.rows) or detect_format(values, settings.defaults)
 
 

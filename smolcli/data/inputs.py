@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -11,7 +12,7 @@ from smolcli.data.compression import without_codec_suffix
 from smolcli.data.reader import read_rows, row_numbers
 from smolcli.data.remote_files import matching
 from smolcli.data.rows import Row
-from smolcli.errors import UsageError
+from smolcli.errors import InputError, UsageError
 from smolcli.protocol.many_files import place_of, row_number
 from smolcli.settings import InputFile, RowSettings, RunSettings
 
@@ -43,7 +44,7 @@ class Inputs:
     @classmethod
     def of(cls, settings: RunSettings) -> Self:
         """The inputs of a run."""
-        one = (InputFile(str(settings.input), settings.input),)
+        one = (InputFile(settings.input_name or str(settings.input), settings.input),)
         return cls(settings.files or one, settings.rows, bool(settings.files))
 
     def __str__(self) -> str:
@@ -70,24 +71,40 @@ class Inputs:
             after: skip rows up to this number.
         """
         if not self.is_several:
-            yield from read_rows(self.files[0].path, self.rows, after)
+            yield from rows_of(self.files[0], self.rows, after)
             return
         first, line = place_of(after)
         for index, file in enumerate(self.files[first:], start=first):
-            rows = read_rows(
-                file.path, self.rows, line if index == first else 0, id_prefix=f"{file.name}:"
-            )
-            for row in rows:
+            start = line if index == first else 0
+            for row in rows_of(file, self.rows, start, id_prefix=f"{file.name}:"):
                 yield replace(row, number=row_number(index, row.number))
 
     def numbers(self) -> Iterator[int]:
         """The numbers of the rows that `read` yields; see `row_numbers`."""
-        if not self.is_several:
-            yield from row_numbers(self.files[0].path, self.rows)
-            return
         for index, file in enumerate(self.files):
-            for number in row_numbers(file.path, self.rows):
-                yield row_number(index, number)
+            with _errors_of(file):
+                for number in row_numbers(file.path, self.rows):
+                    yield row_number(index, number) if self.is_several else number
+
+
+def rows_of(
+    file: InputFile, settings: RowSettings, after: int = 0, id_prefix: str = ""
+) -> Iterator[Row]:
+    """`read_rows` of an input file, with its name in errors."""
+    with _errors_of(file):
+        yield from read_rows(file.path, settings, after, id_prefix)
+
+
+@contextmanager
+def _errors_of(file: InputFile) -> Iterator[None]:
+    """Make errors name the file as the user did, not the temporary copy of a remote file."""
+    try:
+        yield
+    except (UsageError, InputError) as exc:
+        message = str(exc).replace(str(file.path), file.name)
+        if message == str(exc):
+            raise
+        raise type(exc)(message) from exc
 
 
 def are_several(names: Sequence[str]) -> bool:

@@ -221,6 +221,7 @@ def _settings(
         rows=tables.settings(),
         table=output if table_kind(output) else None,
         files=sources if is_several else (),
+        input_name=sources[0].name,
         table_name=options.output_table,
     )
 
