@@ -58,6 +58,7 @@ An unknown key or an invalid value is an error.
 | path | content |
 |---|---|
 | `~/.cache/smolcli/models` | the model store; `SMOL_HOME` replaces `~/.cache/smolcli` |
+| `~/.cache/smolcli/packed`, `.../tokenizers` | what makes starts fast; rewritten if missing |
 | `~/.cache/smolcli/chat_history` | lines typed into `smol chat` |
 | `OUTPUT.manifest.json` | how an output was made, which allows a run to resume |
 """
