@@ -539,10 +539,14 @@ def test_second_run_on_an_output_is_refused(job: RunSettings) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
 def test_second_run_through_another_name_of_the_output_is_refused(job: RunSettings) -> None:
-    link = job.output.with_name("link.jsonl")
+    job.output.touch()
+    link, hard_link = (job.output.with_name(name) for name in ("link.jsonl", "hard.jsonl"))
     link.symlink_to(job.output)
-    with output_lock(job.output), pytest.raises(UsageError, match="another run is writing"):
-        answer(replace(job, output=link), no_backend)
+    hard_link.hardlink_to(job.output)
+    with output_lock(job.output):
+        for name in (link, hard_link):
+            with pytest.raises(UsageError, match="another run is writing"):
+                answer(replace(job, output=name), no_backend)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")

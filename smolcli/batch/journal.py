@@ -5,7 +5,7 @@ import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from heapq import merge
 from pathlib import Path
@@ -215,7 +215,7 @@ def output_lock(output: Path) -> Iterator[None]:
     """Hold an exclusive lock on an output; the operating system releases it if the process dies.
 
     The lock file lies next to the real file, so that runs through different symbolic links to one
-    output exclude each other.
+    output exclude each other. An existing output is locked as well, for its hard links.
 
     Raises:
         UsageError: another run holds the lock.
@@ -231,8 +231,38 @@ def output_lock(output: Path) -> Iterator[None]:
     except OSError as exc:
         raise RunError(f"cannot create a lock file for {output}: {error_reason(exc)}") from exc
     try:
-        yield
+        with _locked_file(target, output):
+            yield
     finally:
         with suppress(OSError):  # Windows cannot remove an open file; release() does it there
             path.unlink()  # before the release, so that waiting processes notice and retry
         lock.release()
+
+
+@contextmanager
+def _locked_file(target: Path, output: Path) -> Iterator[None]:
+    """Hold a lock on a file itself, if it exists and the system has advisory locks.
+
+    Args:
+        target: the file.
+        output: its name for people.
+
+    Raises:
+        UsageError: another run holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, whose locks would keep the writer from writing
+        yield
+        return
+    with ExitStack() as opened:
+        if target.is_file():
+            try:
+                file = opened.enter_context(target.open("rb"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                message = f"another run is writing {output} through a hard link"
+                raise UsageError(message) from exc
+            except OSError:  # unreadable, or no locks on this file system
+                pass
+        yield
