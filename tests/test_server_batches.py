@@ -366,6 +366,11 @@ def test_a_finished_batch_cannot_be_cancelled(client: openai.OpenAI) -> None:
         client.batches.cancel(done.id)
 
 
+def waits_for(client: openai.OpenAI, batch: Batch) -> object:
+    """What the server says that a batch waits for."""
+    return (client.batches.retrieve(batch.id).model_extra or {})["waits_for"]
+
+
 def test_a_batch_goes_on_after_a_clean_stop(tmp_path: Path) -> None:
     """Also: it waits for a server with its settings, and does not hold up others meanwhile."""
     held, running = hold(tmp_path)
@@ -378,9 +383,12 @@ def test_a_batch_goes_on_after_a_clean_stop(tmp_path: Path) -> None:
         assert reach(client, create(client, [line("a")])).status == "completed"
         kept = client.batches.retrieve(batch.id)
         assert (kept.status, counts(kept)) == ("in_progress", (4, 2, 0))
+        eventually(lambda: "settings" in str(waits_for(client, batch)))
+        assert "temperature" in str(waits_for(client, batch))
     with batch_server(tmp_path) as (_, client):
         done = reach(client, batch)
         assert (done.status, counts(done)) == ("completed", (4, 4, 0))
+        assert waits_for(client, batch) is None
         answers = records(client, done.output_file_id)
         assert [each["custom_id"] for each in answers] == names(4)
         texts = [each["response"]["body"]["choices"][0]["message"]["content"] for each in answers]

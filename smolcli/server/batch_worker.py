@@ -252,6 +252,17 @@ class BatchWorker:
             return batch
         return _with_counts(batch, running.progress.statistics)
 
+    def waits_for(self, batch: Batch) -> str | None:
+        """What a batch waits for, for people; None if it does not wait."""
+        running = self._running
+        if batch.status != "in_progress" or (running is not None and running.id == batch.id):
+            return None
+        if reason := self._waiting_for.get(batch.id):
+            return reason
+        if not self._loader.is_ready:
+            return "the model"
+        return None if running is None else f"batch {running.id}"
+
     def _interrupt(self, batch_id: str, reason: StopReason) -> bool:
         """Stop a batch if it is running; returns whether it is."""
         with self._lock:

@@ -225,18 +225,20 @@ def _add_batch_routes(routes: Blueprint, api: BatchApi) -> None:
         with _storage():
             batch = store.add_batch(lambda id_, now_ns: _new_batch(fields, id_, now_ns))
         worker.wake()
-        return json_response(batch_object(batch))
+        return json_response(batch_object(batch, worker))
 
     @routes.get("/batches")
     def list_batches() -> Response:
         store, worker = api.open()
         batches = [worker.current(batch) for batch in reversed(store.batches())]
-        return json_response(_page(batches, batch_object, 20, MAX_BATCH_PAGE))
+        return json_response(
+            _page(batches, lambda batch: batch_object(batch, worker), 20, MAX_BATCH_PAGE)
+        )
 
     @routes.get("/batches/<batch_id>")
     def get_batch(batch_id: str) -> Response:
         _, worker = api.open()
-        return json_response(batch_object(worker.current(_batch(api, batch_id))))
+        return json_response(batch_object(worker.current(_batch(api, batch_id)), worker))
 
     @routes.post("/batches/<batch_id>/cancel")
     def cancel_batch(batch_id: str) -> Response:
@@ -245,7 +247,7 @@ def _add_batch_routes(routes: Blueprint, api: BatchApi) -> None:
         if not batch.is_open and batch.status != "cancelled":
             message = f"cannot cancel {batch.id}: it is {batch.status} already"
             raise HttpError(HTTPStatus.BAD_REQUEST, message, HttpCode.BAD_REQUEST, "batch_id")
-        return json_response(batch_object(worker.current(worker.cancel(batch.id))))
+        return json_response(batch_object(worker.current(worker.cancel(batch.id)), worker))
 
 
 def parse_batch(value: object) -> BatchFields:
@@ -294,8 +296,13 @@ def file_object(file: StoredFile) -> dict[str, Any]:
     }
 
 
-def batch_object(batch: Batch) -> dict[str, Any]:
-    """A batch as OpenAI's clients read it."""
+def batch_object(batch: Batch, worker: BatchWorker) -> dict[str, Any]:
+    """A batch as OpenAI's clients read it, with what it waits for.
+
+    Args:
+        batch: the batch, with its current counts.
+        worker: answers it.
+    """
     faults = [
         {"code": fault.code, "message": fault.message, "param": fault.param, "line": fault.line}
         for fault in batch.faults
@@ -330,6 +337,7 @@ def batch_object(batch: Batch) -> dict[str, Any]:
             "total_tokens": batch.prompt_tokens + batch.completion_tokens,
         },
         "metadata": batch.metadata,
+        "waits_for": worker.waits_for(batch),
     }
 
 

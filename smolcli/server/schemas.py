@@ -181,10 +181,19 @@ class OpenAIError(Exact):
     error: OpenAIErrorDetail
 
 
+class PromptTokensDetails(Exact):
+    """Where the tokens of a prompt came from."""
+
+    cached_tokens: int = Field(description="Tokens found in the prefix cache.")
+
+
 class OpenAIUsage(Usage):
     """Token counts and their sum."""
 
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = Field(
+        None, description="Absent if an upstream server does not report it."
+    )
 
 
 class OpenAIMessage(Exact):
@@ -419,6 +428,7 @@ class OpenAIBatch(Exact):
     request_counts: OpenAIRequestCounts
     usage: dict[str, Any] = Field(description="The tokens of all answers so far.")
     metadata: dict[str, str] | None
+    waits_for: str | None = Field(description="Why a batch in progress is not running now.")
 
 
 class OpenAIBatches(Exact):
