@@ -1,7 +1,7 @@
 """The types that every package shares: queries, results and sampling parameters."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from dataclasses import field as attribute
 from enum import StrEnum
 from http import HTTPStatus
@@ -377,14 +377,25 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one query; `completion_tokens` includes the end token."""
+    """Token counts of one query.
+
+    Args:
+        prompt_tokens: of the prompt.
+        completion_tokens: of the answers, the end tokens included.
+        cached_tokens: of the prompt, found in the prefix cache; None if unknown. They depend on
+            earlier queries, so that they are not part of a result's record.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int | None = attribute(default=None, compare=False)
 
     def record(self) -> dict[str, int]:
-        """The counts as a JSON object."""
-        return asdict(self)
+        """The counts that depend on the query alone, as a JSON object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
 
 
 @dataclass(frozen=True, slots=True)

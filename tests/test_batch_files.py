@@ -282,6 +282,45 @@ def test_structured_output_logprobs_and_n(job: RunSettings, tiny_folder: Path) -
     assert ends[1]["message"]["content"].startswith("{"), "as OpenAI returns JSON that is cut off"
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"response_format": {"type": "json_schema", "schema": SCHEMA}},
+        {"response_format": {"type": "json_schema", "name": "a", "strict": True, "schema": SCHEMA}},
+        {"structured_outputs": {"json": json.dumps(SCHEMA)}},
+        {"guided_json": json.dumps(SCHEMA)},
+        {"json_schema": SCHEMA},
+        {"json_schema": json.dumps(SCHEMA)},
+    ],
+)
+def test_other_servers_ways_to_give_a_schema(body: dict[str, Any]) -> None:
+    wrapped = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    expected, query = [
+        parse_completion(request(**each)["body"], QueryDefaults(), "a").query
+        for each in ({"response_format": wrapped}, body)
+    ]
+    assert query.format == expected.format
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "schema": 5}}, "response_format.schema"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"json_schema": "[]"}, "json_schema"),
+        ({"json_schema": SCHEMA, "grammar": 'root ::= "a"'}, "json_schema"),
+    ],
+)
+def test_an_invalid_schema_is_rejected_by_its_path(body: dict[str, Any], path: str) -> None:
+    with pytest.raises(QueryError) as caught:
+        parse_completion(request(**body)["body"], QueryDefaults(), "a")
+    assert caught.value.field == path
+
+
 def test_n_above_one_samples_at_openais_temperature(job: RunSettings) -> None:
     """Only in OpenAI's format, and only if no temperature is given."""
     left_open, told = [

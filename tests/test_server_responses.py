@@ -97,7 +97,26 @@ def test_stream_adds_up_to_the_response(client: openai.OpenAI, asked: dict[str, 
     assert "".join(deltas) == whole.output_text
     last: Any = events[-1]
     assert last.response.output_text == whole.output_text
-    assert last.response.usage == whole.usage
+    assert whole.usage is not None
+    usage = last.response.usage
+    assert usage.output_tokens == whole.usage.output_tokens
+    assert usage.input_tokens_details.cached_tokens > whole.usage.input_tokens_details.cached_tokens
+
+
+def test_logprobs_are_those_of_chat(
+    client: openai.OpenAI, server: RunningServer, asked: dict[str, Any]
+) -> None:
+    answer = server.ask("Hi", logprobs=True, top_logprobs=2, max_new_tokens=6).json()
+    asked |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    (whole,) = client.responses.create(input="Hi", **asked).to_dict()["output"]  # type: ignore[misc]
+    assert whole["content"][0]["logprobs"] == answer["logprobs"]  # type: ignore[index]
+    with client.responses.stream(input="Hi", **asked) as stream:
+        events = [event.to_dict() for event in stream]
+    deltas = [e for e in events if e["type"] == "response.output_text.delta"]
+    assert [entry for e in deltas for entry in e["logprobs"]] == answer["logprobs"]  # type: ignore[attr-defined]
+    assert len([e for e in deltas if e["logprobs"]]) > 1
+    (done,) = [e for e in events if e["type"] == "response.output_text.done"]
+    assert done["logprobs"] == answer["logprobs"]
 
 
 def test_function_calls_and_their_outputs(client: openai.OpenAI, asked: dict[str, Any]) -> None:

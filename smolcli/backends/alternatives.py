@@ -62,7 +62,7 @@ def _usage(results: list[Result]) -> Usage | None:
     usages = [result.usage for result in results if result.usage is not None]
     if len(usages) < len(results):
         return None
-    return Usage(usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages))
+    return replace(usages[0], completion_tokens=sum(usage.completion_tokens for usage in usages))
 
 
 def _timings(results: list[Result]) -> Timings | None:

@@ -460,7 +460,7 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         echo=query.echo if query.raw_prompt is not None else None,
-        usage=Usage(len(sequence.prompt_ids), sequence.num_output),
+        usage=Usage(len(sequence.prompt_ids), sequence.num_output, sequence.num_reused),
         metadata=query.metadata,
         line=query.line,
         timings=Timings(

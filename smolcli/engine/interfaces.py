@@ -71,7 +71,10 @@ class KVCache(Protocol):
         ...
 
     def allocate(self, sequence: Sequence) -> None:
-        """Give a sequence memory and load its cached prefix; sets `num_cached`. Idempotent."""
+        """Give a sequence memory and load its cached prefix. Idempotent.
+
+        Sets `num_cached` and `num_reused`.
+        """
         ...
 
     def store_prefix(self, sequence: Sequence) -> None:

@@ -47,7 +47,8 @@ class TokenLogprob:
 class Sequence:
     """A prompt, the tokens generated so far, and the reason the generation ended, if it has.
 
-    `token_ids[:num_cached]` have their keys and values in the KV cache. An interactive sequence
+    `token_ids[:num_cached]` have their keys and values in the KV cache; those of
+    `token_ids[:num_reused]` came from the prefix cache. An interactive sequence
     takes priority over batch work. If `top_logprobs` is set, `logprobs` holds one entry per
     generated token except the one that ends the answer. If `top_prompt_logprobs` is set,
     `prompt_logprobs` holds one entry per computed prompt token except the first, which nothing
@@ -66,6 +67,7 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     max_tokens: int = field(init=False)
     num_cached: int = field(init=False, default=0)
+    num_reused: int = field(init=False, default=0)
     finish_reason: FinishReason | None = field(init=False, default=None)
     error: Exception | None = field(init=False, default=None)
     random: Random = field(init=False)

@@ -214,7 +214,7 @@ class OpenAIBatchFormat(LineFormat):
 
     def parse(self, value: object, defaults: QueryDefaults, line: int) -> Query:
         request = self.request(value)
-        body = {"model": ""} | request.body  # any model name is accepted: there is only one
+        body = request.body  # any model name is accepted: there is only one
         if request.url == "/v1/completions":
             return parse_text_line(body, defaults, request.custom_id, line)
         completion = parse_completion(body, defaults, request.custom_id, line)
@@ -268,6 +268,8 @@ class OpenAIBatchFormat(LineFormat):
         return f"{kind}_{self.run.run_id}_{line}"
 
     def _answered(self, result: Result) -> tuple[HTTPStatus, dict[str, Any]]:
+        if result.usage is not None:  # equal runs give equal bytes, whatever is in the cache
+            result = replace(result, usage=replace(result.usage, cached_tokens=None))
         is_text = result.echo is not None
         head = {
             "id": f"{'cmpl' if is_text else 'chatcmpl'}-{self.run.run_id}_{result.line}",

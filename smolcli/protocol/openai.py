@@ -58,6 +58,7 @@ from smolcli.protocol.query import (
     JsonSchemaFields,
     JsonSchemaFormat,
     ResponseFormat,
+    SchemaOrText,
     StructuredOutputs,
     at_most_one,
     combinations,
@@ -156,10 +157,20 @@ STREAM_COMBINATIONS: list[Any] = [
     {"anyOf": [{"not": _STREAM}, {"properties": {"prompt_logprobs": {"enum": [*EMPTY]}}}]},
 ]  # fmt: skip
 
+# Parameters for formats, and the members of `structured_outputs` that they stand for.
+OTHER_FORMAT_FIELDS = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "json_schema": "json",
+    "grammar": "grammar",
+}
+
 SHARED_COMBINATIONS: list[Any] = [
     *combinations(list(EMPTY), True),
     *at_most_one(
-        (*FORMAT_FIELDS, "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        (*FORMAT_FIELDS, *OTHER_FORMAT_FIELDS),
         list(EMPTY),
     ),
 ]
@@ -182,6 +193,7 @@ _CONTINUATION: dict[str, Any] = {
     ]
 }
 
+MODEL = "the name of the model, as listed by GET /v1/models; the default is the first one"
 _ZERO = "0: it is not supported"
 _FALSE = "false: it is not supported"
 _NO_EFFECT = "a string; it has no effect"
@@ -196,7 +208,7 @@ class GenerationFields(Lenient):
     Parameters of OpenAI and vLLM that smol does not support are listed with their neutral values.
     """
 
-    model: Text = Field(description="the name of the model, as listed by GET /v1/models")
+    model: Text | None = Field(None, description=MODEL)
     max_tokens: Count | None = Field(None, description="a positive integer")
     temperature: Temperature | None = Field(
         None,
@@ -232,10 +244,15 @@ class GenerationFields(Lenient):
     response_format: ResponseFormat | None = Field(None, description=FORMAT_DESCRIPTION)
     choices: Choices | None = Field(None, description=f"{CHOICES_DESCRIPTION}; an extension")
     structured_outputs: StructuredOutputs | None = Field(None, description=STRUCTURED_DESCRIPTION)
-    guided_json: dict[str, Any] | None = Field(None, description="a JSON Schema")
+    guided_json: SchemaOrText | None = Field(None, description="a JSON Schema, also as text")
     guided_regex: Text | None = Field(None, description="a string")
     guided_choice: Choices | None = Field(None, description=CHOICES_DESCRIPTION)
     guided_grammar: Text | None = Field(None, description="a string")
+
+    # llama.cpp's parameters.
+    json_schema: SchemaOrText | None = Field(None, description="a JSON Schema, also as text")
+    grammar: Text | None = Field(None, description="a string")
+    cache_prompt: Flag | None = Field(None, description="true or false; it has no effect")
 
     # OpenAI's parameters without an effect here.
     user: Text | None = Field(None, description=_NO_EFFECT)
@@ -470,7 +487,11 @@ def model_name(model: str) -> str:
 
 
 def parse_completion(
-    value: object, defaults: QueryDefaults, chat_id: str, line: int | None = None
+    value: object,
+    defaults: QueryDefaults,
+    chat_id: str,
+    line: int | None = None,
+    default_model: str = "",
 ) -> Completion:
     """Validate the body of a request.
 
@@ -479,6 +500,7 @@ def parse_completion(
         defaults: values for the parameters that it leaves out.
         chat_id: of the query.
         line: the line number that the query carries.
+        default_model: the model's name if the body has none.
 
     Raises:
         QueryError: naming the first invalid parameter by its path.
@@ -490,7 +512,7 @@ def parse_completion(
     values = _query(fields, defaults) | {"chat_id": chat_id}
     return Completion(
         query=parse_query(values, defaults, line, accepts_partial=True),
-        model=fields.model,
+        model=fields.model or default_model,
         is_stream=bool(fields.stream),
         includes_usage=bool(options and options.include_usage),
     )
@@ -535,27 +557,19 @@ def _query(fields: CompletionFields, defaults: QueryDefaults) -> dict[str, Any]:
     }
 
 
-_GUIDED = {
-    "guided_json": "json",
-    "guided_regex": "regex",
-    "guided_choice": "choice",
-    "guided_grammar": "grammar",
-}
-
-
-def _guided(fields: GenerationFields) -> dict[str, Any]:
-    """The field that vLLM's older parameters for formats stand for.
+def _other_format(fields: GenerationFields) -> dict[str, Any]:
+    """The field that vLLM's older and llama.cpp's parameters for formats stand for.
 
     Raises:
         QueryError: there are several, or there is a newer one as well.
     """
-    given = [name for name in _GUIDED if getattr(fields, name) is not None]
+    given = [name for name in OTHER_FORMAT_FIELDS if getattr(fields, name) is not None]
     others = [name for name in FORMAT_FIELDS if getattr(fields, name) is not None]
     if not given:
         return {}
     if both := [*given[1:], *others]:
         raise QueryError(f"{given[0]} cannot be combined with {both[0]}", field=given[0])
-    return {"structured_outputs": {_GUIDED[given[0]]: getattr(fields, given[0])}}
+    return {"structured_outputs": {OTHER_FORMAT_FIELDS[given[0]]: getattr(fields, given[0])}}
 
 
 def query_fields(fields: GenerationFields, defaults: QueryDefaults) -> dict[str, Any]:
@@ -567,7 +581,7 @@ def query_fields(fields: GenerationFields, defaults: QueryDefaults) -> dict[str,
         values["response_format"] = fields.response_format.model_dump(by_alias=True)
     if fields.structured_outputs is not None:
         values["structured_outputs"] = fields.structured_outputs.model_dump(by_alias=True)
-    values |= _guided(fields)
+    values |= _other_format(fields)
     return values | {"top_k": None if fields.top_k is None else max(fields.top_k, 0)}
 
 
@@ -590,15 +604,18 @@ def _logprobs(result: Result) -> dict[str, Any] | None:
     return None if result.logprobs is None else {"content": result.logprobs}
 
 
-def usage_fields(usage: Usage | None) -> dict[str, int] | None:
+def usage_fields(usage: Usage | None) -> dict[str, Any] | None:
     """Token counts and their sum; null if an upstream server does not report them."""
     if usage is None:
         return None
-    return {
+    fields: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }
+    if usage.cached_tokens is not None:
+        fields["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    return fields
 
 
 def validated(model: type[M], value: object) -> M:

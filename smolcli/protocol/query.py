@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from itertools import combinations as combinations_of
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
@@ -50,9 +60,10 @@ from smolcli.protocol.fields import (
     TopP,
     decimal_id,
     did_you_mean,
+    is_empty,
 )
 from smolcli.protocol.prompt import derived_seed, with_system_prompt
-from smolcli.protocol.strict_json import shorten
+from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.protocol.tool_fields import (
     CHOICE_DESCRIPTION,
     TOOLS_DESCRIPTION,
@@ -140,8 +151,51 @@ class JsonSchemaFormat(Lenient):
     json_schema: JsonSchemaFields
 
 
+class FlatJsonSchemaFormat(Lenient):
+    """JSON that conforms to a schema, as in llama.cpp and OpenAI's Responses API.
+
+    Only the schema itself has an effect.
+    """
+
+    type: Literal["json_schema"]
+    definition: dict[str, Any] = Field(alias="schema", description="a JSON Schema")
+    name: Text | None = None
+    description: Text | None = None
+    strict: Flag | None = None
+
+
+def _format_tag(value: object) -> str | None:
+    """The type of a format; "flat" for a schema without a wrapper."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(by_alias=True)
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        return None
+    is_flat = "schema" in value and is_empty(value.get("json_schema"))
+    return "flat" if is_flat and value["type"] == "json_schema" else value["type"]
+
+
 ResponseFormat = Annotated[
-    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+    Annotated[TextFormat, Tag("text")]
+    | Annotated[JsonObjectFormat, Tag("json_object")]
+    | Annotated[JsonSchemaFormat, Tag("json_schema")]
+    | Annotated[FlatJsonSchemaFormat, Tag("flat")],
+    Discriminator(_format_tag),
+]
+
+
+def _schema_of_text(value: object) -> object:
+    """A JSON Schema that is given as text, parsed."""
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        return load_json(value.encode())
+    except QueryError as exc:
+        raise ValueError("not JSON") from exc
+
+
+# /openapi.json does not mention text, because JSON Schema cannot say that it is JSON.
+SchemaOrText = Annotated[
+    dict[str, Any], BeforeValidator(_schema_of_text, json_schema_input_type=dict[str, Any])
 ]
 
 
@@ -152,7 +206,9 @@ class StructuredOutputs(Lenient):
         json_schema_extra=forbid_violations(at_most_one(_STRUCTURES, [*EMPTY, False]))
     )
 
-    definition: dict[str, Any] | None = Field(None, alias="json", description="a JSON Schema")
+    definition: SchemaOrText | None = Field(
+        None, alias="json", description="a JSON Schema, also as text"
+    )
     regex: Text | None = Field(None, description="a string")
     choice: Choices | None = Field(None, description="a list of strings")
     grammar: Text | None = Field(None, description="a string")
@@ -205,7 +261,7 @@ def schema_format(schema: dict[str, Any]) -> AnswerFormat:
 
 
 def answer_format(
-    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
+    response_format: ResponseFormat | None,
     choices: list[str] | None,
     structured_outputs: StructuredOutputs | None,
     default: AnswerFormat | None,
@@ -231,9 +287,11 @@ def answer_format(
         if response_format is not None:
             raise QueryError("choices cannot be combined with response_format", field="choices")
         return AnswerFormat(choices=tuple(dict.fromkeys(choices)))
+    return default if response_format is None else _response_format(response_format)
+
+
+def _response_format(response_format: ResponseFormat) -> AnswerFormat | None:
     match response_format:
-        case None:
-            return default
         case TextFormat():
             return None
         case JsonObjectFormat():
@@ -241,6 +299,8 @@ def answer_format(
             return schema_format(definition) if definition else AnswerFormat(schema=JSON_OBJECT)
         case JsonSchemaFormat():
             return schema_format(response_format.json_schema.definition)
+        case FlatJsonSchemaFormat():
+            return schema_format(response_format.definition)
 
 
 def format_fields(answers: AnswerFormat | None) -> dict[str, Any]:

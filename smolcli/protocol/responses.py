@@ -6,7 +6,7 @@ generated from them.
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,19 +15,21 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
     EMPTY,
+    MAX_LOGPROBS,
     NOT_BLANK,
     Count,
     Flag,
     Integer,
     Lenient,
-    Number,
+    NumLogprobs,
     Temperature,
     Text,
     TopP,
     is_empty,
 )
-from smolcli.protocol.openai import RefusalPart, validated
+from smolcli.protocol.openai import MODEL, RefusalPart, validated
 from smolcli.protocol.query import (
+    FlatJsonSchemaFormat,
     JsonObjectFormat,
     TextFormat,
     forbid_violations,
@@ -40,6 +42,9 @@ from smolcli.types import FinishReason, Query, Result, TextPiece, whole_calls
 
 Prompt = Annotated[str, Field(strict=True, json_schema_extra={"pattern": NOT_BLANK})]
 
+Logprobs = Sequence[Mapping[str, Any]]  # one entry per token, as in a result
+
+_LOGPROBS = "message.output_text.logprobs"
 _NO_EFFECT = "a string; it has no effect"
 _NO_STATE = "empty: nothing is stored, so send the whole conversation as input"
 
@@ -139,16 +144,6 @@ class FlatAllowedTools(Lenient):
     tools: Annotated[list[FlatNamedTool], Field(min_length=1)]
 
 
-class FlatJsonSchemaFormat(Lenient):
-    """JSON that conforms to a schema; only the schema itself has an effect."""
-
-    type: Literal["json_schema"]
-    definition: dict[str, Any] = Field(alias="schema", description="a JSON Schema")
-    name: Text | None = None
-    description: Text | None = None
-    strict: Flag | None = None
-
-
 class TextOptions(Lenient):
     """What the text of the answer is."""
 
@@ -188,7 +183,7 @@ class ResponsesFields(Lenient):
 
     model_config = ConfigDict(json_schema_extra=forbid_violations(_RULES))
 
-    model: Text = Field(description="the name of the model, as listed by GET /v1/models")
+    model: Text | None = Field(None, description=MODEL)
     input: Prompt | Annotated[list[Item], Field(min_length=1)] = Field(
         description="a non-blank string, or a list of messages, function calls and their outputs "
         "that ends with a message of the user or an output"
@@ -218,6 +213,9 @@ class ResponsesFields(Lenient):
         | None
     ) = Field(None, description='"none", "auto", "required" or {"type": "function", "name": ...}')
     parallel_tool_calls: Flag | None = Field(None, description="true or false")
+    top_logprobs: NumLogprobs | None = Field(
+        None, description=f"an integer from 0 to {MAX_LOGPROBS}"
+    )
     metadata: dict[str, Text] | None = Field(
         None, description="an object of strings, which the response repeats"
     )
@@ -228,8 +226,12 @@ class ResponsesFields(Lenient):
     prompt_cache_key: Text | None = Field(None, description=_NO_EFFECT)
     prompt_cache_retention: Text | None = Field(None, description=_NO_EFFECT)
     service_tier: Text | None = Field(None, description=_NO_EFFECT)
-    include: list[Literal["reasoning.encrypted_content"]] | None = Field(
-        None, description="empty: nothing can be included"
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
+        Field(
+            None,
+            description='a list that may contain "message.output_text.logprobs"; '
+            "nothing else can be included",
+        )
     )
     reasoning: Reasoning | None = Field(None, description="empty: the model does not reason")
 
@@ -245,9 +247,6 @@ class ResponsesFields(Lenient):
     max_tool_calls: Integer | None = Field(
         None, description="an integer; it has no effect, because there are no built-in tools"
     )
-    top_logprobs: Annotated[Number, Field(ge=0, le=0)] | None = Field(
-        None, description="0: use /v1/chat/completions"
-    )
 
 
 # Requests.
@@ -259,6 +258,7 @@ class ResponseRequest:
 
     query: Query
     fields: ResponsesFields
+    model: str
     created: float = field(default_factory=lambda: float(int(time.time())))
 
     @property
@@ -279,7 +279,7 @@ class ResponseRequest:
             "incomplete_details": None,
             "instructions": fields.instructions,
             "max_output_tokens": fields.max_output_tokens,
-            "model": fields.model,
+            "model": self.model,
             "output": [],
             "parallel_tool_calls": fields.parallel_tool_calls is not False,
             "previous_response_id": None,
@@ -289,6 +289,7 @@ class ResponseRequest:
             "text": {"format": _dumped(fields.text and fields.text.format) or {"type": "text"}},
             "tool_choice": _dumped(fields.tool_choice) or "auto",
             "tools": [_tool_record(tool) for tool in fields.tools or ()],
+            "top_logprobs": query.top_logprobs or 0,
             "top_p": query.sampling.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -304,7 +305,9 @@ class ResponseRequest:
         is_cut_off = result.finish_reason is FinishReason.LENGTH
         status = "incomplete" if is_cut_off else "completed"
         details = {"reason": "max_output_tokens"} if is_cut_off else None
-        output = [] if result.response is None else [self.message(result.response, status)]
+        output: list[dict[str, Any]] = []
+        if result.response is not None:
+            output.append(self.message(result.response, status, result.logprobs))
         for index, call in enumerate(result.tool_calls):
             is_last = index == len(result.tool_calls) - 1
             item = self.call(index, call.name, call.arguments, status if is_last else "completed")
@@ -316,14 +319,20 @@ class ResponseRequest:
             "usage": _usage(result),
         }
 
-    def message(self, text: str, status: str) -> dict[str, Any]:
-        """The output item of the answer's text."""
+    def message(self, text: str, status: str, logprobs: Logprobs | None = None) -> dict[str, Any]:
+        """The output item of the answer's text.
+
+        Args:
+            text: of the answer.
+            status: of the item.
+            logprobs: of the text's tokens, if requested.
+        """
         return {
             "id": f"msg_{self.query.chat_id.removeprefix('resp_')}",
             "type": "message",
             "role": "assistant",
             "status": status,
-            "content": [text_part(text)],
+            "content": [text_part(text, logprobs)],
         }
 
     def call(self, index: int, name: str, arguments: str, status: str) -> dict[str, Any]:
@@ -338,9 +347,10 @@ class ResponseRequest:
         }
 
 
-def text_part(text: str) -> dict[str, Any]:
-    """The only part of a message."""
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def text_part(text: str, logprobs: Logprobs | None = None) -> dict[str, Any]:
+    """The only part of a message; see `ResponseRequest.message`."""
+    logprobs = list(logprobs or ())
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def _usage(result: Result) -> dict[str, Any] | None:
@@ -349,7 +359,10 @@ def _usage(result: Result) -> dict[str, Any] | None:
         return None
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {
+            "cached_tokens": usage.cached_tokens or 0,
+            "cache_write_tokens": 0,
+        },
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
@@ -373,7 +386,7 @@ def _tool_record(tool: FlatTool) -> dict[str, Any]:
 
 
 def parse_response_request(
-    value: object, defaults: QueryDefaults, response_id: str
+    value: object, defaults: QueryDefaults, response_id: str, default_model: str = ""
 ) -> ResponseRequest:
     """Validate the body of a request.
 
@@ -381,6 +394,7 @@ def parse_response_request(
         value: the parsed JSON body.
         defaults: values for the parameters that it leaves out.
         response_id: of the response.
+        default_model: the model's name if the body has none.
 
     Raises:
         QueryError: naming the first invalid parameter by its path.
@@ -392,7 +406,7 @@ def parse_response_request(
     except QueryError as exc:
         path = own_paths(exc.field) if exc.field else None
         raise QueryError(own_paths(str(exc)), exc.code, path) from None
-    return ResponseRequest(query, fields)
+    return ResponseRequest(query, fields, fields.model or default_model)
 
 
 def own_paths(text: str) -> str:
@@ -419,6 +433,8 @@ def _query_values(fields: ResponsesFields) -> dict[str, Any]:
         ],
         "tool_choice": _choice(fields.tool_choice),
         "parallel_tool_calls": fields.parallel_tool_calls,
+        "logprobs": bool(fields.top_logprobs) or _LOGPROBS in (fields.include or ()),
+        "top_logprobs": fields.top_logprobs,
     }
     match fields.text and fields.text.format:
         case FlatJsonSchemaFormat(definition=schema):
@@ -486,6 +502,7 @@ class ResponseEvents:
         self._request = request
         self._number = -1
         self._text: list[str] | None = None  # of the message; None before it
+        self._logprobs: list[Mapping[str, Any]] = []  # of the message's tokens so far
         self._is_message_open = False
         self._calls: list[tuple[str, list[str]]] = []
         self._is_call_open = False
@@ -498,7 +515,8 @@ class ResponseEvents:
 
     def piece(self, piece: str) -> list[dict[str, Any]]:
         """The events of a piece of the answer."""
-        events = list(self._text_events(str(piece))) if piece else []
+        logprobs = piece.logprobs if isinstance(piece, TextPiece) else ()
+        events = list(self._text_events(str(piece), logprobs)) if piece else []
         for delta in piece.calls if isinstance(piece, TextPiece) else ():
             events += self._call_events(delta.name, delta.arguments)
         return events
@@ -510,14 +528,17 @@ class ResponseEvents:
             if not self._calls:  # of a backend that does not stream them
                 for delta in whole_calls(result):
                     events += self._call_events(delta.name, delta.arguments)
-            if self._text is None and result.response is not None:
-                events += self._text_events(result.response)
+            if result.response is not None:
+                text = result.response if self._text is None else ""
+                rest = (result.logprobs or ())[len(self._logprobs) :]
+                if self._text is None or (rest and self._is_message_open):
+                    events += self._text_events(text, rest)
             status = "incomplete" if result.finish_reason is FinishReason.LENGTH else "completed"
             events += [*self._close_message(status), *self._close_call(status)]
         response = self._request.response(result)
         return [*events, self._event(f"response.{response['status']}", response=response)]
 
-    def _text_events(self, text: str) -> Iterator[dict[str, Any]]:
+    def _text_events(self, text: str, logprobs: Logprobs) -> Iterator[dict[str, Any]]:
         item = self._request.message("", "in_progress") | {"content": []}
         at = {"item_id": item["id"], "output_index": 0, "content_index": 0}
         if self._text is None:
@@ -525,18 +546,22 @@ class ResponseEvents:
             yield self._event("response.output_item.added", output_index=0, item=item)
             yield self._event("response.content_part.added", part=text_part(""), **at)
         self._text.append(text)
-        if text:
-            yield self._event("response.output_text.delta", delta=text, logprobs=[], **at)
+        self._logprobs += logprobs
+        if text or logprobs:
+            delta = {"delta": text, "logprobs": list(logprobs)}
+            yield self._event("response.output_text.delta", **delta, **at)
 
     def _close_message(self, status: str) -> Iterator[dict[str, Any]]:
         if not self._is_message_open:
             return
         self._is_message_open = False
         text = "".join(self._text or ())
-        item = self._request.message(text, status)
+        item = self._request.message(text, status, self._logprobs)
         at = {"item_id": item["id"], "output_index": 0, "content_index": 0}
-        yield self._event("response.output_text.done", text=text, logprobs=[], **at)
-        yield self._event("response.content_part.done", part=text_part(text), **at)
+        done = {"text": text, "logprobs": self._logprobs}
+        yield self._event("response.output_text.done", **done, **at)
+        part = text_part(text, self._logprobs)
+        yield self._event("response.content_part.done", part=part, **at)
         yield self._event("response.output_item.done", output_index=0, item=item)
 
     def _call_events(self, name: str, arguments: str) -> Iterator[dict[str, Any]]:

@@ -163,9 +163,12 @@ class TextCompletion:
         usages = [result.usage for result in results if result.usage is not None]
         if len(usages) < len(results):
             return None
+        of_prompts = usages[:: self.num_choices]
+        cached = [usage.cached_tokens for usage in of_prompts if usage.cached_tokens is not None]
         return Usage(
-            sum(usage.prompt_tokens for usage in usages[:: self.num_choices]),
+            sum(usage.prompt_tokens for usage in of_prompts),
             sum(usage.completion_tokens for usage in usages),
+            sum(cached) if len(cached) == len(of_prompts) else None,
         )
 
     def error(self, index: int, result: Result) -> Result:
@@ -205,7 +208,7 @@ def text_answer_fields(result: Result) -> dict[str, Any]:
 
 
 def parse_text_completion(
-    value: object, defaults: QueryDefaults, completion_id: str
+    value: object, defaults: QueryDefaults, completion_id: str, default_model: str = ""
 ) -> TextCompletion:
     """Validate the body of a request.
 
@@ -213,6 +216,7 @@ def parse_text_completion(
         value: the parsed JSON body.
         defaults: values for the parameters that it leaves out.
         completion_id: id of the response, and start of the ids of its queries.
+        default_model: the model's name if the body has none.
 
     Raises:
         QueryError: naming the first invalid parameter by its path.
@@ -230,7 +234,7 @@ def parse_text_completion(
         id=completion_id,
         queries=tuple(queries),
         num_choices=fields.n or 1,
-        model=fields.model,
+        model=fields.model or default_model,
         is_stream=bool(fields.stream),
         includes_usage=bool(fields.stream_options and fields.stream_options.include_usage),
     )

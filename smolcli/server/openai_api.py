@@ -34,7 +34,12 @@ def openai_routes(service: Service) -> Blueprint:
     @routes.post("/chat/completions")
     def completions() -> Response:
         completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-        completion = parse_completion(read_json(), service.settings.defaults, completion_id)
+        completion = parse_completion(
+            read_json(),
+            service.settings.defaults,
+            completion_id,
+            default_model=service.model_names[0],
+        )
         service.check_model(completion.model)
         if completion.is_stream:
             queries = dict(enumerate(split_answers(completion.query)))

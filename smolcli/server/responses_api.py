@@ -26,8 +26,10 @@ def responses_routes(service: Service) -> Blueprint:
     @routes.post("/responses")
     def responses() -> Response:
         response_id = f"resp_{uuid.uuid4().hex}"
-        asked = parse_response_request(read_json(), service.settings.defaults, response_id)
-        service.check_model(asked.fields.model)
+        asked = parse_response_request(
+            read_json(), service.settings.defaults, response_id, service.model_names[0]
+        )
+        service.check_model(asked.model)
         in_flight = service.start({0: asked.query}, is_interactive=True, with_text=asked.is_stream)
         if asked.is_stream:
             lines = partial(_lines, ResponseEvents(asked))

@@ -27,7 +27,9 @@ def text_completions_routes(service: Service) -> Blueprint:
     @routes.post("/completions")
     def completions() -> Response:
         completion_id = f"cmpl-{uuid.uuid4().hex}"
-        completion = parse_text_completion(read_json(), service.settings.defaults, completion_id)
+        completion = parse_text_completion(
+            read_json(), service.settings.defaults, completion_id, service.model_names[0]
+        )
         service.check_model(completion.model)
 
         def failed(index: int, result: Result) -> Response:

@@ -456,7 +456,10 @@ def _usage(usage: object) -> Usage | None:
     prompt_tokens, completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
     if not (_is_count(prompt_tokens) and _is_count(completion_tokens)):
         return None
-    return Usage(prompt_tokens, completion_tokens)
+    details = usage.get("prompt_tokens_details")
+    cached_tokens = details.get("cached_tokens") if isinstance(details, dict) else None
+    is_known = _is_count(cached_tokens) and cached_tokens <= prompt_tokens
+    return Usage(prompt_tokens, completion_tokens, cached_tokens if is_known else None)
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -59,7 +59,7 @@ class BufferCache:
         shape = (2, config.num_layers, config.num_kv_heads, length, config.head_dim)
         buffer = aligned_empty(shape, self._kernels.dtype)
         blocks = self.prefix_cache.match(sequence.reusable_ids)
-        sequence.num_cached = len(blocks) * BLOCK_TOKENS
+        sequence.num_cached = sequence.num_reused = len(blocks) * BLOCK_TOKENS
         if blocks:
             np.concatenate(blocks, axis=-2, out=buffer[..., : sequence.num_cached, :])
         self._buffers[sequence] = buffer

@@ -174,7 +174,7 @@ class SlabCache:
             return
         buffer = PromptBuffer(self._config, len(sequence.prompt_ids), self._like)
         blocks = self.prefix_cache.match(sequence.reusable_ids)
-        sequence.num_cached = len(blocks) * BLOCK_TOKENS
+        sequence.num_cached = sequence.num_reused = len(blocks) * BLOCK_TOKENS
         if blocks:
             buffer.data[..., : sequence.num_cached, :] = torch.cat(blocks, dim=-2)
         self._storage[sequence] = buffer
