@@ -308,6 +308,7 @@ def test_other_servers_ways_to_give_a_schema(body: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("body", "path"),
     [
+        ({"response_format": "json_object"}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "json_schema", "schema": 5}}, "response_format.schema"),
         ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
@@ -318,6 +319,28 @@ def test_other_servers_ways_to_give_a_schema(body: dict[str, Any]) -> None:
 def test_an_invalid_schema_is_rejected_by_its_path(body: dict[str, Any], path: str) -> None:
     with pytest.raises(QueryError) as caught:
         parse_completion(request(**body)["body"], QueryDefaults(), "a")
+    assert caught.value.field == path
+
+
+@pytest.mark.parametrize(
+    ("message", "path"),
+    [
+        ({"content": {"type": "text", "text": "Hi"}}, "messages[0].content"),
+        ({"content": [{"type": "text"}]}, "messages[0].content[0].text"),
+        ({"content": [{"type": "text", "text": "Hi", "cache_control": {"type": "a"}}]}, None),
+        ({"content": "Hi", "reasoning_details": [{"type": "a"}]}, None),
+    ],
+)
+def test_messages_are_accepted_or_rejected_by_their_path(
+    message: dict[str, Any], path: str | None
+) -> None:
+    """A content of a wrong type was at `messages[0].content.str`, a name of pydantic."""
+    body = request("a")["body"] | {"messages": [{"role": "user"} | message]}
+    if path is None:
+        assert parse_completion(body, QueryDefaults(), "a").query.messages[0].content == "Hi"
+        return
+    with pytest.raises(QueryError) as caught:
+        parse_completion(body, QueryDefaults(), "a")
     assert caught.value.field == path
 
 

@@ -189,6 +189,18 @@ def test_a_request_for_embeddings_is_told_why_there_are_none(server: RunningServ
     assert "not trained for retrieval" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "path"), [([1 << 30], "prompt"), ([[1], [1 << 30]], "prompt[1]")]
+)
+def test_an_unknown_token_id_is_an_error_of_the_prompt(
+    server: RunningServer, prompt: Any, path: str
+) -> None:
+    """The message spoke of `raw_prompt`, a field of smol's own format."""
+    error = server.post("/v1/completions", {"prompt": prompt}).json()["error"]
+    assert error["param"] == path
+    assert error["message"].startswith(f"{path} contains token id {1 << 30}")
+
+
 def test_neutral_values_are_accepted(ask: Any) -> None:
     expected = ask().choices[0].text
     neutral: dict[str, Any] = {

@@ -92,6 +92,7 @@ class TextPart(Lenient):
     prompt_cache_breakpoint: dict[str, Any] | None = Field(
         None, description="an object; it has no effect"
     )
+    cache_control: dict[str, Any] | None = Field(None, description="an object; it has no effect")
 
 
 class RefusalPart(Lenient):
@@ -130,6 +131,7 @@ class ChatMessage(Lenient):
     parsed: Any = Field(None, description="any value; it has no effect")
     reasoning: Text | None = Field(None, description="a string; it has no effect")
     reasoning_content: Text | None = Field(None, description="a string; it has no effect")
+    reasoning_details: list[Any] | None = Field(None, description="a list; it has no effect")
     provider_specific_fields: dict[str, Any] | None = Field(
         None, description="an object; it has no effect"
     )
@@ -466,7 +468,8 @@ def error_object(status: int, message: str, code: str, field: str | None) -> dic
     openai_code = _OPENAI_CODES.get(code, code)  # type: ignore[call-overload]
     if field is None and code == ErrorCode.PROMPT_TOO_LONG:
         field = "messages"
-    field = "prompt" if field == "raw_prompt" else field
+    if field == "raw_prompt":
+        field, message = "prompt", message.replace("raw_prompt", "prompt")
     return {"message": message, "type": kind, "param": field, "code": str(openai_code)}
 
 
@@ -648,10 +651,10 @@ def _parameter_error(exc: ValidationError, model: type[BaseModel], value: object
     top = [f for f in faults if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or faults
     same = [f for f in top if f["loc"][0] == top[0]["loc"][0]]
     # A union reports an error for each of its types; take the one that validated furthest.
-    fault = max(same, key=lambda f: _depth(list(_location(value, f["loc"])), f["type"]))
-    location = list(_location(value, fault["loc"]))
+    fault = max(same, key=lambda f: _depth(list(_location(value, f)), f["type"]))
+    location = list(_location(value, fault))
     kind, given = fault["type"], fault["input"]
-    if kind.startswith("union_tag"):  # the type of a response_format
+    if kind.startswith("union_tag") and isinstance(given, dict):  # the type of a response_format
         location.append("type")
         kind = "literal_error" if kind == "union_tag_invalid" else "missing"
         given = given.get("type")
@@ -678,12 +681,19 @@ def _depth(location: list[int | str], kind: str) -> tuple[int, list[int]]:
     return length, [step for step in location if isinstance(step, int)]
 
 
-def _location(value: Any, location: Sequence[int | str]) -> Iterator[int | str]:
-    """The keys and indices of a location, without pydantic's names for the types of a union."""
+def _location(value: Any, fault: Mapping[str, Any]) -> Iterator[int | str]:
+    """The keys and indices of a fault, without pydantic's names for the types of a union.
+
+    Args:
+        value: what was validated.
+        fault: one of pydantic's errors.
+    """
+    location = fault["loc"]
     for at, step in enumerate(location):
         if str(step).startswith(("literal[", "tagged-union[")):
             continue
-        if isinstance(value, dict) and (step in value or at == len(location) - 1):
+        is_missing = fault["type"] == "missing" and at == len(location) - 1
+        if isinstance(value, dict) and (step in value or is_missing):
             value = value.get(step)
         elif isinstance(value, list) and isinstance(step, int):
             value = value[step]

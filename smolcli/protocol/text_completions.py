@@ -176,7 +176,10 @@ class TextCompletion:
         if len(self.queries) == self.num_choices or result.field not in (None, "raw_prompt"):
             return result
         path = f"prompt[{index // self.num_choices}]"
-        return replace(result, error=f"{path}: {result.error}", field=path)
+        error = str(result.error)
+        is_named = error.startswith("raw_prompt ")
+        error = error.replace("raw_prompt", path) if is_named else f"{path}: {error}"
+        return replace(result, error=error, field=path)
 
     def _head(self) -> dict[str, Any]:
         kind = "text_completion"

@@ -1,5 +1,6 @@
 """The Flask application: the routes and what applies to all of them."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,8 +25,8 @@ OPENAI_PREFIX = "/v1"
 class Application(Flask):
     """A Flask application that also handles exceptions that do not derive from `Exception`.
 
-    A path may end with a slash, and OpenAI's routes may lack their prefix: clients differ in what
-    they append to a base URL. Everything below sees the canonical path.
+    A path may end with a slash or contain two in a row, and OpenAI's routes may lack their prefix:
+    clients differ in what they append to a base URL. Everything below sees the canonical path.
     """
 
     def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -33,7 +34,7 @@ class Application(Flask):
         return super().wsgi_app(environ, start_response)
 
     def _canonical(self, path: str) -> str:
-        path = path.rstrip("/") or "/"
+        path = re.sub("/{2,}", "/", path).rstrip("/") or "/"
         for rule in self.url_map.iter_rules():
             start, has_parameter, _ = rule.rule.partition("<")
             if start.startswith(f"{OPENAI_PREFIX}/"):

@@ -201,7 +201,7 @@ def read_json() -> object:
         HttpError: 415 if the body is not declared as JSON.
         QueryError: the body is not valid JSON.
     """
-    if request.mimetype != "application/json":
+    if not request.is_json:  # application/json, or a type that ends in +json
         raise HttpError(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             "the body must be JSON, sent with Content-Type: application/json",
