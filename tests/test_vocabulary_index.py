@@ -62,7 +62,8 @@ def test_a_part_gives_the_same_tokens_on_the_real_model(model_folder: Path) -> N
     index = build_index(json.loads(real))
     assert index is not None
     whole = Tokenizer.from_str(real.decode())
-    for text in TEXTS:
+    long_tokens = "=" * 200 + " " * 70 + "/" * 90
+    for text in [*TEXTS, long_tokens]:
         assert_equal(IndexedTokenizer(index, real), whole, text)
 
 

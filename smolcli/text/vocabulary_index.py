@@ -28,10 +28,11 @@ from smolcli.settings import smol_home
 if TYPE_CHECKING:  # NumPy is imported late: checking a file and remote models need none
     import numpy as np
 
-FORMAT = 1  # of an index
+FORMAT = 2  # of an index
 MIN_BYTES = 256 << 10  # a smaller tokenizer.json loads as fast as its index
 MAX_PARTS = 4  # texts that are encoded with a part of the vocabulary before the whole is loaded
 MAX_CHARS = 4000  # of such a text
+SHORT_BYTES = 16  # of tokens that are looked up in the text's substrings; few are longer
 FIRST_EXTRA_ID = 1 << 30  # ids of tokens that `add_tokens` adds; no vocabulary is that large
 SPLITTING = {"Sequence", "Digits", "Split", "ByteLevel"}  # pre-tokenizers that only cut the text
 
@@ -52,12 +53,12 @@ class VocabularyIndex:
         tokens: UTF-8, in the order of their ids.
         merges: (3, num_merges) int32: the ids of left and right side and of their union, most
             important first.
-        max_bytes: length of the longest token.
+        long_ids: tokens of more than SHORT_BYTES bytes.
     """
 
     skeleton: dict[str, Any]
     added: list[dict[str, Any]]
-    max_bytes: int
+    long_ids: list[int]
     tokens: list[bytes]
     merges: "np.ndarray[Any, np.dtype[Any]]"
 
@@ -134,9 +135,10 @@ class IndexedTokenizer:
         import numpy as np
 
         tokens, (left, right, union) = self._index.tokens, self._index.merges
-        candidates: set[bytes] = set()
-        for section in self._sections(text):
-            candidates |= _substrings(section, self._index.max_bytes)
+        coded = [_coded(section) for section in self._sections(text)]
+        candidates = {part for section in coded for part in _substrings(section)}
+        long = [tokens[token_id] for token_id in self._index.long_ids]
+        candidates.update(token for section in coded for token in long if token in section)
         candidates.update(char.encode() for char in BYTE_CHARS)
         candidates.update(token.content.encode() for token in self._added.values())
         ids = [i for i, token in enumerate(tokens) if token in candidates]
@@ -236,7 +238,7 @@ def build_index(values: Mapping[str, Any]) -> VocabularyIndex | None:
     return VocabularyIndex(
         skeleton | {"post_processor": None},
         added,
-        max(len(token.encode()) for token in tokens),
+        [token_id for token_id, token in enumerate(tokens) if len(token.encode()) > SHORT_BYTES],
         [token.encode() for token in tokens],
         np.array(merges, "<i4").reshape(-1, 3).T,
     )
@@ -284,7 +286,7 @@ def _pack(index: VocabularyIndex | None) -> bytes:
     if index is None:
         head, tokens, merges = b"null", b"", b""
     else:
-        head = json.dumps([index.skeleton, index.added, index.max_bytes]).encode()
+        head = json.dumps([index.skeleton, index.added, index.long_ids]).encode()
         tokens, merges = b"\n".join(index.tokens), index.merges.astype("<i4").tobytes()
     body = np.array([len(head), len(tokens)], "<i4").tobytes() + head + tokens + merges
     return zlib.crc32(body).to_bytes(4, "little") + body
@@ -332,11 +334,15 @@ def _byte_chars() -> str:
 BYTE_CHARS = _byte_chars()
 
 
-def _substrings(text: str, max_bytes: int) -> set[bytes]:
-    """What a token of a text may be, as tokens represent bytes; more than necessary."""
-    coded = text.encode().decode("latin-1").translate(BYTE_CHARS).encode()
+def _coded(text: str) -> bytes:
+    """A text as the tokens of byte-level BPE represent it, in UTF-8."""
+    return text.encode().decode("latin-1").translate(BYTE_CHARS).encode()
+
+
+def _substrings(coded: bytes) -> set[bytes]:
+    """All substrings of at most SHORT_BYTES bytes."""
     return {
         coded[start:end]
         for start in range(len(coded))
-        for end in range(start + 1, min(len(coded), start + max_bytes) + 1)
+        for end in range(start + 1, min(len(coded), start + SHORT_BYTES) + 1)
     }
