@@ -7,12 +7,13 @@ from os import PathLike
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast, overload
 
 from smolcli.errors import QueryError, UsageError
 from smolcli.settings import (
     DEFAULT_MODEL,
     DEFAULT_SEED,
+    Dtype,
     EngineSettings,
     InputFile,
     QueryDefaults,
@@ -78,7 +79,8 @@ class LLM:
 
     Args:
         model: a name on the Hugging Face Hub, a local directory or a .gguf file.
-        dtype: data type to compute in; auto chooses bfloat16 if the hardware supports it.
+        dtype: data type to compute in; auto chooses bfloat16 if the hardware supports it. int8 is
+            faster but less exact, and only available on the CPU.
         device: cpu, cuda, cuda:1 and so on, or auto.
         threads: number of CPU threads; 0 means one per available core.
         max_batch_size: maximum number of prompts to generate at once; 0 chooses for the machine.
@@ -98,7 +100,7 @@ class LLM:
         self,
         model: str | PathLike[str] = DEFAULT_MODEL,
         *,
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        dtype: Dtype = "auto",
         device: str = "cpu",
         threads: int = 0,
         max_batch_size: int = 0,

@@ -25,6 +25,9 @@ InputFormat = Literal[
     "sqlite",
 ]
 
+ResolvedDtype = Literal["float32", "bfloat16", "int8"]
+Dtype = Literal["auto", "float32", "bfloat16", "int8"]
+
 ALL_FIELDS = ("*",)  # as the fields of a run: every column
 
 RESULTS_TABLE = "results"
@@ -68,7 +71,7 @@ class EngineSettings:
     """
 
     model: str = DEFAULT_MODEL
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     device: str = "cpu"
     threads: int = 0
     max_batch_size: int = 0
@@ -101,7 +104,7 @@ class RemoteSettings:
     api: Literal["auto", "smol", "openai"] = "auto"
     api_key: str | None = None
     model: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     max_concurrency: int = 8
     retry_s: float = 10.0
     timeout_s: float = 600.0

@@ -1,7 +1,9 @@
 /* Runs the kernels on a small random model without Python, for other architectures (under qemu), other
    vector widths, and sanitizers.
 
-     driver THREADS FORMAT        print hidden states and tokens of a few steps
+     driver THREADS FORMAT [INTEGERS]
+                                  print hidden states and tokens of a few steps; INTEGERS selects the
+                                  instructions of integer products, as numbered in int8_products.h
      driver stress STEPS SEED     many steps over changing sequences and teams, beside busy and
                                   sleeping threads; a sequence must get the same bits in all of them.
                                   A long run may be split over seeds
@@ -137,6 +139,7 @@ static Space make_space(void) {
     space.act = aligned(MAX_ROWS * INTERMEDIATE * 4);
     space.expanded_stride = sizeof(Expanded) + MAX_COLUMNS * PANEL * 4;
     space.expanded = aligned(MAX_THREADS_USED * space.expanded_stride);
+    space.rounded = aligned(MAX_ROWS * (MAX_COLUMNS / GROUP) * rounded_bytes(Q8_0));
     return space;
 }
 
@@ -243,6 +246,7 @@ int main(int argc, char **argv) {
     Run *run = aligned(sizeof *run);
     int is_stress = argc == 4 && strcmp(argv[1], "stress") == 0;
     run->model = make_model(is_stress ? Q4_1 : argc > 2 ? atoi(argv[2]) : DENSE);
+    run->model.integers = !is_stress && argc > 3 ? atoi(argv[3]) : 0;
     run->space = make_space();
     for (int s = 0; s < NUM_SEQUENCES; s++)
         run->caches[s] = aligned((size_t)2 * LAYERS * KV_HEADS * LENGTH * DIM * sizeof(elem));

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from smolcli.engine.interfaces import Batch, Head, Hidden, Model
 from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
 from smolcli.engine.torch_ops.cuda_graphs import GraphedModel
 from smolcli.engine.torch_ops.model import TorchModel
+from smolcli.settings import ResolvedDtype
 from smolcli.weights.loader import load_model
 
 KERNELS = ("native", "torch")
@@ -19,15 +19,17 @@ GPU = ("cuda",) if torch.cuda.is_available() else ()
 WAYS = (*KERNELS, "graphs", *GPU)
 
 
-def native_kernels(dtype: Literal["float32", "bfloat16"]) -> Kernels:
-    """The native kernels; skips the test if this machine has none."""
+def native_kernels(dtype: ResolvedDtype) -> Kernels:
+    """The native kernels; skips the test if this machine has none. int8 is based on float32."""
     try:
+        if dtype == "int8":
+            return load_kernels("float32", has_integer_products=True)
         return load_kernels(dtype)
     except KernelError as exc:
         pytest.skip(str(exc))
 
 
-def load(folder: Path, dtype: Literal["float32", "bfloat16"], kernels: str) -> Model:
+def load(folder: Path, dtype: ResolvedDtype, kernels: str) -> Model:
     """Our model, computed in one of the `WAYS`; "graphs" replays a GPU's graphs on the CPU."""
     if kernels == "cuda":
         return load_model(folder, dtype, "cuda")

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 import pytest
+from kernel_tools import native_kernels
 
-from smolcli.engine.native.bindings import KernelError, load_kernels
+from smolcli.batch.manifest import load_manifest
+from smolcli.settings import ResolvedDtype
 
 NUM_LINES = 200
 NUM_KILLS = 6
@@ -41,14 +42,6 @@ def start(questions: Path, output: Path, model: Path, dtype: str) -> "subprocess
     return subprocess.Popen([*command, *options, "--max-batch-size", "8", "--threads", "1"])
 
 
-def has_native_kernels(dtype: Literal["float32", "bfloat16"]) -> bool:
-    """Whether answers are batch-invariant in this dtype on this machine."""
-    try:
-        return bool(load_kernels(str(dtype).removeprefix("torch.")))
-    except KernelError:
-        return False
-
-
 def finish(process: "subprocess.Popen[bytes]") -> int:
     return process.wait(DEADLINE_S)
 
@@ -67,14 +60,12 @@ def kill_at_random(process: "subprocess.Popen[bytes]", output: Path, source: ran
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_run_killed_repeatedly_ends_with_the_same_bytes(
-    questions: Path, tiny_folder: Path, dtype: str
+    questions: Path, tiny_folder: Path, dtype: ResolvedDtype
 ) -> None:
-    """The bytes equal those of an undisturbed run.
-
-    In bfloat16, torch's kernels are not batch-invariant; there, only written lines are kept.
-    """
+    """The bytes equal those of an undisturbed run, and the manifest records the dtype."""
+    native_kernels(dtype)
     whole, torn = questions.with_name("whole.jsonl"), questions.with_name("torn.jsonl")
     assert finish(start(questions, whole, tiny_folder, dtype)) == 3
     source = random.Random(4)
@@ -90,8 +81,9 @@ def test_run_killed_repeatedly_ends_with_the_same_bytes(
     resumed = [json.loads(line) for line in torn.read_text("utf-8").splitlines()]
     assert [r["line"] for r in resumed] == [r["line"] for r in expected]
     assert [r.get("error") for r in resumed] == [r.get("error") for r in expected]
-    if dtype == "float32" or has_native_kernels("bfloat16"):
-        assert torn.read_bytes() == whole.read_bytes()
+    assert torn.read_bytes() == whole.read_bytes()
+    backends = [load_manifest(path).backend for path in (torn, whole)]
+    assert [backend and backend["dtype"] for backend in backends] == [dtype, dtype]
     assert finish(start(questions, torn, tiny_folder, dtype)) == 3, (
         "a complete run is left untouched"
     )

@@ -12,7 +12,8 @@ from tools.build_kernels import FLAGS
 
 DRIVER = Path(__file__).with_name("kernel_driver.c")
 TEAM = Path(__file__).parents[1] / "smolcli" / "engine" / "native" / "team.c"
-AVX2 = ("-march=x86-64-v3",)
+AVX2 = ("-march=x86-64-v3", "-DEMULATE_VNNI")
+INSTRUCTIONS = ("1", "2")  # of integer products; see int8_products.h
 
 is_x86 = os.uname().machine == "x86_64" if hasattr(os, "uname") else False
 pytestmark = [
@@ -66,15 +67,27 @@ def test_quantized_matrices_give_the_bits_of_expanded_ones(
         assert np.array_equal(output(driver, "1", stored), expected), stored
 
 
+def test_integer_products_have_the_same_bits_in_all_instructions(
+    driver: Path, expected: "np.ndarray[tuple[int, int], np.dtype[np.float64]]"
+) -> None:
+    """AVX2's pairs of products and VNNI's dot products, which are emulated."""
+    for stored in QUANTIZED:
+        found = output(driver, "2", stored, "1")
+        assert np.array_equal(output(driver, "1", stored, "2"), found), stored
+        assert 0 < relative_error(found, expected) < 0.03, stored
+
+
 @pytest.mark.parametrize("bf16", [(0, 0), (1, 0), (1, 1)])
 def test_aarch64_equals_x86(
+    driver: Path,
     expected: "np.ndarray[tuple[int, int], np.dtype[np.float64]]",
     bf16: tuple[int, int],
     tmp_path: Path,
 ) -> None:
-    """Bit for bit with float32 arithmetic; closely with bfloat16 products.
+    """Bit for bit with float32 arithmetic, also of integers; closely with bfloat16 products.
 
-    In all formats, quantized matrices give the same bits as expanded ones.
+    In all formats, quantized matrices give the same bits as expanded ones, and integer products
+    with and without the dot product extension.
     """
     compiler, qemu = shutil.which("aarch64-linux-gnu-gcc"), shutil.which("qemu-aarch64")
     if not (compiler and qemu):
@@ -84,6 +97,10 @@ def test_aarch64_equals_x86(
     found = output(qemu, path, "2")
     for stored in QUANTIZED:
         assert np.array_equal(output(qemu, path, "2", stored), found), stored
+        rounded, by_dot = (output(qemu, path, "2", stored, kind) for kind in INSTRUCTIONS)
+        assert np.array_equal(rounded, by_dot), stored
+        if bf16 == (0, 0):
+            assert np.array_equal(rounded, output(driver, "2", stored, "1")), stored
     if bf16[1]:
         assert relative_error(found, expected) < 0.03
     else:
@@ -103,6 +120,9 @@ def test_wide_vectors_agree_with_narrow_ones(
     found = output(path, "2")
     for stored in QUANTIZED:
         assert np.array_equal(output(path, "2", stored), found), stored
+        rounded, by_dot = (output(path, "2", stored, kind) for kind in INSTRUCTIONS)
+        assert np.array_equal(rounded, by_dot), stored
+        assert 0 < relative_error(rounded, expected) < 0.04, stored
     assert relative_error(found, expected) < tolerance
 
 

@@ -5,6 +5,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from smolcli.engine.dtypes import numpy_dtype
 from smolcli.engine.interfaces import Model
 from smolcli.engine.native import library
 from smolcli.engine.native.bindings import (
+    BYTEWISE,
+    PAIRWISE,
     Array,
     KernelError,
     Kernels,
@@ -30,10 +33,18 @@ from smolcli.engine.native.bindings import (
 )
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.native.packing import interleave, pack_into, packed_layout, split_heads
-from smolcli.engine.quantized import GROUP, QuantizedMatrix, Weight, as_array, formats_of
+from smolcli.engine.quantized import (
+    GROUP,
+    QuantizedMatrix,
+    Weight,
+    as_array,
+    formats_of,
+    quantized_as,
+)
 from smolcli.engine.sequence import ScheduledSequence, Sequence
 from smolcli.engine.torch_ops.model import TorchHead, TorchModel
-from smolcli.settings import EngineSettings
+from smolcli.errors import UsageError
+from smolcli.settings import EngineSettings, ResolvedDtype
 from smolcli.weights.loader import load_config, load_model
 
 FLOAT = EngineSettings(dtype="float32")
@@ -243,6 +254,121 @@ def test_quantized_weights_give_the_bits_of_expanded_ones(
         assert np.array_equal(logits, reference.head.logits(expected)), num_threads
 
 
+@pytest.mark.parametrize("stored", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("integers", [PAIRWISE, BYTEWISE])
+def test_integer_products_are_those_of_numpy(integers: int, stored: str, tiny_folder: Path) -> None:
+    """Bit for bit: inputs are rounded and sums added as documented in int8_products.h."""
+    kernels = native_kernels("int8")
+    if integers == BYTEWISE and kernels.integers != BYTEWISE:
+        pytest.skip("this CPU has no dot products of bytes")
+    config = replace(tiny_config(tiny_folder), rms_norm_eps=EPS)
+    weights = quantized_weights(config, stored)
+    weights["norm.weight"] = np.ones(config.hidden_size, np.float32)
+    matrix = weights["embed_tokens.weight"]
+    assert isinstance(matrix, QuantizedMatrix)
+    source = np.random.default_rng(4)
+    x = source.integers(-100, 101, (9, config.hidden_size)).astype(np.float32)
+    x[:, :GROUP] *= 2.0 ** source.integers(-12, 4, (9, 1))  # scales of groups differ
+    x[1, 5:25] = x[2] = 0
+    squares = np.square(x.astype(np.float64)).mean(axis=1, keepdims=True) + np.float32(EPS)
+    rms = np.sqrt(squares.astype(np.float32))
+    model = NativeModel(config, weights, copy_with(kernels, integers))
+    assert np.array_equal(model.head.logits(x), integer_products(x, matrix) * (1 / rms))
+
+
+EPS = 1e-5
+
+
+def copy_with(kernels: Kernels, integers: int) -> Kernels:
+    """The same kernels with other instructions for integer products."""
+    copied = copy(kernels)
+    copied.integers = integers
+    return copied
+
+
+def integer_products(x: Array, matrix: QuantizedMatrix) -> Array:
+    """x @ matrix.T as `--dtype int8` computes it, in float32 as the kernels round it."""
+    is_wide = matrix.format == "Q8_0"
+    zero = {"Q4_0": 8, "Q4_1": 0, "Q8_0": 128}[matrix.format]
+    sums = np.zeros((len(x), matrix.shape[0]), np.float32)
+    for group in range(matrix.shape[1] // GROUP):
+        values = x[:, group * GROUP : (group + 1) * GROUP]
+        codes, scale = rounded_wide(values) if is_wide else rounded_narrow(values)
+        integers = matrix.codes[:, group].astype(np.int64)
+        products = (codes @ (integers - zero).T).astype(np.float32)
+        scales = matrix.scales[:, group].astype(np.float32) * scale
+        sums = fma(products, scales, sums)
+        if matrix.format == "Q4_1":
+            totals = scale * codes.sum(axis=1, keepdims=True).astype(np.float32)
+            sums = fma(matrix.offsets[:, group].astype(np.float32), totals, sums)
+    return sums
+
+
+def rounded_wide(values: Array) -> tuple[Array, Array]:
+    """16-bit codes of a group of inputs, and their scale."""
+    largest, levels = np.abs(values).max(axis=1, keepdims=True), np.float32(127 * 256 + 127)
+    scale = largest / levels
+    inverse = 1 / np.where(scale > 0, scale, np.float32(1))
+    return np.rint(values.astype(np.float64) * inverse).astype(np.int64), scale
+
+
+def rounded_narrow(values: Array) -> tuple[Array, Array]:
+    """8-bit codes of a group, multiplied by the multiples of both halves, and their scale."""
+    largest, most = np.abs(values).max(axis=1, keepdims=True), np.float32(32767)
+    scale = largest / (np.float32(127) * most)
+    codes = []
+    for half in np.split(values, 2, axis=1):
+        ratio = most / np.where(largest > 0, largest, np.float32(1))
+        multiple = np.minimum(np.ceil(np.abs(half).max(axis=1, keepdims=True) * ratio), most)
+        product = scale * multiple
+        inverse = 1 / np.where(product > 0, product, np.float32(np.inf))
+        rounded = np.rint(half.astype(np.float64) * inverse).astype(np.int64)
+        codes.append(rounded * multiple.astype(np.int64))
+    return np.concatenate(codes, axis=1), scale
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c; float64 has room for the product."""
+    summed: Array = (a.astype(np.float64) * b + c).astype(np.float32)
+    return summed
+
+
+def test_int8_quantizes_other_matrices(tiny_folder: Path) -> None:
+    """Also those that are packed together from different formats; norms stay as they are."""
+    kernels, config = native_kernels("int8"), tiny_config(tiny_folder)
+    layout = packed_layout(config, kernels, {}).tensors
+    matrices = [layout["embed"], layout["layers.0.qkv"], layout["layers.0.down"]]
+    assert {tensor.format for tensor in matrices} == {"Q8_0"}
+    assert layout["norm"].format == "dense"
+    weights = random_weights(config)
+    rounded = {
+        name: as_array(quantized_as("Q8_0", weight)) if weight.ndim > 1 else weight
+        for name, weight in weights.items()
+    }
+    assert all(np.allclose(rounded[n], w, atol=np.abs(w).max() / 250) for n, w in weights.items())
+    found = hidden_states(NativeModel(config, weights, kernels), [3, 4, 5])
+    exact = hidden_states(NativeModel(config, rounded, native_kernels("float32")), [3, 4, 5])
+    assert np.allclose(found, exact, rtol=1e-3, atol=1e-3 * np.abs(exact).max())
+
+
+def test_int8_needs_native_kernels(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Shapes and devices that they do not support are an error, not slower and more exact."""
+    text = (tiny_folder / "config.json").read_text("utf-8")
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "config.json").write_text(
+        text.replace('"intermediate_size": 96', '"intermediate_size": 80')
+    )
+    given = EngineSettings(dtype="int8")
+    with pytest.raises(UsageError, match=r"dtype int8 is not available: .*multiples of 32; use"):
+        resolve_config(given, load_config(odd))
+    assert resolve_config(given, load_config(tiny_folder)).dtype == "int8"
+    find_library(folder).unlink()
+    load_kernels.cache_clear()
+    with pytest.raises(UsageError, match=r"dtype int8 is not available: .* are not built"):
+        resolve_config(given, load_config(tiny_folder))
+
+
 def test_matrices_of_mixed_formats_are_expanded(kernels: Kernels, tiny_folder: Path) -> None:
     """A fused matrix has one format; llama.cpp stores some layers' values in more bits."""
     config = tiny_config(tiny_folder)
@@ -273,14 +399,17 @@ def quantized_weights(config: LlamaConfig, stored: str) -> dict[str, Weight]:
     return weights
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [("float32", None), ("bfloat16", None), ("int8", None), ("int8", "Q4_1")],
+)
 def test_batch_size_and_threads_change_no_bit(
-    dtype: Literal["float32", "bfloat16"], tiny_folder: Path
+    dtype: ResolvedDtype, stored: str | None, tiny_folder: Path
 ) -> None:
     """From 1 to 128 sequences, with 1, 2, 3 and 5 threads: one set of hidden states."""
     kernels = native_kernels(dtype)
     config = tiny_config(tiny_folder)
-    weights = random_weights(config)
+    weights = quantized_weights(config, stored) if stored else random_weights(config)
     source = random.Random(2)
     prompts = [source.choices(range(70), k=source.randint(1, 90)) for _ in range(128)]
     alone = NativeModel(config, weights, kernels)
@@ -372,8 +501,9 @@ def test_native_and_torch_heads_agree(kernels: Kernels, tiny_folder: Path) -> No
     assert allowed != best
 
 
-def test_nan_is_an_error(kernels: Kernels, tiny_folder: Path) -> None:
-    model = load_model(tiny_folder, "float32", "cpu", kernels)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_nan_is_an_error(dtype: ResolvedDtype, tiny_folder: Path) -> None:
+    model = load_model(tiny_folder, dtype, "cpu", native_kernels(dtype))
     hidden = np.ones((3, model.config.hidden_size), np.float32)
     hidden[1] = np.nan
     with pytest.raises(FloatingPointError):

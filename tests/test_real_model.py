@@ -14,6 +14,7 @@ from kernel_tools import GPU, KERNELS, load
 from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Model
 from smolcli.engine.sequence import ScheduledSequence, Sequence
+from smolcli.settings import ResolvedDtype
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message, Sampling
 from smolcli.weights import gguf_weights
@@ -100,12 +101,18 @@ def test_prompts_in_chunks_equal_transformers(
     assert generate(model, prompts[::-1], 7, max_step_tokens=16)[::-1] == expected
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_bfloat16_nearly_always_agrees(
-    model_folder: Path, prompts: list[list[int]], expected: list[list[int]], kernels: str
+@pytest.mark.parametrize(
+    ("dtype", "kernels"), [("bfloat16", "native"), ("bfloat16", "torch"), ("int8", "native")]
+)
+def test_rounded_dtypes_nearly_always_agree(
+    model_folder: Path,
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    dtype: ResolvedDtype,
+    kernels: str,
 ) -> None:
     """Teacher-forced on float32's answers, the most likely token is the same 97 % of the time."""
-    half = load(model_folder, "bfloat16", kernels)
+    half = load(model_folder, dtype, kernels)
     num_questions = NUM_QUESTIONS if kernels == "native" else NUM_SLOW
     answers = expected[:num_questions]
     said = [*chain.from_iterable(next_tokens(half, prompts[:num_questions], answers))]

@@ -42,6 +42,7 @@ class TransformersPeer:
 
     Args:
         identity: of the backend to compare with; its `model`, `dtype`, `device` and `threads`.
+            transformers computes in float32 if the dtype is int8.
 
     Raises:
         UsageError: the model is a GGUF file, which transformers cannot load without accelerate.
@@ -49,7 +50,7 @@ class TransformersPeer:
 
     def __init__(self, identity: Mapping[str, Any]) -> None:
         folder = resolve(identity["model"]).folder
-        dtype = getattr(torch, identity["dtype"])
+        dtype = getattr(torch, {"int8": "float32"}.get(identity["dtype"], identity["dtype"]))
         self._num_threads = identity["threads"]
         self._chat = ChatTokenizer.load(folder)
         self._device = identity["device"]

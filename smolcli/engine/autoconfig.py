@@ -15,9 +15,9 @@ from smolcli.engine.native.model import unsupported_reason
 from smolcli.engine.native.packing import NOT_QUANTIZED, packed_layout
 from smolcli.engine.quantized import Formats
 from smolcli.errors import UsageError
-from smolcli.settings import MAX_AUTO_SLOTS, EngineSettings
+from smolcli.settings import MAX_AUTO_SLOTS, Dtype, EngineSettings, ResolvedDtype
 
-Dtype = Literal["float32", "bfloat16"]
+FloatDtype = Literal["float32", "bfloat16"]
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 KV_CACHE_DIVISOR = 4  # the KV cache may take 1/4 of the memory
@@ -38,7 +38,7 @@ class ResolvedConfig:
     """
 
     device: str
-    dtype: Dtype
+    dtype: ResolvedDtype
     kernels: Kernels | None
     unsupported_reason: str
     threads: int
@@ -69,11 +69,13 @@ def resolve_config(
         formats: dtypes or quantized formats of the checkpoint's matrices, if known.
 
     Raises:
-        UsageError: the device is not available.
+        UsageError: the device is not available, or int8 products are not for this device or model.
     """
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
     kernels, reason = _kernels(config, dtype, device, formats)
+    if dtype == "int8" and not kernels:
+        raise UsageError(f"dtype int8 is not available: {reason}; use another --dtype")
     memory = memory or _memory_bytes(device)
     prefix_cache_bytes = _prefix_cache_bytes(settings, memory)
     if kernels:
@@ -102,7 +104,7 @@ def resolve_config(
     )
 
 
-def resolve_dtype(settings: EngineSettings) -> Dtype:
+def resolve_dtype(settings: EngineSettings) -> ResolvedDtype:
     """The dtype that the settings select on this machine.
 
     Raises:
@@ -138,9 +140,12 @@ def _device(name: str) -> str:
     return name
 
 
-def _dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> Dtype:
-    if name != "auto":
-        return name
+def _dtype(name: Dtype, device: str) -> ResolvedDtype:
+    return _float_dtype(device) if name == "auto" else name
+
+
+def _float_dtype(device: str) -> FloatDtype:
+    """The fastest dtype of a device that does not round further than the weights."""
     if device == "cpu":
         return "bfloat16" if {"bfloat16", "AMX"} & set(cpu_features()) else "float32"
     from smolcli.engine.torch_ops.devices import has_bfloat16
@@ -149,17 +154,21 @@ def _dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> Dtype:
 
 
 def _kernels(
-    config: LlamaConfig, dtype: Dtype, device: str, formats: Formats
+    config: LlamaConfig, dtype: ResolvedDtype, device: str, formats: Formats
 ) -> tuple[Kernels | None, str]:
     """The native kernels, or None and the reason why torch is used instead.
 
     float32 products of weights that are stored in bfloat16 are the same whether the weights are
-    expanded beforehand or in registers; the latter reads half as much memory.
+    expanded beforehand or in registers; the latter reads half as much memory. What int8 does not
+    compute in integers, it computes in the CPU's fastest dtype.
     """
     if device != "cpu":
         return None, "the device is a GPU"
     try:
-        kernels = load_kernels(dtype)
+        if dtype == "int8":
+            kernels = load_kernels(_float_dtype(device), has_integer_products=True)
+        else:
+            kernels = load_kernels(dtype)
         if dtype == "float32" and set(formats.values()) == {"bfloat16"}:
             compact = load_kernels("bfloat16")
             kernels = compact if compact.dtype == kernels.dtype else kernels

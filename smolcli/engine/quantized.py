@@ -87,5 +87,24 @@ def as_array(weight: Weight) -> Array:
     return weight.dequantized() if isinstance(weight, QuantizedMatrix) else weight
 
 
+def quantized_as(format: str, weight: Weight) -> QuantizedMatrix:
+    """A matrix in a format: itself if it has that format, otherwise rounded.
+
+    Args:
+        format: of the result; a matrix in another format can only become "Q8_0".
+        weight: (out_features, in_features); in_features is a multiple of GROUP.
+    """
+    if isinstance(weight, QuantizedMatrix) and weight.format == format:
+        return weight
+    assert format == "Q8_0"
+    groups = as_array(weight).astype(np.float32).reshape(weight.shape[0], -1, GROUP)
+    scales = (np.abs(groups).max(axis=-1, keepdims=True) / 127).astype(np.float16)
+    divisors = np.where(scales > 0, scales, 1).astype(np.float32)
+    codes = np.rint(groups / divisors).clip(-127, 127).astype(np.int8)
+    return QuantizedMatrix(
+        format, np.concatenate([scales.view(np.uint8), codes.view(np.uint8)], axis=-1)
+    )
+
+
 def _float16(data: Array) -> Array:
     return np.ascontiguousarray(data).view(np.float16)[..., 0]

@@ -3,7 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from smolcli.engine.autoconfig import ResolvedConfig, resolve_config
 from smolcli.engine.config import LlamaConfig
@@ -12,7 +12,7 @@ from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.quantized import Formats, Weights, as_array
 from smolcli.errors import ModelError
-from smolcli.settings import EngineSettings
+from smolcli.settings import EngineSettings, ResolvedDtype
 from smolcli.weights.checkpoint import load_weights, weight_formats
 from smolcli.weights.packed import packed_weights
 from smolcli.weights.store import ModelFiles
@@ -31,7 +31,7 @@ def resolve_model_config(settings: EngineSettings, folder: Path) -> ResolvedConf
 
 def load_model(
     folder: Path,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: ResolvedDtype,
     device: str = "cpu",
     kernels: Kernels | None = None,
     num_threads: int = 1,
@@ -42,7 +42,7 @@ def load_model(
 
     Args:
         folder: the model directory.
-        dtype: the dtype to compute in.
+        dtype: the dtype to compute in; int8 only with native kernels.
         device: the device to compute on.
         kernels: the native kernels for `dtype`; None computes with torch.
         num_threads: CPU threads to compute with.

@@ -8,11 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import Any
 
 from smolcli.backends.base import Backend, Counters
 from smolcli.errors import ModelError
-from smolcli.settings import EngineSettings
+from smolcli.settings import EngineSettings, ResolvedDtype
 from smolcli.types import Query, Result
 from smolcli.weights.resolve import on_disk
 from smolcli.weights.store import ModelFiles, install, locked_scratch, stored
@@ -25,7 +25,7 @@ class NodeInfo:
     """Facts that the driver checks before it uses a worker."""
 
     node: str
-    dtype: Literal["float32", "bfloat16"]
+    dtype: ResolvedDtype
     versions: dict[str, str]
 
 

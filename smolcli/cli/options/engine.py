@@ -2,12 +2,12 @@
 
 import functools
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from smolcli.cli.options import option
-from smolcli.settings import EngineSettings
+from smolcli.settings import Dtype, EngineSettings
 
 _DEFAULTS = EngineSettings()
 _engine = functools.partial(option, panel="Model and engine")
@@ -51,11 +51,11 @@ class EngineOptions:
         ),
     ] = _DEFAULTS.model
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
+        Dtype,
         _engine(
             "--dtype",
             help="Data type to compute in. auto: bfloat16 if the hardware supports it, "
-            "otherwise float32.",
+            "otherwise float32. int8 is faster but less exact; only on the CPU.",
         ),
     ] = _DEFAULTS.dtype
     device: Annotated[

@@ -11,10 +11,13 @@ import numpy as np
 
 from smolcli.engine.dtypes import numpy_dtype
 from smolcli.engine.native import library
+from smolcli.engine.quantized import GROUP
 
 FLOAT32 = np.dtype(np.float32)
 ALIGNMENT = 64  # bytes; of weights and scratch space: a cache line, and the widest vector
 FORMATS = ("dense", "Q4_0", "Q4_1", "Q8_0")  # of packed matrices, as numbered in kernels.c
+PAIRWISE, BYTEWISE = 1, 2  # instructions of integer products, as numbered in int8_products.h
+ROUNDED_BYTES = 80  # at most, of a group of inputs of an integer product
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +52,7 @@ class ModelStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("num_layers", "hidden", "intermediate", "num_heads")),
-        *((name, c_int32) for name in ("num_kv_heads", "head_dim", "vocab", "padding")),
+        *((name, c_int32) for name in ("num_kv_heads", "head_dim", "vocab", "integers")),
         *((name, c_float) for name in ("eps", "padding_2")),
         ("layers", c_void_p),
         *((name, MatrixStruct) for name in ("embed", "head")),
@@ -65,6 +68,7 @@ class SpaceStruct(ctypes.Structure):
         ("squares_stride", c_int64),
         ("expanded", c_void_p),
         ("expanded_stride", c_int64),
+        ("rounded", c_void_p),
     ]
 
 
@@ -77,7 +81,9 @@ class Kernels:
 
     Args:
         opened: the shared library.
-        name: variant and weight format, such as "x86-64-v3-bfloat16".
+        name: variant and weight format, such as "x86-64-v3-bfloat16"; ends in "-int8" with integer
+            products, whose packed weights and results differ.
+        integers: how to multiply matrices, as numbered in int8_products.h; 0 for floating point.
 
     Attributes:
         source: a digest of the C sources that the library was built from.
@@ -91,9 +97,10 @@ class Kernels:
         KernelError: the library does not match these bindings.
     """
 
-    def __init__(self, opened: ctypes.CDLL, name: str) -> None:
+    def __init__(self, opened: ctypes.CDLL, name: str, integers: int = 0) -> None:
         self.name = name
         self.source = _text(opened, "smol_source")
+        self.integers = integers
         self.width = c_int32.in_dll(opened, "smol_width").value
         self.panel = 2 * self.width
         self.task_rows = c_int32.in_dll(opened, "smol_task_rows").value
@@ -125,13 +132,15 @@ class Kernels:
 
 
 @cache
-def load_kernels(dtype: str) -> Kernels:
+def load_kernels(dtype: str, has_integer_products: bool = False) -> Kernels:
     """Load the fastest kernels for a weight format that this CPU can run.
 
     The environment variable SMOL_KERNEL_VARIANT selects another variant, for tests.
 
     Args:
         dtype: format of the weights, "float32" or "bfloat16".
+        has_integer_products: whether to multiply integers; matrices that are not quantized are
+            quantized when they are packed.
 
     Raises:
         KernelError: the kernels do not support this CPU, are not built, or are out of date.
@@ -149,7 +158,10 @@ def load_kernels(dtype: str) -> Kernels:
         needed = {"x86_64": "AVX2 and FMA"}.get(machine, "NEON")
         raise KernelError(f"the CPU lacks {needed}, which the native kernels need")
     name = f"{variant.name}-{dtype}"
-    return Kernels(_open_library(name), name)
+    if not has_integer_products:
+        return Kernels(_open_library(name), name)
+    integers = BYTEWISE if variant.dot_bit & cpu_variants else PAIRWISE
+    return Kernels(_open_library(name), f"{name}-int8", integers)
 
 
 def _open_library(name: str) -> ctypes.CDLL:
@@ -235,6 +247,12 @@ def aligned_empty(shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Array:
     memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + num_bytes].view(dtype).reshape(shape)
+
+
+def rounded_inputs(kernels: Kernels, num_rows: int, features: int) -> Array:
+    """Scratch space for the inputs of a product as integers; empty if none are needed."""
+    num_bytes = ROUNDED_BYTES * (features // GROUP) * num_rows if kernels.integers else 0
+    return aligned_empty((num_bytes,), np.dtype(np.uint8))
 
 
 def _typed(function: Any, result: Any, *arguments: Any) -> Any:

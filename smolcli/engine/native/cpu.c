@@ -8,6 +8,7 @@
 EXPORT const char smol_source[] = "smol-source-" SOURCE_HASH;
 
 enum { X86_64_V3 = 1, X86_64_V4 = 2, X86_64_V4_BF16 = 4, AARCH64 = 8, AARCH64_BF16 = 16 };
+enum { AVX_VNNI = 32, AVX512_VNNI = 64, DOTPROD = 128 }; /* dot products of bytes */
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
@@ -32,11 +33,12 @@ EXPORT int smol_cpu_variants(void) {
     if ((states & SSE_AVX) != SSE_AVX) return 0;
     if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !has_all(c, lzcnt)) return 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has_all(b, bmi1 | avx2 | bmi2)) return 0;
-    int found = X86_64_V3;
-    if (!has_all(b, avx512) || (states & AVX512_STATES) != AVX512_STATES) return found;
-    found |= X86_64_V4;
-    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has_all(a, 1u << 5))
-        found |= X86_64_V4_BF16;
+    int has_avx512 = has_all(b, avx512) && (states & AVX512_STATES) == AVX512_STATES;
+    int found = X86_64_V3 | (has_avx512 ? X86_64_V4 : 0);
+    if (has_avx512 && has_all(c, 1u << 11)) found |= AVX512_VNNI;
+    if (a < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return found;
+    if (has_all(a, 1u << 4)) found |= AVX_VNNI;
+    if (has_avx512 && has_all(a, 1u << 5)) found |= X86_64_V4_BF16;
     return found;
 }
 
@@ -45,18 +47,23 @@ EXPORT int smol_cpu_variants(void) {
 #include <sys/auxv.h>
 #elif defined(__APPLE__)
 #include <sys/sysctl.h>
+
+static int has_feature(const char *name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, 0, 0) == 0 && value;
+}
 #endif
 
 EXPORT int smol_cpu_variants(void) {
     int found = AARCH64;
 #if defined(__linux__)
-    const unsigned long hwcap2_bf16 = 1ul << 14;
+    const unsigned long hwcap2_bf16 = 1ul << 14, hwcap_dotprod = 1ul << 20;
+    if (getauxval(AT_HWCAP) & hwcap_dotprod) found |= DOTPROD;
     if (getauxval(AT_HWCAP2) & hwcap2_bf16) found |= AARCH64_BF16;
 #elif defined(__APPLE__)
-    int has_bf16 = 0;
-    size_t size = sizeof has_bf16;
-    if (sysctlbyname("hw.optional.arm.FEAT_BF16", &has_bf16, &size, 0, 0) == 0 && has_bf16)
-        found |= AARCH64_BF16;
+    if (has_feature("hw.optional.arm.FEAT_DotProd")) found |= DOTPROD;
+    if (has_feature("hw.optional.arm.FEAT_BF16")) found |= AARCH64_BF16;
 #endif
     return found;
 }

@@ -14,6 +14,7 @@ from smolcli.engine.native.bindings import (
     ThreadTeam,
     address,
     aligned_empty,
+    rounded_inputs,
 )
 
 
@@ -77,16 +78,18 @@ class NativeHead:
                 row[: len(mask)] = np.frombuffer(mask, np.uint8)[: len(row)]
         return bits
 
-    def _space(self, num_rows: int) -> tuple[tuple[Array, Array], SpaceStruct]:
+    def _space(self, num_rows: int) -> tuple[tuple[Array, ...], SpaceStruct]:
         """Scratch space for the norm of `num_rows` rows, and the structure that points to it."""
         hidden, stride = self._struct.hidden, num_rows + self._kernels.width
         normed = aligned_empty((num_rows, hidden), self._kernels.dtype)
         squares = aligned_empty((hidden // self._kernels.panel, stride), FLOAT32)
+        rounded = rounded_inputs(self._kernels, num_rows, hidden)
         struct = SpaceStruct(
             normed=address(normed),
             squares=address(squares),
             squares_stride=stride,
             expanded=address(self._expanded),
             expanded_stride=self._expanded.shape[1],
+            rounded=address(rounded),
         )
-        return (normed, squares), struct
+        return (normed, squares, rounded), struct

@@ -58,6 +58,7 @@ typedef float elem;
 
 enum {
     TILE_ROWS = WIDTH == 16 ? 12 : 6, /* rows of a product whose sums, 2 vectors each, fit into registers */
+    BLOCK_ROWS = 32,                  /* rows of a product of integers whose sums are in the L1 cache */
     PANEL = 2 * WIDTH,                /* output columns of a panel */
     ELEMS = 4 / sizeof(elem),         /* elements per lane */
     WEIGHTS = BF16_WEIGHTS ? 2 : 1,   /* weights per lane */
@@ -67,7 +68,7 @@ enum {
     MAX_HEAD_DIM = 256,
     GROUP = 32, /* input features that share the scale of a quantized matrix */
     ALIGNMENT = 64, /* bytes, of packed weights */
-    OPS_PER_LAYER = 5
+    OPS_PER_LAYER = 9
 };
 
 typedef uint32_t lane __attribute__((may_alias));
@@ -103,7 +104,8 @@ typedef struct {
 } Layer;
 
 typedef struct {
-    int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab, padding;
+    int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
+    int32_t integers; /* 0, or how quantized matrices are multiplied in integers; see int8_products.h */
     float eps, padding_2;
     const Layer *layers;
     Matrix embed, head; /* the same if they are tied */
@@ -129,6 +131,7 @@ typedef struct {
     int64_t squares_stride; /* at least R + WIDTH */
     char *expanded;         /* (threads, expanded_stride), an Expanded for each thread; 0 at first */
     int64_t expanded_stride; /* bytes, a multiple of ALIGNMENT */
+    char *rounded;           /* (groups, R), the inputs of a product of integers; see int8_products.h */
 } Space;
 
 /* The panel of a quantized matrix that a thread has expanded last. */
@@ -395,6 +398,8 @@ INLINE void expand_panel(Format format, const char *panel, int features, lane *t
     }
 }
 
+#include "int8_products.h"
+
 /* ---- Products with packed weights ---- */
 
 /* Products of `rows` rows of x with the two vectors of columns of one panel.
@@ -505,17 +510,21 @@ typedef struct {
     const elem *x; /* (rows, features) */
     int rows;
     const Space *space;
+    int integers; /* 0, or how space->rounded is multiplied instead of x */
 } Product;
 
 /* One item of a product: a panel of columns and a few rows. */
 typedef struct {
     int panel, first_row, end_row;
-    vec acc[TILE_ROWS][2];
+    vec acc[BLOCK_ROWS][2];
 } Tile;
 
-INLINE int num_tiles(int rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+INLINE int num_tiles(const Product *product) {
+    int most = product->integers ? BLOCK_ROWS : TILE_ROWS;
+    return (product->rows + most - 1) / most;
+}
 
-INLINE int num_product_items(int num_panels, int rows) { return num_panels * num_tiles(rows); }
+INLINE int num_product_items(const Product *product) { return product->num_panels * num_tiles(product); }
 
 /* A quantized panel as lanes, which stay in the worker's buffer until it expands another one. */
 static const lane *expanded_panel(const Product *product, const char *panel, int worker) {
@@ -531,10 +540,23 @@ static const lane *expanded_panel(const Product *product, const char *panel, int
     return expanded->panel;
 }
 
+/* The way in which a model multiplies a matrix: in integers if it does and they are. */
+INLINE int integers_of(const Model *model, const Matrix *weight) {
+    return weight->format == DENSE ? 0 : model->integers;
+}
+
+/* An item of the operation before a product of integers. */
+static void round_inputs(const Product *product, int row) {
+    Format format = product->weight.format;
+    int row_bytes = rounded_bytes(format);
+    round_row(format, product->integers, product->x + (int64_t)row * product->features, product->features,
+              product->space->rounded + (int64_t)row * row_bytes, (int64_t)product->rows * row_bytes);
+}
+
 /* The tiles of a panel are consecutive items, so each panel is read from memory once. */
 static void compute_tile(const Product *product, int item, int worker, Tile *out) {
     Format format = product->weight.format;
-    int tiles = num_tiles(product->rows), number = item % tiles, features = product->features;
+    int tiles = num_tiles(product), number = item % tiles, features = product->features;
     out->panel = item / tiles;
     out->first_row = (int64_t)number * product->rows / tiles;
     out->end_row = (int64_t)(number + 1) * product->rows / tiles;
@@ -542,6 +564,15 @@ static void compute_tile(const Product *product, int item, int worker, Tile *out
     const elem *x = product->x + (int64_t)out->first_row * features;
     int64_t num_bytes = panel_bytes(format, features);
     const char *panel = (const char *)product->weight.panels + out->panel * num_bytes;
+    if (product->integers) {
+        int row_bytes = rounded_bytes(format);
+        IntegerTile tile = {panel, features, number == 0 ? panel + num_bytes : NULL,
+                            product->space->rounded + (int64_t)out->first_row * row_bytes,
+                            (int64_t)product->rows * row_bytes};
+        for (int r = 0; r < rows; r++) out->acc[r][0] = out->acc[r][1] = (vec){};
+        add_integers(format, product->integers, rows, &tile, out->acc);
+        return;
+    }
     int in_registers = format != DENSE && tiles == 1;
     int steps = in_registers ? features / (32 / bits_of(format)) : features / WEIGHTS;
     int next_step = (num_bytes << 8) / 64 / tiles / steps; /* cache lines of the next panel, times 256 */
@@ -576,12 +607,15 @@ INLINE void prepare_norm(const Space *space, int hidden, const float *weight, in
 
 /* 1 / rms of the rows of a tile. */
 INLINE void inverse_rms(const Space *space, int hidden, float eps, const Tile *tile, float out[]) {
-    const float *squares = space->squares + tile->first_row;
-    vec sum = {};
-    for (int panel = 0; panel < hidden / PANEL; panel++)
-        sum += *(const loose *)(squares + panel * space->squares_stride);
-    for (int r = 0; r < tile->end_row - tile->first_row; r++)
-        out[r] = 1.0f / sqrtf(sum[r] / hidden + eps);
+    int rows = tile->end_row - tile->first_row;
+    for (int first = 0; first < rows; first += WIDTH) {
+        const float *squares = space->squares + tile->first_row + first;
+        vec sum = {};
+        for (int panel = 0; panel < hidden / PANEL; panel++)
+            sum += *(const loose *)(squares + panel * space->squares_stride);
+        for (int r = 0; r < min_int(WIDTH, rows - first); r++)
+            out[first + r] = 1.0f / sqrtf(sum[r] / hidden + eps);
+    }
 }
 
 /* ---- The operations of a step; see `step_items` for their order. ---- */
@@ -684,7 +718,7 @@ INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first
 /* q, k, v = norm(x) @ weight.T */
 static void project_qkv(const Step *step, int layer, const Product *product, int item, int worker) {
     Tile tile;
-    float scale[TILE_ROWS];
+    float scale[BLOCK_ROWS];
     compute_tile(product, item, worker, &tile);
     inverse_rms(step->space, step->model->hidden, step->model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++)
@@ -710,7 +744,7 @@ static void add_product(const Step *step, const Product *product, const float *n
 /* act = silu(norm(x) @ gate.T) * (norm(x) @ up.T); a panel is WIDTH columns of each. */
 static void activate(const Step *step, const Product *product, int item, int worker) {
     Tile tile;
-    float scale[TILE_ROWS];
+    float scale[BLOCK_ROWS];
     const Model *model = step->model;
     compute_tile(product, item, worker, &tile);
     inverse_rms(step->space, model->hidden, model->eps, &tile, scale);
@@ -932,16 +966,21 @@ static void attend(const Step *step, int layer, int item) {
 
 /* ---- The forward pass ---- */
 
-/* The operations of a layer, in order. */
-enum { QKV, ATTEND, OUT, GATE_UP, DOWN };
+/* The operations of a layer, in order. The inputs of a product of integers are rounded first. */
+enum { ROUND_QKV, QKV, ATTEND, ROUND_OUT, OUT, ROUND_GATE_UP, GATE_UP, ROUND_DOWN, DOWN };
 
+INLINE int is_rounding(int kind) {
+    return kind == ROUND_QKV || kind == ROUND_OUT || kind == ROUND_GATE_UP || kind == ROUND_DOWN;
+}
+
+/* The product that an operation computes, or rounds the inputs of. */
 static Product layer_product(const Step *step, const Layer *layer, int kind) {
     const Model *model = step->model;
     const Space *space = step->space;
     int hidden = model->hidden, inner = model->num_heads * model->head_dim;
     int qkv = inner + 2 * model->num_kv_heads * model->head_dim;
     Product product = {.features = hidden, .rows = step->rows, .x = space->normed, .space = space};
-    switch (kind) {
+    switch (is_rounding(kind) ? kind + 1 : kind) {
         case QKV: product.weight = layer->qkv, product.num_panels = qkv / PANEL; break;
         case OUT:
             product.weight = layer->out, product.num_panels = hidden / PANEL;
@@ -954,6 +993,7 @@ static Product layer_product(const Step *step, const Layer *layer, int kind) {
             product.weight = layer->down, product.num_panels = hidden / PANEL;
             product.x = space->act, product.features = model->intermediate;
     }
+    product.integers = integers_of(model, &product.weight);
     return product;
 }
 
@@ -964,7 +1004,9 @@ static int step_items(const void *work, int op) {
     int layer = (op - 1) / OPS_PER_LAYER, kind = (op - 1) % OPS_PER_LAYER;
     if (layer >= step->model->num_layers) return -1;
     if (kind == ATTEND) return step->num_tasks * step->model->num_kv_heads;
-    return num_product_items(layer_product(step, step->model->layers + layer, kind).num_panels, step->rows);
+    Product product = layer_product(step, step->model->layers + layer, kind);
+    if (is_rounding(kind)) return product.integers ? step->rows : 0;
+    return num_product_items(&product);
 }
 
 static void compute_step(const void *work, int op, int item, int worker) {
@@ -978,6 +1020,10 @@ static void compute_step(const void *work, int op, int item, int worker) {
     const Layer *layer = model->layers + number;
     const float *next_norm = number + 1 < model->num_layers ? layer[1].input_norm : model->norm;
     Product product = layer_product(step, layer, kind);
+    if (is_rounding(kind)) {
+        round_inputs(&product, item);
+        return;
+    }
     switch (kind) {
         case QKV: project_qkv(step, number, &product, item, worker); break;
         case ATTEND: attend(step, number, item); break;
@@ -1047,10 +1093,23 @@ INLINE void keep_best(const HeadStep *step, int row, vec value, int first_id, Be
     best->is_nan |= (value != value) & is_real;
 }
 
+static Product head_product(const HeadStep *step) {
+    const Model *model = step->model;
+    return (Product){.weight = model->head,
+                     .num_panels = num_head_panels(model),
+                     .features = model->hidden,
+                     .x = step->space->normed,
+                     .rows = step->rows,
+                     .space = step->space,
+                     .integers = integers_of(model, &model->head)};
+}
+
 static int head_items(const void *work, int op) {
     const HeadStep *step = work;
     if (op == 0) return step->rows;
-    return op == 1 ? num_product_items(num_head_panels(step->model), step->rows) : -1;
+    Product product = head_product(step);
+    if (op == 1) return product.integers ? step->rows : 0;
+    return op == 2 ? num_product_items(&product) : -1;
 }
 
 static void compute_head(const void *work, int op, int item, int worker) {
@@ -1065,9 +1124,13 @@ static void compute_head(const void *work, int op, int item, int worker) {
         }
         return;
     }
-    Product product = {model->head, num_panels, hidden, step->space->normed, step->rows, step->space};
+    Product product = head_product(step);
+    if (op == 1) {
+        round_inputs(&product, item);
+        return;
+    }
     Tile tile;
-    float scale[TILE_ROWS];
+    float scale[BLOCK_ROWS];
     compute_tile(&product, item, worker, &tile);
     inverse_rms(step->space, hidden, model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++) {

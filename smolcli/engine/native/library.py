@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 FOLDER = Path(__file__).parent
-SOURCES = ("kernels.c", "team.c", "team.h", "cpu.c")
+SOURCES = ("kernels.c", "int8_products.h", "team.c", "team.h", "cpu.c")
 CPU_LIBRARY = "cpu"
 VARIANT_VARIABLE = "SMOL_KERNEL_VARIANT"
 BUILD_COMMAND = "python -m tools.build_kernels"
@@ -32,6 +32,8 @@ class Variant:
         zig_flag: enables them in zig.
         products: the weight formats that it is built for, and whether each uses bfloat16
             instructions.
+        dot_bit: in the same result, the bit for dot products of bytes, which the integer products
+            of the variant use if the CPU has them.
     """
 
     name: str
@@ -40,10 +42,12 @@ class Variant:
     gcc_flag: str
     zig_flag: str
     products: Mapping[str, bool]
+    dot_bit: int
 
 
 _FLOAT32_PRODUCTS = MappingProxyType({"float32": False, "bfloat16": False})
 _BFLOAT16_PRODUCTS = MappingProxyType({"bfloat16": True})
+_AVX_VNNI, _AVX512_VNNI, _DOTPROD = 32, 64, 128
 
 # The best variant for a format is the last one that the CPU supports.
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
@@ -52,23 +56,23 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         for variant in (
             Variant(
                 *("x86-64-v3", "x86_64", 1, "-march=x86-64-v3", "-mcpu=x86_64_v3"),
-                _FLOAT32_PRODUCTS,
+                *(_FLOAT32_PRODUCTS, _AVX_VNNI),
             ),
             Variant(
                 *("x86-64-v4", "x86_64", 2, "-march=x86-64-v4", "-mcpu=x86_64_v4"),
-                _FLOAT32_PRODUCTS,
+                *(_FLOAT32_PRODUCTS, _AVX512_VNNI),
             ),
             Variant(
                 *("x86-64-v4-bf16", "x86_64", 4, "-march=cooperlake", "-mcpu=x86_64_v4+avx512bf16"),
-                _BFLOAT16_PRODUCTS,
+                *(_BFLOAT16_PRODUCTS, _AVX512_VNNI),
             ),
             Variant(
                 *("aarch64", "aarch64", 8, "-march=armv8-a", "-mcpu=generic"),
-                _FLOAT32_PRODUCTS,
+                *(_FLOAT32_PRODUCTS, _DOTPROD),
             ),
             Variant(
                 *("aarch64-bf16", "aarch64", 16, "-march=armv8.2-a+bf16", "-mcpu=generic+bf16"),
-                _BFLOAT16_PRODUCTS,
+                *(_BFLOAT16_PRODUCTS, _DOTPROD),
             ),
         )
     }

@@ -25,6 +25,7 @@ from smolcli.engine.native.bindings import (
     ThreadTeam,
     address,
     aligned_empty,
+    rounded_inputs,
 )
 from smolcli.engine.native.cache import BufferCache, NativeBatch
 from smolcli.engine.native.head import NativeHead
@@ -35,7 +36,7 @@ from smolcli.engine.native.packing import (
     pack_into,
     packed_layout,
 )
-from smolcli.engine.quantized import Formats, Weights, formats_of
+from smolcli.engine.quantized import GROUP, Formats, Weights, formats_of
 
 MAX_HEAD_DIM = 256
 
@@ -50,6 +51,9 @@ def unsupported_reason(config: LlamaConfig, kernels: Kernels) -> str | None:
     for name, (size, divisor) in multiples.items():
         if size % divisor:
             return f"{name} {size} is not a multiple of {divisor}"
+    sizes = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
+    if kernels.integers and any(size % GROUP for size in sizes):
+        return f"of its matrices' input sizes {sizes}, not all are multiples of {GROUP}"
     if config.head_dim > MAX_HEAD_DIM:
         return f"head_dim {config.head_dim} is greater than {MAX_HEAD_DIM}"
     if config.group_size > kernels.task_rows:
@@ -125,7 +129,7 @@ class NativeModel:
         self.config = config
         self._kernels = kernels
         self._packed = packed  # the structure points into it
-        self._struct, self._layers = _model_struct(config, packed, layout)
+        self._struct, self._layers = _model_struct(config, packed, layout, kernels.integers)
         self._team = ThreadTeam(kernels, num_threads)
         self._expanded = _expanded_panels(config, layout, kernels, num_threads)
         self._space = Space(config, kernels, 0, self._expanded)
@@ -167,7 +171,7 @@ class NativeModel:
 
 
 def _model_struct(
-    config: LlamaConfig, packed: Array, layout: PackedLayout
+    config: LlamaConfig, packed: Array, layout: PackedLayout, integers: int
 ) -> tuple[ModelStruct, Any]:
     """The model as kernels.c expects it, and the layers that it points to."""
     tensors, start = layout.tensors, address(packed)
@@ -192,6 +196,7 @@ def _model_struct(
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         vocab=config.vocab_size,
+        integers=integers,
         eps=config.rms_norm_eps,
         layers=ctypes.cast(layers, ctypes.c_void_p),
         embed=field("embed", MatrixStruct),
@@ -248,12 +253,14 @@ class Space:
         elements = {
             name: aligned_empty((num_rows, size), kernels.dtype) for name, size in widths.items()
         }
-        self._kept = (squares, elements, expanded)  # the structure points to them
+        rounded = rounded_inputs(kernels, num_rows, max(widths.values()))
+        self._kept = (squares, elements, expanded, rounded)  # the structure points to them
         self.struct = SpaceStruct(
             x=address(self.x),
             squares=address(squares),
             squares_stride=stride,
             expanded=address(expanded),
             expanded_stride=expanded.shape[1],
+            rounded=address(rounded),
             **{name: address(array) for name, array in elements.items()},
         )

@@ -5,9 +5,10 @@ panel, the weights of one input feature (in bfloat16, of two) are contiguous. Ro
 that the two vectors of a panel contain values that are used together: gate and up, or the two
 halves of a head that the rotary embedding combines.
 
-Quantized matrices stay quantized. Within a panel, each group of input features has the scales of
-all columns, their offsets, and their integers in words of 32 bits; see kernels.c. Matrices that are
-packed together but stored in different formats are expanded.
+Quantized matrices stay quantized; integer products need all matrices to be. Within a panel, each
+group of input features has the scales of all columns, their offsets, and their integers in words of
+32 bits; see kernels.c. Matrices that are packed together but stored in different formats are
+expanded, or for integer products quantized alike.
 """
 
 import math
@@ -28,9 +29,11 @@ from smolcli.engine.quantized import (
     Weights,
     as_array,
     formats_of,
+    quantized_as,
 )
 
 DENSE = "dense"
+REQUANTIZED = "Q8_0"  # what integer products make of matrices that are not quantized alike
 NOT_QUANTIZED: Formats = MappingProxyType({})
 
 
@@ -90,7 +93,10 @@ def _packed_tensor(
     num_panels = -(-out_features // kernels.panel)
     found = {formats.get(part, DENSE) for part in parts}
     stored = found.pop()
-    if found or stored not in BLOCK_BYTES:
+    is_dense = bool(found) or stored not in BLOCK_BYTES
+    if is_dense and kernels.integers:
+        stored = REQUANTIZED
+    elif is_dense:
         lane = 4 // kernels.weight_dtype.itemsize
         dense = (num_panels, in_features // lane, kernels.panel, lane)
         return PackedTensor(offset, dense, kernels.weight_dtype)
@@ -121,7 +127,7 @@ def pack_into(buffer: Array, config: LlamaConfig, weights: Weights, kernels: Ker
         elif tensor.format == DENSE:
             _pack(_arranged(kind, [as_array(part) for part in parts], config, kernels.width), out)
         else:
-            blocks = [part.blocks for part in parts if isinstance(part, QuantizedMatrix)]
+            blocks = [quantized_as(tensor.format, part).blocks for part in parts]
             flat = [part.reshape(len(part), -1) for part in blocks]
             rows = _arranged(kind, flat, config, kernels.width)
             matrix = QuantizedMatrix(tensor.format, rows.reshape(len(rows), *blocks[0].shape[1:]))

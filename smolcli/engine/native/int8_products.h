@@ -1,0 +1,408 @@
+/* Products of integers, for --dtype int8. Included by kernels.c.
+
+   The inputs of a product are rounded to integers first. For weights of 4 bits they have 8 bits and a
+   scale for each row and SUBGROUP features; the scales of a group are integer multiples of one float. For
+   weights of 8 bits they have 16 bits and a scale for each row and group, because AVX2 has no instruction
+   that multiplies bytes of that range exactly. So the sum over a group is an exact integer of 32 bits. Sums
+   are added across groups in float32, in order.
+
+   Weights are read as the float kernels pack them. To need no shuffles, the rounded inputs are stored in
+   the order in which masks and shifts take the weights out of their words:
+
+     4 bits             per word of 8 features: 0 2 4 6 and 1 3 5 7, in 8 bits
+     8 bits, PAIRWISE   per word of 4 features: 0 2 and 1 3, in 16 bits
+     8 bits, BYTEWISE   per word of 4 features: the low bytes of 0 1 2 3, signed, and the high bytes
+
+   BYTEWISE uses the dot products of newer CPUs (VNNI, AVX-VNNI, the dot product extension of ARM), PAIRWISE
+   the instructions that all CPUs of a variant have. Both give the same bits. */
+
+enum { PAIRWISE = 1, BYTEWISE = 2 };
+enum {
+    SUBGROUP = 16,
+    NARROW_LEVELS = 127,
+    WIDE_LEVELS = 127 * 256 + 127, /* the high byte must not overflow when the low one is signed */
+    MULTIPLES = 32767              /* 2 * SUBGROUP * 15 * 127 * 32767 < 2^31 */
+};
+
+/* The rounded inputs of one row and group: value = code * scale * multiple of the subgroup. */
+typedef struct {
+    float scale;
+    union {
+        float total;       /* of Q4_1: the sum of the values */
+        int32_t zero_sums; /* of others: the zero point of the weights, multiplied by all codes */
+    };
+    lane multiples[2]; /* of the subgroups, for PAIRWISE in both halves; not for weights of 8 bits */
+    lane codes[];
+} Rounded;
+
+INLINE int is_wide(Format format) { return format == Q8_0; }
+
+INLINE int rounded_bytes(Format format) { return sizeof(Rounded) + (is_wide(format) ? 2 : 1) * GROUP; }
+
+/* The dot products of ARM multiply signed integers only. */
+INLINE int has_signed_weights(Format format, int integers) {
+#if defined(__aarch64__)
+    return is_wide(format) && integers == BYTEWISE;
+#else
+    (void)format, (void)integers;
+    return 0;
+#endif
+}
+
+/* ---- Rounding ---- */
+
+typedef int8_t bytes_of_vec __attribute__((vector_size(WIDTH), may_alias, aligned(1)));
+typedef int16_t shorts_of_vec __attribute__((vector_size(2 * WIDTH), may_alias, aligned(1)));
+
+#if WIDTH == 8
+#define SHUFFLE_CODES(codes, a, b, c, d, e, f, g, h) __builtin_shufflevector(codes, codes, a, b, c, d, e, f, g, h)
+#else
+#define SHUFFLE_CODES(codes, a, b, c, d, e, f, g, h) \
+    __builtin_shufflevector(codes, codes, a, b, c, d, e, f, g, h, 8 + a, 8 + b, 8 + c, 8 + d, 8 + e, 8 + f, \
+                            8 + g, 8 + h)
+#endif
+
+INLINE void store_codes(Format format, int integers, ivec codes, char *to) {
+    if (!is_wide(format)) {
+        ivec ordered = SHUFFLE_CODES(codes, 0, 2, 4, 6, 1, 3, 5, 7);
+        *(bytes_of_vec *)to = __builtin_convertvector(ordered, bytes_of_vec);
+    } else if (integers == PAIRWISE) {
+        ivec ordered = SHUFFLE_CODES(codes, 0, 2, 1, 3, 4, 6, 5, 7);
+        *(shorts_of_vec *)to = __builtin_convertvector(ordered, shorts_of_vec);
+    } else {
+        ivec high = (codes + 128) >> 8;
+        bytes_of_vec parts[2] = {__builtin_convertvector(codes - (high << 8), bytes_of_vec),
+                                 __builtin_convertvector(high, bytes_of_vec)};
+        for (int word = 0; word < WIDTH / 4; word++)
+            for (int part = 0; part < 2; part++)
+                memcpy(to + 8 * word + 4 * part, (const char *)(parts + part) + 4 * word, 4);
+    }
+}
+
+/* The largest magnitude of `count` vectors; NaN if any value is NaN. */
+INLINE float largest_of(int count, const vec values[]) {
+    ivec top = {};
+    for (int i = 0; i < count; i++) {
+        ivec magnitude = (ivec)values[i] & 0x7fffffff; /* ordered like the values, NaN last */
+        top = (ivec)select_lanes(magnitude > top, (vec)magnitude, (vec)top);
+    }
+    int32_t bits = top[0];
+    for (int i = 1; i < WIDTH; i++) bits = top[i] > bits ? top[i] : bits;
+    float largest;
+    memcpy(&largest, &bits, 4);
+    return largest;
+}
+
+/* Stores the codes of `count` vectors, rounded to nearest, ties to even; returns their sum. */
+INLINE int32_t round_values(Format format, int integers, int count, const vec values[], float inverse,
+                            char *to) {
+    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    ivec sums = {};
+    int32_t sum = 0;
+    for (int i = 0; i < count; i++) {
+        vec shifted = fma_of(values[i], broadcast(inverse), broadcast(shift));
+        ivec codes = (ivec)shifted - (ivec)broadcast(shift);
+        sums += codes;
+        store_codes(format, integers, codes, to + i * WIDTH * (is_wide(format) ? 2 : 1));
+    }
+    for (int i = 0; i < WIDTH; i++) sum += sums[i];
+    return sum;
+}
+
+/* Rounds GROUP inputs of a row. If one of them is infinite or NaN, so are all products. */
+INLINE void round_group(Format format, int integers, const elem *x, Rounded *out) {
+    int parts = is_wide(format) ? 1 : 2, count = GROUP / WIDTH / parts;
+    int multiples = is_wide(format) ? 1 : MULTIPLES, levels = is_wide(format) ? WIDE_LEVELS : NARROW_LEVELS;
+    vec values[GROUP / WIDTH];
+    for (int i = 0; i < GROUP / WIDTH; i++) values[i] = load(x + i * WIDTH);
+    float largest = largest_of(GROUP / WIDTH, values), scale = largest / ((float)levels * multiples);
+    int is_normal = largest > 1e-30f && largest < 1e38f;
+    int32_t sum = 0;
+    for (int part = 0; part < parts; part++) {
+        const vec *of_part = values + part * count;
+        int multiple = 1;
+        if (!is_wide(format))
+            multiple = !is_normal ? 0
+                                  : min_int(ceilf(largest_of(count, of_part) * (MULTIPLES / largest)),
+                                            MULTIPLES);
+        float inverse = is_normal && multiple ? 1.0f / (scale * multiple) : 0;
+        char *to = (char *)(out->codes + part * SUBGROUP / 4);
+        sum += multiple * round_values(format, integers, count, of_part, inverse, to);
+        out->multiples[part] = integers == PAIRWISE ? multiple * 0x10001 : multiple;
+    }
+    out->scale = scale;
+    if (format == Q4_1)
+        out->total = scale * sum;
+    else
+        out->zero_sums = has_signed_weights(format, integers) ? 0 : sum * (1 << (bits_of(format) - 1));
+}
+
+/* Rounds the inputs of one row; groups of the result are `stride` bytes apart. */
+INLINE void round_groups(Format format, int integers, const elem *x, int features, char *out,
+                         int64_t stride) {
+    for (int at = 0; at < features; at += GROUP, out += stride)
+        round_group(format, integers, x + at, (Rounded *)out);
+}
+
+static void round_row(Format format, int integers, const elem *x, int features, char *out, int64_t stride) {
+    switch (format) {
+        case Q4_0: round_groups(Q4_0, integers, x, features, out, stride); break;
+        case Q4_1: round_groups(Q4_1, integers, x, features, out, stride); break;
+        default: round_groups(Q8_0, integers, x, features, out, stride); break;
+    }
+}
+
+/* ---- Multiplying ---- */
+
+/* For each column of a vector, partial sums of products. */
+typedef struct {
+    ivec parts[2];
+} Partial;
+
+/* sum += the products of the 4 bytes in each lane, of unsigned weights (on ARM: signed) with signed
+   codes. The instruction is in assembly language because the library is also loaded by CPUs without it. */
+INLINE ivec add_bytewise(ivec sum, uvec weights, uvec codes) {
+#if defined(EMULATE_VNNI)
+    for (int i = 0; i < WIDTH; i++)
+        for (int byte = 0; byte < 32; byte += 8)
+            sum[i] += (int)(weights[i] >> byte & 255) * (int8_t)(codes[i] >> byte);
+#elif defined(__aarch64__)
+    union {
+        uvec whole;
+        int8x16_t quads[WIDTH / 4];
+    } w = {weights}, c = {codes};
+    union {
+        ivec whole;
+        int32x4_t quads[WIDTH / 4];
+    } s = {sum};
+    for (int i = 0; i < WIDTH / 4; i++)
+        __asm__(".arch armv8.2-a+bf16+dotprod\n\tsdot %0.4s, %1.16b, %2.16b"
+                : "+w"(s.quads[i])
+                : "w"(w.quads[i]), "w"(c.quads[i]));
+    sum = s.whole;
+#elif WIDTH == 16 && defined(__AVX512F__)
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(codes));
+#elif WIDTH == 8
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(codes));
+#else
+    __builtin_trap();
+#endif
+    return sum;
+}
+
+#if defined(__aarch64__)
+typedef union {
+    uvec whole;
+    int8x16_t bytes[WIDTH / 4];
+    int16x8_t shorts[WIDTH / 4];
+} Words;
+
+typedef union {
+    Partial whole;
+    int16x8_t shorts[WIDTH / 4][2];
+    int32x4_t ints[WIDTH / 4][2];
+} Quads;
+
+/* sum += the products of bytes; a sum has room for all 8 of a group. */
+INLINE void add_narrow(Partial *sum, uvec weights, uvec codes) {
+    Words w = {weights}, c = {codes};
+    Quads s = {*sum};
+    for (int i = 0; i < WIDTH / 4; i++) {
+        s.shorts[i][0] = vmlal_s8(s.shorts[i][0], vget_low_s8(w.bytes[i]), vget_low_s8(c.bytes[i]));
+        s.shorts[i][1] = vmlal_high_s8(s.shorts[i][1], w.bytes[i], c.bytes[i]);
+    }
+    *sum = s.whole;
+}
+
+/* sum += the products of 16-bit integers. */
+INLINE void add_wide(Partial *sum, uvec weights, uvec codes) {
+    Words w = {weights}, c = {codes};
+    Quads s = {*sum};
+    for (int i = 0; i < WIDTH / 4; i++) {
+        s.ints[i][0] = vmlal_s16(s.ints[i][0], vget_low_s16(w.shorts[i]), vget_low_s16(c.shorts[i]));
+        s.ints[i][1] = vmlal_high_s16(s.ints[i][1], w.shorts[i], c.shorts[i]);
+    }
+    *sum = s.whole;
+}
+
+INLINE ivec total_of(Format format, int integers, const Partial *sum) {
+    if (integers == BYTEWISE) return sum->parts[0];
+    Quads s = {*sum};
+    union {
+        ivec whole;
+        int32x4_t quads[WIDTH / 4];
+    } out;
+    for (int i = 0; i < WIDTH / 4; i++)
+        out.quads[i] = is_wide(format)
+                           ? vpaddq_s32(s.ints[i][0], s.ints[i][1])
+                           : vpaddq_s32(vpaddlq_s16(s.shorts[i][0]), vpaddlq_s16(s.shorts[i][1]));
+    return out.whole;
+}
+
+/* The sum of a subgroup * its multiple. */
+INLINE ivec times_multiple(Format format, int integers, const Partial *sum, lane multiple) {
+    return total_of(format, integers, sum) * (int32_t)(multiple & 0xffff);
+}
+#else
+typedef union {
+    ivec whole;
+    __m256i halves[WIDTH / 8];
+} Halves;
+
+/* sum += the products of 2 16-bit integers in each lane. */
+INLINE ivec add_pair_products(ivec sum, ivec a, ivec b) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return sum + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+    Halves x = {a}, y = {b}, out;
+    for (int i = 0; i < WIDTH / 8; i++) out.halves[i] = _mm256_madd_epi16(x.halves[i], y.halves[i]);
+    return sum + out.whole;
+#endif
+}
+
+/* sum += the products of bytes, added in pairs in 16 bits; a sum has room for all of a group. */
+INLINE void add_narrow(Partial *sum, uvec weights, uvec codes) {
+#if defined(__AVX512F__) && WIDTH == 16
+    __m512i products = _mm512_maddubs_epi16((__m512i)weights, (__m512i)codes);
+    sum->parts[0] = (ivec)_mm512_add_epi16((__m512i)sum->parts[0], products);
+#else
+    Halves w = {(ivec)weights}, c = {(ivec)codes}, s = {sum->parts[0]};
+    for (int i = 0; i < WIDTH / 8; i++)
+        s.halves[i] =
+            _mm256_add_epi16(s.halves[i], _mm256_maddubs_epi16(w.halves[i], c.halves[i]));
+    sum->parts[0] = s.whole;
+#endif
+}
+
+INLINE void add_wide(Partial *sum, uvec weights, uvec codes) {
+    sum->parts[0] = add_pair_products(sum->parts[0], (ivec)weights, (ivec)codes);
+}
+
+INLINE ivec total_of(Format format, int integers, const Partial *sum) {
+    (void)format, (void)integers;
+    return sum->parts[0];
+}
+
+/* The sum of a subgroup * its multiple. PAIRWISE sums are two of 16 bits in each lane; a BYTEWISE one has
+   32 bits, but fits into 16, and the upper half of its multiple is 0. */
+INLINE ivec times_multiple(Format format, int integers, const Partial *sum, lane multiple) {
+    (void)format, (void)integers;
+    return add_pair_products((ivec){}, sum->parts[0], (ivec){} + (int32_t)multiple);
+}
+#endif
+
+/* ---- Products of a panel with rows ---- */
+
+/* Rounded rows and the panel of weights that they are multiplied with. */
+typedef struct {
+    const char *weights;
+    int features;
+    const char *next; /* weights to prefetch, as many as the panel has, or NULL */
+    const char *rounded; /* (groups, rows); groups are `stride` bytes apart */
+    int64_t stride;
+} IntegerTile;
+
+enum { PART_WORDS = 2 }; /* words whose weights are multiplied together: 8 vectors, or 4 of all bytes */
+
+/* For half 0 and 1, the lower and upper nibbles of a word, or its even and odd bytes; or all bytes. */
+INLINE uvec half_of_word(Format format, int integers, uvec word, int half) {
+    if (!is_wide(format)) return (half ? word >> 4 : word) & 0x0f0f0f0f;
+    if (integers == PAIRWISE) return (half ? word >> 8 : word) & 0x00ff00ff;
+    if (has_signed_weights(format, integers)) return word ^ 0x80808080;
+    return word;
+}
+
+/* The exact sum of the products of a part of a group for the columns of a vector. */
+INLINE ivec part_sum(Format format, int integers, const uvec weights[], const uvec codes[], lane multiple) {
+    Partial sum = {};
+    if (is_wide(format) && integers == BYTEWISE) { /* high and low bytes */
+        ivec high = {}, low = {};
+        for (int word = 0; word < PART_WORDS; word++) {
+            low = add_bytewise(low, weights[2 * word], codes[2 * word]);
+            high = add_bytewise(high, weights[2 * word], codes[2 * word + 1]);
+        }
+        return high * 256 + low;
+    }
+    for (int i = 0; i < 2 * PART_WORDS; i++)
+        if (integers == BYTEWISE)
+            sum.parts[0] = add_bytewise(sum.parts[0], weights[i], codes[i]);
+        else if (is_wide(format))
+            add_wide(&sum, weights[i], codes[i]);
+        else
+            add_narrow(&sum, weights[i], codes[i]);
+    return is_wide(format) ? total_of(format, integers, &sum)
+                           : times_multiple(format, integers, &sum, multiple);
+}
+
+/* totals[r][v] += the sums of one part of a group; the last part adds the group to `sums` in float32. */
+INLINE void add_part(Format format, int integers, int part, int rows, const char *group, const char *rounded,
+                     ivec totals[][2], vec sums[][2]) {
+    int is_last = (part + 1) * PART_WORDS == bits_of(format);
+    const uvec *words = (const uvec *)(group + scale_bytes(format)) + part * PART_WORDS * 2;
+    uvec weights[2][2 * PART_WORDS];
+    vec scale[2], offset[2];
+    for (int v = 0; v < 2; v++) {
+        for (int i = 0; i < 2 * PART_WORDS; i++)
+            weights[v][i] = half_of_word(format, integers, words[i / 2 * 2 + v], i % 2);
+        scale[v] = load_half(group + v * WIDTH * 2);
+        offset[v] = format == Q4_1 ? load_half(group + (PANEL + v * WIDTH) * 2) : (vec){};
+    }
+    for (int r = 0; r < rows; r++, rounded += rounded_bytes(format)) {
+        const Rounded *row = (const Rounded *)rounded;
+        uvec codes[2 * PART_WORDS];
+        for (int i = 0; i < 2 * PART_WORDS; i++)
+            codes[i] = (uvec){} + row->codes[part * 2 * PART_WORDS + i];
+        for (int v = 0; v < 2; v++) {
+            lane multiple = is_wide(format) ? 1 : row->multiples[part];
+            ivec total = part_sum(format, integers, weights[v], codes, multiple);
+            if (part > 0) total += totals[r][v];
+            if (!is_last) {
+                totals[r][v] = total;
+                continue;
+            }
+            if (format != Q4_1) total -= row->zero_sums;
+            vec value = __builtin_convertvector(total, vec);
+            sums[r][v] = fma_of(value, scale[v] * row->scale, sums[r][v]);
+            if (format == Q4_1) sums[r][v] = fma_of(offset[v], broadcast(row->total), sums[r][v]);
+        }
+    }
+}
+
+INLINE void prefetch_group(Format format, const char *group) {
+    for (int line = 0; line < group_bytes(format); line += 64) __builtin_prefetch(group + line, 0, 2);
+}
+
+/* sums += products of `rows` rounded rows with the two vectors of columns of a panel. */
+INLINE void add_groups(Format format, int integers, int rows, const IntegerTile *tile, vec sums[][2]) {
+    ivec totals[BLOCK_ROWS][2];
+    const char *group = tile->weights, *rounded = tile->rounded;
+    int num_groups = tile->features / GROUP;
+    for (int g = 0; g < num_groups; g++, group += group_bytes(format), rounded += tile->stride) {
+        if (tile->next) prefetch_group(format, tile->next + (int64_t)g * group_bytes(format));
+        add_part(format, integers, 0, rows, group, rounded, totals, sums);
+        add_part(format, integers, 1, rows, group, rounded, totals, sums);
+        if (bits_of(format) == 4) continue;
+        add_part(format, integers, 2, rows, group, rounded, totals, sums);
+        add_part(format, integers, 3, rows, group, rounded, totals, sums);
+    }
+}
+
+#define ADD_INTEGERS(name, format, integers) \
+    static void name(int rows, const IntegerTile *tile, vec sums[][2]) { \
+        add_groups(format, integers, rows, tile, sums); \
+    }
+ADD_INTEGERS(add_pairwise_q4_0, Q4_0, PAIRWISE)
+ADD_INTEGERS(add_pairwise_q4_1, Q4_1, PAIRWISE)
+ADD_INTEGERS(add_pairwise_q8_0, Q8_0, PAIRWISE)
+ADD_INTEGERS(add_bytewise_q4_0, Q4_0, BYTEWISE)
+ADD_INTEGERS(add_bytewise_q4_1, Q4_1, BYTEWISE)
+ADD_INTEGERS(add_bytewise_q8_0, Q8_0, BYTEWISE)
+
+static void add_integers(Format format, int integers, int rows, const IntegerTile *tile, vec sums[][2]) {
+    int is_bytewise = integers == BYTEWISE;
+    switch (format) {
+        case Q4_0: (is_bytewise ? add_bytewise_q4_0 : add_pairwise_q4_0)(rows, tile, sums); break;
+        case Q4_1: (is_bytewise ? add_bytewise_q4_1 : add_pairwise_q4_1)(rows, tile, sums); break;
+        default: (is_bytewise ? add_bytewise_q8_0 : add_pairwise_q8_0)(rows, tile, sums); break;
+    }
+}
