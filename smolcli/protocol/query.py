@@ -170,7 +170,7 @@ def _format_tag(value: object) -> str | None:
         value = value.model_dump(by_alias=True)
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         return None
-    is_flat = "schema" in value and is_empty(value.get("json_schema"))
+    is_flat = value.get("schema") is not None and is_empty(value.get("json_schema"))
     return "flat" if is_flat and value["type"] == "json_schema" else value["type"]
 
 
