@@ -52,9 +52,9 @@ class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
         if self.target_name != "wheel" or version == "editable":
             return
         add_to_path(self.root)
-        from tools.check_wheel import faults
+        from tools.check_wheel import problems
 
-        if found := faults(Path(artifact_path)):
+        if found := problems(Path(artifact_path)):
             self.app.abort("\n".join([f"{artifact_path} is tagged wrongly:", *found]))
 
 

@@ -38,7 +38,7 @@ class Load:
         self._is_over = False
         self.answered: list[Exchange] = []
         self.streamed: list[Exchange] = []
-        self.faults: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
         self._threads = [
             threading.Thread(target=self._client, args=(n % 4 == 3,)) for n in range(num_clients)
         ]
@@ -66,7 +66,7 @@ class Load:
             try:
                 (self._stream if streams else self._chat)(connection, number)
             except (OSError, http.client.HTTPException, ValueError) as exc:
-                self.faults[f"{type(exc).__name__}: {exc}"] += 1
+                self.failures[f"{type(exc).__name__}: {exc}"] += 1
                 connection.close()
 
     def _chat(self, connection: http.client.HTTPConnection, number: int) -> None:
@@ -74,10 +74,10 @@ class Load:
         asked = {"chat_id": str(number), "user_prompt": prompt, "max_new_tokens": MAX_NEW_TOKENS}
         exchange = post(connection, "/chat", asked)
         if exchange.status != 200:
-            self.faults[f"{exchange.status} {exchange.body.get('error_code')}"] += 1
+            self.failures[f"{exchange.status} {exchange.body.get('error_code')}"] += 1
             time.sleep(1)
         elif exchange.body["chat_id"] != str(number):
-            self.faults["answer to another question"] += 1
+            self.failures["answer to another question"] += 1
         else:
             self.answered.append(exchange)
 
@@ -91,10 +91,10 @@ class Load:
         }
         exchange = post(connection, "/v1/chat/completions", asked)
         if exchange.status != 200:
-            self.faults[f"{exchange.status} {exchange.body['error']['code']}"] += 1
+            self.failures[f"{exchange.status} {exchange.body['error']['code']}"] += 1
             time.sleep(1)
         elif "data: [DONE]" not in exchange.body:
-            self.faults["truncated stream"] += 1
+            self.failures["truncated stream"] += 1
         else:
             self.streamed.append(exchange)
 
@@ -133,7 +133,7 @@ def measure(url: str | None, num_clients: int, warm_up_s: float, seconds: float)
         "answered": len(load.answered) + len(load.streamed),
         "different_streams": len({stream_id(e) for e in load.streamed}),
         "streams": len(load.streamed),
-        "faults": dict(load.faults),
+        "failures": dict(load.failures),
         "cpu_share_of_clients": round(load.cpu_share, 3),
         "tokens_per_second": round(tokens / (ended - began), 1),
         "latency": percentiles([e.total_s for e in counted]),

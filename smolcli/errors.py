@@ -4,7 +4,7 @@ SmolError
 ├── QueryError              one query is invalid: becomes its error record, never ends a run
 │   └── PromptTooLong
 ├── UsageError              the command or an option is invalid (exit code 2)
-│   └── ResumeRefused       the existing output belongs to another run
+│   └── ResumeError       the existing output belongs to another run
 │       └── SettingsChanged it was made with other settings
 └── RunError                the command failed (exit code 1)
     ├── InputError          the input cannot be read
@@ -60,11 +60,11 @@ class UsageError(SmolError):
     """The command, or one of its options, is invalid."""
 
 
-class ResumeRefused(UsageError):
+class ResumeError(UsageError):
     """The existing output was written by another run; resuming it would mix the two."""
 
 
-class SettingsChanged(ResumeRefused):
+class SettingsChanged(ResumeError):
     """The existing output was made with another model or other settings.
 
     Args:

@@ -177,7 +177,7 @@ def test_text_has_a_prompt_on_every_line(tmp_path: Path) -> None:
     rows = list(read_rows(path, RowSettings()))
     prompts = [row.value["user_prompt"] for row in rows[:3] if isinstance(row.value, dict)]
     assert prompts == ["Well, hello", "  Yes, I am", 'not "JSON']
-    assert "not valid UTF-8" in str(rows[3].fault)
+    assert "not valid UTF-8" in str(rows[3].error)
     path.write_text("word\tlang\nsea\tFrench\n")
     table = list(read_rows(path, RowSettings("Say {word} in {lang}")))
     assert [row.value for row in table] == [{"chat_id": "2", "user_prompt": "Say sea in French"}]

@@ -21,7 +21,7 @@ from smolcli.backends.local import open_local
 from smolcli.batch.manifest import load_manifest, manifest_path, save_manifest
 from smolcli.batch.validation import check_input
 from smolcli.cli.main import app
-from smolcli.errors import BackendError, QueryError, ResumeRefused, UsageError
+from smolcli.errors import BackendError, QueryError, ResumeError, UsageError
 from smolcli.protocol.line_formats import smol_record
 from smolcli.protocol.openai import parse_completion
 from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
@@ -174,7 +174,7 @@ def test_body_is_validated_like_a_server_request(job: RunSettings, body: dict[st
     assert only_error(job, line) == ("b", str(caught.value), caught.value.field)
 
 
-def test_streaming_is_refused(job: RunSettings) -> None:
+def test_streaming_is_rejected(job: RunSettings) -> None:
     line = request("b", stream=True)
     assert only_error(job, line) == ("b", "stream cannot be true in a batch", "stream")
 
@@ -569,24 +569,24 @@ def test_output_is_empty_if_every_line_failed(job: RunSettings) -> None:
 
 def test_errors_file_must_not_be_left_behind(split: RunSettings) -> None:
     for errors in (None, split.output.with_name("other.jsonl")):
-        with pytest.raises(ResumeRefused, match=r"are in .*bad.jsonl; pass it as --errors"):
+        with pytest.raises(ResumeError, match=r"are in .*bad.jsonl; pass it as --errors"):
             answer(replace(split, errors=errors), no_backend)
     assert split.errors is not None
     split.errors.unlink()
-    with pytest.raises(ResumeRefused, match="lacks results"):
+    with pytest.raises(ResumeError, match="lacks results"):
         answer(split, no_backend)
     answer(replace(split, overwrite=True))
     assert len(results(split.errors)) == 4
 
 
-def test_foreign_errors_file_is_refused_and_kept(job: RunSettings) -> None:
+def test_foreign_errors_file_is_rejected_and_kept(job: RunSettings) -> None:
     errors = job.output.with_name("bad.jsonl")
     errors.write_bytes(b"mine\n")
     job = replace(job, errors=errors)
-    with pytest.raises(ResumeRefused, match=r"bad.jsonl exists"):
+    with pytest.raises(ResumeError, match=r"bad.jsonl exists"):
         answer(job, no_backend)
     answer(replace(job, errors=None))
-    with pytest.raises(ResumeRefused, match=r"bad.jsonl exists"):
+    with pytest.raises(ResumeError, match=r"bad.jsonl exists"):
         answer(job, no_backend)
     assert errors.read_bytes() == b"mine\n"
 
@@ -611,12 +611,12 @@ def test_errors_file_must_not_be_a_pipe_or_device(job: RunSettings) -> None:
     assert pipe.is_fifo()
 
 
-def test_line_of_another_run_is_refused(job: RunSettings) -> None:
+def test_line_of_another_run_is_rejected(job: RunSettings) -> None:
     answer(replace(job, limit=1))
     foreign = results(job.output)[0] | {"id": "batch_req_0_2"}
     with job.output.open("ab") as file:
         file.write(json.dumps(foreign).encode() + b"\n")
-    with pytest.raises(ResumeRefused, match="line 2 of"):
+    with pytest.raises(ResumeError, match="line 2 of"):
         answer(job, no_backend)
 
 

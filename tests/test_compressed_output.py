@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from smolcli.batch.manifest import manifest_path
 from smolcli.cli.main import app
 from smolcli.data.compression import CODECS, codec_of_name
-from smolcli.errors import BackendError, ResumeRefused, UsageError
+from smolcli.errors import BackendError, ResumeError, UsageError
 from smolcli.settings import RunSettings
 from smolcli.types import ErrorCode, Query, Result, failure
 
@@ -101,11 +101,11 @@ def test_blank_input_gives_a_valid_empty_file(job: RunSettings) -> None:
     assert content(job.output) == b""
 
 
-def test_plain_text_of_an_earlier_version_is_refused(job: RunSettings) -> None:
+def test_plain_text_of_an_earlier_version_is_rejected(job: RunSettings) -> None:
     answer(job)
     data = plain(job)
     job.output.write_bytes(data)
-    with pytest.raises(ResumeRefused, match=r"is not a .* file"):
+    with pytest.raises(ResumeError, match=r"is not a .* file"):
         answer(job, no_backend)
     assert job.output.read_bytes() == data
 
@@ -126,7 +126,7 @@ def test_gunzip_reads_the_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.zip", "out.jsonl.lz4", "out.XLSX", "out.jsonl.Z", "out.tgz"])
-def test_names_of_formats_that_cannot_be_written_are_refused(tmp_path: Path, name: str) -> None:
+def test_names_of_formats_that_cannot_be_written_are_rejected(tmp_path: Path, name: str) -> None:
     """They used to become plain text under that name, like `out.jsonl.gz` once did."""
     (tmp_path / "in.jsonl").write_text('{"chat_id": "1", "user_prompt": "Hi"}\n')
     job = RunSettings(tmp_path / "in.jsonl", tmp_path / "out.jsonl")

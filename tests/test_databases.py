@@ -55,7 +55,7 @@ def test_rows_of_a_table_are_read_in_the_order_of_their_ids(shop: sqlite3.Connec
         "user_prompt": "bad, really",
         "metadata": {"stars": 1.5},
     }
-    assert "must not be empty" in str(found[1].fault)
+    assert "must not be empty" in str(found[1].error)
 
 
 def test_rows_of_a_query_are_read(shop: sqlite3.Connection) -> None:
@@ -75,7 +75,7 @@ def test_cell_that_is_not_text_is_an_error_of_its_row(shop: sqlite3.Connection) 
     shop.execute("UPDATE reviews SET review = CAST(x'ff' AS TEXT) WHERE id = 1")
     shop.execute("UPDATE reviews SET review = x'c3a9' WHERE id = 2")
     first, second, third = read_rows(Path("shop.db"), RowSettings("{review}"))
-    assert "'review': the value is not UTF-8 text" in str(first.fault)
+    assert "'review': the value is not UTF-8 text" in str(first.error)
     assert [second.value, third.value] == [
         {"chat_id": "2", "user_prompt": "é"},
         {"chat_id": "3", "user_prompt": "good"},

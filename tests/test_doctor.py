@@ -99,10 +99,10 @@ def test_models_are_listed_shown_and_removed(home: Path, tiny_folder: Path) -> N
         "revision": "abc",
     }
     shown = json.loads(smol("models", "show", MODEL).stdout)
-    assert (shown["source"], shown["fault"]) == ("pypi", None)
+    assert (shown["source"], shown["damage"]) == ("pypi", None)
     damaged = smol("models", "show", "some/other")
     assert damaged.exit_code == 1
-    assert json.loads(damaged.stdout)["fault"] == "config.json is missing"
+    assert json.loads(damaged.stdout)["damage"] == "config.json is missing"
     assert smol("models", "rm", MODEL, "some/other").exit_code == 0
     assert entries(home) == []
 

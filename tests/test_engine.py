@@ -503,7 +503,7 @@ def test_settings_that_exclude_every_token_are_the_error_of_their_sequence(small
     assert fine.output_ids == small.plain[:5]
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_with_its_length(model: Model) -> None:
+def test_a_prompt_that_leaves_no_room_is_rejected_with_its_length(model: Model) -> None:
     engine = Engine(model, 2, 64 * MEGABYTE)
     with pytest.raises(PromptTooLong, match="model's maximum context length is 512"):
         engine.add(greedy([9] * 512))

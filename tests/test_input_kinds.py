@@ -120,9 +120,9 @@ def test_other_encodings_are_read_on_request(tmp_path: Path, encoding: str) -> N
 
 def test_invalid_bytes_are_the_fault_of_their_line(tmp_path: Path) -> None:
     text = LINES.encode("utf-16-le").replace("b".encode("utf-16-le"), b"\x00\xd8", 1)
-    faults = [row.fault for row in read_rows(write(tmp_path / "x", text), RowSettings())]
-    assert [fault is None for fault in faults] == [True, False, True]
-    assert "not UTF-8" in str(faults[1])
+    errors = [row.error for row in read_rows(write(tmp_path / "x", text), RowSettings())]
+    assert [error is None for error in errors] == [True, False, True]
+    assert "not UTF-8" in str(errors[1])
 
 
 @pytest.mark.parametrize("encoding", ["klingon", "base64", "undefined", "idna", "punycode", "a\0"])
@@ -153,7 +153,7 @@ def test_invalid_element_harms_no_other(tmp_path: Path) -> None:
     long = json.dumps({"chat_id": "l", "user_prompt": "x" * MAX_LINE_BYTES})
     text = f'[\n{{"chat_id": "a"}},\n{{"chat_id" "b"}},\nnull, {long}, {{"n": NaN}},\n{{"c": 1}}\n]'
     found = list(read_rows(write(tmp_path / "x", text), RowSettings()))
-    codes = [str(row.fault.code) if row.fault else None for row in found]
+    codes = [str(row.error.code) if row.error else None for row in found]
     assert codes == [None, "invalid_json", None, "line_too_long", "invalid_json", None]
 
 
@@ -178,7 +178,7 @@ def test_json_text_sequences_are_read(tmp_path: Path, indent: int | None) -> Non
     texts = [json.dumps(query, indent=indent) for query in QUERIES]
     text = f"\x1e{texts[0]}\n\x1e{texts[1][:20]}\n\x1e{texts[2]}\n"
     found = list(read_rows(write(tmp_path / "x", text), RowSettings()))
-    assert [row.fault is None for row in found] == [True, False, True]
+    assert [row.error is None for row in found] == [True, False, True]
     assert [row.value for row in found[::2]] == QUERIES[::2]
 
 
@@ -239,7 +239,7 @@ def test_invalid_row_does_not_decide_what_a_file_is(tmp_path: Path, bad: str) ->
     """One row with a wrong number of cells used to keep a table on stdin from being recognized."""
     path = write(tmp_path / "x", f"{CSV}{bad}\n4;Good\n")
     found = list(read_rows(path, RowSettings("{review}")))
-    assert [row.fault is None for row in found] == [True, True, False, True]
+    assert [row.error is None for row in found] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("elements", [[], ["a", 1], [None, *QUERIES], [["id", "text"], [1, "a"]]])

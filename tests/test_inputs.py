@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from smolcli.batch.manifest import load_manifest
 from smolcli.cli.main import app
 from smolcli.data.inputs import expanded
-from smolcli.errors import BackendError, ResumeRefused, UsageError
+from smolcli.errors import BackendError, ResumeError, UsageError
 from smolcli.settings import InputFile, QueryDefaults, RowSettings, RunSettings
 
 SMOL = '{"chat_id": "s1", "user_prompt": "a"}\n\n{"chat_id": "s2"}\n'
@@ -113,27 +113,27 @@ def test_manifest_records_a_digest_of_each_file(folder: Path) -> None:
     assert manifest.input == "a.jsonl and 3 more"
 
 
-def test_resume_refuses_other_inputs(folder: Path) -> None:
+def test_resume_rejects_other_inputs(folder: Path) -> None:
     answer(job(["a.jsonl", "c.csv"]))
     answer(job(["a.jsonl", "c.csv", "d.jsonl"]))  # a further one
     for names, said in (
         (["a.jsonl", "b.jsonl", "c.csv"], "number 2 was c.csv, not b.jsonl"),
         (["a.jsonl"], "number 2 was c.csv, which is missing"),
     ):
-        with pytest.raises(ResumeRefused, match=said):
+        with pytest.raises(ResumeError, match=said):
             answer(job(names), no_backend)
-    with pytest.raises(ResumeRefused, match="was made from 3 inputs"):
+    with pytest.raises(ResumeError, match="was made from 3 inputs"):
         answer(replace(job(["a.jsonl"]), files=()), no_backend)
 
 
 def test_resume_names_the_file_that_changed(folder: Path) -> None:
     answer(job())
     Path("c.csv").write_text(CSV.replace("c1,c", "c1,x"))
-    with pytest.raises(ResumeRefused, match=r"changed at line 2 of c\.csv"):
+    with pytest.raises(ResumeError, match=r"changed at line 2 of c\.csv"):
         answer(job(), no_backend)
     Path("c.csv").write_text(CSV)
     Path("a.jsonl").write_text(SMOL + '{"chat_id": "new", "user_prompt": "x"}\n')
-    with pytest.raises(ResumeRefused, match=r"or lines were inserted into a\.jsonl and 3"):
+    with pytest.raises(ResumeError, match=r"or lines were inserted into a\.jsonl and 3"):
         answer(job(), no_backend)
 
 
@@ -199,7 +199,7 @@ def test_wrong_usage_of_several_inputs(folder: Path, args: list[str], said: str)
     assert said in done.stderr
 
 
-def test_one_output_through_hard_links_is_refused(folder: Path) -> None:
+def test_one_output_through_hard_links_is_rejected(folder: Path) -> None:
     """As the input, and as the file of failed lines."""
     answer(replace(job(["a.jsonl"]), files=()))
     Path("linked.jsonl").hardlink_to("a.jsonl")

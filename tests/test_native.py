@@ -78,7 +78,7 @@ def test_missing_libraries_are_an_error_that_says_how_to_build_them(folder: Path
         load_kernels("float32")
 
 
-def test_libraries_older_than_their_source_are_refused(folder: Path) -> None:
+def test_libraries_older_than_their_source_are_rejected(folder: Path) -> None:
     with (folder / "kernels.c").open("a") as source:
         source.write("/* changed */\n")
     with pytest.raises(KernelError, match="older than their source: build them with"):

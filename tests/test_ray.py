@@ -223,7 +223,7 @@ def test_the_model_is_sent_to_a_node_that_lacks_it(
     assert output.read_bytes().splitlines() == whole.read_bytes().splitlines()[:NUM_SENT]
 
 
-def test_a_node_with_another_version_is_refused(
+def test_a_node_with_another_version_is_rejected(
     cluster: Cluster,
     other_node: Callable[..., Any],
     questions: Path,
@@ -250,7 +250,7 @@ def test_a_node_with_another_version_is_refused(
     assert not output.exists()
 
 
-def test_a_node_with_other_kernels_is_refused() -> None:
+def test_a_node_with_other_kernels_is_rejected() -> None:
     from smolcli.backends.ray.backend import check_kernels
 
     native = {"kernels": "native", "kernel_variant": "x86-64-v3-bfloat16"}

@@ -139,7 +139,7 @@ class TestSmol:
             assert backend.identity() == local.identity() | {"model": tiny_folder.name}
 
     @pytest.mark.parametrize("wanted", [{"model": "other"}, {"dtype": "bfloat16"}])
-    def test_a_server_with_another_model_is_refused(
+    def test_a_server_with_another_model_is_rejected(
         self, smol: RunningServer, wanted: dict[str, Any]
     ) -> None:
         with pytest.raises(BackendError, match=r"has the (model|dtype) '.*', not '"):

@@ -11,7 +11,7 @@ from fakes import DyingBackend, EchoBackend
 from run_tools import answer, answer_until_killed, no_backend
 
 from smolcli.batch.manifest import load_manifest, manifest_path
-from smolcli.errors import BackendError, ResumeRefused, UsageError
+from smolcli.errors import BackendError, ResumeError, UsageError
 from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
 from smolcli.types import ErrorCode, Query, Result, failure
 
@@ -138,7 +138,7 @@ def test_retry_asks_changed_lines_again(job: RunSettings) -> None:
     run_id = load_manifest(job.output).run_id
     lines = job.input.read_text("utf-8").splitlines()
     edit(job, {9: lines[8].replace("8", "fixed"), 30: lines[30].replace("question", "request")})
-    with pytest.raises(ResumeRefused, match="changed at line 10 "):
+    with pytest.raises(ResumeError, match="changed at line 10 "):
         answer(job, no_backend)
     backend = Counting()
     answer(replace(job, retry_errors=True), lambda settings: backend)
@@ -161,19 +161,19 @@ def test_retry_after_a_fix_and_appended_lines(job: RunSettings) -> None:
     assert len(job.output.read_bytes().splitlines()) == NUM_LINES
 
 
-def test_retry_refuses_inserted_lines(job: RunSettings) -> None:
+def test_retry_rejects_inserted_lines(job: RunSettings) -> None:
     answer(job, Flaky)
     before = job.output.read_bytes()
     job.input.write_text("\n" + job.input.read_text("utf-8"), "utf-8")
-    with pytest.raises(ResumeRefused, match="lines were inserted or removed"):
+    with pytest.raises(ResumeError, match="lines were inserted or removed"):
         answer(replace(job, retry_errors=True), no_backend)
     assert job.output.read_bytes() == before
 
 
-def test_retry_with_other_settings_is_refused(job: RunSettings) -> None:
+def test_retry_with_other_settings_is_rejected(job: RunSettings) -> None:
     answer(job, Flaky)
     other = replace(job, defaults=QueryDefaults(system_prompt="x"), retry_errors=True)
-    with pytest.raises(ResumeRefused, match="system_prompt was"):
+    with pytest.raises(ResumeError, match="system_prompt was"):
         answer(other, no_backend)
 
 

@@ -23,7 +23,7 @@ from smolcli.batch.journal import output_lock
 from smolcli.batch.manifest import Manifest, load_manifest, manifest_path
 from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import default_output, run_file
-from smolcli.errors import BackendError, InputError, ResumeRefused, RunError, UsageError
+from smolcli.errors import BackendError, InputError, ResumeError, RunError, UsageError
 from smolcli.settings import EngineSettings, QueryDefaults, RowSettings, RunSettings
 from smolcli.types import ErrorCode, Query, Result, Sampling, failure
 
@@ -90,7 +90,7 @@ def test_run_is_not_completed_if_the_input_changed_meanwhile(job: RunSettings, l
     answer(replace(job, overwrite=True))
 
 
-def test_directory_is_refused_as_input() -> None:
+def test_directory_is_rejected_as_input() -> None:
     for path in (Path(), Path("/")):
         with pytest.raises(UsageError, match="is a directory"):
             default_output(path)
@@ -152,12 +152,12 @@ def test_manifest_is_written_before_the_first_result(job: RunSettings) -> None:
     "change",
     [{"rows": 5}, {"rows": "!!"}, {"generation": None}, {"errors": 5}, {"seed": []}, {"new": 1}],
 )
-def test_damaged_manifest_is_refused(job: RunSettings, change: dict[str, Any]) -> None:
+def test_damaged_manifest_is_rejected(job: RunSettings, change: dict[str, Any]) -> None:
     """Values of other types used to end in a traceback."""
     answer(job)
     path = manifest_path(job.output)
     path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
-    with pytest.raises(ResumeRefused, match="its manifest out"):
+    with pytest.raises(ResumeError, match="its manifest out"):
         answer(job, no_backend)
 
 
@@ -264,7 +264,7 @@ def test_resume_with_other_settings_names_each_difference(
     for limit in (3, None):  # incomplete, complete
         answer(replace(job, limit=limit))
         before = job.output.read_bytes()
-        with pytest.raises(ResumeRefused, match=said) as caught:
+        with pytest.raises(ResumeError, match=said) as caught:
             answer(replace(job, **change))
         assert "--overwrite" in str(caught.value)
         assert job.output.read_bytes() == before
@@ -306,7 +306,7 @@ def test_resume_names_the_changed_line(job: RunSettings, changed: bytes, said: s
     answer(job)
     before = job.output.read_bytes()
     job.input.write_bytes(changed)
-    with pytest.raises(ResumeRefused, match=said):
+    with pytest.raises(ResumeError, match=said):
         answer(job, no_backend)
     assert job.output.read_bytes() == before
 
@@ -322,7 +322,7 @@ def test_smaller_limit_does_not_hide_a_later_change(job: RunSettings) -> None:
     answer(job)
     job.input.write_bytes(MIXED.replace(b'"seven"', b'"eight"'))
     answer(replace(job, limit=2), no_backend)
-    with pytest.raises(ResumeRefused, match="changed at line 7 "):
+    with pytest.raises(ResumeError, match="changed at line 7 "):
         answer(job, no_backend)
 
 
@@ -337,14 +337,14 @@ def test_run_of_0_1_0_can_be_resumed(job: RunSettings, limit: int | None) -> Non
     values = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in values.items() if k not in OLD_MANIFEST}))
     job.input.write_bytes(MIXED + b"\n")
-    with pytest.raises(ResumeRefused, match=r"in.jsonl changed since"):
+    with pytest.raises(ResumeError, match=r"in.jsonl changed since"):
         answer(job, no_backend)
     job.input.write_bytes(MIXED)
     answer(job)
     assert job.output.read_bytes() == job.output.with_name("whole.jsonl").read_bytes()
 
 
-def test_resume_with_another_kernel_variant_is_refused(job: RunSettings) -> None:
+def test_resume_with_another_kernel_variant_is_rejected(job: RunSettings) -> None:
     """Variants add in vectors of other widths, so that their answers may differ."""
 
     class Variant(EchoBackend):
@@ -361,7 +361,7 @@ def test_resume_with_another_kernel_variant_is_refused(job: RunSettings) -> None
 
     answer(replace(job, limit=3), Variant)  # as 0.1.0 did
     answer(replace(job, limit=5), V3)
-    with pytest.raises(ResumeRefused, match='kernel_variant was "x86-64-v3-float32"'):
+    with pytest.raises(ResumeError, match='kernel_variant was "x86-64-v3-float32"'):
         answer(job, V4)
 
 
@@ -381,7 +381,7 @@ def test_backend_values_are_not_confused_with_settings(job: RunSettings) -> None
 
     answer(replace(job, limit=3), Server)
     other = replace(job, defaults=QueryDefaults(system_prompt="Be brief."))
-    with pytest.raises(ResumeRefused, match=r"system_prompt was null, is .Be brief"):
+    with pytest.raises(ResumeError, match=r"system_prompt was null, is .Be brief"):
         answer(other, Server)
 
 
@@ -408,9 +408,9 @@ def test_overwrite_keeps_the_old_output_if_the_model_cannot_be_loaded(job: RunSe
 @pytest.mark.parametrize(
     "content", [b"mine\n", b"no end of line", b'{"chat_id":"1","line":1}\n', b"\x00" * 50 + b"\n"]
 )
-def test_foreign_output_file_is_refused_and_kept(job: RunSettings, content: bytes) -> None:
+def test_foreign_output_file_is_rejected_and_kept(job: RunSettings, content: bytes) -> None:
     job.output.write_bytes(content)
-    with pytest.raises(ResumeRefused, match="--overwrite"):
+    with pytest.raises(ResumeError, match="--overwrite"):
         answer(job, no_backend)
     assert job.output.read_bytes() == content
 
@@ -427,10 +427,10 @@ def test_foreign_output_file_is_refused_and_kept(job: RunSettings, content: byte
         b"\x00\x00",
     ],
 )
-def test_resume_refuses_an_output_line_that_is_not_a_result(job: RunSettings, line: bytes) -> None:
+def test_resume_rejects_an_output_line_that_is_not_a_result(job: RunSettings, line: bytes) -> None:
     answer(replace(job, limit=1))
     job.output.write_bytes(job.output.read_bytes() + line + b"\n")
-    with pytest.raises(ResumeRefused, match=r"line 2 of .* is not a result"):
+    with pytest.raises(ResumeError, match=r"line 2 of .* is not a result"):
         answer(job)
 
 
@@ -519,7 +519,7 @@ def test_output_must_be_a_file_in_an_existing_directory(job: RunSettings, tmp_pa
             answer(replace(job, output=output), no_backend)
 
 
-def test_second_run_on_an_output_is_refused(job: RunSettings) -> None:
+def test_second_run_on_an_output_is_rejected(job: RunSettings) -> None:
     """The lock belongs to another process, and is released when that process is killed."""
     script = (
         "import sys; from pathlib import Path; from smolcli.batch.journal import output_lock\n"
@@ -538,7 +538,7 @@ def test_second_run_on_an_output_is_refused(job: RunSettings) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
-def test_second_run_through_another_name_of_the_output_is_refused(job: RunSettings) -> None:
+def test_second_run_through_another_name_of_the_output_is_rejected(job: RunSettings) -> None:
     job.output.touch()
     link, hard_link = (job.output.with_name(name) for name in ("link.jsonl", "hard.jsonl"))
     link.symlink_to(job.output)

@@ -204,7 +204,7 @@ def test_required_fields_cannot_be_empty(field: str, value: str | None) -> None:
     assert refusal(query) == ("missing_field", field, f"{field} is required and cannot be empty")
 
 
-def test_blank_prompt_is_refused() -> None:
+def test_blank_prompt_is_rejected() -> None:
     assert refusal(HI | {"user_prompt": " \n\t"})[:2] == ("missing_field", "user_prompt")
 
 
@@ -341,7 +341,7 @@ def test_id_is_read_from_an_invalid_query(value: object, chat_id: str | None) ->
 
 
 @given(st.binary() | st.text().map(str.encode))
-def test_any_bytes_are_parsed_or_refused(text: bytes) -> None:
+def test_any_bytes_are_parsed_or_rejected(text: bytes) -> None:
     with suppress(QueryError):
         json.dumps(load_json(text), ensure_ascii=False, allow_nan=False).encode()
 
@@ -356,7 +356,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from([*FIELDS, "other"]), JSON))
-def test_any_object_is_parsed_or_refused(value: dict[str, Any]) -> None:
+def test_any_object_is_parsed_or_rejected(value: dict[str, Any]) -> None:
     for extra_fields in ("error", "ignore", "keep"):
         with suppress(QueryError):
             query = parse_query(value, QueryDefaults(extra_fields=extra_fields))

@@ -61,7 +61,7 @@ def slots(config: LlamaConfig, memory: int, dtype: str = "bfloat16") -> int:
 
 
 @pytest.mark.parametrize("name", ["tpu", "", "cuda:", "cuda:x", "meta"])
-def test_an_unknown_device_is_refused_with_the_known_ones(name: str) -> None:
+def test_an_unknown_device_is_rejected_with_the_known_ones(name: str) -> None:
     with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
         resolve_config(EngineSettings(device=name), SMOLLM2_135M)
 
@@ -81,12 +81,12 @@ def test_the_local_backend_does_not_import_torch() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_without_a_gpu_is_refused_with_the_alternative() -> None:
+def test_cuda_without_a_gpu_is_rejected_with_the_alternative() -> None:
     with pytest.raises(UsageError, match=r"'cuda' is not available: .*; use --device cpu"):
         resolve_config(EngineSettings(device="cuda"), SMOLLM2_135M)
 
 
-def test_cuda_without_torch_is_refused_with_the_alternative(
+def test_cuda_without_torch_is_rejected_with_the_alternative(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An installation for CPUs, such as the container image, leaves torch out."""
@@ -223,7 +223,7 @@ def test_cpu_features_are_read_from_cpuinfo(tmp_path: Path, text: str, features:
         ("eos_ids", frozenset({"2"}), "eos_token_id must be token ids"),
     ],
 )
-def test_a_config_that_no_model_can_have_is_refused(field: str, value: Any, message: str) -> None:
+def test_a_config_that_no_model_can_have_is_rejected(field: str, value: Any, message: str) -> None:
     """Such values once ended in a segmentation fault or garbage output."""
     with pytest.raises(ModelError, match=re.escape(message)):
         replace(SMOLLM2_135M, **{field: value})

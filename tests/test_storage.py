@@ -113,7 +113,7 @@ def test_existing_remote_file_is_not_overwritten(bucket: Any) -> None:
     assert bucket.cat_file("/bucket/deep/out.jsonl").count(b"\n") == 21
 
 
-def test_changed_remote_input_is_refused_on_resume(bucket: Any) -> None:
+def test_changed_remote_input_is_rejected_on_resume(bucket: Any) -> None:
     assert smol_run("memory://bucket/in.jsonl").exit_code == 0
     bucket.pipe_file("/bucket/in.jsonl", LINES.replace(b"Hi 3", b"Ho 3"))
     refused = smol_run("memory://bucket/in.jsonl")
@@ -138,7 +138,7 @@ def test_file_url_is_a_local_path(tmp_path: Path) -> None:
         (["memory://bucket/in.bin"], 2, "memory://bucket/in.bin is not JSON"),
     ],
 )
-def test_invalid_url_is_refused(bucket: Any, args: list[str], code: int, said: str) -> None:
+def test_invalid_url_is_rejected(bucket: Any, args: list[str], code: int, said: str) -> None:
     bucket.pipe_file("/bucket/in.csv", b"a,b\n1,2\n")
     bucket.pipe_file("/bucket/in.bin", b"\0\1")
     refused = smol_run(*args)

@@ -157,7 +157,7 @@ def test_schema_that_exceeds_the_lexer_limits_fails_with_an_explanation(tiny_fol
             assert token_id is not None
             matcher.accept(token_id)
     assert matcher.is_over
-    assert "its patterns are too complex" in str(matcher.fault)
+    assert "its patterns are too complex" in str(matcher.error)
 
 
 @pytest.mark.parametrize(

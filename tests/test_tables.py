@@ -35,7 +35,7 @@ from smolcli.data.prompt_template import Template, options_hint
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
 from smolcli.data.source import open_source
-from smolcli.errors import BackendError, InputError, QueryError, ResumeRefused, UsageError
+from smolcli.errors import BackendError, InputError, QueryError, ResumeError, UsageError
 from smolcli.settings import QueryDefaults, RowSettings, RunSettings
 from smolcli.types import Query
 
@@ -267,7 +267,7 @@ def test_hint_names_the_column_so_that_it_is_found(column: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "}", "{}", "none", "", "{{a}}", "{a", "a}"])
-def test_invalid_template_is_refused(text: str) -> None:
+def test_invalid_template_is_rejected(text: str) -> None:
     with pytest.raises(UsageError, match="--prompt"):
         Template(text)
 
@@ -298,8 +298,8 @@ def test_invalid_row_harms_no_other(tmp_path: Path, bad: bytes, said: str) -> No
     """An open quote used to swallow what followed, up to the next quote in the file."""
     rows = cells(write(tmp_path / "x.csv", b'a,b\n0,"ok"\n' + bad + b'\n2,"ok"\n3,ok\n'))
     assert [row.number for row in rows] == [2, 3, 4, 5]
-    assert [row.fault is None for row in rows] == [True, False, True, True]
-    assert said in str(rows[1].fault)
+    assert [row.error is None for row in rows] == [True, False, True, True]
+    assert said in str(rows[1].error)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ FLAGS = ["TRUE", "True", "1.0", "False", "0"]
 
 
 @pytest.mark.parametrize(("data", "said"), [("", "empty"), ('"a\n', "header")])
-def test_invalid_header_is_refused(tmp_path: Path, data: str, said: str) -> None:
+def test_invalid_header_is_rejected(tmp_path: Path, data: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         cells(write(tmp_path / "x.csv", data))
 
@@ -422,7 +422,7 @@ def test_json_lines_of_any_shape_can_be_mapped(tmp_path: Path) -> None:
     "rows",
     [RowSettings("{revew}"), RowSettings("{id}", "revew"), RowSettings("{id}", None, ("revew",))],
 )
-def test_missing_column_is_refused_with_a_suggestion(rows: RowSettings) -> None:
+def test_missing_column_is_rejected_with_a_suggestion(rows: RowSettings) -> None:
     with pytest.raises(UsageError, match=r"no column named 'revew'; did you mean 'review'\?"):
         items(REVIEWS, rows)
 
@@ -548,7 +548,7 @@ def test_parquet_types_survive_a_file(tmp_path: Path) -> None:
     good, bad = items(path, RowSettings("{ns} {far} {bytes}", None, ("id",)))
     assert prompt(good) == "2024-02-29T12:00:00.123456789 1979-07-05T05:20:00 ok"
     assert good.metadata == {"id": str(UUID(int=1))}
-    assert (bad.field, "not UTF-8" in bad.error) == ("bytes", True), "the fault of its row alone"
+    assert (bad.field, "not UTF-8" in bad.error) == ("bytes", True), "the error of its row alone"
     assert len(items(path, RowSettings("{ns}"))) == 2, "only cells in use are converted"
 
 
@@ -563,7 +563,7 @@ def test_whole_float_ids_are_integers(tmp_path: Path, number: float) -> None:
     assert second.field == "id"
 
 
-def test_invalid_parquet_file_is_refused(tmp_path: Path) -> None:
+def test_invalid_parquet_file_is_rejected(tmp_path: Path) -> None:
     for name in ("x.parquet", "missing.parquet"):
         write(tmp_path / "x.parquet", "chat_id,user_prompt\n")
         with pytest.raises(InputError, match=f"cannot read .*{name}"):
@@ -716,7 +716,7 @@ def test_complete_table_is_kept_and_a_deleted_one_is_rewritten(tmp_path: Path) -
 )
 def test_other_prompt_id_or_fields_are_another_run(tmp_path: Path, rows: RowSettings) -> None:
     run(table_job(tmp_path, ".csv"))
-    with pytest.raises(ResumeRefused, match="other settings"):
+    with pytest.raises(ResumeError, match="other settings"):
         run(table_job(tmp_path, ".csv", rows))
 
 

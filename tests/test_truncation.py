@@ -14,7 +14,7 @@ from smolcli.batch.manifest import load_manifest
 from smolcli.batch.truncation import MARK, PromptTruncation
 from smolcli.cli.main import app
 from smolcli.data.rows import Row
-from smolcli.errors import ResumeRefused, UsageError
+from smolcli.errors import ResumeError, UsageError
 from smolcli.settings import EngineSettings, QueryDefaults, RowSettings, RunSettings
 from smolcli.text.tokenizer import ChatTokenizer, context_length
 from smolcli.types import Message, Query, Sampling
@@ -103,7 +103,7 @@ def test_truncation_is_counted_over_sessions_and_cannot_change(
     settings = job(tiny_folder, tmp_path)
     answer(replace(settings, limit=1))
     assert answer(settings).truncated_prompts == 1
-    with pytest.raises(ResumeRefused, match="truncate_prompt was true, is null"):
+    with pytest.raises(ResumeError, match="truncate_prompt was true, is null"):
         answer(replace(settings, rows=RowSettings("First: {text} Last.")))
 
 

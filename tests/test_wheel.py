@@ -13,7 +13,7 @@ import pytest
 
 from smolcli.engine.native.library import CPU_LIBRARY, FOLDER, library_path, system_name
 from tools.build_kernels import host
-from tools.check_wheel import faults, library_faults
+from tools.check_wheel import library_problems, problems
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("smolcli", "tools", "hatch_build.py", "pyproject.toml", "README.md", "LICENSE")
@@ -61,7 +61,7 @@ def test_wheel_has_the_kernels_and_the_tag_of_its_platform(wheel: Path) -> None:
     assert {path.name for path in FOLDER.glob("libsmol-*")} <= names
     assert not names & {"kernels.c", "team.h"}
     assert wheel.name.endswith(f"-py3-none-linux_{host().machine}.whl")
-    assert faults(wheel) == []
+    assert problems(wheel) == []
 
 
 def test_tag_that_promises_too_much_is_rejected(wheel: Path, tmp_path: Path) -> None:
@@ -69,19 +69,19 @@ def test_tag_that_promises_too_much_is_rejected(wheel: Path, tmp_path: Path) -> 
     machine = host().machine
     tagged = tmp_path / wheel.name.replace("-linux_", "-manylinux_2_5_")
     shutil.copy(wheel, tagged)
-    assert any("newer than manylinux_2_5" in fault for fault in faults(tagged))
+    assert any("newer than manylinux_2_5" in problem for problem in problems(tagged))
     with zipfile.ZipFile(wheel) as archive:
         library = archive.read(next(n for n in archive.namelist() if "-float32" in n))
-    assert list(library_faults(library, f"linux_{machine}")) == []
-    assert list(library_faults(library, "linux_riscv64"))
-    assert list(library_faults(library, "win_amd64")) == ["is not a library for win_amd64"]
+    assert list(library_problems(library, f"linux_{machine}")) == []
+    assert list(library_problems(library, "linux_riscv64"))
+    assert list(library_problems(library, "win_amd64")) == ["is not a library for win_amd64"]
     wrong = library.replace(b"\0libc.so.6\0", b"\0libz.so.1\0")
-    assert list(library_faults(wrong, f"linux_{machine}")) == [
+    assert list(library_problems(wrong, f"linux_{machine}")) == [
         "needs libz.so.1, which a system may lack"
     ]
     pure = tmp_path / "smolcli-1-py3-none-any.whl"
     shutil.copy(wheel, pure)
-    assert "the tag is any, but there are native libraries" in faults(pure)
+    assert "the tag is any, but there are native libraries" in problems(pure)
 
 
 def test_two_builds_give_the_same_bytes(wheel: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ PE_AMD64 = 0x8664
 LC_LOAD_DYLIB, LC_BUILD_VERSION, LC_VERSION_MIN_MACOSX = 0xC, 0x32, 0x24
 
 
-def faults(wheel: Path) -> list[str]:
+def problems(wheel: Path) -> list[str]:
     """Reasons why a wheel would not run where its tag says, each naming the library.
 
     Args:
@@ -34,9 +34,9 @@ def faults(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         names = [n for n in archive.namelist() if n.endswith((".so", ".dylib", ".dll"))]
         found = [
-            f"{name}: {fault}"
+            f"{name}: {problem}"
             for name in names
-            for fault in library_faults(archive.read(name), tag)
+            for problem in library_problems(archive.read(name), tag)
         ]
     if not names and tag != "any":
         found.append(f"the tag is {tag}, but there are no native libraries")
@@ -45,7 +45,7 @@ def faults(wheel: Path) -> list[str]:
     return found
 
 
-def library_faults(data: bytes, tag: str) -> Iterator[str]:
+def library_problems(data: bytes, tag: str) -> Iterator[str]:
     """Reasons why a library does not match the platform tag of a wheel.
 
     Args:
@@ -119,7 +119,7 @@ def _pe_faults(data: bytes, tag: str) -> Iterator[str]:
 
 def main() -> None:
     wheels = [Path(name) for name in sys.argv[1:]]
-    found = [f"{wheel}: {fault}" for wheel in wheels for fault in faults(wheel)]
+    found = [f"{wheel}: {problem}" for wheel in wheels for problem in problems(wheel)]
     if found or not wheels:
         sys.exit("\n".join(found) or "usage: python -m tools.check_wheel WHEEL...")
     sys.stdout.write("".join(f"{wheel}: ok\n" for wheel in wheels))

@@ -166,7 +166,7 @@ class Backend(Protocol):
     ) -> Future[Result]:
         """Start to answer one query.
 
-        Never raises for a fault of the query itself: that is a `Result` with an error.
+        Never raises for an invalid or failed query, whose `Result` carries the error.
 
         Args:
             query: what to answer.

@@ -438,8 +438,8 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
     query, grammar, token_bytes = pending.query, pending.grammar, pending.token_bytes
     if sequence.error is not None:
         return failed_result(query, sequence.error)
-    if grammar is not None and grammar.fault:
-        return failed_result(query, grammar.fault)
+    if grammar is not None and grammar.error:
+        return failed_result(query, grammar.error)
     now = time.perf_counter()
     assert sequence.admitted_at is not None
     logprobs = prompt_logprobs = None

@@ -35,7 +35,7 @@ class RowDigests:
         """Digest the number, content and carried values of each row."""
         packed = bytearray()
         for row in rows:
-            code = row.fault and row.fault.code
+            code = row.error and row.error.code
             content = repr((row.number, row.value, row.carried, code))
             packed += hashlib.blake2b(content.encode(errors="replace"), digest_size=3).digest()
         return cls(bytes(packed))

@@ -16,7 +16,7 @@ from smolcli.batch.queries import ChatIds
 from smolcli.batch.statistics import StatisticsCollector
 from smolcli.data.compression import DECOMPRESSION_ERRORS, LONGEST_MAGIC, codec_of_name
 from smolcli.data.jsonl import replacing_lines
-from smolcli.errors import ResumeRefused, RunError, UsageError, error_reason
+from smolcli.errors import ResumeError, RunError, UsageError, error_reason
 from smolcli.protocol.line_formats import LineFormat
 from smolcli.types import Result
 
@@ -98,7 +98,7 @@ def read_entries(output: Path, errors: Path | None, format: LineFormat) -> Itera
     A torn last line is skipped, and a missing file has no entries.
 
     Raises:
-        ResumeRefused: a line is not a result of this run.
+        ResumeError: a line is not a result of this run.
     """
     if errors is None:
         return _read_file(output, format)
@@ -179,7 +179,7 @@ def _read_file(path: Path, format: LineFormat) -> Iterator[Entry]:
                 if entry.line <= last_line:
                     raise ValueError("line numbers must increase")
             except (ValueError, LookupError, TypeError, RecursionError) as exc:
-                raise ResumeRefused(
+                raise ResumeError(
                     f"line {number} of {path} is not a result of this run; "
                     "choose another --output, or start over with --overwrite"
                 ) from exc
@@ -191,14 +191,14 @@ def _complete_lines(path: Path) -> Generator[bytes]:
     """Yield the lines of a file up to a torn one, or up to a torn compressed member.
 
     Raises:
-        ResumeRefused: the file is not compressed as its name says.
+        ResumeError: the file is not compressed as its name says.
     """
     codec = codec_of_name(path)
     with path.open("rb") as packed:
         head = packed.read(LONGEST_MAGIC)
         packed.seek(0)
         if codec is not None and not head.startswith(codec.magic[: len(head)]):
-            raise ResumeRefused(
+            raise ResumeError(
                 f"{path} is not a {codec.name} file; "
                 "choose another --output, or start over with --overwrite"
             )

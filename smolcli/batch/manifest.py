@@ -10,7 +10,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from smolcli.batch.input_scan import InputScan, RowDigests
 from smolcli.data.jsonl import replacing
-from smolcli.errors import ResumeRefused, SettingsChanged
+from smolcli.errors import ResumeError, SettingsChanged
 from smolcli.protocol.line_formats import SMOL
 from smolcli.settings import EngineSettings, RunSettings
 from smolcli.types import Sampling
@@ -156,7 +156,7 @@ def load_manifest(output: Path) -> Manifest:
     """Read the manifest of an output.
 
     Raises:
-        ResumeRefused: it is missing or unreadable.
+        ResumeError: it is missing or unreadable.
     """
     path = manifest_path(output)
     try:
@@ -166,7 +166,7 @@ def load_manifest(output: Path) -> Manifest:
         _ = manifest.digests  # they must be readable
         return manifest
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as exc:
-        raise ResumeRefused(
+        raise ResumeError(
             f"{output} exists, but its manifest {path.name} cannot be read; "
             "choose another --output, or start over with --overwrite"
         ) from exc

@@ -131,8 +131,8 @@ def _values(rows: Iterator[Row], sample: list[Row]) -> Iterator[object]:
 
 def _parse(row: Row, format: LineFormat, defaults: QueryDefaults) -> Query | Result:
     try:
-        if row.fault is not None:
-            raise row.fault
+        if row.error is not None:
+            raise row.error
         return format.parse(row.value, defaults, row.number)
     except QueryError as exc:
         return Result(
@@ -148,7 +148,7 @@ def _parse(row: Row, format: LineFormat, defaults: QueryDefaults) -> Query | Res
 def _hint(row: Row, exc: QueryError) -> str:
     """The end of an error message for a row whose columns are not named like query fields."""
     is_data = exc.code in (ErrorCode.MISSING_FIELD, ErrorCode.UNKNOWN_FIELD)
-    values = row.value if is_data and row.fault is None else None
+    values = row.value if is_data and row.error is None else None
     if not isinstance(values, dict) or _OWN_FIELDS & values.keys():
         return ""
     columns = [name for name in values if name not in FIELDS]

@@ -46,7 +46,7 @@ from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing_lines
 from smolcli.data.rows import Row
 from smolcli.data.table_writer import check_table, write_table
-from smolcli.errors import BackendError, ResumeRefused, RunError, UsageError, error_reason
+from smolcli.errors import BackendError, ResumeError, RunError, UsageError, error_reason
 from smolcli.protocol.line_formats import LineFormat, RunInfo
 from smolcli.protocol.openai import model_name
 from smolcli.settings import EngineSettings, RunSettings
@@ -189,7 +189,7 @@ def _changed_lines(run: "Run", previous: Manifest) -> LineSet:
     """The answered lines that have changed since.
 
     Raises:
-        ResumeRefused: lines were inserted or removed, or it is unknown which ones changed.
+        ResumeError: lines were inserted or removed, or it is unknown which ones changed.
     """
     settings, changed = run.settings, LineSet()
     old, new = previous.digests, run.scan.rows
@@ -214,7 +214,7 @@ def _changed_lines(run: "Run", previous: Manifest) -> LineSet:
 
 
 def _check_changes(run: "Run", previous: Manifest | None) -> None:
-    """Refuse to resume if an answered line changed, and to retry before every line is answered."""
+    """Reject resuming if an answered line changed, and retrying before every line is answered."""
     settings = run.settings
     first = next(iter(run.changed), None)
     if settings.retry_errors and (previous is None or not run.is_answered):
@@ -228,9 +228,9 @@ def _check_changes(run: "Run", previous: Manifest | None) -> None:
         raise _input_changed(run, f" at {run.scan.inputs.where(first)}")
 
 
-def _input_changed(run: "Run", where: str, can_retry: bool = True) -> ResumeRefused:
+def _input_changed(run: "Run", where: str, can_retry: bool = True) -> ResumeError:
     retry = "answer the changed lines again with --retry-errors, " if can_retry else ""
-    return ResumeRefused(
+    return ResumeError(
         f"{run.scan.inputs} changed{where} since {run.settings.output} was written; restore it, "
         f"{retry}or choose another --output"
     )
@@ -283,7 +283,7 @@ class Run:
         """The same run with its output read.
 
         Raises:
-            ResumeRefused: the output lacks the result of a line before its last one.
+            ResumeError: the output lacks the result of a line before its last one.
         """
         run = replace(self, journal=read_journal(self._entries()))
         if not run.is_answered:
@@ -358,7 +358,7 @@ class Run:
         numbers = islice(self.scan.inputs.numbers(), self.settings.limit)
         num_lines = sum(number <= self.journal.last_line for number in numbers)
         if num_lines != self.journal.statistics.num_lines:
-            raise ResumeRefused(
+            raise ResumeError(
                 f"{self.settings.output} lacks results of lines before its last one, or lines "
                 f"were inserted into {self.scan.inputs}; "
                 "choose another --output, or start over with --overwrite"
@@ -368,12 +368,12 @@ class Run:
         """Check that each result still belongs to a line of the input.
 
         Raises:
-            ResumeRefused: lines were inserted or removed.
+            ResumeError: lines were inserted or removed.
         """
         inputs = self.scan.inputs
         for entry, number in zip(self._entries(), inputs.numbers(), strict=False):
             if entry.line != number:
-                raise ResumeRefused(
+                raise ResumeError(
                     f"{inputs} changed at {inputs.where(min(entry.line, number))} since "
                     f"{self.settings.output} was written: lines were inserted or removed; "
                     "restore it, or choose another --output"
@@ -509,7 +509,7 @@ class Run:
 
 
 def _check_options(settings: RunSettings) -> None:
-    """Refuse options that contradict each other."""
+    """Reject options that contradict each other."""
     if is_stream(settings.input) or is_stream(settings.output):
         for option, value in (
             ("--errors", settings.errors),
@@ -524,7 +524,7 @@ def _check_options(settings: RunSettings) -> None:
 
 
 def _check_paths(settings: RunSettings) -> None:
-    """Refuse paths that cannot be written, or that would overwrite the input or each other."""
+    """Reject paths that cannot be written, or that would overwrite the input or each other."""
     output, errors, table = settings.output, settings.errors, settings.table
     if not output.name:
         raise UsageError(f"cannot write {output}: it is a directory")
@@ -549,7 +549,7 @@ def _check_paths(settings: RunSettings) -> None:
 
 
 def _check_table_name(settings: RunSettings, table: Path) -> None:
-    """Refuse to replace the table that is read."""
+    """Reject an output that would replace the table that is read."""
     is_input = any(_is_same(table, file.path) for file in Inputs.of(settings).files)
     read = settings.rows.table
     if is_input and read is not None and read.casefold() == settings.table_name.casefold():
@@ -584,7 +584,7 @@ def _previous_manifest(settings: RunSettings) -> Manifest | None:
     if settings.overwrite or not (_has_content(output) or _has_content(errors)):
         return None
     if is_stream(settings.input):
-        raise ResumeRefused(
+        raise ResumeError(
             f"{output} exists, and a run from stdin cannot be resumed; "
             "choose another --output, or start over with --overwrite"
         )
@@ -594,7 +594,7 @@ def _previous_manifest(settings: RunSettings) -> Manifest | None:
 
 
 def _check_files(previous: Manifest, manifest: Manifest, output: Path) -> None:
-    """Refuse other input files, except further ones after those of the earlier session."""
+    """Reject other input files, except further ones after those of the earlier session."""
     old, new = (None if each is None else list(each) for each in (previous.files, manifest.files))
     if old == new or (old and new and new[: len(old)] == old):
         return
@@ -604,18 +604,18 @@ def _check_files(previous: Manifest, manifest: Manifest, output: Path) -> None:
         place = next(i for i, name in enumerate(old) if [name] != new[i : i + 1])
         found = f", not {new[place]}" if place < len(new) else ", which is missing"
         what = f"other inputs: number {place + 1} was {old[place]}{found}"
-    raise ResumeRefused(
+    raise ResumeError(
         f"{output} was made from {what}; add inputs after the earlier ones only, "
         "choose another --output, or start over with --overwrite"
     )
 
 
 def _check_errors_path(settings: RunSettings, previous: Manifest, manifest: Manifest) -> None:
-    """Refuse to lose failed lines in another file, or to overwrite a file of another run."""
+    """Reject a run that would lose failed lines or overwrite the file of another run."""
     if previous.errors == manifest.errors:
         return
     if previous.errors is not None and _has_content(Path(previous.errors)):
-        raise ResumeRefused(
+        raise ResumeError(
             f"the failed lines of {settings.output} are in {previous.errors}; "
             "pass it as --errors, or start over with --overwrite"
         )
@@ -623,8 +623,8 @@ def _check_errors_path(settings: RunSettings, previous: Manifest, manifest: Mani
         raise _foreign_errors(settings)
 
 
-def _foreign_errors(settings: RunSettings) -> ResumeRefused:
-    return ResumeRefused(
+def _foreign_errors(settings: RunSettings) -> ResumeError:
+    return ResumeError(
         f"{settings.errors} exists but does not belong to {settings.output}; "
         "choose another --errors, or start over with --overwrite"
     )

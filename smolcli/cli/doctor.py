@@ -74,20 +74,20 @@ def _packages() -> Finding:
     """Whether the required packages are installed in supported versions."""
     from packaging.requirements import Requirement
 
-    faults = []
+    problems = []
     for requirement in map(Requirement, _requirements()):
         if requirement.marker is None:
             found = _version(requirement.name)
             if found is None and requirement.name in GPU_PACKAGES:
                 continue  # reported by the torch check
             if found is None:
-                faults.append(f"{requirement.name} is not installed")
+                problems.append(f"{requirement.name} is not installed")
             elif not requirement.specifier.contains(found, prereleases=True):
-                faults.append(
+                problems.append(
                     f"{requirement.name} {found} does not satisfy {requirement.specifier}"
                 )
-    if faults:
-        return Finding("packages", "; ".join(faults), INSTALL, is_fatal=True)
+    if problems:
+        return Finding("packages", "; ".join(problems), INSTALL, is_fatal=True)
     return Finding(
         "packages", f"smol {_version(PACKAGE) or '(not installed)'}; all requirements are satisfied"
     )

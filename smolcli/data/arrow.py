@@ -244,16 +244,16 @@ def _struct_values(array: Any) -> list[Any]:
     rows = []
     for index, is_valid in enumerate(array.is_valid().to_pylist()):
         members = [column[index] for column in columns]
-        fault = next((member for member in members if isinstance(member, QueryError)), None)
-        value = fault or dict(zip(names, members, strict=True))
+        error = next((member for member in members if isinstance(member, QueryError)), None)
+        value = error or dict(zip(names, members, strict=True))
         rows.append(value if is_valid else None)
     return rows
 
 
 def _map_value(entries: Any) -> Any:
     keys, values = (arrow_to_json(column) for column in entries.flatten())
-    if fault := next((v for v in (*keys, *values) if isinstance(v, QueryError)), None):
-        return fault
+    if error := next((v for v in (*keys, *values) if isinstance(v, QueryError)), None):
+        return error
     texts = [key if isinstance(key, str) else json.dumps(key, ensure_ascii=False) for key in keys]
     return dict(zip(texts, values, strict=True))
 

@@ -60,10 +60,10 @@ def _header(path: Path, rows: Iterator[tuple[int, Cells]]) -> list[str]:
 
 def _row(number: int, cells: Cells, width: int, columns: Mapping[str, int]) -> Row:
     if isinstance(cells, QueryError):
-        return Row(number, fault=cells)
+        return Row(number, error=cells)
     if len(cells) != width:
-        fault = QueryError(f"the row has {len(cells)} cells, but the header has {width}")
-        return Row(number, fault=fault)
+        error = QueryError(f"the row has {len(cells)} cells, but the header has {width}")
+        return Row(number, error=error)
     return Row(number, {name: cells[at] or None for name, at in columns.items()})
 
 
@@ -80,15 +80,15 @@ def _rows(source: "_Source", delimiter: str) -> Iterator[tuple[int, Cells]]:
         except UnicodeEncodeError:
             yield source.number, QueryError("the row is not valid UTF-8; set --encoding")
         except (csv.Error, QueryError) as exc:
-            number, fault = source.number, _fault(exc)
+            number, error = source.number, _csv_error(exc)
             source.replay()
-            yield number, fault
+            yield number, error
         else:
             if cells:
                 yield source.number, cells
 
 
-def _fault(exc: csv.Error | QueryError) -> QueryError:
+def _csv_error(exc: csv.Error | QueryError) -> QueryError:
     if isinstance(exc, QueryError):
         return exc
     reasons = {

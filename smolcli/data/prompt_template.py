@@ -256,7 +256,7 @@ class RowMapper:
         """The query of a table's row: cells are parsed as JSON where the field is not a string."""
         if self._template is None and isinstance(row.value, dict):
             values = {name: self._typed(name, value) for name, value in row.value.items()}
-            row = Row(row.number, values, row.fault)
+            row = Row(row.number, values, row.error)
         return self.query(row)
 
     def query(self, row: Row) -> Row:
@@ -264,8 +264,8 @@ class RowMapper:
 
         It always has a chat_id, so that a row of data is never mistaken for an OpenAI request.
         """
-        if row.fault is not None:
-            return Row(row.number, fault=row.fault)
+        if row.error is not None:
+            return Row(row.number, error=row.error)
         if not isinstance(row.value, dict):
             return row
         values = row.value
@@ -276,7 +276,7 @@ class RowMapper:
         except QueryError as exc:
             return Row(row.number, query, exc, carried or None)
         metadata = query.get("metadata") or {}
-        if carried and isinstance(metadata, dict):  # the parser refuses any other
+        if carried and isinstance(metadata, dict):  # the parser rejects any other
             query["metadata"] = metadata | carried
         longest = None
         if self._truncates and self._template is not None:

@@ -140,11 +140,11 @@ def load_row(line: Line) -> Row:
 def _prompt_row(line: Line) -> Row:
     """A line of plain text, as the column `text`."""
     if line.data is None:
-        return Row(line.number, fault=_too_long())
+        return Row(line.number, error=_too_long())
     try:
         return Row(line.number, {TEXT_COLUMN: line.data.decode()})
     except UnicodeDecodeError:
-        return Row(line.number, fault=QueryError("the line is not valid UTF-8; set --encoding"))
+        return Row(line.number, error=QueryError("the line is not valid UTF-8; set --encoding"))
 
 
 def _too_long() -> QueryError:

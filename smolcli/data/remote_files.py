@@ -61,7 +61,7 @@ def downloaded(name: str) -> Iterator[Path]:
         yield copy
 
 
-def refuse_overwrite(url: str, output: Path) -> None:
+def reject_overwrite(url: str, output: Path) -> None:
     """Check that uploading would replace nothing but an earlier upload of the same output.
 
     Args:

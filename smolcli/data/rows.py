@@ -34,14 +34,14 @@ class Row:
     Args:
         number: its line number, or its position from 1 where rows have no lines.
         value: its content as a JSON value; the raw bytes of a line that is not valid JSON.
-        fault: what is wrong with it, if anything.
+        error: what is wrong with it, if anything.
         carried: values to copy to the metadata of its result.
         longest: field of its prompt, if that is rendered from a template.
     """
 
     number: int
     value: object = None
-    fault: QueryError | None = None
+    error: QueryError | None = None
     carried: Mapping[str, Any] | None = None
     longest: LongestField | None = None
 
@@ -51,14 +51,14 @@ def row_of_values(number: int, values: dict[str, Any]) -> Row:
 
     Args:
         number: of the row.
-        values: the JSON value of each column; a QueryError is the fault of the row.
+        values: the JSON value of each column; a QueryError is the error of the row.
     """
     for name, value in values.items():
         if isinstance(value, QueryError):
-            return Row(number, fault=QueryError(f"{name!r}: {value}", value.code, name))
+            return Row(number, error=QueryError(f"{name!r}: {value}", value.code, name))
     if sum(len(value) for value in values.values() if isinstance(value, str)) > MAX_LINE_BYTES:
         message = f"the row is longer than {MAX_LINE_BYTES:,} bytes"
-        return Row(number, fault=QueryError(message, ErrorCode.LINE_TOO_LONG))
+        return Row(number, error=QueryError(message, ErrorCode.LINE_TOO_LONG))
     return Row(number, values)
 
 

@@ -12,7 +12,7 @@ from smolcli.batch.manifest import Manifest, load_manifest
 from smolcli.data.detection import table_kind
 from smolcli.data.jsonl import read_lines
 from smolcli.data.rows import journal_path
-from smolcli.errors import InputError, ResumeRefused
+from smolcli.errors import InputError, ResumeError
 from smolcli.protocol.line_formats import smol_record
 
 NUM_EXAMPLES = 3
@@ -183,7 +183,7 @@ def _read(facts: Facts, path: Path) -> None:
 def _manifest(path: Path) -> Manifest | None:
     try:
         return load_manifest(path)
-    except ResumeRefused:
+    except ResumeError:
         return None
 
 

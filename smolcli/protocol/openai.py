@@ -647,13 +647,13 @@ def _parameter_error(exc: ValidationError, model: type[BaseModel], value: object
         model: of the whole object.
         value: the object.
     """
-    faults = exc.errors(include_url=False, include_context=False)
-    top = [f for f in faults if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or faults
+    errors = exc.errors(include_url=False, include_context=False)
+    top = [f for f in errors if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or errors
     same = [f for f in top if f["loc"][0] == top[0]["loc"][0]]
     # A union reports an error for each of its types; take the one that validated furthest.
-    fault = max(same, key=lambda f: _depth(list(_location(value, f)), f["type"]))
-    location = list(_location(value, fault))
-    kind, given = fault["type"], fault["input"]
+    error = max(same, key=lambda f: _depth(list(_location(value, f)), f["type"]))
+    location = list(_location(value, error))
+    kind, given = error["type"], error["input"]
     if kind.startswith("union_tag") and isinstance(given, dict):  # the type of a response_format
         location.append("type")
         kind = "literal_error" if kind == "union_tag_invalid" else "missing"
@@ -673,7 +673,7 @@ def _parameter_error(exc: ValidationError, model: type[BaseModel], value: object
 
 
 def _depth(location: list[int | str], kind: str) -> tuple[int, list[int]]:
-    """How far into a value a fault is: its length, then its indices.
+    """How far into a value an error is: its length, then its indices.
 
     A type that is wrong is inside of its object.
     """
@@ -681,18 +681,18 @@ def _depth(location: list[int | str], kind: str) -> tuple[int, list[int]]:
     return length, [step for step in location if isinstance(step, int)]
 
 
-def _location(value: Any, fault: Mapping[str, Any]) -> Iterator[int | str]:
-    """The keys and indices of a fault, without pydantic's names for the types of a union.
+def _location(value: Any, error: Mapping[str, Any]) -> Iterator[int | str]:
+    """The keys and indices of a error, without pydantic's names for the types of a union.
 
     Args:
         value: what was validated.
-        fault: one of pydantic's errors.
+        error: one of pydantic's errors.
     """
-    location = fault["loc"]
+    location = error["loc"]
     for at, step in enumerate(location):
         if str(step).startswith(("literal[", "tagged-union[")):
             continue
-        is_missing = fault["type"] == "missing" and at == len(location) - 1
+        is_missing = error["type"] == "missing" and at == len(location) - 1
         if isinstance(value, dict) and (step in value or is_missing):
             value = value.get(step)
         elif isinstance(value, list) and isinstance(step, int):
@@ -721,7 +721,7 @@ def invalid_parameter(name: str, model: type[BaseModel], path: str | None = None
     Args:
         name: of the parameter.
         model: of the whole object.
-        path: where in the parameter the fault is; by default the parameter itself.
+        path: where in the parameter the error is; by default the parameter itself.
     """
     path = path or name
     description = model.model_fields[name].description

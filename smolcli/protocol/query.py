@@ -608,7 +608,7 @@ def _metadata(metadata: dict[str, Any] | None, extra: dict[str, Any]) -> dict[st
 
 
 def _check_combination(fields: QueryFields, query: Query) -> None:
-    """Refuse fields that are valid by themselves but contradict each other."""
+    """Reject fields that are valid by themselves but contradict each other."""
     if fields.top_logprobs and query.top_logprobs is None:
         raise QueryError("top_logprobs requires logprobs to be true", field="top_logprobs")
     if query.tools is not None and query.raw_prompt is not None:
@@ -627,15 +627,15 @@ def _check_combination(fields: QueryFields, query: Query) -> None:
 
 
 def _query_error(exc: ValidationError) -> QueryError:
-    faults = exc.errors(include_url=False, include_context=False)
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
-    field = str(fault["loc"][0])
-    if fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1:
+    errors = exc.errors(include_url=False, include_context=False)
+    error = next((f for f in errors if f["type"] == "extra_forbidden"), errors[0])
+    field = str(error["loc"][0])
+    if error["type"] == "extra_forbidden" and len(error["loc"]) == 1:
         message = f"unknown field {shorten(field)!r}{did_you_mean(field, FIELDS)}"
         return QueryError(message, ErrorCode.UNKNOWN_FIELD, shorten(field))
-    if field == "chat_id" and (fault["type"] == "missing" or fault["input"] in (None, "")):
+    if field == "chat_id" and (error["type"] == "missing" or error["input"] in (None, "")):
         return _required("chat_id")
-    where = json_path(fault["loc"])
+    where = json_path(error["loc"])
     is_nested = where != field and field in ("messages", "tools")
     detail = f" (at {where})" if is_nested else ""
     message = f"{field} must be {FIELDS[field].description}{detail}"

@@ -30,19 +30,19 @@ def load_json(text: bytes) -> object:
         if b"\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as exc:
-        _refuse_json(f"not UTF-8: byte {exc.start + 1} is 0x{text[exc.start]:02x}", exc)
+        _reject_json(f"not UTF-8: byte {exc.start + 1} is 0x{text[exc.start]:02x}", exc)
     except UnicodeEncodeError as exc:
-        _refuse_json("a string contains a lone surrogate (\\ud800 to \\udfff)", exc)
+        _reject_json("a string contains a lone surrogate (\\ud800 to \\udfff)", exc)
     except json.JSONDecodeError as exc:
-        _refuse_json(f"{exc.msg.removesuffix(' at')} at column {exc.colno}", exc)
+        _reject_json(f"{exc.msg.removesuffix(' at')} at column {exc.colno}", exc)
     except RecursionError as exc:
-        _refuse_json(f"nested more than {MAX_DEPTH} levels deep", exc)
+        _reject_json(f"nested more than {MAX_DEPTH} levels deep", exc)
     except ValueError as exc:
-        _refuse_json(str(exc).partition(";")[0], exc)
+        _reject_json(str(exc).partition(";")[0], exc)
     return value
 
 
-def _refuse_json(reason: str, cause: Exception) -> NoReturn:
+def _reject_json(reason: str, cause: Exception) -> NoReturn:
     raise QueryError(f"invalid JSON: {reason}", ErrorCode.INVALID_JSON) from cause
 
 
@@ -54,7 +54,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
@@ -75,5 +75,5 @@ def _depth(value: object) -> int:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_finite
+    object_pairs_hook=_object, parse_constant=_reject_constant, parse_float=_finite
 )

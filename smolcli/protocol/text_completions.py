@@ -172,7 +172,7 @@ class TextCompletion:
         )
 
     def error(self, index: int, result: Result) -> Result:
-        """The error of one choice as the error of the request, which names the prompt at fault."""
+        """The error of one choice as the error of the request, which names the prompt."""
         if len(self.queries) == self.num_choices or result.field not in (None, "raw_prompt"):
             return result
         path = f"prompt[{index // self.num_choices}]"

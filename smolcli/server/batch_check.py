@@ -11,7 +11,7 @@ from smolcli.data.rows import Row
 from smolcli.errors import QueryError
 from smolcli.protocol.line_formats import OPENAI
 from smolcli.protocol.strict_json import shorten
-from smolcli.server.batch_store import BatchFault
+from smolcli.server.batch_store import BatchError
 from smolcli.server.errors import HttpCode, HttpError
 from smolcli.settings import RowSettings
 from smolcli.types import ErrorCode
@@ -38,24 +38,24 @@ class FileCheck:
         self.num_requests = 0
         self.model: str | None = None
 
-    def faults(self, rows: Iterator[Row]) -> Iterator[BatchFault]:
+    def errors(self, rows: Iterator[Row]) -> Iterator[BatchError]:
         """Yield what is wrong with the rows."""
         for row in rows:
             self.num_requests += 1
             if self.num_requests > self._max_requests:
                 message = f"the file has more than {self._max_requests:,} requests"
-                yield BatchFault(HttpCode.TOO_LARGE, message, row.number)
+                yield BatchError(HttpCode.TOO_LARGE, message, row.number)
                 return
             try:
                 self._check(row)
             except (QueryError, HttpError) as exc:
-                yield BatchFault(exc.code, str(exc), row.number, exc.field)
+                yield BatchError(exc.code, str(exc), row.number, exc.field)
         if not self.num_requests:
-            yield BatchFault("empty_file", "the file has no requests")
+            yield BatchError("empty_file", "the file has no requests")
 
     def _check(self, row: Row) -> None:
-        if row.fault is not None:
-            raise row.fault
+        if row.error is not None:
+            raise row.error
         request = OPENAI.request(row.value)
         if request.url != self._endpoint:
             message = f"url is {request.url}, but the endpoint of the batch is {self._endpoint}"

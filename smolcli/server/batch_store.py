@@ -73,7 +73,7 @@ class StoredFile:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchFault:
+class BatchError:
     """Why a batch failed; `line` and `param` locate it in the input file."""
 
     code: str
@@ -104,7 +104,7 @@ class Batch:
         num_failed: requests that failed.
         prompt_tokens: of all answers.
         completion_tokens: of all answers.
-        faults: why it failed.
+        errors: why it failed.
         output_file_id: the answers, once `ending` is known and if there are any.
         error_file_id: the failed requests, likewise.
     """
@@ -126,7 +126,7 @@ class Batch:
     num_failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    faults: tuple[BatchFault, ...] = ()
+    errors: tuple[BatchError, ...] = ()
     output_file_id: FileId | None = None
     error_file_id: FileId | None = None
 

@@ -34,7 +34,7 @@ from smolcli.errors import (
 )
 from smolcli.protocol.line_formats import OPENAI
 from smolcli.server.batch_check import ROWS, FileCheck
-from smolcli.server.batch_store import Batch, BatchFault, BatchStore, Ending, new_id
+from smolcli.server.batch_store import Batch, BatchError, BatchStore, Ending, new_id
 from smolcli.server.errors import HttpCode, HttpError
 from smolcli.server.metrics import Metrics
 from smolcli.server.service import BackendLoader
@@ -43,7 +43,7 @@ from smolcli.types import ErrorCode, Query, Result
 
 logger = logging.getLogger(__name__)
 
-MAX_FAULTS = 100  # listed for a file
+MAX_ERRORS = 100  # listed for a file
 POLL_S = 0.5
 MIN_RETRY_S, MAX_RETRY_S = 0.5, 30.0  # after the backend failed, or with other settings
 SWEEP_INTERVAL_S = 60.0
@@ -284,7 +284,7 @@ class BatchWorker:
 
     def _check(self, batch: Batch) -> None:
         if batch.ending is not None:  # the server was killed while it published the results
-            self._end(batch, batch.ending, batch.faults)
+            self._end(batch, batch.ending, batch.errors)
         elif batch.status == "cancelling":
             self._interrupt_or_end(batch, "cancelled")
         elif batch.expires_at <= time.time():
@@ -309,12 +309,12 @@ class BatchWorker:
         check = FileCheck(batch.endpoint, self._store.settings.max_requests, self._check_model)
         path = self._store.content_path(batch.input_file_id)
         try:
-            faults = tuple(islice(check.faults(read_rows(path, ROWS)), MAX_FAULTS))
+            errors = tuple(islice(check.errors(read_rows(path, ROWS)), MAX_ERRORS))
         except (InputError, UsageError) as exc:
             message = str(exc).replace(str(path), batch.input_file_id)
-            faults = (BatchFault(ErrorCode.INVALID_VALUE, message, param="input_file_id"),)
-        if faults:
-            self._end(batch, "failed", faults)
+            errors = (BatchError(ErrorCode.INVALID_VALUE, message, param="input_file_id"),)
+        if errors:
+            self._end(batch, "failed", errors)
             return
 
         def change(current: Batch) -> Batch:
@@ -426,22 +426,22 @@ class BatchWorker:
             work(batch)
         except HttpError as exc:
             logger.error("batch %s failed: %s", batch.id, exc)
-            self._fail(batch, BatchFault(exc.code, str(exc)))
+            self._fail(batch, BatchError(exc.code, str(exc)))
         except (RunError, UsageError) as exc:
             logger.error("batch %s failed: %s", batch.id, exc)
-            self._fail(batch, _client_fault(exc))
+            self._fail(batch, _client_error(exc))
         except BaseException as exc:  # including a Rust panic, which is not an Exception
             logger.error("batch %s failed", batch.id, exc_info=exc)
             self._fail(
                 batch,
-                BatchFault(ErrorCode.INTERNAL, "internal error; see the server log for details"),
+                BatchError(ErrorCode.INTERNAL, "internal error; see the server log for details"),
             )
 
-    def _fail(self, batch: Batch, fault: BatchFault) -> None:
+    def _fail(self, batch: Batch, error: BatchError) -> None:
         """End a batch as failed, with the results that can still be published."""
         try:
             self._keep_counts(batch)
-            self._end(batch, "failed", (fault,))
+            self._end(batch, "failed", (error,))
         except Exception as exc:
             logger.error("batch %s: cannot publish its results: %s", batch.id, exc)
             self._store.update(
@@ -449,14 +449,14 @@ class BatchWorker:
                 lambda old: replace(
                     old,
                     ending="failed",
-                    faults=(fault,),
+                    errors=(error,),
                     output_file_id=None,
                     error_file_id=None,
                 ).with_status("failed"),
             )
             self._metrics.count_batch("failed")
 
-    def _end(self, batch: Batch, ending: Ending, faults: tuple[BatchFault, ...] = ()) -> None:
+    def _end(self, batch: Batch, ending: Ending, errors: tuple[BatchError, ...] = ()) -> None:
         """Publish the results of a batch and give it its final status.
 
         Every step can be repeated, so that a kill between any two of them loses nothing.
@@ -467,7 +467,7 @@ class BatchWorker:
             new = replace(
                 old,
                 ending="cancelled" if is_cancelled else ending,
-                faults=faults,
+                errors=errors,
                 output_file_id=old.output_file_id or new_id("file-"),
                 error_file_id=old.error_file_id or new_id("file-"),
             )
@@ -553,13 +553,13 @@ def _with_counts(batch: Batch, statistics: StatisticsCollector) -> Batch:
     )
 
 
-def _client_fault(exc: SmolError) -> BatchFault:
+def _client_error(exc: SmolError) -> BatchError:
     """What a client may know about a failure, without the server's paths."""
     if isinstance(exc.__cause__, OSError):
         reason = error_reason(exc.__cause__)
-        return BatchFault(HttpCode.STORAGE_FAILED, f"the server's storage failed: {reason}")
+        return BatchError(HttpCode.STORAGE_FAILED, f"the server's storage failed: {reason}")
     message = "the results of an earlier session are damaged; create the batch again"
-    return BatchFault(HttpCode.STORAGE_FAILED, message)
+    return BatchError(HttpCode.STORAGE_FAILED, message)
 
 
 def _complete_lines(path: Path) -> Iterator[bytes]:

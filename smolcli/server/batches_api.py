@@ -303,9 +303,9 @@ def batch_object(batch: Batch, worker: BatchWorker) -> dict[str, Any]:
         batch: the batch, with its current counts.
         worker: answers it.
     """
-    faults = [
-        {"code": fault.code, "message": fault.message, "param": fault.param, "line": fault.line}
-        for fault in batch.faults
+    errors = [
+        {"code": error.code, "message": error.message, "param": error.param, "line": error.line}
+        for error in batch.errors
     ]
     statuses = ("in_progress", "finalizing", "completed", "failed", "expired")
     times = {f"{each}_at": batch.reached_at.get(each) for each in statuses}
@@ -315,7 +315,7 @@ def batch_object(batch: Batch, worker: BatchWorker) -> dict[str, Any]:
         "object": "batch",
         "endpoint": batch.endpoint,
         "model": batch.model,
-        "errors": {"object": "list", "data": faults} if faults else None,
+        "errors": {"object": "list", "data": errors} if errors else None,
         "input_file_id": batch.input_file_id,
         "completion_window": batch.completion_window,
         "status": batch.status,

@@ -379,7 +379,7 @@ class OpenAIDeletedFile(Exact):
     deleted: Literal[True]
 
 
-class OpenAIBatchFault(Exact):
+class OpenAIBatchError(Exact):
     """What is wrong with a batch as a whole, or with a line of its file."""
 
     code: str
@@ -388,11 +388,11 @@ class OpenAIBatchFault(Exact):
     line: int | None
 
 
-class OpenAIBatchFaults(Exact):
+class OpenAIBatchErrors(Exact):
     """Why a batch failed."""
 
     object: Literal["list"]
-    data: list[OpenAIBatchFault]
+    data: list[OpenAIBatchError]
 
 
 class OpenAIRequestCounts(Exact):
@@ -410,7 +410,7 @@ class OpenAIBatch(Exact):
     object: Literal["batch"]
     endpoint: str
     model: str | None
-    errors: OpenAIBatchFaults | None
+    errors: OpenAIBatchErrors | None
     input_file_id: str
     completion_window: str
     status: BatchStatus

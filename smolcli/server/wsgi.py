@@ -195,11 +195,11 @@ class RejectionTask(Task):
         return environ
 
 
-def _rejection(fault: Any, limits: Any) -> HttpError:
+def _rejection(error: Any, limits: Any) -> HttpError:
     """Translate an error of Waitress; `limits` are its adjustments."""
-    if fault.code == HTTPStatus.INTERNAL_SERVER_ERROR:  # the application itself failed
-        return HttpError(fault.code, INTERNAL_ERROR, ErrorCode.INTERNAL)
-    if fault.code == HTTPStatus.UNAUTHORIZED:
+    if error.code == HTTPStatus.INTERNAL_SERVER_ERROR:  # the application itself failed
+        return HttpError(error.code, INTERNAL_ERROR, ErrorCode.INTERNAL)
+    if error.code == HTTPStatus.UNAUTHORIZED:
         return missing_key()
     messages = {
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE: body_too_large(limits.max_request_body_size - 1),
@@ -207,8 +207,8 @@ def _rejection(fault: Any, limits: Any) -> HttpError:
         f"of {limits.max_request_header_size:,} bytes",
         HTTPStatus.NOT_IMPLEMENTED: "this Transfer-Encoding is not supported; use chunked",
     }
-    message = messages.get(fault.code, f"malformed HTTP request: {fault.body}")
-    return HttpError(fault.code, message, code_of(fault.code))
+    message = messages.get(error.code, f"malformed HTTP request: {error.body}")
+    return HttpError(error.code, message, code_of(error.code))
 
 
 class Channel(HTTPChannel):

@@ -129,7 +129,7 @@ class GrammarMatcher:
         return self._matcher.is_stopped()
 
     @property
-    def fault(self) -> QueryError | None:
+    def error(self) -> QueryError | None:
         """Why matching failed, or None."""
         is_error = self._matcher.is_error()
         return _unsupported(self._form, self._matcher.get_error()) if is_error else None

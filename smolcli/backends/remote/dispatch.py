@@ -42,7 +42,7 @@ class RemoteQuery(PendingQuery):
     task: asyncio.Task[None] | None = None  # that serves this query alone
     sent_at: float = 0.0
     first_text_at: float = 0.0
-    fault: str = "the batch ended early"  # why there is no result yet
+    reason: str = "the batch ended early"  # why there is no result yet
 
     def show(self, text: str) -> None:
         """Pass on a piece of the answer."""
@@ -141,7 +141,7 @@ async def _send_batch(upstream: Upstream, queries: list[RemoteQuery]) -> None:
     if has_malformed:
         raise BatchFailed(is_route_missing=False)
     if left := next((pending for pending in queries if pending.is_open), None):
-        raise Unavailable(f"{upstream.url}: {left.fault}")
+        raise Unavailable(f"{upstream.url}: {left.reason}")
 
 
 async def _read_batch(
@@ -189,7 +189,7 @@ def _at(queries: list[RemoteQuery], index: object) -> RemoteQuery:
 def _settle(upstream: Upstream, pending: RemoteQuery, result: Result) -> None:
     """Complete a query, unless its error is transient."""
     if result.error_code is not None and result.error_code.is_transient:
-        pending.fault = str(result.error)
+        pending.reason = str(result.error)
     else:
         pending.complete(result)
         upstream.in_flight.discard(pending)

@@ -118,19 +118,19 @@ class Upstream:
         self._num_failures += 1
         self.became_unhealthy.set()
 
-    def back_off(self, fault: Unavailable) -> None:
+    def back_off(self, error: Unavailable) -> None:
         """Back off, at least for its Retry-After; mark it unhealthy if it is unreachable.
 
-        Of several simultaneous faults, only the first and the longest Retry-After count.
+        Of several simultaneous errors, only the first and the longest Retry-After count.
         """
         now = time.monotonic()
-        if self.is_ready and fault.is_unreachable:
-            self.mark_unhealthy(str(fault))
+        if self.is_ready and error.is_unreachable:
+            self.mark_unhealthy(str(error))
         elif self.is_ready:
-            self.reason = str(fault)
+            self.reason = str(error)
             self.retry_at = now + self.backoff_s
             self._num_failures += 1
-        wanted_s = min(fault.retry_after_s or 0.0, MAX_RETRY_AFTER_S)
+        wanted_s = min(error.retry_after_s or 0.0, MAX_RETRY_AFTER_S)
         self.retry_at = max(self.retry_at, now + wanted_s)
 
     async def get(self, path: str) -> httpx.Response:
@@ -327,13 +327,13 @@ class UpstreamPool:
         """Accept a server that matches the settings and the other servers."""
         for name, wanted in (("model", self._settings.model), ("dtype", self._settings.dtype)):
             if wanted not in (None, "auto", identity.get(name)) and identity.get(name):
-                _refuse(upstream, name, identity[name], wanted)
+                _reject(upstream, name, identity[name], wanted)
         others_are_healthy = any(u.is_healthy for u in self.upstreams if u is not upstream)
         if not self.identity or not (self._is_pinned or others_are_healthy):
             self.identity = identity
         for name in DECIDING:
             if identity.get(name) != self.identity.get(name):
-                _refuse(upstream, name, identity.get(name), self.identity.get(name))
+                _reject(upstream, name, identity.get(name), self.identity.get(name))
         upstream.identity = identity
 
 
@@ -342,7 +342,7 @@ def check_status(response: httpx.Response, url: str) -> None:
 
     Raises:
         Unavailable: the server cannot answer for now.
-        BackendError: the server refuses this client.
+        BackendError: the server rejects this client.
     """
     status = response.status_code
     if status in RETRIED_STATUSES:
@@ -384,7 +384,7 @@ def _retry_after_s(value: str | None) -> float | None:
     return float(value) if value is not None and value.isdecimal() else None
 
 
-def _refuse(upstream: Upstream, name: str, value: object, wanted: object) -> NoReturn:
+def _reject(upstream: Upstream, name: str, value: object, wanted: object) -> NoReturn:
     raise BackendError(f"{upstream.url} has the {name} {value!r}, not {wanted!r}")
 
 

@@ -58,7 +58,7 @@ def show(model: StoredModel) -> None:
     shown["packed"] = {
         file.kernels: file.num_bytes for file in packed_files() if file.model == item.name
     }
-    typer.echo(json.dumps(shown | {"fault": damage}, ensure_ascii=False, indent=2))
+    typer.echo(json.dumps(shown | {"damage": damage}, ensure_ascii=False, indent=2))
     raise typer.Exit(ExitCode.FAILED if damage else ExitCode.OK)
 
 

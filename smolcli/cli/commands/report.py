@@ -69,7 +69,7 @@ def report(results: Results, output: Output = None, png: Png = None) -> None:
 
 
 def _check_targets(results: Path, page: Path, png: Path | None) -> None:
-    """Refuse targets that would replace a file that is not a report."""
+    """Reject targets that would replace a file that is not a report."""
     from smolcli.html_report.page import check_replaceable
 
     if png == _STDOUT:

@@ -19,7 +19,7 @@ from smolcli.data.remote_files import (
     downloaded,
     is_remote,
     local_path,
-    refuse_overwrite,
+    reject_overwrite,
     upload,
 )
 from smolcli.data.rows import journal_path
@@ -136,7 +136,7 @@ def run(
     target = _target(inputs, options)
     output = local_path(target)
     if is_remote(target) and not (options.overwrite or options.check):
-        refuse_overwrite(target, output)
+        reject_overwrite(target, output)
     if is_several := are_several(inputs):
         inputs = _files(inputs, output, options)
     sources = tuple(InputFile(_shown(name), ctx.with_resource(downloaded(name))) for name in inputs)

@@ -22,8 +22,8 @@ async function run() {
   trouble("");
   try {
     await new BatchClient(settle, trouble, running.signal).answer(queue);
-  } catch (fault) {
-    if (fault.name !== "AbortError") trouble(fault.message);
+  } catch (error) {
+    if (error.name !== "AbortError") trouble(error.message);
     running.abort();
   }
   running = null;

@@ -1,6 +1,6 @@
 /** Parses the lines of a batch into rows, and sends them to the server in chunks. */
 
-import { Fault, faultIn, lines, request } from "./wire.js";
+import { RequestError, errorIn, lines, request } from "./wire.js";
 
 const CHUNK_ROWS = 100;
 const CHUNK_CHARS = 200_000;
@@ -59,13 +59,13 @@ export class BatchClient {
   async #ask(chunk) {
     try {
       await this.#receive(chunk);
-    } catch (fault) {
-      if (fault.status === 503) {
-        await this.#pause(fault);
+    } catch (error) {
+      if (error.status === 503) {
+        await this.#pause(error);
         return this.#ask(chunk);
       }
-      if (fault.status !== 400 && fault.status !== 413) throw fault;
-      if (chunk.length === 1) return this.#blame(chunk[0], fault);
+      if (error.status !== 400 && error.status !== 413) throw error;
+      if (chunk.length === 1) return this.#blame(chunk[0], error);
       const half = chunk.length >> 1;
       await this.#ask(chunk.slice(0, half));
       await this.#ask(chunk.slice(half));
@@ -80,19 +80,19 @@ export class BatchClient {
     this.trouble("");
     for await (const line of lines(response)) {
       const { index, ...result } = JSON.parse(line, exact);
-      if (!chunk[index]) throw faultIn(result) ?? new Fault("The server sent an unexpected result.");
+      if (!chunk[index]) throw errorIn(result) ?? new RequestError("The server sent an unexpected result.");
       this.settle(chunk[index], result);
     }
-    if (chunk.some((row) => row.result === null)) throw new Fault("The connection was lost.");
+    if (chunk.some((row) => row.result === null)) throw new RequestError("The connection was lost.");
   }
 
   #blame(row, { message: error, code: error_code, field }) {
     this.settle(row, { chat_id: null, error, error_code, ...(field && { field }) });
   }
 
-  #pause(fault) {
-    const waitS = fault.retryAfterS ?? RETRY_AFTER_S;
-    this.trouble(`${fault.message} Retrying in ${waitS} s.`);
+  #pause(error) {
+    const waitS = error.retryAfterS ?? RETRY_AFTER_S;
+    this.trouble(`${error.message} Retrying in ${waitS} s.`);
     return new Promise((resolve, reject) => {
       const timer = setTimeout(resolve, waitS * 1000);
       this.signal.addEventListener("abort", () => {

@@ -2,7 +2,7 @@
 
 import { $, announce, copy, keep, kept, stamp } from "./dom.js";
 import { nameModel } from "./model.js";
-import { Fault, events, faultIn, request } from "./wire.js";
+import { RequestError, events, errorIn, request } from "./wire.js";
 
 const NEAR_END_PX = 60;
 
@@ -41,8 +41,8 @@ async function streamAnswer(exchange, signal, onText) {
   const response = await request("v1/chat/completions", options);
   let ending = "";
   for await (const event of events(response)) {
-    const fault = faultIn(event);
-    if (fault) throw fault;
+    const error = errorIn(event);
+    if (error) throw error;
     const choice = event.choices?.[0];
     if (choice?.delta?.content) onText(choice.delta.content);
     if (choice?.finish_reason === "length") ending = " · stopped at the token limit";
@@ -69,9 +69,9 @@ async function answer(exchange) {
       frame ||= requestAnimationFrame(draw);
     });
     if (!exchange.answer.trim()) exchange.note += " · empty answer";
-  } catch (fault) {
-    if (fault.name === "AbortError") exchange.note = "stopped";
-    else exchange.error = fault instanceof Fault ? fault.message : `Unexpected error: ${fault.message}`;
+  } catch (error) {
+    if (error.name === "AbortError") exchange.note = "stopped";
+    else exchange.error = error instanceof RequestError ? error.message : `Unexpected error: ${error.message}`;
   }
   running = null;
   setRunning(false);

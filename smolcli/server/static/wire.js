@@ -1,9 +1,9 @@
-/** HTTP requests with the API key, streamed responses, and errors as `Fault`s. */
+/** HTTP requests with the API key, streamed responses, and errors as `RequestError`s. */
 
 import { askForKey } from "./key.js";
 import { kept } from "./dom.js";
 
-export class Fault extends Error {
+export class RequestError extends Error {
   constructor(message, { status = 0, code = null, field = null, retryAfterS = null } = {}) {
     super(message);
     Object.assign(this, { status, code, field, retryAfterS });
@@ -19,8 +19,8 @@ export async function request(path, { body, accept = "application/json", signal 
     if (body !== undefined) headers["Content-Type"] = "application/json";
     const response = await reach(path, { method: body === undefined ? "GET" : "POST", headers, body, signal });
     if (response.ok) return response;
-    const fault = await faultOf(response);
-    if (fault.status !== 401 || !(await askForKey(key))) throw fault;
+    const error = await errorOf(response);
+    if (error.status !== 401 || !(await askForKey(key))) throw error;
   }
 }
 
@@ -28,23 +28,23 @@ async function reach(path, options) {
   try {
     return await fetch(path, { cache: "no-store", ...options });
   } catch (cause) {
-    throw cause.name === "AbortError" ? cause : new Fault("The server cannot be reached.");
+    throw cause.name === "AbortError" ? cause : new RequestError("The server cannot be reached.");
   }
 }
 
-async function faultOf(response) {
+async function errorOf(response) {
   const body = await response.json().catch(() => null);
-  const fault = faultIn(body, response.status) ?? new Fault(`The server responded with status ${response.status}.`);
+  const error = errorIn(body, response.status) ?? new RequestError(`The server responded with status ${response.status}.`);
   const retryAfterS = Number(response.headers.get("Retry-After")) || null;
-  return Object.assign(fault, { status: response.status, retryAfterS });
+  return Object.assign(error, { status: response.status, retryAfterS });
 }
 
 /** The error in a body of smol's or OpenAI's shape, null if there is none. */
-export function faultIn(body) {
+export function errorIn(body) {
   const error = body?.error;
   if (!error) return null;
-  if (typeof error === "string") return new Fault(error, { code: body.error_code, field: body.field });
-  return new Fault(String(error.message), { code: error.code ?? error.type, field: error.param });
+  if (typeof error === "string") return new RequestError(error, { code: body.error_code, field: body.field });
+  return new RequestError(String(error.message), { code: error.code ?? error.type, field: error.param });
 }
 
 /** The non-blank lines of a response as they arrive. Leaving the loop closes the connection. */
@@ -55,7 +55,7 @@ export async function* lines(response) {
   try {
     for (;;) {
       const { value, done } = await reader.read().catch((cause) => {
-        throw cause.name === "AbortError" ? cause : new Fault("The connection was lost.");
+        throw cause.name === "AbortError" ? cause : new RequestError("The connection was lost.");
       });
       const whole = (rest + decoder.decode(value, { stream: !done })).split("\n");
       rest = done ? "" : whole.pop();
@@ -75,5 +75,5 @@ export async function* events(response) {
     if (data === "[DONE]") return;
     yield JSON.parse(data);
   }
-  throw new Fault("The answer was cut off.");
+  throw new RequestError("The answer was cut off.");
 }
