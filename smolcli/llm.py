@@ -87,6 +87,7 @@ class LLM:
         kv_cache_mb: size of the KV cache in MiB; 0 chooses for the machine.
         prefix_cache_mb: size of the prefix cache in MiB; 0 disables it. Default: 1/32 of the
             memory, at most 256.
+        speculation: whether to draft tokens while one prompt runs alone; answers stay the same.
         via: URLs of servers to send prompts to instead of loading a model.
         api_key: API key for these servers.
 
@@ -106,6 +107,7 @@ class LLM:
         max_batch_size: int = 0,
         kv_cache_mb: int = _DEFAULTS.kv_cache_mb,
         prefix_cache_mb: int | None = _DEFAULTS.prefix_cache_mb,
+        speculation: bool = _DEFAULTS.speculation,
         via: str | Sequence[str] = (),
         api_key: str | None = None,
     ) -> None:
@@ -117,6 +119,7 @@ class LLM:
             max_batch_size=max_batch_size,
             kv_cache_mb=kv_cache_mb,
             prefix_cache_mb=prefix_cache_mb,
+            speculation=speculation,
         )
         urls = (via,) if isinstance(via, str) else tuple(via)
         self._is_remote = bool(urls)

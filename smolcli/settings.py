@@ -78,6 +78,7 @@ class EngineSettings:
     max_concurrency: int = 8
     kv_cache_mb: int = 0
     prefix_cache_mb: int | None = None
+    speculation: bool = True
 
     @property
     def max_slots(self) -> int:

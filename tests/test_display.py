@@ -33,7 +33,10 @@ def test_throughput_counts_this_session_only(clock: list[float]) -> None:
     clock[0] += 10
     statistics.add(GOOD)
     assert statistics.tokens_per_second == 10
-    snapshot = statistics.snapshot(Counters(model_calls=7))
+    snapshot = statistics.snapshot(Counters(model_calls=7, drafted_tokens=5, accepted_tokens=4))
+    assert ("completion tokens", f"{snapshot.completion_tokens:,}, 4 of them drafted") in (
+        snapshot.rows()
+    )
     assert (snapshot.num_lines, snapshot.resumed_lines) == (1001, 1000)
     assert (snapshot.seconds, snapshot.model_calls) == (10, 7)
 

@@ -97,6 +97,24 @@ def test_a_stop_string_ends_the_response_and_is_excluded(backend: LocalBackend) 
     assert result.finish_reason == FinishReason.STOP
 
 
+def test_speculation_changes_no_piece_of_an_answer(settings: EngineSettings) -> None:
+    """Stop strings, log probabilities and streamed pieces come from single tokens, as without."""
+    whole = query("one one one two two two", max_new_tokens=120)
+    seen: list[list[Any]] = []
+    for speculation in (False, True):
+        pieces: list[Any] = []
+        with closing(open_local(replace(settings, speculation=speculation))) as backend:
+            text = backend.submit(replace(whole, top_logprobs=2), pieces.append).result(WAIT_S)
+            stop = text.response[len(text.response) // 2 :][:2]
+            stopped = answer(backend, replace(whole, stop=(stop,)))
+            several = answer(backend, replace(whole, n=3))
+            results = [each.record() for each in (text, stopped, several)]
+            counters = backend.counters()
+        seen.append([results, pieces, counters.generated_tokens])
+        assert (counters.accepted_tokens > 0) == (counters.drafted_tokens > 0) == speculation
+    assert seen[0] == seen[1]
+
+
 def test_many_threads_can_submit(backend: LocalBackend) -> None:
     """The same query gets the same answer from every thread and in any batch."""
     questions = [query(f"Question {i % 5}?", chat_id=str(i)) for i in range(20)]

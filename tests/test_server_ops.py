@@ -102,6 +102,8 @@ def test_metrics_count_outcomes_tokens_and_latencies(server: RunningServer) -> N
     for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time"):
         assert samples[f"smol_{name}_seconds_count",] == 2
     assert samples["smol_inter_token_latency_seconds_count",] == 2
+    drafted = samples["smol_spec_decode_draft_tokens_total",]
+    assert 0 <= samples["smol_spec_decode_accepted_tokens_total",] <= drafted
     assert samples["smol_requests_running",] == samples["smol_requests_waiting",] == 0
 
 

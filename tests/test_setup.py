@@ -178,6 +178,8 @@ def test_explicit_settings_are_kept() -> None:
     assert (chosen.threads, chosen.max_batch_size, chosen.kv_cache_bytes) == (3, 100, 7 << 20)
     assert chosen.dtype == "float32"
     auto = resolve_config(EngineSettings(), SMOLLM2_135M)
+    assert auto.speculates == (auto.kernels is not None)
+    assert not resolve_config(EngineSettings(speculation=False), SMOLLM2_135M).speculates
     assert 1 <= auto.threads <= num_cores()
     assert auto.dtype in ("float32", "bfloat16")
 

@@ -119,6 +119,8 @@ class Counters:
         prompt_tokens: tokens of the prompts that were processed, cached ones included.
         generated_tokens: tokens generated, also for queries that were cancelled or failed later.
             A remote backend knows only what its servers report of complete answers.
+        drafted_tokens: tokens that speculation computed before they were sampled.
+        accepted_tokens: drafted tokens that became part of an answer.
     """
 
     model_calls: int = 0
@@ -126,6 +128,8 @@ class Counters:
     shared_queries: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def __add__(self, other: "Counters") -> "Counters":
         return Counters(*map(operator.add, astuple(self), astuple(other)))

@@ -27,6 +27,7 @@ from smolcli.backends.base import (
 from smolcli.engine.autoconfig import ResolvedConfig
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
+from smolcli.engine.speculation import Speculation
 from smolcli.errors import BackendError, QueryError
 from smolcli.protocol.tools import with_call_ids
 from smolcli.settings import EngineSettings
@@ -91,6 +92,7 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
             config.max_batch_size,
             kv_cache_bytes=config.kv_cache_bytes,
             prefix_cache_bytes=config.prefix_cache_bytes,
+            speculation=Speculation() if config.speculates else None,
         )
 
     return LocalBackend(
@@ -209,12 +211,14 @@ class LocalBackend:
 
     def counters(self) -> Counters:
         """See `Backend`."""
-        engine = self._engine
+        engine, speculation = self._engine, self._engine.speculation
         return Counters(
             engine.num_steps,
             engine.kv_cache.prefix_cache.num_hit_tokens,
             prompt_tokens=self._num_prompt_tokens,
             generated_tokens=self._num_generated_tokens,
+            drafted_tokens=speculation.num_drafted if speculation else 0,
+            accepted_tokens=speculation.num_accepted if speculation else 0,
         )
 
     def identity(self) -> dict[str, Any]:

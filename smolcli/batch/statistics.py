@@ -90,6 +90,8 @@ class RunStatistics:
     latency_p95_s: float | None
     pace: dict[str, Any] | None = None
     truncated_prompts: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and values to show in a table."""
@@ -103,7 +105,8 @@ class RunStatistics:
             rows.append(("truncated prompts", f"{self.truncated_prompts:,}"))
         cached = f", {self.cached_tokens:,} of them cached" if self.cached_tokens else ""
         rows.append(("prompt tokens", f"{self.prompt_tokens:,}{cached}"))
-        rows.append(("completion tokens", f"{self.completion_tokens:,}"))
+        drafted = f", {self.accepted_tokens:,} of them drafted" if self.accepted_tokens else ""
+        rows.append(("completion tokens", f"{self.completion_tokens:,}{drafted}"))
         if self.tokens_per_second is not None:
             rows.append(("seconds", f"{self.seconds:,.1f}"))
             rows.append(("tokens per second", f"{self.tokens_per_second:,.1f}"))
@@ -193,6 +196,8 @@ class StatisticsCollector:
             latency_p95_s=self._latencies.quantile(0.95),
             pace=self._throughput.record(),
             truncated_prompts=self.num_truncated,
+            drafted_tokens=counters.drafted_tokens,
+            accepted_tokens=counters.accepted_tokens,
         )
 
 

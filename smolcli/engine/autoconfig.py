@@ -32,9 +32,10 @@ class ResolvedConfig:
     """Where and how an engine computes, with every setting resolved.
 
     `kernels` is None if torch computes: on a GPU, or if the native kernels cannot run the model on
-    this CPU, and `unsupported_reason` says why. `memory_bytes` is the device's memory and
-    `needed_bytes` an estimate of what the engine occupies when every slot is in use. `formats` are
-    those of the checkpoint's matrices, as far as they are known.
+    this CPU, and `unsupported_reason` says why. `speculates` only with kernels, which are
+    batch-invariant, so that drafts leave answers unchanged. `memory_bytes` is the device's memory
+    and `needed_bytes` an estimate of what the engine occupies when every slot is in use. `formats`
+    are those of the checkpoint's matrices, as far as they are known.
     """
 
     device: str
@@ -43,6 +44,7 @@ class ResolvedConfig:
     unsupported_reason: str
     threads: int
     max_batch_size: int
+    speculates: bool
     kv_cache_bytes: int
     prefix_cache_bytes: int
     memory_bytes: int
@@ -96,6 +98,7 @@ def resolve_config(
         unsupported_reason=reason,
         threads=settings.threads or num_cores(),
         max_batch_size=max_batch_size,
+        speculates=settings.speculation and kernels is not None,
         kv_cache_bytes=kv_cache_bytes,
         prefix_cache_bytes=prefix_cache_bytes,
         memory_bytes=memory,

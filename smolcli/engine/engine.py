@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import accumulate
+from dataclasses import replace
+from itertools import accumulate, islice, takewhile
 
 from smolcli.engine.interfaces import Hidden, Model
 from smolcli.engine.sampler import sample, score
 from smolcli.engine.scheduler import Scheduler
 from smolcli.engine.sequence import ScheduledSequence, Sequence, TokenLogprob
+from smolcli.engine.speculation import Speculation
 from smolcli.engine.token_filter import token_filter
 from smolcli.errors import BackendError, PromptTooLong, QueryError
 from smolcli.types import FinishReason
@@ -24,6 +26,8 @@ class Engine:
         kv_cache_bytes: memory for the keys and values of running sequences.
         prefix_cache_bytes: memory for the prefix cache; 0 disables it.
         max_step_tokens: the most tokens to compute in one step.
+        speculation: drafts tokens; None drafts none. Answers stay the same
+            if the model is batch-invariant.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class Engine:
         kv_cache_bytes: int,
         prefix_cache_bytes: int = 0,
         max_step_tokens: int = 256,
+        speculation: Speculation | None = None,
     ) -> None:
         self.model = model
         self.kv_cache = model.make_kv_cache(prefix_cache_bytes)
@@ -45,6 +50,7 @@ class Engine:
         )
         self.max_length = self.kv_cache.max_length(kv_cache_bytes)
         self.num_steps = 0
+        self.speculation = speculation
         self._vocab_size = model.config.vocab_size
 
     @property
@@ -85,6 +91,9 @@ class Engine:
     def step(self) -> list[Sequence]:
         """Advance decoding sequences by one token each and prompts by a chunk.
 
+        Tokens that an earlier step has verified are added without computing anything, one per call
+        and sequence, so that a caller sees every answer grow by single tokens.
+
         Returns:
             The sequences that got a token, finished or failed; a failed one has `error` set.
 
@@ -92,7 +101,10 @@ class Engine:
             BackendError: the step failed for every sequence, and so did a trivial sequence of the
                 engine's own.
         """
-        planned = self.scheduler.plan()
+        if verified := [s for s in self.scheduler.running if s.verified]:
+            self._append_verified(verified)
+            return verified
+        planned = self._with_drafts(self.scheduler.plan())
         items = sorted(filter(self._has_capacity, planned), key=self.kv_cache.batch_key)
         advanced = [item.sequence for item in items if item.completes]
         self._run(items)
@@ -101,6 +113,20 @@ class Engine:
             self._check_model()
         self._retire()
         return advanced + [s for s in failed if s not in advanced]
+
+    def _append_verified(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.append_verified(self.model.config.eos_ids)
+        assert self.speculation is not None
+        self.speculation.num_accepted += len(sequences)
+        self._retire()
+
+    def _with_drafts(self, planned: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        """Add drafts to a step, unless it computes prompts, which make it long anyway."""
+        if self.speculation is None or not all(item.sequence.is_decoding for item in planned):
+            return planned
+        drafts = self.speculation.drafts([item.sequence for item in planned])
+        return [replace(item, drafts=draft) for item, draft in zip(planned, drafts, strict=True)]
 
     def _allocate(self, sequence: Sequence) -> None:
         with _blamed_on(sequence):
@@ -122,6 +148,9 @@ class Engine:
         try:
             self._forward(items)
         except Exception as exc:
+            if len(items) == 1 and items[0].drafts:
+                self._run([replace(items[0], drafts=())])
+                return
             if len(items) == 1:
                 items[0].sequence.error = exc
                 return
@@ -134,13 +163,12 @@ class Engine:
         hidden = self.model.forward(self.kv_cache.make_batch(items))
         ends = list(accumulate(item.num_hidden for item in items))
         scored = [self._scores(item, hidden, end) for item, end in zip(items, ends, strict=True)]
-        rows = {
-            item.sequence: end - 1
+        ready = [
+            (item, end)
             for item, end in zip(items, ends, strict=True)
             if item.completes and item.sequence.wants_token
-        }
-        ready = list(rows)
-        sampled = sample(self.model.head, _rows(hidden, [*rows.values()]), ready) if ready else []
+        ]
+        sampled = iter(self._sample(hidden, ready))
         for item, scores in zip(items, scored, strict=True):
             item.sequence.num_cached = item.stop
             item.sequence.prompt_logprobs += scores
@@ -148,8 +176,23 @@ class Engine:
                 self.kv_cache.store_prefix(item.sequence)
             if item.completes and not item.sequence.wants_token:
                 item.sequence.finish_reason = FinishReason.LENGTH
-        for sequence, (token, logprob) in zip(ready, sampled, strict=True):
-            sequence.append(token, self.model.config.eos_ids, logprob)
+        for item, _ in ready:
+            (token, logprob), *further = islice(sampled, 1 + len(item.drafts))
+            item.sequence.verified.extend(further[: _num_correct(item.drafts, token, further)])
+            item.sequence.append(token, self.model.config.eos_ids, logprob)
+
+    def _sample(
+        self, hidden: Hidden, ready: list[tuple[ScheduledSequence, int]]
+    ) -> list[tuple[int, TokenLogprob | None]]:
+        """Sample the next token of each item, and after each of its drafts the one that follows.
+
+        Args:
+            hidden: the hidden states of the step.
+            ready: the items that yield tokens, and where the hidden states of each end.
+        """
+        rows = [row for item, end in ready for row in range(end - 1 - len(item.drafts), end)]
+        sequences = [item.sequence for item, _ in ready for _ in range(1 + len(item.drafts))]
+        return sample(self.model.head, _rows(hidden, rows), sequences) if rows else []
 
     def _scores(self, item: ScheduledSequence, hidden: Hidden, end: int) -> list[TokenLogprob]:
         """The log probabilities of the prompt tokens that an item's hidden states predict.
@@ -191,11 +234,28 @@ class Engine:
     def _retire(self) -> None:
         for sequence in self.scheduler.retire():
             self.kv_cache.free(sequence)
+            if self.speculation is not None:
+                self.speculation.forget(sequence)
 
 
 def _rows(hidden: Hidden, rows: list[int]) -> Hidden:
     """Some rows of the hidden states, which are copied unless they are all."""
     return hidden if len(rows) == len(hidden) else hidden[rows]
+
+
+def _num_correct(
+    drafts: tuple[int, ...], token: int, further: list[tuple[int, TokenLogprob | None]]
+) -> int:
+    """How many drafts were sampled, each after the ones before it.
+
+    Args:
+        drafts: the drafted tokens.
+        token: sampled where the first of them was drafted.
+        further: sampled after each of them.
+    """
+    sampled = [token, *(each for each, _ in further)]
+    pairs = zip(drafts, sampled, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @contextmanager

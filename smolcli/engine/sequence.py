@@ -1,5 +1,6 @@
 """One generation: its token ids, settings and progress."""
 
+from collections import deque
 from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
@@ -53,7 +54,8 @@ class Sequence:
     generated token except the one that ends the answer. If `top_prompt_logprobs` is set,
     `prompt_logprobs` holds one entry per computed prompt token except the first, which nothing
     predicts. `bad_words` are sequences of token ids that must not occur in the answer. The engine
-    sets `token_filter` if the settings exclude tokens.
+    sets `token_filter` if the settings exclude tokens. `verified` holds tokens that a step sampled
+    beyond the next one, because they had been drafted; their keys and values are in the KV cache.
     """
 
     prompt_ids: list[int]
@@ -74,6 +76,7 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
     admitted_at: float | None = field(init=False, default=None)
+    verified: deque[tuple[int, TokenLogprob | None]] = field(init=False, default_factory=deque)
     _uniform: float | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -101,6 +104,15 @@ class Sequence:
     def wants_token(self) -> bool:
         """Whether there is room for another token; never for a sequence that is only scored."""
         return len(self.token_ids) < self.max_tokens
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the next token is the most likely one, no matter what came before.
+
+        Then tokens can be sampled before those that precede them have been appended.
+        """
+        is_free = self.constraint is None and self.token_filter is None
+        return self.sampling.is_plain and is_free
 
     @property
     def reusable_ids(self) -> list[int]:
@@ -158,6 +170,16 @@ class Sequence:
         elif not self.wants_token:
             self.finish_reason = FinishReason.LENGTH
 
+    def append_verified(self, eos_ids: frozenset[int]) -> None:
+        """Add the next of the `verified` tokens.
+
+        Args:
+            eos_ids: the model's end tokens.
+        """
+        token_id, logprob = self.verified.popleft()
+        self.num_cached += 1
+        self.append(token_id, eos_ids, logprob)
+
     def _is_end(self, token_id: int, eos_ids: frozenset[int]) -> bool:
         """Whether a token ends the answer; a constrained one ends where its grammar allows it."""
         ignores_eos = self.sampling.ignore_eos and self.constraint is None
@@ -167,11 +189,26 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """Tokens `start` to `stop` of a sequence, to be computed in one step."""
+    """Tokens `start` to `stop` of a sequence, to be computed in one step.
+
+    `drafts` are computed after them, at the positions that follow. Only decoding sequences have
+    any.
+    """
 
     sequence: Sequence
     start: int
     stop: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens to compute, drafts included."""
+        return [*self.sequence.token_ids[self.start : self.stop], *self.drafts]
+
+    @property
+    def num_rows(self) -> int:
+        """The number of tokens to compute, drafts included."""
+        return self.stop - self.start + len(self.drafts)
 
     @property
     def completes(self) -> bool:
@@ -183,4 +220,4 @@ class ScheduledSequence:
         """How many hidden states the step returns: those of the last tokens."""
         if self.sequence.top_prompt_logprobs is not None and not self.sequence.is_decoding:
             return self.stop - self.start
-        return int(self.completes)
+        return int(self.completes) + len(self.drafts)

@@ -39,6 +39,16 @@ class TokenCollector(Collector):
         yield CounterMetricFamily(
             "smol_generation_tokens", "Tokens generated.", value=counters.generated_tokens
         )
+        yield CounterMetricFamily(
+            "smol_spec_decode_draft_tokens",
+            "Tokens drafted by speculation.",
+            value=counters.drafted_tokens,
+        )
+        yield CounterMetricFamily(
+            "smol_spec_decode_accepted_tokens",
+            "Drafted tokens that became part of an answer.",
+            value=counters.accepted_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,6 +115,15 @@ class EngineOptions:
             min=0,
         ),
     ] = _DEFAULTS.prefix_cache_mb
+    speculation: Annotated[
+        bool,
+        _engine(
+            "--speculation/--no-speculation",
+            help="While one query runs alone, draft tokens from its prompt and its answer so far, "
+            "and keep those that the model would have generated. Greedy answers arrive faster and "
+            "stay the same.",
+        ),
+    ] = _DEFAULTS.speculation
 
     def settings(self) -> EngineSettings:
         """The engine settings that these options stand for."""

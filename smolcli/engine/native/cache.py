@@ -77,15 +77,15 @@ class BufferCache:
 
     def batch_key(self, item: ScheduledSequence) -> tuple[int, int]:
         """See `interfaces.KVCache`; long spans first, so that short ones fill the gaps."""
-        return item.start - item.stop, -item.stop
+        return -item.num_rows, -item.stop
 
     def make_batch(self, items: list[ScheduledSequence]) -> NativeBatch:
         """See `interfaces.KVCache`."""
-        ids = [t for i in items for t in i.sequence.token_ids[i.start : i.stop]]
-        ends = np.cumsum([i.stop - i.start for i in items])
+        ids = [token_id for item in items for token_id in item.token_ids]
+        ends = np.cumsum([item.num_rows for item in items])
         spans = np.empty(len(items), SPAN)
         for index, (end, item) in enumerate(zip(ends, items, strict=True)):
-            num_rows, buffer = item.stop - item.start, self._buffers[item.sequence]
+            num_rows, buffer = item.num_rows, self._buffers[item.sequence]
             at = address(buffer)
             spans[index] = (end - num_rows, num_rows, item.start, buffer.shape[3], at)
         rows = [np.arange(end - i.num_hidden, end) for end, i in zip(ends, items, strict=True)]
