@@ -11,7 +11,6 @@ affects all of them. PYTHON is the interpreter of the peer's own environment.
 """
 
 import argparse
-import os
 import shlex
 import statistics
 import subprocess
@@ -20,14 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.turns import System, systems
 
 SMOL = Path(__file__).with_name("peer_smol.py")
-NUM_QUESTIONS = 32
-NUM_TOKENS = 32
+NUM_SLOTS = 32
 
 
 @contextmanager
@@ -47,9 +42,9 @@ def busy_loops(level: str) -> Iterator[None]:
 def compare(args: argparse.Namespace) -> None:
     """Measure all systems at all levels and print a table."""
     levels = args.levels.split(",")
-    smol = shlex.join([sys.executable, str(SMOL), "--dtype", args.dtype, "--slots", "32"])
-    options = [f"--questions={NUM_QUESTIONS}", f"--max-new-tokens={NUM_TOKENS}"]
-    with systems([smol, *args.peer], options) as running:
+    smol = shlex.join([sys.executable, str(SMOL), "--dtype", args.dtype, "--slots", str(NUM_SLOTS)])
+    options = [f"--questions={args.questions}", f"--max-new-tokens={args.max_new_tokens}"]
+    with systems([smol, *args.peer], [*options, "--ignore-eos"]) as running:
         found: dict[tuple[System, str], list[float]] = {}
         for _ in range(args.runs):
             for level in levels:
@@ -57,13 +52,16 @@ def compare(args: argparse.Namespace) -> None:
                     with busy_loops(level):
                         rate = system.run().tokens_per_s
                     found.setdefault((system, level), []).append(rate)
-    table = Table("system", "loops", "median tokens/s", "worst", "worst of idle", box=None)
+    lines = [
+        "| system | loops | median tokens/s | worst | worst of idle |",
+        "|---|---|---|---|---|",
+    ]
     for (system, level), values in found.items():
         idle = statistics.median(found[system, levels[0]])
         median, worst = statistics.median(values), min(values)
-        table.add_row(system.name, level, f"{median:,.0f}", f"{worst:,.0f}", f"{worst / idle:.0%}")
-    Console().print(table)
-    Console().print(f"{NUM_QUESTIONS} questions, {NUM_TOKENS} tokens, {os.cpu_count()} CPUs")
+        cells = (system.name, level, f"{median:,.0f}", f"{worst:,.0f}", f"{worst / idle:.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -73,6 +71,8 @@ def main() -> None:
     parser.add_argument("--levels", default="0,1,2,4,2n")
     parser.add_argument("--peer", action="append", default=[], help="command of another system")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="length of all answers")
     parser.add_argument("--dtype", default="auto", help="of smol")
     compare(parser.parse_args())
 
