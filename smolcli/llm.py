@@ -88,12 +88,13 @@ class LLM:
         prefix_cache_mb: size of the prefix cache in MiB; 0 disables it. Default: 1/32 of the
             memory, at most 256.
         speculation: whether to draft tokens while one prompt runs alone; answers stay the same.
+        chat_template: source of a Jinja template for prompts, instead of the model's own.
         via: URLs of servers to send prompts to instead of loading a model.
         api_key: API key for these servers.
 
     Raises:
         ModelError: the model cannot be found or used.
-        UsageError: the device is not available.
+        UsageError: the device is not available, or a template is given for other servers.
         BackendError: no server of `via` can be reached.
     """
 
@@ -108,6 +109,7 @@ class LLM:
         kv_cache_mb: int = _DEFAULTS.kv_cache_mb,
         prefix_cache_mb: int | None = _DEFAULTS.prefix_cache_mb,
         speculation: bool = _DEFAULTS.speculation,
+        chat_template: str = "",
         via: str | Sequence[str] = (),
         api_key: str | None = None,
     ) -> None:
@@ -120,10 +122,13 @@ class LLM:
             kv_cache_mb=kv_cache_mb,
             prefix_cache_mb=prefix_cache_mb,
             speculation=speculation,
+            chat_template=chat_template,
         )
         urls = (via,) if isinstance(via, str) else tuple(via)
         self._is_remote = bool(urls)
         if urls:
+            if chat_template:
+                raise UsageError("chat_template has no effect on the servers of via")
             self._backend = _open_remote(urls, api_key, self._settings)
         else:
             from smolcli.backends.local import open_local

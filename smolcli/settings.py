@@ -3,6 +3,7 @@
 Nothing below the entry points reads the environment, except for the location of the model store.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,8 @@ class EngineSettings:
     """The model, and the resources that it may use.
 
     `engine.autoconfig` replaces None and 0 by values that suit the machine, except that
-    `prefix_cache_mb` 0 disables the prefix cache.
+    `prefix_cache_mb` 0 disables the prefix cache. `chat_template` is the source of a template that
+    replaces the model's own.
     """
 
     model: str = DEFAULT_MODEL
@@ -79,6 +81,14 @@ class EngineSettings:
     kv_cache_mb: int = 0
     prefix_cache_mb: int | None = None
     speculation: bool = True
+    chat_template: str = ""
+
+    @property
+    def chat_template_digest(self) -> str | None:
+        """Identifies the chat template if it is not the model's own."""
+        if not self.chat_template:
+            return None
+        return hashlib.sha256(self.chat_template.encode()).hexdigest()
 
     @property
     def max_slots(self) -> int:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from smolcli.errors import QueryError
 from smolcli.protocol.line_formats import OPENAI, RunInfo, smol_record
 from smolcli.protocol.text_completions import TextCompletionFields, parse_text_completion
 from smolcli.settings import EngineSettings, QueryDefaults, RemoteSettings
+from smolcli.types import Message, Query, Sampling
 
 PROMPT = "The capital of Italy is"
 OTHER = "<|im_start|>user\nHi<|im_end|>\né"
@@ -199,6 +201,28 @@ def test_an_unknown_token_id_is_an_error_of_the_prompt(
     error = server.post("/v1/completions", {"prompt": prompt}).json()["error"]
     assert error["param"] == path
     assert error["message"].startswith(f"{path} contains token id {1 << 30}")
+
+
+def test_a_base_model_needs_a_template_only_for_messages(tiny_folder: Path, tmp_path: Path) -> None:
+    """It could not be loaded at all."""
+    for path in tiny_folder.iterdir():
+        if path.name != "chat_template.jinja":
+            (tmp_path / path.name).symlink_to(path)
+    base = tiny_engine(tmp_path)
+    with serving(open_local, base) as running:
+        assert running.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2}).status_code == 200
+        refused = running.ask()
+        assert refused.status_code == 400
+        assert "raw_prompt" in refused.json()["error"]
+        assert "--chat-template" in refused.json()["error"]
+    template = (tiny_folder / "chat_template.jinja").read_text("utf-8")
+    answers = []
+    for engine in (tiny_engine(tiny_folder), replace(base, chat_template=template)):
+        with closing(open_local(engine)) as backend:
+            asked = Query("1", (Message("user", "Hi"),), Sampling(max_new_tokens=4))
+            answers.append(backend.submit(asked).result(60).response)
+            assert ("chat_template" in backend.identity()) == bool(engine.chat_template)
+    assert answers[0] == answers[1]
 
 
 def test_neutral_values_are_accepted(ask: Any) -> None:

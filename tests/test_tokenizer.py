@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from smolcli.errors import ModelError, QueryError
+from smolcli.text.chat_template import NAMED_TEMPLATES
 from smolcli.text.tokenizer import ChatTokenizer, context_length
 from smolcli.types import Message
 
@@ -175,8 +176,10 @@ def test_invalid_tokenizer_files_are_model_errors(tiny_folder: Path, tmp_path: P
     with pytest.raises(ModelError, match=r"chat template in .* is invalid"):
         ChatTokenizer.load(folder)
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(ModelError, match="is not a chat model"):
-        ChatTokenizer.load(folder)
+    with pytest.raises(QueryError, match="no chat template"):
+        ChatTokenizer.load(folder).encode([Message("user", "Hi")])
+    named = ChatTokenizer.load(folder, NAMED_TEMPLATES["chatml"])
+    assert named.encode([Message("user", "Hi")])
     (folder / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ModelError, match="does not contain a JSON object"):
         ChatTokenizer.load(folder)

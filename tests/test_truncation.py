@@ -49,7 +49,7 @@ def job(folder: Path, tmp_path: Path, **options: Any) -> RunSettings:
 def test_longest_message_is_cut_in_the_middle(tiny_folder: Path, max_new_tokens: int) -> None:
     """The answer gets the room that it asks for, but at most half of the context window."""
     messages = (Message("system", "Be brief."), Message("user", LONG), Message("user", "Why?"))
-    fitted = PromptTruncation(str(tiny_folder)).fit(
+    fitted = PromptTruncation(EngineSettings(str(tiny_folder))).fit(
         query(*messages, max_new_tokens=max_new_tokens), Row(1)
     )
     head, _, tail = fitted.messages[1].content.partition(MARK)
@@ -65,17 +65,17 @@ def test_longest_message_is_cut_in_the_middle(tiny_folder: Path, max_new_tokens:
 
 def test_prompt_that_fits_is_not_touched(tiny_folder: Path) -> None:
     short = query(Message("user", "Hi"))
-    assert PromptTruncation(str(tiny_folder)).fit(short, Row(1)) is short
+    assert PromptTruncation(EngineSettings(str(tiny_folder))).fit(short, Row(1)) is short
 
 
 def test_prompt_that_is_too_long_without_its_longest_message_stays(tiny_folder: Path) -> None:
     long = query(Message("user", LONG), Message("user", LONG + LONG))
-    assert PromptTruncation(str(tiny_folder)).fit(long, Row(1)) is long
+    assert PromptTruncation(EngineSettings(str(tiny_folder))).fit(long, Row(1)) is long
 
 
 def test_raw_prompt_is_cut(tiny_folder: Path) -> None:
     raw = replace(query(), raw_prompt=LONG)
-    fitted = PromptTruncation(str(tiny_folder)).fit(raw, Row(1))
+    fitted = PromptTruncation(EngineSettings(str(tiny_folder))).fit(raw, Row(1))
     assert isinstance(fitted.raw_prompt, str)
     assert MARK in fitted.raw_prompt
     assert num_tokens(tiny_folder, fitted) <= context_length(tiny_folder) - 16
@@ -115,8 +115,9 @@ def test_check_truncates_as_the_run_does(tiny_folder: Path, tmp_path: Path) -> N
 
 
 def test_truncation_needs_a_tokenizer(tmp_path: Path) -> None:
+    unknown = PromptTruncation(EngineSettings("someone/unknown"))
     with pytest.raises(UsageError, match="run smol pull someone/unknown first"):
-        PromptTruncation("someone/unknown").fit(query(Message("user", LONG)), Row(1))
+        unknown.fit(query(Message("user", LONG)), Row(1))
     args = ["run", "in.jsonl", "--truncate-prompt", "--via", "http://127.0.0.1:9"]
     done = CliRunner().invoke(app, args)
     assert (done.exit_code, "cannot be combined with --via" in done.stderr) == (2, True)

@@ -96,16 +96,20 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
         )
 
     return LocalBackend(
-        lambda: ChatTokenizer.load(files.folder),
+        lambda: ChatTokenizer.load(files.folder, settings.chat_template),
         build_engine,
-        _identity(files, config),
+        _identity(files, config, settings),
         settings.max_concurrency,
         stored,
     )
 
 
-def _identity(files: ModelFiles, config: ResolvedConfig) -> dict[str, Any]:
-    return {
+def _identity(
+    files: ModelFiles, config: ResolvedConfig, settings: EngineSettings
+) -> dict[str, Any]:
+    digest = settings.chat_template_digest
+    own = {} if digest is None else {"chat_template": digest}
+    return own | {
         "model": files.model,
         "revision": files.revision,
         "source": files.source,

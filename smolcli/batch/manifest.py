@@ -78,6 +78,8 @@ class Manifest:
         for name in ("input_format", "encoding", "delimiter", "query", "table"):
             if (value := getattr(settings.rows, name)) not in (None, "auto"):
                 generation[name] = value
+        if digest := settings.engine.chat_template_digest:
+            generation["chat_template"] = digest
         if settings.rows.truncate_prompt:
             generation["truncate_prompt"] = True
         del generation["seed"]

@@ -483,7 +483,7 @@ class Run:
         defaults = replace(self.settings.defaults, sampling=sampling)
         fit = None
         if is_for_model and self.settings.rows.truncate_prompt:
-            fit = PromptTruncation(self.settings.engine.model).fit
+            fit = PromptTruncation(self.settings.engine).fit
         return QueryReader(rows, defaults, ids, self.scan.format, fit)
 
     def _run_info(self, backend: Backend | None = None) -> RunInfo:

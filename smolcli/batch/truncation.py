@@ -9,6 +9,7 @@ from pathlib import Path
 from smolcli.batch.statistics import CUT_KEY
 from smolcli.data.rows import Row
 from smolcli.errors import UsageError
+from smolcli.settings import EngineSettings
 from smolcli.text.tokenizer import ChatTokenizer, context_length
 from smolcli.types import Message, Query
 from smolcli.weights.resolve import on_disk
@@ -33,11 +34,13 @@ class PromptTruncation:
     """Makes prompts fit into the context window of a model, together with their answers.
 
     Args:
-        model: whose tokenizer counts; loaded when the first long prompt is seen.
+        engine: the model, whose tokenizer counts, and its chat template. They are loaded when the
+            first long prompt is seen.
     """
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, engine: EngineSettings) -> None:
+        self._model = engine.model
+        self._chat_template = engine.chat_template
 
     def fit(self, query: Query, row: Row) -> Query:
         """Cut the middle of the longest field or message as far as necessary.
@@ -72,6 +75,8 @@ class PromptTruncation:
     def _most_tokens(self, query: Query) -> int:
         """A cheap upper bound for a plain query: no token is shorter than a byte."""
         num_bytes = sum(len(text.encode()) for text in _texts(query))
+        if query.raw_prompt is not None:
+            return num_bytes
         return num_bytes + self._template_tokens + _MESSAGE_TOKENS * len(query.messages)
 
     @cached_property
@@ -108,7 +113,7 @@ class PromptTruncation:
                 f"machine; run smol pull {self._model} first"
             )
         folder: Path = files.folder
-        return ChatTokenizer.load(folder), context_length(folder)
+        return ChatTokenizer.load(folder, self._chat_template), context_length(folder)
 
 
 def _is_plain(query: Query) -> bool:

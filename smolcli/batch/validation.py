@@ -41,7 +41,7 @@ def check_input(settings: RunSettings, check_query: CheckQuery | None) -> Iterat
     format = input_format(inputs, settings) if inputs.is_several else stated_format(settings.rows)
     fit = None
     if settings.rows.truncate_prompt and check_query is not None:
-        fit = PromptTruncation(settings.engine.model).fit
+        fit = PromptTruncation(settings.engine).fit
     for item in QueryReader(rows, settings.defaults, ChatIds(), format, fit):
         yield item if isinstance(item, Result) else _checked(item, check_query)
 
@@ -57,9 +57,14 @@ def _checked(query: Query, check_query: CheckQuery | None) -> Query | Result:
     return query
 
 
-def prompt_fits(folder: Path) -> CheckQuery:
-    """A check that prompts leave the model in `folder` room for a new token, if they want one."""
-    chat, longest = ChatTokenizer.load(folder), context_length(folder)
+def prompt_fits(folder: Path, chat_template: str = "") -> CheckQuery:
+    """A check that prompts leave the model room for a new token, if they want one.
+
+    Args:
+        folder: of the model.
+        chat_template: see `EngineSettings`.
+    """
+    chat, longest = ChatTokenizer.load(folder, chat_template), context_length(folder)
 
     def check(query: Query) -> None:
         limit = longest - min(query.sampling.max_new_tokens, 1)

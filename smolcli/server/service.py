@@ -110,6 +110,9 @@ def _warm_up(backend: Backend) -> None:
     """Answer a query, so that the first client does not pay for one-time initialization."""
     try:
         result = backend.submit(WARM_UP).result(WARM_UP_TIMEOUT_S)
+        if result.field == "messages":  # the model's chat template rejects them, or it has none
+            text = replace(WARM_UP, messages=(), raw_prompt="Hello")
+            result = backend.submit(text).result(WARM_UP_TIMEOUT_S)
         if result.is_error:
             raise BackendError(f"the model failed its warm-up query: {result.error}")
     except BaseException:

@@ -29,13 +29,22 @@ Outline = list[str | int]  # fixed texts, and indices of messages whose contents
 USUAL = (("user",), ("system", "user"))  # roles of conversations that have outlines
 FORMAT = 1  # of the stored outlines
 MARK = "\U0010fff0"  # on both sides of the index of a content
+NO_TEMPLATE = (
+    "the model has no chat template, so that it continues texts but cannot answer messages; "
+    "send a raw_prompt (/v1/completions over HTTP), or choose a template with --chat-template"
+)
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NAMED_TEMPLATES = {"chatml": CHATML}
 
 
 class ChatTemplate:
     """The chat template of one model; thread-safe.
 
     Args:
-        source: its text.
+        source: its text; "" if the model has none.
         special_tokens: texts that it may refer to, by name (`bos_token`, ...).
         folder: the model directory, for error messages.
         is_stored: whether outlines are stored, which pays off if starting is otherwise fast.
@@ -70,6 +79,8 @@ class ChatTemplate:
         Raises:
             QueryError: the template rejects the messages.
         """
+        if not self.source.strip():
+            raise QueryError(NO_TEMPLATE, field="messages")
         outline = self._outlines.get(_key([turn["role"] for turn in turns]))
         if outline is not None and functions is None:
             return "".join(p if isinstance(p, str) else turns[p]["content"] for p in outline)

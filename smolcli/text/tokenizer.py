@@ -64,10 +64,14 @@ class ChatTokenizer:
         self._encoder = PromptEncoder(tokenizer, template.source, special_tokens)
 
     @classmethod
-    def load(cls, folder: Path) -> "ChatTokenizer":
+    def load(cls, folder: Path, template_source: str = "") -> "ChatTokenizer":
         """Load tokenizer.json and the chat template of a model directory.
 
         The template is read from chat_template.jinja, else from tokenizer_config.json.
+
+        Args:
+            folder: the model directory.
+            template_source: of a template that replaces the model's own.
 
         Raises:
             ModelError: a file is missing or invalid, or the tokenizer has more tokens than the
@@ -82,7 +86,7 @@ class ChatTokenizer:
         vocab_size = _vocab_size(folder)
         if vocab_size is not None:
             _check_ids(tokenizer, vocab_size, special_tokens.get("pad_token"), folder)
-        source = _template_source(folder, config)
+        source = template_source or _template_source(folder, config)
         is_large = tokenizer.get_vocab_size(with_added_tokens=False) >= LARGE_VOCABULARY
         template = ChatTemplate(source, special_tokens, folder, is_stored=is_large)
         return cls(tokenizer, tokenizer_json, template, special_tokens, vocab_size)
@@ -568,15 +572,11 @@ def _token_text(token: str | dict[str, Any] | None) -> str:
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
+    """The model's own template; "" if it has none, as base models."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return _read_text(path)
     found = config.get("chat_template")
     if isinstance(found, list):  # several named templates
         found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    if not isinstance(found, str):
-        raise ModelError(
-            f"{folder} is not a chat model: it has neither chat_template.jinja "
-            "nor a chat_template in tokenizer_config.json"
-        )
-    return found
+    return found if isinstance(found, str) else ""

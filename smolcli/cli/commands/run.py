@@ -232,7 +232,8 @@ def _check(settings: RunSettings, is_quiet: bool) -> None:
 
     folder, inputs = folder_on_disk(settings.engine.model), Inputs.of(settings)
     num_lines = num_invalid = 0
-    for item in check_input(settings, prompt_fits(folder) if folder else None):
+    check = prompt_fits(folder, settings.engine.chat_template) if folder else None
+    for item in check_input(settings, check):
         num_lines += 1
         if isinstance(item, Result):
             num_invalid += 1

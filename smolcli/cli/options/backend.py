@@ -169,6 +169,11 @@ def _settings(
         return None
     if len(set(urls)) < len(urls):
         raise UsageError(f"the same URL is given twice: {' '.join(urls)}")
+    if engine.chat_template:
+        raise UsageError(
+            "--chat-template has no effect on other servers, which apply templates of their own; "
+            "give it to their smol serve"
+        )
     return RemoteSettings(
         urls=tuple(urls),
         api=api,

@@ -2,11 +2,13 @@
 
 import functools
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from smolcli.cli.options import option
+from smolcli.cli.options import option, read_text
+from smolcli.errors import UsageError
 from smolcli.settings import Dtype, EngineSettings
 
 _DEFAULTS = EngineSettings()
@@ -125,6 +127,39 @@ class EngineOptions:
         ),
     ] = _DEFAULTS.speculation
 
+    chat_template: Annotated[
+        str | None,
+        _engine(
+            "--chat-template",
+            metavar="FILE|NAME",
+            help="Jinja template of prompts, instead of the model's own: a file, or chatml. Models "
+            "without a template need one for messages.",
+        ),
+    ] = None
+
     def settings(self) -> EngineSettings:
-        """The engine settings that these options stand for."""
-        return EngineSettings(**asdict(self))
+        """The engine settings that these options stand for.
+
+        Raises:
+            UsageError: the chat template cannot be read.
+        """
+        source = template_source(self.chat_template)
+        return EngineSettings(**asdict(self) | {"chat_template": source})
+
+
+def template_source(template: str | None) -> str:
+    """The source of a chat template that is given as a file or by name; "" for the model's own.
+
+    Raises:
+        UsageError: the file cannot be read or is empty.
+    """
+    if template is None:
+        return ""
+    from smolcli.text.chat_template import NAMED_TEMPLATES
+
+    if template in NAMED_TEMPLATES:
+        return NAMED_TEMPLATES[template]
+    source = read_text("--chat-template", Path(template))
+    if not source.strip():
+        raise UsageError(f"--chat-template {template}: the file is empty")
+    return source
