@@ -98,6 +98,7 @@ def test_decoding_equals_the_whole_tokenizers(
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
         {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always"}},
         {"decoder": None},
+        {"model": {}},
     ],
     ids=lambda change: next(iter(change)),
 )

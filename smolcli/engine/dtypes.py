@@ -7,8 +7,10 @@ import numpy as np
 
 def numpy_dtype(name: str) -> "np.dtype[Any]":
     """The dtype called `name`; only "bfloat16" imports the library that adds it to NumPy."""
-    if name != "bfloat16":
-        return np.dtype(name)
-    import ml_dtypes
+    scalar: Any = name
+    if name == "bfloat16":
+        import ml_dtypes
 
-    return np.dtype(ml_dtypes.bfloat16)
+        scalar = ml_dtypes.bfloat16
+    found: np.dtype[Any] = np.dtype(scalar)
+    return found

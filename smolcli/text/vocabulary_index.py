@@ -153,7 +153,7 @@ class IndexedTokenizer:
         vocab = {token: own for own, token in enumerate(texts.values())}
         tokenizer = _tokenizer(self._index.skeleton, vocab, merges)
         tokenizer.add_special_tokens(list(self._added.values()))
-        added = {tokenizer.token_to_id(t.content): i for i, t in self._added.items()}
+        added = {_id(tokenizer, token): i for i, token in self._added.items()}
         return tokenizer, dict(enumerate(ids)) | added | self._with_extra(tokenizer)
 
     def _sections(self, text: str) -> list[str]:
@@ -165,10 +165,7 @@ class IndexedTokenizer:
         """Add the extra tokens to a tokenizer; returns their ids here by their ids there."""
         tokenizer.encode_special_tokens = self.encode_special_tokens
         tokenizer.add_tokens(self._extra)
-        return {
-            tokenizer.token_to_id(token.content): FIRST_EXTRA_ID + i
-            for i, token in enumerate(self._extra)
-        }
+        return {_id(tokenizer, token): FIRST_EXTRA_ID + i for i, token in enumerate(self._extra)}
 
 
 def open_indexed(source: bytes, min_bytes: int = MIN_BYTES) -> IndexedTokenizer | None:
@@ -187,7 +184,7 @@ def open_indexed(source: bytes, min_bytes: int = MIN_BYTES) -> IndexedTokenizer 
         index = _unpack(_path(source).read_bytes())
     except (OSError, ValueError):
         return None
-    return index and IndexedTokenizer(index, source)
+    return None if index is None else IndexedTokenizer(index, source)
 
 
 def write_index(source: bytes, min_bytes: int = MIN_BYTES) -> None:
@@ -200,6 +197,9 @@ def write_index(source: bytes, min_bytes: int = MIN_BYTES) -> None:
     path = _path(source)
     if len(source) < min_bytes:
         return
+    with suppress(OSError, ValueError):
+        _unpack(path.read_bytes())
+        return  # written before, perhaps to say that there is no index
     partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +222,13 @@ def build_index(values: Mapping[str, Any]) -> VocabularyIndex | None:
     Returns:
         None if its tokens are not always substrings of the text, or not numbered from 0.
     """
+    try:
+        return _index(values)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None  # in a form that `tokenizers` reads, but nobody writes any more
+
+
+def _index(values: Mapping[str, Any]) -> VocabularyIndex | None:
     import numpy as np
 
     model, added = values["model"], values["added_tokens"]
@@ -233,7 +240,7 @@ def build_index(values: Mapping[str, Any]) -> VocabularyIndex | None:
         return None
     pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     merges = [(vocab[a], vocab[b], vocab[a + b]) for a, b in pairs]
-    left_out = {"vocab": {}, "merges": []}
+    left_out: dict[str, Any] = {"vocab": {}, "merges": []}
     skeleton = dict(values) | {"model": model | left_out, "added_tokens": []}
     return VocabularyIndex(
         skeleton | {"post_processor": None},
@@ -309,12 +316,20 @@ def _unpack(packed: bytes) -> VocabularyIndex | None:
         return None
     merges_start = tokens_start + tokens_bytes
     merges = np.frombuffer(packed[merges_start:], "<i4").reshape(3, -1)
-    return VocabularyIndex(*head, packed[tokens_start:merges_start].split(b"\n"), merges)
+    skeleton, added, long_ids = head
+    tokens = packed[tokens_start:merges_start].split(b"\n")
+    return VocabularyIndex(skeleton, added, long_ids, tokens, merges)
 
 
 def _tokenizer(skeleton: dict[str, Any], vocab: dict[str, int], merges: list[Any]) -> Tokenizer:
     model = skeleton["model"] | {"vocab": vocab, "merges": merges}
     return Tokenizer.from_str(json.dumps(skeleton | {"model": model}))
+
+
+def _id(tokenizer: Tokenizer, token: AddedToken) -> int:
+    token_id = tokenizer.token_to_id(token.content)
+    assert token_id is not None
+    return token_id
 
 
 def _added_token(values: Mapping[str, Any]) -> AddedToken:
