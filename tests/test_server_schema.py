@@ -110,16 +110,18 @@ def ask_a_question(body: Any, is_nested: bool) -> None:
         body["messages"][-1] = {"role": "user", "content": "Hi"}
     if body.pop("continue_final_message", None):
         body.pop("add_generation_prompt", None)
-    if body.get("input"):
-        body["input"] = "Hi" if isinstance(body["input"], str) else [*body["input"], ITEM]
-    for at, tool in enumerate(body.get("tools") or []):
+    if isinstance(items := body.get("input"), str | list) and items:
+        body["input"] = "Hi" if isinstance(items, str) else [*items, ITEM]
+    tools, choice, chosen = body.get("tools"), body.get("tool_choice"), []
+    match choice:  # of another shape: an empty value, which has no effect
+        case {"type": "function"}:
+            chosen = [choice]
+        case {"type": "allowed_tools"}:
+            chosen = (choice["allowed_tools"] if is_nested else choice)["tools"]
+    for at, tool in enumerate(tools if isinstance(tools, list) else []):
         (tool["function"] if is_nested else tool)["name"] = f"f{at}"
-    choice = body.get("tool_choice")
-    if isinstance(choice, dict) and choice:
-        is_list = choice["type"] == "allowed_tools"
-        listed = choice["allowed_tools"] if is_list and is_nested else choice
-        for each in listed["tools"] if is_list else [choice]:
-            (each["function"] if is_nested else each)["name"] = "f0"
+    for each in chosen:
+        (each["function"] if is_nested else each)["name"] = "f0"
 
 
 LAX = [
