@@ -14,6 +14,7 @@ SmolError
     └── BackendError        the backend is gone
 """
 
+import errno
 from collections.abc import Iterable
 
 from smolcli.types import ErrorCode
@@ -104,6 +105,23 @@ class BackendError(RunError):
 def error_reason(exc: BaseException) -> str:
     """A short description of a foreign exception, for use in an error message."""
     return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+
+
+_WRITE_HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then run again"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose another place for it"),
+}
+
+
+def cannot_write(path: object, exc: OSError) -> RunError:
+    """The error for a file that cannot be written, with what to do about it if that is known.
+
+    Args:
+        path: of the file.
+        exc: why.
+    """
+    hint = _WRITE_HINTS.get(exc.errno or 0)
+    return RunError(f"cannot write {path}: {error_reason(exc)}{f'; {hint}' if hint else ''}")
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

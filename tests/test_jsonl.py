@@ -167,6 +167,8 @@ def test_failed_sync_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
 def test_full_disk_is_reported() -> None:
     writer = ResultWriter(Path("/dev/full"))
-    with pytest.raises(RunError, match="cannot write /dev/full: No space left on device"):
+    with pytest.raises(
+        RunError, match="cannot write /dev/full: No space left on device; free some"
+    ):
         writer.write(HI.record())
     writer.close()

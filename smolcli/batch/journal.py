@@ -16,7 +16,7 @@ from smolcli.batch.queries import ChatIds
 from smolcli.batch.statistics import StatisticsCollector
 from smolcli.data.compression import DECOMPRESSION_ERRORS, LONGEST_MAGIC, codec_of_name
 from smolcli.data.jsonl import replacing_lines
-from smolcli.errors import ResumeError, RunError, UsageError, error_reason
+from smolcli.errors import ResumeError, UsageError, cannot_write
 from smolcli.protocol.line_formats import LineFormat
 from smolcli.types import Result
 
@@ -219,7 +219,7 @@ def output_lock(output: Path) -> Iterator[None]:
 
     Raises:
         UsageError: another run holds the lock.
-        RunError: the lock file cannot be created.
+        RunError: the output cannot be written: a lock file next to it cannot be created.
     """
     target = Path(os.path.realpath(output))
     path = target.with_name(f".{target.name}.lock")
@@ -229,7 +229,7 @@ def output_lock(output: Path) -> Iterator[None]:
     except Timeout as exc:
         raise UsageError(f"another run is writing {output}") from exc
     except OSError as exc:
-        raise RunError(f"cannot create a lock file for {output}: {error_reason(exc)}") from exc
+        raise cannot_write(output, exc) from exc
     try:
         with _locked_file(target, output):
             yield

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from smolcli.errors import RunError, error_reason
+from smolcli.errors import RunError, cannot_write
 from smolcli.settings import QueryDefaults
 from smolcli.types import Message, Query
 
@@ -58,7 +58,7 @@ class Conversation:
                     file.write(b"\n")
                 file.write(line.encode())
         except OSError as exc:
-            raise RunError(f"cannot write {path}: {error_reason(exc)}") from exc
+            raise cannot_write(path, exc) from exc
 
     def _messages(self) -> list[Message]:
         system = [Message("system", self.system_prompt)] if self.system_prompt else []

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from smolcli.data.compression import Codec, codec_of_name
 from smolcli.data.source import READ_ERRORS, open_source
-from smolcli.errors import InputError, RunError, error_reason
+from smolcli.errors import InputError, cannot_write, error_reason
 
 MAX_LINE_BYTES = 1 << 20
 SYNC_INTERVAL_S = 1.0
@@ -117,7 +117,7 @@ def replacing(path: Path) -> Iterator[BufferedIOBase]:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as exc:
-        raise RunError(f"cannot write {path}: {error_reason(exc)}") from exc
+        raise cannot_write(path, exc) from exc
 
 
 class _Compressor:
@@ -269,4 +269,4 @@ class ResultWriter:
     def _fail(self, exc: OSError) -> NoReturn:
         if isinstance(exc, BrokenPipeError):
             raise exc
-        raise RunError(f"cannot write {self._path}: {error_reason(exc)}") from exc
+        raise cannot_write(self._path, exc) from exc

@@ -10,7 +10,7 @@ from typing import Any
 from smolcli.data.arrow import ArrowKind, require_pyarrow, write_arrow
 from smolcli.data.detection import table_kind
 from smolcli.data.sqlite import check_sqlite, write_sqlite
-from smolcli.errors import RunError, UsageError, error_reason
+from smolcli.errors import UsageError, cannot_write
 from smolcli.protocol.line_formats import smol_record
 from smolcli.settings import ALL_FIELDS
 from smolcli.types import Timings
@@ -95,7 +95,7 @@ def write_table(journal: Path, table: Path, name: str, fields: Sequence[str]) ->
         _sync(unfinished)
         unfinished.replace(table)
     except OSError as exc:
-        raise RunError(f"cannot write {table}: {error_reason(exc)}") from exc
+        raise cannot_write(table, exc) from exc
     finally:
         unfinished.unlink(missing_ok=True)
 

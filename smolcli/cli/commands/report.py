@@ -11,7 +11,7 @@ import typer
 from smolcli.cli.options import option
 from smolcli.data.jsonl import is_stream
 from smolcli.data.rows import journal_path
-from smolcli.errors import RunError, UsageError, error_reason
+from smolcli.errors import UsageError, cannot_write
 
 EXAMPLES = (
     "[bold]smol report queries.results.jsonl[/bold] writes queries.results.report.html. "
@@ -88,4 +88,4 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise RunError(f"cannot write {path}: {error_reason(exc)}") from exc
+        raise cannot_write(path, exc) from exc
