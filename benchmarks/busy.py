@@ -52,6 +52,7 @@ def compare(args: argparse.Namespace) -> None:
                     with busy_loops(level):
                         rate = system.run().tokens_per_s
                     found.setdefault((system, level), []).append(rate)
+                    sys.stderr.write(f"{system.name}, {level} loops: {rate:,.1f} tokens/s\n")
     lines = [
         "| system | loops | median tokens/s | worst | worst of idle |",
         "|---|---|---|---|---|",

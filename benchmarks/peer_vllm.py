@@ -36,7 +36,7 @@ def main() -> None:
     llm = vllm.LLM(
         args.folder,
         dtype=args.dtype,
-        max_num_seqs=args.slots,
+        max_num_seqs=max(args.slots, 64),  # one compiled model, also for one at a time
         max_model_len=2048,
         max_num_batched_tokens=2048,
         enforce_eager=args.eager,
