@@ -6,7 +6,7 @@
     pip install ik-llama-cpp-python numpy tokenizers
     python benchmarks/peer_llama.py MODEL.gguf FOLDER --slots 16 --ik
 
-Each needs an environment of its own. FOLDER is what `smol pull` prints; its tokenizer makes the
+Each needs a separate environment. FOLDER is what `smol pull` prints; its tokenizer makes the
 prompts equal. All questions are submitted at once, with continuous batching, one KV cache for all
 slots and greedy decoding. A slot keeps the beginning that all prompts share, as llama.cpp's server
 does.

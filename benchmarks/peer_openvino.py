@@ -1,4 +1,4 @@
-"""Throughput of OpenVINO GenAI on the reference questions; needs an environment of its own.
+"""Throughput of OpenVINO GenAI on the reference questions; needs a separate environment.
 
     pip install torch==2.13.0 openvino-genai optimum-intel nncf
     optimum-cli export openvino --model FOLDER --task text-generation-with-past \\

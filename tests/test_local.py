@@ -105,6 +105,7 @@ def test_speculation_changes_no_piece_of_an_answer(settings: EngineSettings) -> 
         pieces: list[Any] = []
         with closing(open_local(replace(settings, speculation=speculation))) as backend:
             text = backend.submit(replace(whole, top_logprobs=2), pieces.append).result(WAIT_S)
+            assert text.response is not None
             stop = text.response[len(text.response) // 2 :][:2]
             stopped = answer(backend, replace(whole, stop=(stop,)))
             several = answer(backend, replace(whole, n=3))

@@ -108,8 +108,8 @@ def test_logprobs_are_those_of_chat(
 ) -> None:
     answer = server.ask("Hi", logprobs=True, top_logprobs=2, max_new_tokens=6).json()
     asked |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
-    (whole,) = client.responses.create(input="Hi", **asked).to_dict()["output"]  # type: ignore[misc]
-    assert whole["content"][0]["logprobs"] == answer["logprobs"]  # type: ignore[index]
+    (whole,) = client.responses.create(input="Hi", **asked).to_dict()["output"]
+    assert whole["content"][0]["logprobs"] == answer["logprobs"]
     with client.responses.stream(input="Hi", **asked) as stream:
         events = [event.to_dict() for event in stream]
     deltas = [e for e in events if e["type"] == "response.output_text.delta"]

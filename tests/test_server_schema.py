@@ -112,7 +112,9 @@ def ask_a_question(body: Any, is_nested: bool) -> None:
         body.pop("add_generation_prompt", None)
     if isinstance(items := body.get("input"), str | list) and items:
         body["input"] = "Hi" if isinstance(items, str) else [*items, ITEM]
-    tools, choice, chosen = body.get("tools"), body.get("tool_choice"), []
+    tools: Any = body.get("tools")
+    choice: Any = body.get("tool_choice")
+    chosen: list[Any] = []
     match choice:  # of another shape: an empty value, which has no effect
         case {"type": "function"}:
             chosen = [choice]

@@ -508,7 +508,7 @@ class BatchStore:
             self._file_lock.acquire(timeout=0)
         except Timeout as exc:
             raise UsageError(
-                f"another server uses {folder}; give this one a folder of its own with --batch-dir"
+                f"another server uses {folder}; choose another directory with --batch-dir"
             ) from exc
         except OSError as exc:
             raise RunError(

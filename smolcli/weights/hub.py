@@ -100,7 +100,7 @@ def _translating_errors(model: str, call: Callable[[], T]) -> T:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Run `call` with a timeout that covers the name lookup, which has none of its own."""
+    """Run `call` with a timeout that also covers the name lookup."""
     future: Future[T] = Future()
 
     def work() -> None:
