@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +25,7 @@ from smolcli.engine.sequence import Sequence
 from smolcli.engine.speculation import Speculation
 from smolcli.protocol.query import parse_query
 from smolcli.protocol.strict_json import load_json
-from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults
+from smolcli.settings import DEFAULT_MODEL, Dtype, EngineSettings, QueryDefaults
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Sampling
 from smolcli.weights.loader import load_model, resolve_model_config
@@ -82,13 +83,15 @@ def answer(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--dtype", default="auto", choices=get_args(Dtype))
     parser.add_argument("--size", type=int, default=1, help="answers at once")
     parser.add_argument("--every", type=int, default=1, help="use every n-th prompt")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     args = parser.parse_args()
     folder = resolve(args.model).folder
-    config = resolve_model_config(EngineSettings(args.model, threads=args.threads), folder)
+    settings = EngineSettings(args.model, args.dtype, threads=args.threads)
+    config = resolve_model_config(settings, folder)
     model = load_model(folder, config.dtype, config.device, config.kernels, config.threads)
     columns = ("kind", "tokens", "steps", "with", "accepted", "drafted", "CPU time", "wall time")
     table = Table(*columns, box=None)
