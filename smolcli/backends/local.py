@@ -96,7 +96,7 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
         )
 
     return LocalBackend(
-        lambda: ChatTokenizer.load(files.folder, settings.chat_template),
+        lambda: ChatTokenizer.load(files.folder, settings.chat_template, starts_fast=True),
         build_engine,
         _identity(files, config, settings),
         settings.max_concurrency,

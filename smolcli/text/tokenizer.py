@@ -29,7 +29,7 @@ from smolcli.types import Function, Message, Query, ToolCall, ToolMode, Tools
 # Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
 PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
 IS_PRIVATE_USE_A = re.compile("[\U000f0000-\U000ffffd]")
-LARGE_VOCABULARY = 10_000  # tokens, from which on starts are made faster
+LARGE_VOCABULARY = 10_000  # tokens; a smaller model starts fast without stored outlines
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
@@ -64,7 +64,9 @@ class ChatTokenizer:
         self._encoder = PromptEncoder(tokenizer, template.source, special_tokens)
 
     @classmethod
-    def load(cls, folder: Path, template_source: str = "") -> "ChatTokenizer":
+    def load(
+        cls, folder: Path, template_source: str = "", *, starts_fast: bool = False
+    ) -> "ChatTokenizer":
         """Load tokenizer.json and the chat template of a model directory.
 
         The template is read from chat_template.jinja, else from tokenizer_config.json.
@@ -72,12 +74,14 @@ class ChatTokenizer:
         Args:
             folder: the model directory.
             template_source: of a template that replaces the model's own.
+            starts_fast: whether the first text matters more than the next hundred. What makes that
+                fast is stored for the next start.
 
         Raises:
             ModelError: a file is missing or invalid, or the tokenizer has more tokens than the
                 model that config.json describes.
         """
-        tokenizer, tokenizer_json = _load_tokenizer(folder / "tokenizer.json")
+        tokenizer, tokenizer_json = _load_tokenizer(folder / "tokenizer.json", starts_fast)
         config_path = folder / "tokenizer_config.json"
         config = _read_json(config_path) if config_path.is_file() else {}
         special_tokens = {
@@ -88,7 +92,7 @@ class ChatTokenizer:
             _check_ids(tokenizer, vocab_size, special_tokens.get("pad_token"), folder)
         source = template_source or _template_source(folder, config)
         is_large = tokenizer.get_vocab_size(with_added_tokens=False) >= LARGE_VOCABULARY
-        template = ChatTemplate(source, special_tokens, folder, is_stored=is_large)
+        template = ChatTemplate(source, special_tokens, folder, starts_fast and is_large)
         return cls(tokenizer, tokenizer_json, template, special_tokens, vocab_size)
 
     @property
@@ -494,14 +498,17 @@ def _harmless_unknown(tokenizer: Tokenizer | IndexedTokenizer, mentioned: str) -
     return set() if token_id is None else {token_id}
 
 
-def _load_tokenizer(path: Path) -> tuple[Tokenizer | IndexedTokenizer, Callable[[], str]]:
+def _load_tokenizer(
+    path: Path, starts_fast: bool
+) -> tuple[Tokenizer | IndexedTokenizer, Callable[[], str]]:
     """The tokenizer, and what returns its JSON without truncation and padding."""
     try:
         source = path.read_bytes()
-        if indexed := open_indexed(source):
+        if starts_fast and (indexed := open_indexed(source)):
             return indexed, source.decode
         tokenizer = Tokenizer.from_str(source.decode())
-        write_index(source)  # for the next start
+        if starts_fast:
+            write_index(source)
     except Exception as exc:  # the library raises no narrower type
         raise ModelError(f"{path} is not a valid tokenizer: {exc}") from exc
     if not (tokenizer.truncation or tokenizer.padding):
