@@ -352,19 +352,24 @@ INLINE void add_part(Format format, int integers, int part, int rows, const char
         uvec codes[2 * PART_WORDS];
         for (int i = 0; i < 2 * PART_WORDS; i++)
             codes[i] = (uvec){} + row->codes[part * 2 * PART_WORDS + i];
+        lane multiple = is_wide(format) ? 1 : row->multiples[part];
+        ivec total[2];
         for (int v = 0; v < 2; v++) {
-            lane multiple = is_wide(format) ? 1 : row->multiples[part];
-            ivec total = part_sum(format, integers, weights[v], codes, multiple);
-            if (part > 0) total += totals[r][v];
-            if (!is_last) {
-                totals[r][v] = total;
-                continue;
-            }
-            if (format != Q4_1) total -= row->zero_sums;
-            vec value = __builtin_convertvector(total, vec);
-            sums[r][v] = fma_of(value, scale[v] * row->scale, sums[r][v]);
-            if (format == Q4_1) sums[r][v] = fma_of(offset[v], broadcast(row->total), sums[r][v]);
+            total[v] = part_sum(format, integers, weights[v], codes, multiple);
+            if (part > 0) total[v] += totals[r][v];
         }
+        if (!is_last) {
+            totals[r][0] = total[0], totals[r][1] = total[1];
+            continue;
+        }
+        vec row_scale = broadcast(row->scale), row_total = broadcast(row->total), sum[2];
+        for (int v = 0; v < 2; v++) {
+            if (format != Q4_1) total[v] -= row->zero_sums;
+            vec value = __builtin_convertvector(total[v], vec);
+            sum[v] = fma_of(value, scale[v] * row_scale, sums[r][v]);
+            if (format == Q4_1) sum[v] = fma_of(offset[v], row_total, sum[v]);
+        }
+        sums[r][0] = sum[0], sums[r][1] = sum[1];
     }
 }
 
