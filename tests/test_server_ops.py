@@ -105,6 +105,9 @@ def test_metrics_count_outcomes_tokens_and_latencies(server: RunningServer) -> N
     drafted = samples["smol_spec_decode_draft_tokens_total",]
     assert 0 <= samples["smol_spec_decode_accepted_tokens_total",] <= drafted
     assert samples["smol_requests_running",] == samples["smol_requests_waiting",] == 0
+    [listed] = server.client.get("/v1/models").json()["data"]
+    [info] = [labels for name, *labels in samples if name == "smol_model_info"]
+    assert listed["smol"]["dtype"] in info
 
 
 def metrics(server: RunningServer) -> dict[tuple[str, ...], float]:

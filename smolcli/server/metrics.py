@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
 from smolcli.backends.base import Counters, Health
@@ -94,6 +95,25 @@ class BatchCollector(Collector):
         )
 
 
+class ModelCollector(Collector):
+    """Reports the model that answers and what it computes in, once that is known.
+
+    Args:
+        identity: returns the identity of the backend.
+    """
+
+    LABELS = ("model", "revision", "dtype", "device", "kernel_variant")
+
+    def __init__(self, identity: Callable[[], Mapping[str, Any]]) -> None:
+        self._identity = identity
+
+    def collect(self) -> Iterator[InfoMetricFamily]:
+        found = self._identity()
+        labels = {name: str(found[name]) for name in self.LABELS if found.get(name) is not None}
+        if labels:
+            yield InfoMetricFamily("smol_model", "The model and its dtype.", value=labels)
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own.
 
@@ -147,6 +167,10 @@ class Metrics:
     def watch_batches(self, totals: Callable[[], BatchTotals]) -> None:
         """Report the state of /v1/batches, which `totals` returns."""
         self._registry.register(BatchCollector(totals))
+
+    def watch_model(self, identity: Callable[[], Mapping[str, Any]]) -> None:
+        """Report the model, whose identity `identity` returns."""
+        self._registry.register(ModelCollector(identity))
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -341,6 +341,7 @@ class Server:
         )
         self._admission = AdmissionLimit(settings.max_queue, max_requests)
         metrics = Metrics(self._loader.health, self._loader.counters)
+        metrics.watch_model(self._loader.identity)
         service = Service(settings, self._loader, self._admission, metrics)
         self._batches = BatchApi(service)
         app = create_app(service, self._batches)
