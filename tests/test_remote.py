@@ -182,7 +182,7 @@ class TestSmol:
             with remote(server.url, api_key="secret") as backend:
                 assert not backend.submit(query()).result(TIMEOUT_S).is_error
             # Retrying does not help, so this fails at once; the test times out if it does not.
-            with pytest.raises(BackendError, match="answered 401: check the API key"):
+            with pytest.raises(BackendError, match="returned status 401: check the API key"):
                 open_remote(RemoteSettings((server.url,), api_key="wrong", retry_s=1e6))
 
     def test_the_server_losing_its_model_is_a_backend_error(self, tiny_folder: Path) -> None:
@@ -304,7 +304,7 @@ class TestFailures:
     def test_503_beyond_the_retry_time_is_a_backend_error(self) -> None:
         with legacy_host() as host, remote(host.url, retry_s=2) as backend:
             host.faults += [(503, {}, {})] * 50
-            with pytest.raises(BackendError, match="answered 503"):
+            with pytest.raises(BackendError, match="returned status 503"):
                 backend.submit(query()).result(TIMEOUT_S)
             assert 1 < len(host.bodies) < 12
 
@@ -354,7 +354,7 @@ class TestFailures:
         with legacy_host() as host, remote(host.url, retry_s=0) as backend:
             assert answers(backend, [query("0")])[0].response == "Indeed 0."
             host.faults.append((503, {}, {}))
-            with pytest.raises(BackendError, match="answered 503"):
+            with pytest.raises(BackendError, match="returned status 503"):
                 backend.submit(query()).result(TIMEOUT_S)
             assert len(host.bodies) == 2
         with pytest.raises(BackendError, match="cannot be reached"):

@@ -288,7 +288,7 @@ def _check_route(upstream: Upstream, path: str, status: int, body: dict[str, Any
     if names_model:
         reason = f"{upstream.url} no longer serves {upstream.model!r}"
         raise Unavailable(reason, is_unreachable=True)
-    raise BackendError(f"{upstream.url}{path} answered {status}; is it a model server?")
+    raise BackendError(f"{upstream.url}{path} returned status {status}; is it a model server?")
 
 
 async def _error_body(response: httpx.Response) -> dict[str, Any]:
@@ -297,7 +297,11 @@ async def _error_body(response: httpx.Response) -> dict[str, Any]:
     except MalformedAnswer:
         body = {}
     has_reason = any(body.get(name) for name in ("error", "detail", "message"))
-    return body if has_reason else {"error": f"the upstream server answered {response.status_code}"}
+    return (
+        body
+        if has_reason
+        else {"error": f"the upstream server returned status {response.status_code}"}
+    )
 
 
 async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result:

@@ -347,11 +347,13 @@ def check_status(response: httpx.Response, url: str) -> None:
     status = response.status_code
     if status in RETRIED_STATUSES:
         wait_s = _retry_after_s(response.headers.get("Retry-After"))
-        raise Unavailable(f"{url} answered {status}", retry_after_s=wait_s)
+        raise Unavailable(f"{url} returned status {status}", retry_after_s=wait_s)
     if status in (401, 403):
-        raise BackendError(f"{url} answered {status}: check the API key")
+        raise BackendError(f"{url} returned status {status}: check the API key")
     if 300 <= status < 400:
-        raise BackendError(f"{url} answered {status}: unexpected redirect to another address")
+        raise BackendError(
+            f"{url} returned status {status}: unexpected redirect to another address"
+        )
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def _settings(
         raise UsageError(f"the same URL is given twice: {' '.join(urls)}")
     if engine.chat_template:
         raise UsageError(
-            "--chat-template has no effect on other servers, which apply templates of their own; "
+            "--chat-template has no effect on other servers, which apply their own templates; "
             "give it to their smol serve"
         )
     return RemoteSettings(
