@@ -297,11 +297,9 @@ async def _error_body(response: httpx.Response) -> dict[str, Any]:
     except MalformedAnswer:
         body = {}
     has_reason = any(body.get(name) for name in ("error", "detail", "message"))
-    return (
-        body
-        if has_reason
-        else {"error": f"the upstream server returned status {response.status_code}"}
-    )
+    if has_reason:
+        return body
+    return {"error": f"the upstream server returned status {response.status_code}"}
 
 
 async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result:
