@@ -60,9 +60,9 @@ def main() -> None:
 
 
 def _title(command: str) -> str:
-    """The program's name and its last path argument, without the folders."""
+    """The command without folders, and without arguments of several lines."""
     words = [word for word in shlex.split(command) if "\n" not in word]
-    return " ".join(Path(word).name if "/" in word else word for word in words)[:70]
+    return " ".join(Path(word).name if "/" in word else word for word in words)
 
 
 if __name__ == "__main__":
