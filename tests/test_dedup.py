@@ -10,7 +10,7 @@ from fakes import EchoBackend, HeldBackend, echo
 from smolcli.backends.base import AnswerSource, OnText
 from smolcli.backends.dedup import MAX_CACHED, DedupBackend
 from smolcli.errors import BackendError
-from smolcli.types import ErrorCode, Message, Query, Result, Sampling, TextPiece, failure
+from smolcli.types import ErrorCode, Message, Query, Result, Sampling, TextPiece, Usage, failure
 
 QUERY = Query("1", (Message("user", "What is gravity?"),), line=1)
 SAME = replace(QUERY, chat_id="2", line=7, metadata={"row": 2}, sampling=Sampling(seed=3))
@@ -33,9 +33,12 @@ def test_equal_queries_in_flight_are_generated_once() -> None:
     backend = DedupBackend(held)
     first, second = backend.submit(QUERY), backend.submit(SAME)
     assert len(held.futures) == 1
-    held.futures[0].set_result(answer := echo(QUERY))
+    answer = replace(echo(QUERY), usage=Usage(9, 3, cached_tokens=4))
+    held.futures[0].set_result(answer)
     assert first.result() == answer
     other = second.result()
+    assert other.usage is not None
+    assert other.usage.cached_tokens == 9, "nothing of its prompt was computed"
     assert (other.chat_id, other.line, other.metadata) == ("2", 7, {"row": 2})
     assert (other.response, other.usage) == (answer.response, answer.usage)
     assert (first.result().is_deduplicated, other.is_deduplicated) == (False, True)

@@ -240,7 +240,7 @@ class TestSurface:
                 each.post("/v1/chat/completions", body).json() for each in (service, front)
             )
             assert through["choices"] == direct["choices"]
-            assert through["usage"] == direct["usage"]
+            assert computed(through["usage"]) == computed(direct["usage"])
             assert through["choices"][0]["finish_reason"] == "length"
 
     def test_an_invalid_query_is_never_sent_upstream(self) -> None:
@@ -270,7 +270,12 @@ class TestSurface:
 def pieces(lines: list[str]) -> list[Any]:
     """The parts of a completion that do not change from one request to the next."""
     values = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
-    return [(value["choices"], value.get("usage")) for value in values]
+    return [(value["choices"], computed(value.get("usage"))) for value in values]
+
+
+def computed(usage: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Usage without what the prefix cache held, which smol's own API does not tell a gateway."""
+    return usage and {k: v for k, v in usage.items() if k != "prompt_tokens_details"}
 
 
 def test_an_upstream_that_goes_down_and_comes_back(

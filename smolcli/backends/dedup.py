@@ -211,8 +211,12 @@ def _canonical(query: Query) -> Query:
 def _shared(result: Result, waiter: PendingQuery) -> Result:
     """The result of one query as the result of an equal one."""
     query, total_s = waiter.query, time.perf_counter() - waiter.submitted_at
+    usage = result.usage
+    if usage is not None and usage.cached_tokens is not None:  # nothing of the prompt was computed
+        usage = replace(usage, cached_tokens=usage.prompt_tokens)
     return replace(
         with_call_ids(result, query),
+        usage=usage,
         chat_id=query.chat_id,
         metadata=query.metadata,
         line=query.line,
