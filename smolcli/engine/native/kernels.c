@@ -68,6 +68,7 @@ enum {
     MAX_HEAD_DIM = 256,
     GROUP = 32, /* input features that share the scale of a quantized matrix */
     ALIGNMENT = 64, /* bytes, of packed weights */
+    LINE_BYTES = 64, /* of the cache */
     OPS_PER_LAYER = 9
 };
 
@@ -160,6 +161,11 @@ enum { OK = TEAM_OK, FORKED = TEAM_FORKED, BUSY = TEAM_BUSY, MISALIGNED = 3 };
 /* ---- Vectors ---- */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
+
+/* Reads memory into the second-level cache. The address may be invalid. */
+INLINE void prefetch(const void *from, int num_bytes) {
+    for (int i = 0; i < num_bytes; i += LINE_BYTES) __builtin_prefetch((const char *)from + i, 0, 2);
+}
 
 #define EIGHT(value) value, value, value, value, value, value, value, value
 #if WIDTH == 8
@@ -613,8 +619,10 @@ INLINE void inverse_rms(const Space *space, int hidden, float eps, const Tile *t
         vec sum = {};
         for (int panel = 0; panel < hidden / PANEL; panel++)
             sum += *(const loose *)(squares + panel * space->squares_stride);
-        for (int r = 0; r < min_int(WIDTH, rows - first); r++)
-            out[first + r] = 1.0f / sqrtf(sum[r] / hidden + eps);
+        vec mean = sum / broadcast((float)hidden) + eps, root;
+        for (int r = 0; r < WIDTH; r++) root[r] = sqrtf(mean[r]); /* one instruction */
+        vec inverse = 1.0f / root; /* lanes beyond the last row are undefined */
+        for (int r = 0; r < min_int(WIDTH, rows - first); r++) out[first + r] = inverse[r];
     }
 }
 
@@ -761,11 +769,15 @@ static void activate(const Step *step, const Product *product, int item, int wor
    softmax(q @ k.T) @ v in blocks of KEY_BLOCK keys with an online softmax (FlashAttention-2, Dao 2023,
    arXiv:2307.08691). Blocks begin at multiples of KEY_BLOCK from position 0 in every step, so a query's
    sums have the same order alone, in a batch, and however its prompt is split into chunks. A key that a
-   query must not see has the weight 0, which leaves its sums unchanged. */
+   query must not see has the weight 0, which leaves its sums unchanged.
+
+   Each block prefetches the one after it, in the same task or the next, because prefetching by the CPU
+   stops at the end of each page: 4 KiB, or 16 keys of 64 float32 values. */
 
 /* Up to TASK_ROWS query rows of one sequence and one KV head, sorted by `visible`. */
 typedef struct {
     const elem *keys, *values; /* (length, D) */
+    const elem *next_keys, *next_values; /* of the following task, to prefetch */
     int num_keys, num_rows, dim;
     const elem *queries[TASK_ROWS]; /* (D,) each */
     elem *out[TASK_ROWS];           /* (D,) each */
@@ -828,12 +840,17 @@ INLINE void transpose_square(const lane *from, int stride, vec out[]) {
 #endif
 }
 
-/* Transposes the keys of a block, PANEL keys at a time; the last ones may be uninitialized. */
-static void transpose_keys(const elem *keys, int num_keys, int depth, Attention *state) {
+/* Transposes the keys of a block, PANEL keys at a time; the last ones may be uninitialized. Prefetches
+   as many of the block that is computed next. */
+static void transpose_keys(const elem *keys, const elem *next, int num_keys, int depth,
+                           Attention *state) {
     for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group++)
-        for (int k = 0; k < depth; k += WIDTH)
-            transpose_square((const lane *)keys + (int64_t)group * WIDTH * depth + k, depth,
-                             state->keys[group] + k);
+        for (int k = 0; k < depth; k += WIDTH) {
+            const lane *rows = (const lane *)keys + (int64_t)group * WIDTH * depth;
+            const lane *next_rows = (const lane *)next + (int64_t)group * WIDTH * depth;
+            transpose_square(rows + k, depth, state->keys[group] + k);
+            prefetch(next_rows + k * WIDTH, WIDTH * WIDTH * sizeof(lane));
+        }
 }
 
 /* Scores of `rows` queries, from row `first` of the task, for a block of keys. */
@@ -878,8 +895,10 @@ INLINE float update_softmax(vec weights[], int visible, int num_keys, float *hig
     return shrink;
 }
 
-/* sums = sums * shrink + weights @ values, for `rows` rows and `vecs` vectors of D from `at` on. */
-INLINE void weighted_sum(int rows, int vecs, const elem *values, int num_keys, int dim, int at,
+/* sums = sums * shrink + weights @ values, for `rows` rows and `vecs` vectors of D from `at` on. Prefetches
+   as many values of the next block. */
+INLINE void weighted_sum(int rows, int vecs, const elem *values, const elem *next, int num_keys, int dim,
+                         int at,
                          const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[],
                          vec (*sums)[MAX_HEAD_DIM / WIDTH]) {
     vec acc[VALUE_ROWS][4];
@@ -887,7 +906,9 @@ INLINE void weighted_sum(int rows, int vecs, const elem *values, int num_keys, i
         for (int v = 0; v < vecs; v++) acc[r][v] = sums[r][at + v] * shrink[r];
     for (int s = 0; s < num_keys; s++) {
         vec value[4];
-        for (int v = 0; v < vecs; v++) value[v] = load(values + (int64_t)s * dim + (at + v) * WIDTH);
+        int64_t from = (int64_t)s * dim + at * WIDTH;
+        for (int v = 0; v < vecs; v++) value[v] = load(values + from + v * WIDTH);
+        prefetch(next + from, vecs * WIDTH * sizeof(elem));
         for (int r = 0; r < rows; r++) {
             vec weight = broadcast(((const float *)weights[r])[s]);
             for (int v = 0; v < vecs; v++) acc[r][v] = fma_of(value[v], weight, acc[r][v]);
@@ -897,13 +918,13 @@ INLINE void weighted_sum(int rows, int vecs, const elem *values, int num_keys, i
         for (int v = 0; v < vecs; v++) sums[r][at + v] = acc[r][v];
 }
 
-static void add_values(int rows, const Task *task, int first, const elem *values, int num_keys,
-                       const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[],
+static void add_values(int rows, const Task *task, int first, const elem *values, const elem *next,
+                       int num_keys, const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[],
                        Attention *state) {
     vec(*sums)[MAX_HEAD_DIM / WIDTH] = state->sums + first;
     int at = 0, num_vecs = task->dim / WIDTH;
 #define VALUE_CASE(vecs) \
-    FOR_ROWS(rows, weighted_sum(ROWS <= VALUE_ROWS ? ROWS : 1, vecs, values, num_keys, task->dim, at, \
+    FOR_ROWS(rows, weighted_sum(ROWS <= VALUE_ROWS ? ROWS : 1, vecs, values, next, num_keys, task->dim, at, \
                                 weights, shrink, sums))
     for (; at + 4 <= num_vecs; at += 4) VALUE_CASE(4)
     for (; at < num_vecs; at += 1) VALUE_CASE(1)
@@ -911,7 +932,7 @@ static void add_values(int rows, const Task *task, int first, const elem *values
 
 /* Attention of up to TILE_ROWS rows to one block of keys and values. */
 static void attend_block(const Task *task, int first, int rows, int block, int num_keys,
-                         Attention *state) {
+                         const elem *next_values, Attention *state) {
     float shrink[TILE_ROWS];
     FOR_ROWS(rows, score(ROWS, task, first, num_keys, task->dim / ELEMS, state))
     for (int r = 0; r < rows; r++)
@@ -919,7 +940,7 @@ static void attend_block(const Task *task, int first, int rows, int block, int n
                                    state->highest + first + r, state->total + first + r);
     const elem *values = task->values + (int64_t)block * task->dim;
     for (int r = 0; r < rows; r += VALUE_ROWS)
-        add_values(min_int(VALUE_ROWS, rows - r), task, first + r, values, num_keys,
+        add_values(min_int(VALUE_ROWS, rows - r), task, first + r, values, next_values, num_keys,
                    (const vec(*)[KEY_BLOCK / WIDTH])state->weights + r, shrink + r, state);
 }
 
@@ -932,16 +953,38 @@ static void attend_task(const Task *task) {
     }
     for (int block = 0; block < task->num_keys; block += KEY_BLOCK) {
         int num_keys = min_int(KEY_BLOCK, task->num_keys - block);
-        transpose_keys(task->keys + (int64_t)block * task->dim, num_keys, task->dim / ELEMS, &state);
+        int is_last = block + num_keys == task->num_keys;
+        int64_t at = (int64_t)block * task->dim, next = at + KEY_BLOCK * task->dim;
+        const elem *next_keys = is_last ? task->next_keys : task->keys + next;
+        const elem *next_values = is_last ? task->next_values : task->values + next;
+        transpose_keys(task->keys + at, next_keys, num_keys, task->dim / ELEMS, &state);
         for (int first = 0; first < task->num_rows; first += TILE_ROWS) {
             int rows = min_int(TILE_ROWS, task->num_rows - first);
             int seen = min_int(num_keys, task->visible[first + rows - 1] - block);
-            if (seen > 0) attend_block(task, first, rows, block, seen, &state); /* below the diagonal */
+            if (seen > 0) /* below the diagonal */
+                attend_block(task, first, rows, block, seen, next_values, &state);
         }
+        /* The next task begins with a whole block. */
+        int rest = num_keys * task->dim, rest_bytes = (KEY_BLOCK * task->dim - rest) * sizeof(elem);
+        prefetch(next_keys + rest, rest_bytes);
+        prefetch(next_values + rest, rest_bytes);
     }
     for (int r = 0; r < task->num_rows; r++)
         for (int v = 0; v < num_vecs; v++)
             store(task->out[r] + v * WIDTH, state.sums[r][v] * (1.0f / state.total[r]));
+}
+
+/* The keys that the task of an item attends to. */
+INLINE const elem *keys_of(const Step *step, int layer, int item) {
+    const Model *model = step->model;
+    int kv_heads = model->num_kv_heads;
+    const Span *span = step->spans + step->tasks[3 * (item / kv_heads)];
+    return span->cache + ((int64_t)layer * kv_heads + item % kv_heads) * span->length * model->head_dim;
+}
+
+/* The values that belong to them. */
+INLINE const elem *values_of(const Step *step, int layer, int item) {
+    return keys_of(step, layer + step->model->num_layers, item);
 }
 
 /* Attention of the rows of a task over one KV head; `item` selects both. */
@@ -949,11 +992,15 @@ static void attend(const Step *step, int layer, int item) {
     const Model *model = step->model;
     int dim = model->head_dim, heads = model->num_heads, kv_heads = model->num_kv_heads;
     int group = heads / kv_heads, head = item % kv_heads;
+    int next_item = min_int(item + 1, step->num_tasks * kv_heads - 1);
     const int32_t *which = step->tasks + 3 * (item / kv_heads); /* span, first row, end row */
     const Span *span = step->spans + which[0];
-    Task task = {.num_keys = span->start + which[2], .dim = dim};
-    task.keys = span->cache + ((int64_t)layer * kv_heads + head) * span->length * dim;
-    task.values = task.keys + (int64_t)model->num_layers * kv_heads * span->length * dim;
+    Task task = {.keys = keys_of(step, layer, item),
+                 .values = values_of(step, layer, item),
+                 .next_keys = keys_of(step, layer, next_item),
+                 .next_values = values_of(step, layer, next_item),
+                 .num_keys = span->start + which[2],
+                 .dim = dim};
     for (int row = which[1]; row < which[2]; row++)
         for (int h = head * group; h < (head + 1) * group; h++) {
             int64_t at = ((int64_t)(span->first_row + row) * heads + h) * dim;
