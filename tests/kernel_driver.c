@@ -243,7 +243,8 @@ static int stress(Run *run, int num_steps, uint32_t seed) {
 }
 
 int main(int argc, char **argv) {
-    Run *run = aligned(sizeof *run);
+    static Run *run;  /* static, so that the leak sanitizer finds what it points to */
+    run = aligned(sizeof *run);
     int is_stress = argc == 4 && strcmp(argv[1], "stress") == 0;
     run->model = make_model(is_stress ? Q4_1 : argc > 2 ? atoi(argv[2]) : DENSE);
     run->model.integers = !is_stress && argc > 3 ? atoi(argv[3]) : 0;
