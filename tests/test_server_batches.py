@@ -559,7 +559,7 @@ def test_a_folder_belongs_to_one_server(tmp_path: Path) -> None:
     with batch_server(tmp_path) as (_, client):
         upload(client, b"{}")
         with pytest.raises(
-            UsageError, match=r"another server uses .*; give this one .*--batch-dir"
+            UsageError, match=r"another server uses .*; choose another directory with --batch-dir"
         ):
             BatchStore(BatchApiSettings(tmp_path))
         with (

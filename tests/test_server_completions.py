@@ -64,7 +64,7 @@ def test_every_form_of_prompt_gives_the_same_choices(ask: Any, tiny_folder: Path
             ask(prompt, max_tokens=9, stream=True, stream_options={"include_usage": True})
         )
         assert joined(chunks, 2) == texts
-        assert chunks[-1].usage == answer.usage
+        assert chunks[-1].usage.total_tokens == answer.usage.total_tokens
         reasons = [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason]
         assert sorted(reasons) == sorted(choice.finish_reason for choice in answer.choices)
 

@@ -59,6 +59,7 @@ def test_a_completion_equals_the_answer_of_chat(
     ("path", "fields"),
     [
         ("/v1/chat/completions", {"messages": MESSAGES}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "model": ""}),
         ("/v1/completions", {"prompt": "Hi"}),
         ("/v1/responses", {"input": "Hi"}),
     ],
