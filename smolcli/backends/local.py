@@ -61,12 +61,16 @@ STUCK_AFTER_S = 60.0  # far longer than any step takes
 logger = logging.getLogger(__name__)
 
 
-def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "LocalBackend":
+def open_local(
+    settings: EngineSettings, files: ModelFiles | None = None, *, starts_fast: bool = False
+) -> "LocalBackend":
     """Load a model and open a backend that runs it in this process.
 
     Args:
         settings: which model to run, and how.
         files: the model's files, if the caller has already resolved them.
+        starts_fast: whether to tokenize the first queries with a part of the vocabulary, which
+            starts sooner and makes a later query wait for the rest.
 
     Raises:
         ModelError: the model cannot be found or used.
@@ -96,7 +100,7 @@ def open_local(settings: EngineSettings, files: ModelFiles | None = None) -> "Lo
         )
 
     return LocalBackend(
-        lambda: ChatTokenizer.load(files.folder, settings.chat_template, starts_fast=True),
+        lambda: ChatTokenizer.load(files.folder, settings.chat_template, starts_fast=starts_fast),
         build_engine,
         _identity(files, config, settings),
         settings.max_concurrency,

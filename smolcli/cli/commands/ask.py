@@ -101,7 +101,8 @@ def ask(
         generation.query_defaults(answers=read_schema(schema)),
     )
     log_to_stderr()
-    open_backend = ctx.obj or backend_opener(remote.settings(ctx, engine.settings()))
+    servers = remote.settings(ctx, engine.settings())
+    open_backend = ctx.obj or backend_opener(servers, starts_fast=True)
     with waiting("starting the backend"):
         backend = open_backend(engine.settings())
     with closing(backend):

@@ -127,13 +127,14 @@ class ClusterOptions:
 
 
 def backend_opener(
-    remote: RemoteSettings | None, ray: RaySettings | None = None
+    remote: RemoteSettings | None, ray: RaySettings | None = None, *, starts_fast: bool = False
 ) -> "Callable[[EngineSettings], Backend]":
     """The function that opens the chosen backend.
 
     Args:
         remote: servers that answer, if any.
         ray: cluster that answers, if any.
+        starts_fast: whether a local backend answers only a few queries.
 
     Raises:
         UsageError: both are given.
@@ -152,7 +153,7 @@ def backend_opener(
             return open_ray(settings, ray)
         from smolcli.backends.local import open_local
 
-        return open_local(settings)
+        return open_local(settings, starts_fast=starts_fast)
 
     return open_backend
 
