@@ -29,7 +29,6 @@ from smolcli.types import Function, Message, Query, ToolCall, ToolMode, Tools
 # Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
 PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
 IS_PRIVATE_USE_A = re.compile("[\U000f0000-\U000ffffd]")
-LARGE_VOCABULARY = 10_000  # tokens; a smaller model starts fast without stored outlines
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
@@ -91,8 +90,7 @@ class ChatTokenizer:
         if vocab_size is not None:
             _check_ids(tokenizer, vocab_size, special_tokens.get("pad_token"), folder)
         source = template_source or _template_source(folder, config)
-        is_large = tokenizer.get_vocab_size(with_added_tokens=False) >= LARGE_VOCABULARY
-        template = ChatTemplate(source, special_tokens, folder, starts_fast and is_large)
+        template = ChatTemplate(source, special_tokens, folder)
         return cls(tokenizer, tokenizer_json, template, special_tokens, vocab_size)
 
     @property
