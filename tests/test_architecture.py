@@ -22,6 +22,7 @@ LAYERS = [  # top to bottom: a package imports only from the rows below its own
     ["weights", "text"],
     ["engine", "protocol"],
     ["settings"],
+    ["atomic"],
     ["errors"],
     ["types"],
 ]

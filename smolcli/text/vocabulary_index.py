@@ -10,7 +10,6 @@ and after a few short ones.
 
 import hashlib
 import json
-import os
 import re
 import threading
 import zlib
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
 
+from smolcli.atomic import write_atomically
 from smolcli.settings import smol_home
 
 if TYPE_CHECKING:  # NumPy is imported late: checking a file and remote models need none
@@ -200,11 +200,9 @@ def write_index(source: bytes, min_bytes: int = MIN_BYTES) -> None:
     with suppress(OSError, ValueError):
         _unpack(path.read_bytes())
         return  # written before, perhaps to say that there is no index
-    partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(_pack(build_index(json.loads(source))))
-        partial.replace(path)
+        write_atomically(path, _pack(build_index(json.loads(source))))
 
 
 def remove_index(folder: Path) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from smolcli import __version__, settings
+from smolcli.atomic import write_atomically
 from smolcli.engine import quantized
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.native import packing
@@ -194,9 +194,7 @@ def _install(built: Path, path: Path, files: ModelFiles, kernels: Kernels) -> No
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    partial.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    partial.replace(_record_path(path))
+    write_atomically(_record_path(path), (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _record_path(path: Path) -> Path:

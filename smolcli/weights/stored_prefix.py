@@ -6,8 +6,6 @@ packed weights, and a new process finds them in its prefix cache.
 """
 
 import json
-import os
-import threading
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from smolcli.atomic import write_atomically
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
@@ -70,7 +69,5 @@ class StoredPrefix:
         ids = list(token_ids)[: len(blocks) * BLOCK_TOKENS]
         head = json.dumps({"source": self._source, "token_ids": ids}).encode()
         body = head + b"\n" + np.stack(blocks).tobytes()
-        partial = self._path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         with suppress(OSError):
-            partial.write_bytes(zlib.crc32(body).to_bytes(4, "little") + body)
-            partial.replace(self._path)
+            write_atomically(self._path, zlib.crc32(body).to_bytes(4, "little") + body)
