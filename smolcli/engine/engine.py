@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import accumulate, islice, takewhile
 
-from smolcli.engine.interfaces import Hidden, Model
+from smolcli.engine.interfaces import Hidden, Model, select_rows
 from smolcli.engine.sampler import sample, score
 from smolcli.engine.scheduler import Scheduler
 from smolcli.engine.sequence import ScheduledSequence, Sequence, TokenLogprob
@@ -192,7 +192,7 @@ class Engine:
         """
         rows = [row for item, end in ready for row in range(end - 1 - len(item.drafts), end)]
         sequences = [item.sequence for item, _ in ready for _ in range(1 + len(item.drafts))]
-        return sample(self.model.head, _rows(hidden, rows), sequences) if rows else []
+        return sample(self.model.head, select_rows(hidden, rows), sequences) if rows else []
 
     def _scores(self, item: ScheduledSequence, hidden: Hidden, end: int) -> list[TokenLogprob]:
         """The log probabilities of the prompt tokens that an item's hidden states predict.
@@ -236,11 +236,6 @@ class Engine:
             self.kv_cache.free(sequence)
             if self.speculation is not None:
                 self.speculation.forget(sequence)
-
-
-def _rows(hidden: Hidden, rows: list[int]) -> Hidden:
-    """Some rows of the hidden states, which are copied unless they are all."""
-    return hidden if len(rows) == len(hidden) else hidden[rows]
 
 
 def _num_correct(

@@ -15,6 +15,16 @@ Batch = Any  # made by a model's own KV cache for its own `forward`
 Hidden = Any  # a model's own array of (N, hidden_size); `hidden[[0, 2]]` selects rows
 
 
+def select_rows(hidden: Hidden, rows: list[int]) -> Hidden:
+    """Some rows of hidden states, in ascending order; a view if they are all.
+
+    Args:
+        hidden: (N, hidden_size).
+        rows: ascending indices.
+    """
+    return hidden if len(rows) == len(hidden) else hidden[rows]
+
+
 def unpack_mask(mask: bytes, vocab_size: int) -> Array:
     """A bit mask of allowed tokens as (vocab_size,) booleans."""
     bits = np.frombuffer(mask, np.uint8)

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from smolcli.engine.interfaces import Array, Head, Hidden, unpack_mask
+from smolcli.engine.interfaces import Array, Head, Hidden, select_rows, unpack_mask
 from smolcli.engine.sequence import Sequence, TokenLogprob
 from smolcli.types import Sampling
 
@@ -44,10 +44,10 @@ def sample(
     logprobs: dict[int, TokenLogprob] = {}
     greedy = [i for i, s in enumerate(sequences) if s.sampling.is_plain]
     if greedy:
-        best = head.best(_select(hidden, greedy), [masks[i] for i in greedy])
+        best = head.best(select_rows(hidden, greedy), [masks[i] for i in greedy])
         tokens.update(zip(greedy, best, strict=True))
     rest = [i for i, s in enumerate(sequences) if i not in tokens or s.top_logprobs is not None]
-    for i, row in zip(rest, head.logits(_select(hidden, rest)) if rest else (), strict=True):
+    for i, row in zip(rest, head.logits(select_rows(hidden, rest)) if rest else (), strict=True):
         sequence, top_logprobs = sequences[i], sequences[i].top_logprobs
         if i not in tokens:
             scratch = row if top_logprobs is None else row.copy()
@@ -129,10 +129,6 @@ def apply_mask(logits: Array, mask: bytes | None) -> None:
     """Set the logits of forbidden tokens to minus infinity, in place."""
     if mask is not None:
         logits[~unpack_mask(mask, len(logits))] = -np.inf
-
-
-def _select(hidden: Hidden, rows: list[int]) -> Hidden:
-    return hidden if len(rows) == len(hidden) else hidden[rows]
 
 
 def _adjust(logits: Array, sequence: Sequence) -> None:
