@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from test_gateway import gateway
 from smolcli.backends.base import Backend, OnText
 from smolcli.backends.local import open_local
 from smolcli.errors import UsageError
-from smolcli.server.batch_store import BatchStore
+from smolcli.server.batch_store import BatchStore, StoredFile
+from smolcli.server.errors import HttpError
 from smolcli.server.service import WARM_UP
 from smolcli.settings import BatchApiSettings, EngineSettings, QueryDefaults
 from smolcli.types import Query, Result, Sampling
@@ -555,6 +556,12 @@ def test_a_damaged_journal_fails_its_batch(tmp_path: Path) -> None:
         assert str(tmp_path) not in str(failed.errors.data)
 
 
+def stored(store: BatchStore, data: bytes) -> StoredFile:
+    with closing(store.upload()) as upload:
+        upload.write(data)
+        return upload.keep("in.jsonl", "batch")
+
+
 def test_a_folder_belongs_to_one_server(tmp_path: Path) -> None:
     with batch_server(tmp_path) as (_, client):
         upload(client, b"{}")
@@ -578,6 +585,16 @@ def test_a_server_without_batches_says_so(tmp_path: Path) -> None:
         pytest.raises(openai.NotFoundError, match="files and batches are disabled"),
     ):
         client.files.list()
+
+
+def test_deleting_a_file_again_is_not_found(tmp_path: Path) -> None:
+    """The second of two concurrent deletions of a file was an internal error."""
+    with closing(BatchStore(BatchApiSettings(tmp_path))) as store:
+        file = stored(store, b"{}")
+        store.delete_file(file.id)
+        with pytest.raises(HttpError, match="no file has the id") as caught:
+            store.delete_file(file.id)
+        assert caught.value.status == 404
 
 
 def test_old_files_and_batches_are_removed(tmp_path: Path) -> None:

@@ -350,10 +350,12 @@ class BatchStore:
         """Delete a file.
 
         Raises:
-            HttpError: 400 if an unfinished batch needs it.
+            HttpError: 404 if it does not exist, 400 if an unfinished batch needs it.
             RunError: it cannot be deleted.
         """
         with self._lock:
+            if self.file(file_id) is None:
+                raise no_file(file_id, "file_id")
             if user := self._user_of(file_id):
                 message = (
                     f"{file_id} is the input of {user.id}, which is {user.status}; "

@@ -206,10 +206,9 @@ def _add_file_routes(routes: Blueprint, api: BatchApi) -> None:
     @routes.delete("/files/<file_id>")
     def delete_file(file_id: str) -> Response:
         store, _ = api.open()
-        file = _file(api, file_id)
         with _storage():
-            store.delete_file(file.id)
-        return json_response({"id": file.id, "object": "file", "deleted": True})
+            store.delete_file(file_id)
+        return json_response({"id": file_id, "object": "file", "deleted": True})
 
 
 def _add_batch_routes(routes: Blueprint, api: BatchApi) -> None:
