@@ -1,6 +1,7 @@
 """/v1/files and /v1/batches, driven by the official OpenAI client."""
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -585,6 +586,25 @@ def test_a_server_without_batches_says_so(tmp_path: Path) -> None:
         pytest.raises(openai.NotFoundError, match="files and batches are disabled"),
     ):
         client.files.list()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows cannot sync folders")
+def test_an_upload_survives_a_loss_of_power(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder was not synced after the last rename, so a file could vanish after the client had
+    its id. What is listed when a folder is synced is durable."""
+    folder, durable, fsync = tmp_path / "files", [""], os.fsync
+
+    def sync(fd: int) -> None:
+        fsync(fd)
+        if os.path.samestat(os.fstat(fd), folder.stat()):
+            durable[:] = os.listdir(folder)
+
+    monkeypatch.setattr("os.fsync", sync)
+    with closing(BatchStore(BatchApiSettings(tmp_path))) as store:
+        file = stored(store, b"{}")
+    assert sorted(durable) == [file.id, f"{file.id}.json"]
 
 
 def test_deleting_a_file_again_is_not_found(tmp_path: Path) -> None:

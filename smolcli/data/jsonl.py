@@ -113,7 +113,7 @@ def replacing(path: Path) -> Iterator[BufferedIOBase]:
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as exc:
@@ -165,8 +165,12 @@ def replacing_lines(path: Path) -> Iterator[_Compressor]:
             file.write(codec.compress(b""))  # an empty file is not a valid compressed one
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows cannot open folders, and does this by itself."""
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable. Windows cannot open folders, and does this by itself.
+
+    Raises:
+        OSError: the folder cannot be synced.
+    """
     if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         try:

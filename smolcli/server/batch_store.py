@@ -6,7 +6,8 @@
     batches/ID.json the record of a batch
     batches/ID/     its results while it is unfinished
 
-A file exists if its content does, so that a kill at any instant leaves either all of it or nothing.
+A file exists if its content does, so that a kill or power loss at any instant leaves either
+all of it or nothing.
 """
 
 import os
@@ -26,7 +27,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from smolcli.data.jsonl import replacing
+from smolcli.data.jsonl import replacing, sync_folder
 from smolcli.errors import RunError, UsageError, error_reason
 from smolcli.server.errors import HttpCode, HttpError
 from smolcli.settings import BatchApiSettings
@@ -328,6 +329,7 @@ class BatchStore:
             )
             self._save(self._files_folder, record)
             path.replace(self.content_path(record.id))
+            sync_folder(self._files_folder)
             self._files[record.id] = record
         return record
 
