@@ -421,7 +421,7 @@ def test_empty_parameter_asks_for_nothing(name: str, value: object) -> None:
         ("guided_json", None),
         ("truncate_prompt_tokens", None),
         ("priority", 0),
-        ("stream_options", {"include_usage": False}),
+        ("stream_options", {}),
         ("seed", -1),
         ("thinking_token_budget", 0),
         ("response_format", {"type": "text", "json_schema": None}),
@@ -464,6 +464,16 @@ def test_refusal_parts_and_cache_breakpoints_are_text() -> None:
 def test_stream_options_of_openai_and_vllm_are_accepted() -> None:
     options = {"include_usage": True, "include_obfuscation": False, "continuous_usage_stats": True}
     completion(stream=True, stream_options=options)
+
+
+@pytest.mark.parametrize("stream", [{}, {"stream": False}, {"stream": None}])
+@pytest.mark.parametrize(
+    "options", [{"include_usage": True}, {"include_usage": None}, {"include_obfuscation": False}]
+)
+def test_stream_options_need_a_stream(stream: dict[str, Any], options: dict[str, Any]) -> None:
+    with pytest.raises(QueryError, match="only allowed if stream is true") as raised:
+        completion(**stream, stream_options=options)
+    assert raised.value.field == "stream_options"
 
 
 SKY = {"type": "object", "properties": {"sky": {"type": "string"}}}

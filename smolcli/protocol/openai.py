@@ -152,10 +152,7 @@ One = Annotated[Number, Field(ge=1, le=1)]
 
 _STREAM: dict[str, Any] = {"required": ["stream"], "properties": {"stream": {"const": True}}}
 STREAM_COMBINATIONS: list[Any] = [
-    {"anyOf": [_STREAM, {"properties": {"stream_options": {"not": {
-        "required": ["include_usage"], "properties": {"include_usage": {"const": True}},
-        "type": "object",
-    }}}}]},
+    {"anyOf": [_STREAM, {"properties": {"stream_options": {"enum": [*EMPTY]}}}]},
     {"anyOf": [{"not": _STREAM}, {"properties": {"prompt_logprobs": {"enum": [*EMPTY]}}}]},
 ]  # fmt: skip
 
@@ -509,7 +506,7 @@ def parse_completion(
         QueryError: naming the first invalid parameter by its path.
     """
     fields = validated(CompletionFields, value)
-    check_stream(fields)
+    check_stream(fields, value)
     _check_continuation(fields)
     options = fields.stream_options
     values = _query(fields, defaults) | {"chat_id": chat_id}
@@ -527,17 +524,23 @@ def _check_continuation(fields: CompletionFields) -> None:
         raise invalid_parameter("add_generation_prompt", CompletionFields)
 
 
-def check_stream(fields: GenerationFields) -> None:
+def check_stream(fields: GenerationFields, value: object) -> None:
     """Reject parameters that contradict `stream`.
+
+    Like OpenAI and vLLM, this rejects `stream_options` without a stream even if none is set.
+
+    Args:
+        fields: the validated parameters, which lack members without an effect.
+        value: the JSON object that they come from.
 
     Raises:
         QueryError: naming the parameter.
     """
     if fields.stream and fields.prompt_logprobs is not None:
         raise invalid_parameter("prompt_logprobs", type(fields))
-    options = fields.stream_options
-    if options and options.include_usage and not fields.stream:
-        raise invalid_parameter("stream_options", type(fields))
+    if isinstance(value, dict) and value.get("stream_options") and not fields.stream:
+        message = "stream_options is only allowed if stream is true"
+        raise QueryError(message, ErrorCode.INVALID_VALUE, "stream_options")
 
 
 _SAME_NAME = (

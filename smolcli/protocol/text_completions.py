@@ -287,7 +287,7 @@ def entries_of(logprobs: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _fields(value: object) -> TextCompletionFields:
     fields = validated(TextCompletionFields, value)
-    check_stream(fields)
+    check_stream(fields, value)
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise invalid_parameter("best_of", TextCompletionFields)
     if fields.max_tokens == 0 and not fields.echo and fields.prompt_logprobs is None:
