@@ -9,6 +9,7 @@ from model_stores import MODEL, entries, fill_store
 from test_cli import smol
 
 from smolcli.backends.ray.worker import store_sent_model
+from smolcli.cli.doctor import required_packages
 from smolcli.weights.store import ModelFiles
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -69,6 +70,18 @@ def test_missing_device_is_fatal(tiny_folder: Path) -> None:
     code, found = doctor("--model", tiny_folder, "--device", "cuda:99")
     assert code == 1
     assert found["resolved"]["status"] == "bad"
+
+
+def test_remedy_for_packages_installs_only_what_is_missing() -> None:
+    """The remedy was a command for a source checkout, which a container image does not have."""
+    found = required_packages(
+        ["pytest<1", "numpy", "torch>=2", "no-such-package>=1,<2", "nor-this; python_version < '3'"]
+    )
+    assert found.status == "bad"
+    assert "no-such-package is not installed" in found.detail
+    assert "does not satisfy <1" in found.detail
+    assert found.remedy == "pip install 'pytest<1' 'no-such-package<2,>=1'"
+    assert required_packages(["pytest", "numpy"]).status == "ok"
 
 
 def test_text_output_includes_remedies(tiny_folder: Path) -> None:

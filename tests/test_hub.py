@@ -12,7 +12,9 @@ from hub_server import FakeHub
 from huggingface_hub import constants
 from model_stores import COMMIT, MODEL
 
+from smolcli.cli.doctor import examine
 from smolcli.errors import HubUnreachable, ModelNotFound
+from smolcli.settings import EngineSettings
 from smolcli.weights.pull import pull
 from smolcli.weights.resolve import resolve
 
@@ -72,6 +74,14 @@ def test_model_is_downloaded_once(fake_hub: type[FakeHub], tiny_folder: Path) ->
 def test_model_that_the_hub_does_not_have(fake_hub: type[FakeHub]) -> None:
     with pytest.raises(ModelNotFound, match="no model named 'tests/none' on the Hub"):
         resolve("tests/none")
+
+
+def test_doctor_reports_a_missing_model_of_a_reachable_hub(fake_hub: type[FakeHub]) -> None:
+    """It said that the Hub was unreachable."""
+    found = {f.name: f for f in examine(EngineSettings(model="tests/none"), config=None)}
+    assert found["hub"].detail == "reachable"
+    assert found["model"].status == "bad"
+    assert found["model"].detail.startswith("no model named 'tests/none' on the Hub")
 
 
 def test_repository_without_weights_is_rejected(fake_hub: type[FakeHub]) -> None:

@@ -1,8 +1,9 @@
 """The checks of `smol doctor`: what a run needs, what is missing, and how to fix it."""
 
 import platform
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 PACKAGE = "smolcli"
 MIN_DISK_BYTES = 1 << 30  # a model and its converted copy
 GPU_PACKAGES = ("torch", "transformers")  # the CPU needs them only for unusual models
-INSTALL = "pip install -c constraints.txt -e '.[dev,ray]'"
+OTHER_MODEL = "fix --model, SMOL_MODEL or model in the config file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def examine(settings: EngineSettings, config: Path | None) -> Iterator[Finding]:
     yield Finding(
         "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     )
-    yield _packages()
+    yield required_packages(_requirements())
     yield Finding("config", str(config) if config else "no config file")
     machine = [f"cores: {num_cores()}", f"memory: {_gib(memory_bytes())}", *cpu_features()]
     yield Finding("machine", ", ".join(machine))
@@ -70,39 +71,50 @@ def examine(settings: EngineSettings, config: Path | None) -> Iterator[Finding]:
     yield from _extras()
 
 
-def _packages() -> Finding:
-    """Whether the required packages are installed in supported versions."""
+def required_packages(requirements: Iterable[str]) -> Finding:
+    """Whether packages are installed in supported versions; those for GPUs may be missing.
+
+    Args:
+        requirements: as in the metadata of a package. Those with a marker are ignored.
+    """
     from packaging.requirements import Requirement
 
-    problems = []
-    for requirement in map(Requirement, _requirements()):
-        if requirement.marker is None:
-            found = _version(requirement.name)
-            if found is None and requirement.name in GPU_PACKAGES:
-                continue  # reported by the torch check
-            if found is None:
-                problems.append(f"{requirement.name} is not installed")
-            elif not requirement.specifier.contains(found, prereleases=True):
-                problems.append(
-                    f"{requirement.name} {found} does not satisfy {requirement.specifier}"
-                )
+    problems, unmet = [], []
+    for requirement in map(Requirement, requirements):
+        found = _version(requirement.name)
+        if requirement.marker or (found is None and requirement.name in GPU_PACKAGES):
+            continue  # the torch check reports the latter
+        if found is None:
+            problems.append(f"{requirement.name} is not installed")
+        elif not requirement.specifier.contains(found, prereleases=True):
+            problems.append(f"{requirement.name} {found} does not satisfy {requirement.specifier}")
+        else:
+            continue
+        unmet.append(str(requirement))
     if problems:
-        return Finding("packages", "; ".join(problems), INSTALL, is_fatal=True)
+        return Finding("packages", "; ".join(problems), _install(unmet), is_fatal=True)
     return Finding(
         "packages", f"smol {_version(PACKAGE) or '(not installed)'}; all requirements are satisfied"
     )
 
 
+def _install(requirements: Iterable[str]) -> str:
+    """The command that installs packages, in a source checkout as well as in a container."""
+    return f"pip install {' '.join(map(shlex.quote, requirements))}"
+
+
 def _torch() -> Iterator[Finding]:
     if _version("torch") is None:
-        yield Finding("torch", "not installed", f"only needed for GPUs: {INSTALL}")
+        remedy = f"only needed for GPUs and unusual models: {_install(GPU_PACKAGES)}"
+        yield Finding("torch", "not installed", remedy)
         return
     try:
         from smolcli.engine.autoconfig import gpus
 
         names = ", ".join(gpus())
     except (ImportError, OSError) as exc:
-        yield Finding("torch", f"cannot be imported: {exc}", INSTALL, is_fatal=True)
+        remedy = "pip install --force-reinstall torch"
+        yield Finding("torch", f"cannot be imported: {exc}", remedy, is_fatal=True)
         return
     yield Finding("torch", f"{_version('torch')}")
     yield Finding("gpu", names or "no GPU that torch can use")
@@ -127,29 +139,31 @@ def _model(settings: EngineSettings) -> Iterator[Finding]:
     model = settings.model
     try:
         if Path(model).suffix.lower() == ".gguf" and Path(model).expanduser().is_file():
-            yield Finding("model", f"{model}; converted on first use")
+            yield Finding("model", f"{model}; prepared on first use")
             return
         files = local(model, lambda _: None) or hub.cached(model) or stored(model)
     except ModelError as exc:
-        yield Finding(
-            "model", str(exc), "fix --model, SMOL_MODEL or model in the config file", True
-        )
+        yield Finding("model", str(exc), OTHER_MODEL, is_fatal=True)
         return
-    unreachable = _hub_fault(model if files is None else DEFAULT_MODEL)
+    fault = _hub_fault(model if files is None else DEFAULT_MODEL)
     if files is None:
-        yield _missing(model, unreachable)
+        yield _missing(model, fault)
     else:
         yield _found(files)
         yield from _resolved(settings, files)
-    remedy = (
-        "only needed to download models; set HF_ENDPOINT to use a mirror" if unreachable else None
-    )
-    yield Finding("hub", unreachable or "reachable", remedy)
+    if isinstance(fault, HubUnreachable):
+        reason = str(fault.__cause__ or fault).partition("\n")[0]
+        remedy = "only needed to download models; set HF_ENDPOINT to use a mirror"
+        yield Finding("hub", f"unreachable: {reason}", remedy)
+    else:
+        yield Finding("hub", "reachable")
 
 
-def _missing(model: str, unreachable: str | None) -> Finding:
-    if unreachable is None:
+def _missing(model: str, fault: ModelError | None) -> Finding:
+    if fault is None:
         return Finding("model", f"{model} is on the Hub but not downloaded", f"smol pull {model}")
+    if not isinstance(fault, HubUnreachable):
+        return Finding("model", str(fault), OTHER_MODEL, is_fatal=True)
     remedy = (
         "smol pull"
         if model == DEFAULT_MODEL
@@ -216,14 +230,12 @@ def _memory(config: "ResolvedConfig") -> Finding:
     return Finding("memory", detail, None if available > config.needed_bytes else remedy)
 
 
-def _hub_fault(model: str) -> str | None:
+def _hub_fault(model: str) -> ModelError | None:
     """Why a model cannot be downloaded; None if it can."""
     try:
         hub.probe(model)
-    except HubUnreachable as exc:
-        return str(exc.__cause__ or exc).partition("\n")[0]
     except ModelError as exc:
-        return str(exc)
+        return exc
     return None
 
 
