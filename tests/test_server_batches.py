@@ -487,7 +487,10 @@ def test_results_beyond_the_quota_fail_the_batch(tmp_path: Path) -> None:
         assert failed.status == "failed"
         assert failed.errors is not None
         assert [each.code for each in failed.errors.data or []] == ["quota_exceeded"]
-        assert records(client, failed.output_file_id)
+        answers = [each["response"]["body"] for each in records(client, failed.output_file_id)]
+        assert answers
+        assert failed.usage is not None
+        assert failed.usage.total_tokens == sum(each["usage"]["total_tokens"] for each in answers)
 
 
 def test_limits_are_errors_that_name_them(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from itertools import chain, islice
 from pathlib import Path
@@ -158,13 +158,25 @@ class BatchProgress:
         """See `RunProgress`."""
 
 
+@dataclass(frozen=True, slots=True)
 class RunningBatch:
     """The batch that is being answered."""
 
-    def __init__(self, batch: Batch, backend: SharedBackend, progress: BatchProgress) -> None:
-        self.id = batch.id
-        self.backend = backend
-        self.progress = progress
+    id: str
+    backend: SharedBackend
+    progress: BatchProgress
+
+    def with_counts(self, batch: Batch) -> Batch:
+        """The record of this batch with the counts of this moment."""
+        if (statistics := self.progress.statistics) is None:
+            return batch
+        return replace(
+            batch,
+            num_completed=statistics.num_answered,
+            num_failed=statistics.num_failed,
+            prompt_tokens=statistics.prompt_tokens,
+            completion_tokens=statistics.completion_tokens,
+        )
 
 
 class BatchWorker:
@@ -248,9 +260,7 @@ class BatchWorker:
     def current(self, batch: Batch) -> Batch:
         """A batch with the counts of this moment."""
         running = self._running
-        if running is None or running.id != batch.id or running.progress.statistics is None:
-            return batch
-        return _with_counts(batch, running.progress.statistics)
+        return running.with_counts(batch) if running and running.id == batch.id else batch
 
     def waits_for(self, batch: Batch) -> str | None:
         """What a batch waits for, for people; None if it does not wait."""
@@ -355,11 +365,14 @@ class BatchWorker:
             current = self._store.batch(batch.id)
             if self._stopping.is_set() or current is None or current.status != "in_progress":
                 return
-            self._running = RunningBatch(batch, backend, progress)
+            running = self._running = RunningBatch(batch.id, backend, progress)
         if self._stopping.is_set():  # `stop` may have come too early to see it
             backend.stop("shutdown")
         try:
-            run_file(self._run_settings(batch, folder), lambda _: backend, progress)
+            try:
+                run_file(self._run_settings(batch, folder), lambda _: backend, progress)
+            finally:
+                self._store.update(batch.id, running.with_counts)
         except SettingsChanged as exc:
             self._wait(batch, f"a server with the settings that it began with ({exc.changes})")
         except BackendError as exc:
@@ -386,7 +399,6 @@ class BatchWorker:
 
     def _stopped(self, batch: Batch, reason: StopReason | None, exc: BackendError) -> None:
         """Handle the end of a run that was interrupted, or whose backend failed."""
-        self._keep_counts(batch)
         if reason in ("cancelled", "expired"):
             self._end(batch, reason)
         elif not self._stopping.is_set():
@@ -403,20 +415,6 @@ class BatchWorker:
 
     def _count_results(self, batch: Batch, folder: Path) -> None:
         self._store.count_results(batch.id, (folder / OUTPUT).stat().st_size)
-
-    def _keep_counts(self, batch: Batch) -> None:
-        current = self.current(batch)
-        if current is not batch:
-            self._store.update(
-                batch.id,
-                lambda old: replace(
-                    old,
-                    num_completed=current.num_completed,
-                    num_failed=current.num_failed,
-                    prompt_tokens=current.prompt_tokens,
-                    completion_tokens=current.completion_tokens,
-                ),
-            )
 
     # Both threads
 
@@ -440,7 +438,6 @@ class BatchWorker:
     def _fail(self, batch: Batch, error: BatchError) -> None:
         """End a batch as failed, with the results that can still be published."""
         try:
-            self._keep_counts(batch)
             self._end(batch, "failed", (error,))
         except Exception as exc:
             logger.error("batch %s: cannot publish its results: %s", batch.id, exc)
@@ -478,7 +475,6 @@ class BatchWorker:
             current = self._store.batch(batch.id)
             if current is None or not current.is_open:
                 return
-            self._keep_counts(batch)
             batch = self._store.update(batch.id, begin)
             self._publish(batch)
             batch = self._store.update(batch.id, self._finished)
@@ -541,16 +537,6 @@ class BatchWorker:
             "failed": batch.num_failed,
         }
         logger.info("batch %s %s", batch.id, batch.status, extra={"fields": fields})
-
-
-def _with_counts(batch: Batch, statistics: StatisticsCollector) -> Batch:
-    return replace(
-        batch,
-        num_completed=statistics.num_answered,
-        num_failed=statistics.num_failed,
-        prompt_tokens=statistics.prompt_tokens,
-        completion_tokens=statistics.completion_tokens,
-    )
 
 
 def _client_error(exc: SmolError) -> BatchError:
