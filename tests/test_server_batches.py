@@ -558,6 +558,7 @@ def test_a_damaged_journal_fails_its_batch(tmp_path: Path) -> None:
         assert failed.errors is not None
         assert "damaged" in str(failed.errors.data)
         assert str(tmp_path) not in str(failed.errors.data)
+        eventually(lambda: not (tmp_path / "batches" / batch.id).exists())  # frees the quota
 
 
 def stored(store: BatchStore, data: bytes) -> StoredFile:

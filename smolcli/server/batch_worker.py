@@ -179,6 +179,21 @@ class RunningBatch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A batch's wait for another backend or other settings.
+
+    Args:
+        reason: what it waits for.
+        duration_s: how long, in seconds; twice as long as its previous wait.
+        until: when to try it again, as a time of `time.monotonic` in seconds.
+    """
+
+    reason: str
+    duration_s: float
+    until: float
+
+
 class BatchWorker:
     """Validates, answers and ends the batches of a store.
 
@@ -205,9 +220,7 @@ class BatchWorker:
         self._check_model = check_model
         self._lock = threading.RLock()
         self._running: RunningBatch | None = None
-        self._retry_at: dict[str, float] = {}  # in `time.monotonic` seconds
-        self._retry_s: dict[str, float] = {}  # how long a batch waited last
-        self._waiting_for: dict[str, str] = {}  # why a batch waits, as last logged
+        self._waits: dict[str, Wait] = {}  # the last one of each unfinished batch that had to wait
         self._stopping = threading.Event()
         self._wake_checker, self._wake_runner = threading.Event(), threading.Event()
         self._next_sweep_s = 0.0
@@ -247,8 +260,8 @@ class BatchWorker:
         """Cancel an unfinished batch; a finished one stays as it is."""
 
         def change(batch: Batch) -> Batch:
-            is_running = batch.ending is None and batch.status in ("validating", "in_progress")
-            return batch.with_status("cancelling") if is_running else batch
+            can_cancel = batch.ending is None and batch.status in ("validating", "in_progress")
+            return batch.with_status("cancelling") if can_cancel else batch
 
         with self._lock:
             batch = self._store.update(batch_id, change)
@@ -267,8 +280,8 @@ class BatchWorker:
         running = self._running
         if batch.status != "in_progress" or (running is not None and running.id == batch.id):
             return None
-        if reason := self._waiting_for.get(batch.id):
-            return reason
+        if wait := self._waits.get(batch.id):
+            return wait.reason
         if not self._loader.is_ready:
             return "the model"
         return None if running is None else f"batch {running.id}"
@@ -352,8 +365,9 @@ class BatchWorker:
             return None
         now = time.monotonic()
         for batch in self._store.batches():
+            wait = self._waits.get(batch.id)
             is_next = batch.status == "in_progress" and batch.ending is None
-            if is_next and now >= self._retry_at.get(batch.id, 0.0):
+            if is_next and (wait is None or wait.until <= now):
                 return batch
         return None
 
@@ -406,11 +420,10 @@ class BatchWorker:
 
     def _wait(self, batch: Batch, reason: str) -> None:
         """Try a batch again later, because it needs another backend or other settings."""
-        retry_s = min(2 * self._retry_s.get(batch.id, MIN_RETRY_S / 2), MAX_RETRY_S)
-        self._retry_s[batch.id] = retry_s
-        self._retry_at[batch.id] = time.monotonic() + retry_s
-        if self._waiting_for.get(batch.id) != reason:
-            self._waiting_for[batch.id] = reason
+        last = self._waits.get(batch.id)
+        duration_s = MIN_RETRY_S if last is None else min(2 * last.duration_s, MAX_RETRY_S)
+        self._waits[batch.id] = Wait(reason, duration_s, time.monotonic() + duration_s)
+        if last is None or last.reason != reason:
             logger.warning("batch %s waits for %s", batch.id, reason)
 
     def _count_results(self, batch: Batch, folder: Path) -> None:
@@ -451,6 +464,7 @@ class BatchWorker:
                     error_file_id=None,
                 ).with_status("failed"),
             )
+            self._forget(batch.id)
             self._metrics.count_batch("failed")
 
     def _end(self, batch: Batch, ending: Ending, errors: tuple[BatchError, ...] = ()) -> None:
@@ -478,10 +492,15 @@ class BatchWorker:
             batch = self._store.update(batch.id, begin)
             self._publish(batch)
             batch = self._store.update(batch.id, self._finished)
-            self._store.remove_results(batch.id)
+            self._forget(batch.id)
         assert batch.ending is not None
         self._metrics.count_batch(batch.ending)
         self._report(batch)
+
+    def _forget(self, batch_id: str) -> None:
+        """Drop what is kept only for an unfinished batch."""
+        self._store.remove_results(batch_id)
+        self._waits.pop(batch_id, None)
 
     def _publish(self, batch: Batch) -> None:
         assert batch.output_file_id is not None
