@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from logging import getLogger
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -42,11 +42,7 @@ Purpose = Literal["batch", "batch_output"]
 Ending = Literal["completed", "failed", "expired", "cancelled"]
 Status = Literal["validating", "in_progress", "finalizing", "cancelling"] | Ending
 
-ENDINGS: tuple[Ending, ...] = ("completed", "failed", "expired", "cancelled")
-STATUSES: tuple[Status, ...] = (
-    *("validating", "in_progress", "finalizing", "cancelling"),
-    *ENDINGS,
-)
+ENDINGS: tuple[Ending, ...] = get_args(Ending)
 
 FileId = Annotated[str, Field(pattern=r"^file-[0-9a-f]{24}$")]
 BatchId = Annotated[str, Field(pattern=r"^batch_[0-9a-f]{24}$")]
@@ -238,7 +234,7 @@ class BatchStore:
         self._files: dict[str, StoredFile] = {}
         self._batches: dict[str, Batch] = {}
         self._used_bytes = 0
-        self._last_ns = 0
+        self._last_ns = 0  # when the newest record was created
         self._result_bytes: dict[str, int] = {}  # of unfinished batches
         self._file_lock = FileLock(settings.folder / ".lock", thread_local=False)
         self._acquire()
@@ -255,12 +251,13 @@ class BatchStore:
     @property
     def used_bytes(self) -> int:
         """The size of all files and results."""
-        return self._used_bytes + sum(self._result_bytes.values())
+        with self._lock:
+            return self._used_bytes + sum(self._result_bytes.values())
 
     # Files
 
     def upload(self) -> Upload:
-        """Start to store a file."""
+        """Begin an upload, which the caller must close."""
         return Upload(self, self._files_folder / f".{secrets.token_hex(12)}.part")
 
     def reserve(self, num_bytes: int, num_before: int = 0) -> None:
@@ -338,7 +335,7 @@ class BatchStore:
         return self._files_folder / file_id
 
     def file(self, file_id: str) -> StoredFile | None:
-        """A file that has not expired."""
+        """Find a file; None if it does not exist or has expired."""
         record = self._files.get(file_id)
         return record if record and record.expires_at > time.time() else None
 
@@ -405,7 +402,7 @@ class BatchStore:
         return batch
 
     def batch(self, batch_id: str) -> Batch | None:
-        """A batch."""
+        """Find a batch; None if it does not exist."""
         return self._batches.get(batch_id)
 
     def batches(self) -> list[Batch]:
@@ -532,6 +529,8 @@ class BatchStore:
                     path.unlink()
             for _, batch in _records(self._batches_folder, Batch):
                 self._batches[batch.id] = batch
+            records: list[StoredFile | Batch] = [*self._files.values(), *self._batches.values()]
+            self._last_ns = max((record.created_ns for record in records), default=0)
             for content in self._files_folder.iterdir():
                 if content.suffix != ".json" and content.is_file():
                     self._used_bytes += content.stat().st_size
@@ -544,10 +543,8 @@ class BatchStore:
                     self._result_bytes[folder.name] = sum(sizes)
 
     def _now_ns(self) -> int:
-        """The current time; no two records have the same one."""
+        """The current time in nanoseconds; no two records have the same one."""
         with self._lock:
-            records: list[StoredFile | Batch] = [*self._files.values(), *self._batches.values()]
-            self._last_ns = self._last_ns or max((r.created_ns for r in records), default=0)
             self._last_ns = max(time.time_ns(), self._last_ns + 1)
             return self._last_ns
 
