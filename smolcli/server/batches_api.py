@@ -40,6 +40,9 @@ _ENDPOINT = " or ".join(ENDPOINTS)
 _LIFETIME = f"an integer from {MIN_LIFETIME_S} to {MAX_LIFETIME_S}"
 _HOURS_OR_DAYS = re.compile(r"([1-9][0-9]{0,3})([hd])")
 _SECONDS = {"h": 3600, "d": 86_400}
+_TIMED_STATUSES = (
+    *("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"),
+)
 
 
 class OutputExpiry(BaseModel):
@@ -229,15 +232,15 @@ def _add_batch_routes(routes: Blueprint, api: BatchApi) -> None:
     @routes.get("/batches")
     def list_batches() -> Response:
         store, worker = api.open()
-        batches = [worker.current(batch) for batch in reversed(store.batches())]
+        newest_first = store.batches()[::-1]
         return json_response(
-            _page(batches, lambda batch: batch_object(batch, worker), 20, MAX_BATCH_PAGE)
+            _page(newest_first, lambda batch: batch_object(batch, worker), 20, MAX_BATCH_PAGE)
         )
 
     @routes.get("/batches/<batch_id>")
     def get_batch(batch_id: str) -> Response:
         _, worker = api.open()
-        return json_response(batch_object(worker.current(_batch(api, batch_id)), worker))
+        return json_response(batch_object(_batch(api, batch_id), worker))
 
     @routes.post("/batches/<batch_id>/cancel")
     def cancel_batch(batch_id: str) -> Response:
@@ -246,7 +249,7 @@ def _add_batch_routes(routes: Blueprint, api: BatchApi) -> None:
         if not batch.is_open and batch.status != "cancelled":
             message = f"cannot cancel {batch.id}: it is {batch.status} already"
             raise HttpError(HTTPStatus.BAD_REQUEST, message, HttpCode.BAD_REQUEST, "batch_id")
-        return json_response(batch_object(worker.current(worker.cancel(batch.id)), worker))
+        return json_response(batch_object(worker.cancel(batch.id), worker))
 
 
 def parse_batch(value: object) -> BatchFields:
@@ -296,19 +299,17 @@ def file_object(file: StoredFile) -> dict[str, Any]:
 
 
 def batch_object(batch: Batch, worker: BatchWorker) -> dict[str, Any]:
-    """A batch as OpenAI's clients read it, with what it waits for.
+    """A batch as OpenAI's clients read it, with its current counts and what it waits for.
 
     Args:
-        batch: the batch, with its current counts.
+        batch: the batch.
         worker: answers it.
     """
+    batch = worker.current(batch)
     errors = [
         {"code": error.code, "message": error.message, "param": error.param, "line": error.line}
         for error in batch.errors
     ]
-    statuses = ("in_progress", "finalizing", "completed", "failed", "expired")
-    times = {f"{each}_at": batch.reached_at.get(each) for each in statuses}
-    times |= {f"{each}_at": batch.reached_at.get(each) for each in ("cancelling", "cancelled")}
     return {
         "id": batch.id,
         "object": "batch",
@@ -322,7 +323,7 @@ def batch_object(batch: Batch, worker: BatchWorker) -> dict[str, Any]:
         "error_file_id": None if batch.is_open else batch.error_file_id,
         "created_at": batch.created_at,
         "expires_at": batch.expires_at,
-        **times,
+        **{f"{status}_at": batch.reached_at.get(status) for status in _TIMED_STATUSES},
         "request_counts": {
             "total": batch.num_requests,
             "completed": batch.num_completed,
