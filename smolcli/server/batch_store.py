@@ -44,8 +44,9 @@ Status = Literal["validating", "in_progress", "finalizing", "cancelling"] | Endi
 
 ENDINGS: tuple[Ending, ...] = get_args(Ending)
 
-FileId = Annotated[str, Field(pattern=r"^file-[0-9a-f]{24}$")]
-BatchId = Annotated[str, Field(pattern=r"^batch_[0-9a-f]{24}$")]
+FILE_ID, BATCH_ID = "^file-[0-9a-f]{24}$", "^batch_[0-9a-f]{24}$"
+FileId = Annotated[str, Field(pattern=FILE_ID)]
+BatchId = Annotated[str, Field(pattern=BATCH_ID)]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 

@@ -12,9 +12,9 @@ from smolcli.protocol.openai import CompletionFields
 from smolcli.protocol.query import QueryFields
 from smolcli.protocol.responses import ResponsesFields
 from smolcli.protocol.text_completions import TextCompletionFields
-from smolcli.server.batch_store import Purpose
+from smolcli.server.batch_store import BATCH_ID, FILE_ID, Purpose
 from smolcli.server.batch_store import Status as BatchStatus
-from smolcli.server.batches_api import BatchFields
+from smolcli.server.batches_api import MAX_BATCH_PAGE, MAX_FILE_PAGE, BatchFields
 from smolcli.server.errors import HttpCode
 from smolcli.types import ErrorCode, FinishReason
 
@@ -529,37 +529,14 @@ def _paths(unauthorized: dict[str, str], models: Sequence[str]) -> Json:
         "/chat": {"post": _post("Answer one query", QueryFields, _json(Answer), errors)},
         "/chat/batched": {"post": _post_batch("Answer a batch of queries", errors)},
         "/generate_batch": {"post": _post_batch("Alias of /chat/batched", errors)},
-        "/v1/chat/completions": {
-            "post": _post(
-                "Create a chat completion",
-                CompletionFields,
-                _json(OpenAICompletion) | {"text/event-stream": {}},
-                _responses(descriptions | _MODEL_NOT_FOUND, OpenAIError),
-            )
-        },
-        "/v1/completions": {
-            "post": _post(
-                "Create text completions",
-                TextCompletionFields,
-                _json(OpenAITextCompletion) | {"text/event-stream": {}},
-                _responses(descriptions | _MODEL_NOT_FOUND, OpenAIError),
-            )
-        },
-        "/v1/responses": {
-            "post": _post(
-                "Create a response",
-                ResponsesFields,
-                _json(OpenAIResponse) | {"text/event-stream": {}},
-                _responses(descriptions | _MODEL_NOT_FOUND, OpenAIError),
-            )
-        },
+        **_generation_paths(descriptions | _MODEL_NOT_FOUND),
         "/v1/models": {
-            "get": _get(
+            "get": _operation(
                 "List the models", _json(OpenAIModels), _responses(unauthorized, OpenAIError)
             )
         },
         "/v1/models/{id}": {
-            "get": _get(
+            "get": _operation(
                 "Get the model by name",
                 _json(OpenAIModel),
                 _responses(unauthorized | _MODEL_NOT_FOUND, OpenAIError),
@@ -571,14 +548,31 @@ def _paths(unauthorized: dict[str, str], models: Sequence[str]) -> Json:
         "/health": {"get": _probe("Liveness: 503 if the process must be restarted")},
         "/ready": {"get": _probe("Readiness: 503 if the server should not receive traffic")},
         "/metrics": {
-            "get": _get("Prometheus metrics", _text("text/plain"), _responses(unauthorized, Error))
+            "get": _operation(
+                "Prometheus metrics", _text("text/plain"), _responses(unauthorized, Error)
+            )
         },
         "/version": {
-            "get": _get("smol's version", _json(Version), _responses(unauthorized, Error))
+            "get": _operation("smol's version", _json(Version), _responses(unauthorized, Error))
         },
         "/openapi.json": {
-            "get": _get("This document", any_object, _responses(unauthorized, Error))
+            "get": _operation("This document", any_object, _responses(unauthorized, Error))
         },
+    }
+
+
+def _generation_paths(descriptions: dict[str, str]) -> Json:
+    errors = _responses(descriptions, OpenAIError)
+    kinds: list[tuple[str, str, type[BaseModel], type[BaseModel]]] = [
+        ("chat/completions", "Create a chat completion", CompletionFields, OpenAICompletion),
+        ("completions", "Create text completions", TextCompletionFields, OpenAITextCompletion),
+        ("responses", "Create a response", ResponsesFields, OpenAIResponse),
+    ]
+    return {
+        f"/v1/{path}": {
+            "post": _post(summary, fields, _json(answer) | {"text/event-stream": {}}, errors)
+        }
+        for path, summary, fields, answer in kinds
     }
 
 
@@ -596,7 +590,7 @@ def _file_paths(unauthorized: dict[str, str]) -> Json:
         "415": "The body is not multipart/form-data.",
     }  # fmt: skip
     content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    file_id = [_path_parameter("file_id", pattern="^file-[0-9a-f]{24}$")]
+    file_id = [_path_parameter("file_id", pattern=FILE_ID)]
     form = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/FileForm"}}}
     post = _post(
         "Upload a file of requests", FileForm, _json(OpenAIFile), _responses(created, OpenAIError)
@@ -605,16 +599,16 @@ def _file_paths(unauthorized: dict[str, str]) -> Json:
     return {
         "/v1/files": {
             "post": post,
-            "get": _get(
+            "get": _operation(
                 "List the files",
                 _json(OpenAIFiles),
                 _responses(shared | {"400": "A parameter is invalid."}, OpenAIError),
             )
-            | {"parameters": _page_parameters(10_000)},
+            | {"parameters": _page_parameters(MAX_FILE_PAGE)},
         },
         "/v1/files/{file_id}": {
-            "get": _get("Get a file's name, size and purpose", _json(OpenAIFile), one),
-            "delete": _get(
+            "get": _operation("Get a file's name, size and purpose", _json(OpenAIFile), one),
+            "delete": _operation(
                 "Delete a file",
                 _json(OpenAIDeletedFile),
                 one
@@ -625,7 +619,7 @@ def _file_paths(unauthorized: dict[str, str]) -> Json:
             "parameters": file_id,
         },
         "/v1/files/{file_id}/content": {
-            "get": _get(
+            "get": _operation(
                 "Get a file's content", content, one | _responses(_STORAGE_FAILED, OpenAIError)
             ),
             "parameters": file_id,
@@ -640,25 +634,25 @@ def _batch_paths(unauthorized: dict[str, str]) -> Json:
         "404": "There is no such file.",
         "429": "There are too many unfinished batches.",
     }  # fmt: skip
-    batch_id = [_path_parameter("batch_id", pattern="^batch_[0-9a-f]{24}$")]
+    batch_id = [_path_parameter("batch_id", pattern=BATCH_ID)]
     return {
         "/v1/batches": {
             "post": _post(
                 "Create a batch", BatchFields, _json(OpenAIBatch), _responses(created, OpenAIError)
             ),
-            "get": _get(
+            "get": _operation(
                 "List the batches",
                 _json(OpenAIBatches),
                 _responses(shared | {"400": "A parameter is invalid."}, OpenAIError),
             )
-            | {"parameters": _page_parameters(100)},
+            | {"parameters": _page_parameters(MAX_BATCH_PAGE)},
         },
         "/v1/batches/{batch_id}": {
-            "get": _get("Get a batch", _json(OpenAIBatch), one),
+            "get": _operation("Get a batch", _json(OpenAIBatch), one),
             "parameters": batch_id,
         },
         "/v1/batches/{batch_id}/cancel": {
-            "post": _get(
+            "post": _operation(
                 "Cancel a batch",
                 _json(OpenAIBatch),
                 one | _responses({"400": "The batch has ended."}, OpenAIError),
@@ -691,7 +685,8 @@ def _post_batch(summary: str, errors: Json) -> Json:
     return _post(summary, BatchRequest, content, errors) | {"description": description}
 
 
-def _get(summary: str, content: Json, errors: Json) -> Json:
+def _operation(summary: str, content: Json, errors: Json) -> Json:
+    """An operation without a body, whatever its method."""
     responses = {"200": {"description": "Success.", "content": content}} | errors
     return {"summary": summary, "responses": responses}
 
