@@ -395,6 +395,8 @@ def test_ask_reads_question_and_system_prompt_from_files(tmp_path: Path) -> None
         (["Hi", "--system", "x", "--system-file", "q.txt"], "cannot be combined"),
         (["What", "is", "gravity?"], "put the question in quotes: smol ask 'What is gravity?'"),
         (["-5", "+", "3?"], "smol ask -- '-5 + 3?'"),
+        (["--", "-5", "+", "3?"], "put the question in quotes: smol ask -- '-5 + 3?'"),
+        (["--", "-5 + 3?", "--seed", "1"], "-- ends the options; put --seed before it"),
         (["Hi", "--schema", '{"type'], "--schema is not valid JSON"),
         (["Hi", "--schema", '{"type": "nonsense"}'], "--schema: "),
     ],

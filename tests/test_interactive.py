@@ -66,7 +66,7 @@ def test_system_reset_and_quit() -> None:
     assert done.stderr.splitlines() == [
         "system prompt: Be brief.",
         "conversation cleared",
-        "system prompt: the default of the model",
+        "system prompt: the model's default",
     ]
 
 

@@ -65,7 +65,7 @@ class InteractiveChat:
     def _run_command(self, word: str, text: str) -> None:
         if word == "/system":
             self._conversation.system_prompt = text or None
-            self._notify(f"system prompt: {text or 'the default of the model'}")
+            self._notify("system prompt: " + (text or "the model's default"))
         elif word == "/save":
             self._save(Path(text or DEFAULT_FILE).expanduser())
         elif word == "/reset":

@@ -33,8 +33,8 @@ Question = Annotated[
     str | None,
     typer.Argument(
         metavar="QUESTION",
-        help="Question to answer. Text from a pipe or a redirected file is appended to it. "
-        "Default, and with -: stdin alone.",
+        help="Question to answer. Text from a pipe or a redirected file is appended to it. If it "
+        "is - or missing, stdin is the question.",
     ),
 ]
 PromptFile = Annotated[
@@ -62,6 +62,13 @@ class AskCommand(SmolCommand):
     def _hint(self, given: list[str], error: str) -> str | None:
         flags = {flag for p in self.params for flag in (*p.opts, *p.secondary_opts)}
         has_flags = any(arg.partition("=")[0] in flags for arg in given)
+        if "--" in given:
+            rest = given[given.index("--") + 1 :]
+            if "unexpected extra argument" not in error:
+                return None
+            if late := next((arg for arg in rest if arg.partition("=")[0] in flags), None):
+                return f"-- ends the options; put {late} before it"
+            return f"put the question in quotes: smol ask -- {shlex.quote(' '.join(rest))}"
         whole = shlex.quote(" ".join(given))
         for arg in given:
             is_flag = arg in flags or (arg.startswith("--") and len(arg.split()) == 1)

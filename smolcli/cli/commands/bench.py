@@ -39,7 +39,7 @@ class BenchOptions:
     ] = "128,1024"
     sizes: Annotated[
         str,
-        _bench("--sizes", metavar="LIST", help="Batch sizes: numbers of answers to generate."),
+        _bench("--sizes", metavar="LIST", help="Batch sizes to measure."),
     ] = "1,8,32,64"
     questions: Annotated[
         int,
@@ -60,7 +60,11 @@ class BenchOptions:
     ] = None
     peers: Annotated[
         Path | None,
-        _bench("--peers", metavar="FILE", help="Include the output of benchmarks/peer_*.py."),
+        _bench(
+            "--peers",
+            metavar="FILE",
+            help="File with the output of benchmarks/peer_*.py, to add to the table.",
+        ),
     ] = None
 
     def plan(self) -> BenchPlan:

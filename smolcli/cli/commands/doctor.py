@@ -18,7 +18,7 @@ COLORS = {"ok": typer.colors.GREEN, "note": typer.colors.YELLOW, "bad": typer.co
 
 @with_option_groups
 def doctor(*, ctx: typer.Context, as_json: AsJson = False, engine: EngineOptions) -> None:
-    """Check whether smol works on this machine. Exits with 1 if it does not."""
+    """Check whether smol works on this machine. The exit code is 1 if it does not."""
     from smolcli.cli.doctor import Finding, examine
 
     findings: list[Finding] = []

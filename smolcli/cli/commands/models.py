@@ -13,6 +13,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="List, inspect and remove the models in the model store.",
+    epilog="[bold]smol models list[/bold]\n\n"
+    "[bold]smol models show HuggingFaceTB/SmolLM2-135M-Instruct[/bold] verifies a model.",
 )
 
 
@@ -22,7 +24,7 @@ app = typer.Typer(
     "[bold]smol models list --json[/bold] prints names, sizes, sources and revisions as JSON.",
 )
 def list_models(as_json: AsJson = False) -> None:
-    """List the models in the model store with size, source, revision and number format."""
+    """List the models in the model store: size, source, revision and number format."""
     from smolcli.weights.packed import packed_files
     from smolcli.weights.store import entries
 
@@ -64,7 +66,7 @@ def show(model: StoredModel) -> None:
 
 @app.command("rm", epilog="[bold]smol models rm HuggingFaceTB/SmolLM2-135M-Instruct[/bold]")
 def remove_models(models: StoredModels) -> None:
-    """Remove models, and the weights packed for this machine's CPU, from the model store."""
+    """Remove models and their packed weights from the model store."""
     from smolcli.text.vocabulary_index import remove_index
     from smolcli.weights.packed import packed_files, remove_packed
     from smolcli.weights.store import entries, find_entry, remove

@@ -30,8 +30,8 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="FILE",
-        help="Where to write the report; - for stdout. Default: the name of RESULTS with "
-        ".report.html.",
+        help="Where to write the report; - for stdout. Default: the name of RESULTS with the "
+        "extension .report.html.",
     ),
 ]
 Png = Annotated[

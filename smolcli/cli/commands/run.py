@@ -32,21 +32,22 @@ EXAMPLES = (
     "Run it again to resume after an interruption.\n\n"
     "[bold]smol run reviews.csv --prompt 'Summarize: {review}' -o summaries.csv[/bold] "
     "answers a prompt for every row of a table.\n\n"
-    "[bold]smol run a.jsonl b.csv 'data/*.jsonl' -o all.jsonl[/bold] answers several files into "
-    "one output.\n\n"
+    "[bold]smol run a.jsonl b.csv 'data/*.jsonl' -o all.jsonl[/bold] answers several files and "
+    "writes one output.\n\n"
     "[bold]smol run shop.db --query 'SELECT id, review FROM reviews ORDER BY id' --id-column id "
     "--prompt 'Summarize: {review}' -o shop.db --output-table summaries[/bold] reads and writes "
     "an SQLite database.\n\n"
-    "[bold]zcat queries.jsonl.gz | smol run - > results.jsonl[/bold] works in a pipeline."
+    "[bold]smol run queries.jsonl --check[/bold] lists invalid lines without loading a model.\n\n"
+    "[bold]cat queries.jsonl | smol run - > results.jsonl[/bold] works in a pipeline."
 )
 
 InputNames = Annotated[
     list[str],
     typer.Argument(
         metavar="INPUT",
-        help="Queries in JSON Lines, a .csv, .tsv, .parquet or .arrow table, or an SQLite "
-        "database; text may be compressed. A path, a URL, or - for stdin. Several files, "
-        "directories and patterns such as 'data/*.jsonl' are answered into one output.",
+        help="Queries in JSON Lines, prompts in a .txt file, a .csv, .tsv, .parquet or .arrow "
+        "table, or an SQLite database; text files may be compressed. A path, a URL, or - for "
+        "stdin. Several files, directories and patterns such as 'data/*.jsonl' share one output.",
     ),
 ]
 _run = functools.partial(option, panel="Input and output")
@@ -64,7 +65,8 @@ class RunOptions:
             metavar="FILE",
             help="Where to write results: JSON Lines (compressed if it ends in .gz, .zst, .bz2 or "
             ".xz), a .csv, .tsv, .parquet or .arrow table, or an SQLite database (.db, .sqlite). A "
-            "path, a URL, or - for stdout. Default: the name of INPUT with .results.jsonl.",
+            "path, a URL, or - for stdout. Default: the name of INPUT with the extension "
+            ".results.jsonl, or stdout if INPUT is stdin.",
         ),
     ] = None
     output_table: Annotated[
@@ -80,12 +82,15 @@ class RunOptions:
         _run(
             "--errors",
             metavar="FILE",
-            help="Move failed lines into this file when the run is finished.",
+            help="Move failed lines to this file when the run is complete.",
         ),
     ] = None
     retry_errors: Annotated[
         bool,
-        _run("--retry-errors", help="Retry only the failed lines of a finished output."),
+        _run(
+            "--retry-errors",
+            help="Retry the failed lines of a complete output, and those that changed in INPUT.",
+        ),
     ] = False
     check: Annotated[
         bool,
@@ -103,7 +108,8 @@ class RunOptions:
         Literal["error", "ignore", "keep"],
         _run(
             "--extra-fields",
-            help="What to do with unknown fields of a query. keep: copy them to metadata.",
+            help="What to do with unknown fields of a query. keep: copy them to the result's "
+            "metadata.",
         ),
     ] = "error"
     timings: Annotated[bool, _run("--timings", help="Add per-line timings to the results.")] = False

@@ -14,7 +14,7 @@ from smolcli.cli.options.backend import UpstreamOptions, backend_opener
 from smolcli.cli.options.engine import Dedupe, EngineOptions
 from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
 from smolcli.cli.terminal import log_to_stderr
-from smolcli.errors import InputError, UsageError
+from smolcli.errors import InputError, UsageError, error_reason
 from smolcli.settings import (
     BatchApiSettings,
     EngineSettings,
@@ -78,9 +78,9 @@ class ServeOptions:
             help="Name that clients use for the model instead of its own. Repeatable.",
         ),
     ] = None
-    any_model: Annotated[
-        bool, _serve("--any-model", help="Accept requests for a model of any name.")
-    ] = _DEFAULTS.accepts_any_model
+    any_model: Annotated[bool, _serve("--any-model", help="Accept any model name in requests.")] = (
+        _DEFAULTS.accepts_any_model
+    )
     max_body_mb: Annotated[
         int,
         _serve("--max-body-mb", metavar="MIB", help="Maximum size of a request body, in MiB.",
@@ -190,7 +190,8 @@ class BatchOptions:
         _stored(
             "--batch-dir",
             metavar="DIR",
-            help="Directory for files and batches. Default: batches in the model store.",
+            help="Directory for files and batches. Default: ~/.cache/smolcli/batches, or batches "
+            "in SMOL_HOME.",
         ),
     ] = None
     max_file_mb: Annotated[
@@ -299,7 +300,7 @@ def _read_keys(path: Path) -> list[str]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, ValueError) as exc:
-        raise InputError(f"cannot read API keys from {path}: {exc}") from exc
+        raise InputError(f"cannot read API keys from {path}: {error_reason(exc)}") from exc
     keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
     if not keys:
         raise InputError(f"{path} contains no API keys; write one per line")

@@ -173,7 +173,7 @@ def _settings(
     if engine.chat_template:
         raise UsageError(
             "--chat-template has no effect on other servers, which apply their own templates; "
-            "give it to their smol serve"
+            "pass it to smol serve there"
         )
     return RemoteSettings(
         urls=tuple(urls),

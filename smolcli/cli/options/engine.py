@@ -57,7 +57,7 @@ class EngineOptions:
         _engine(
             "--dtype",
             help="Data type to compute in. auto: bfloat16 if the hardware supports it, "
-            "otherwise float32. int8 is faster but less exact; only on the CPU.",
+            "otherwise float32. int8 (CPU only) is faster but less exact.",
         ),
     ] = _DEFAULTS.dtype
     device: Annotated[
@@ -73,7 +73,7 @@ class EngineOptions:
         _engine(
             "--threads",
             metavar="N",
-            help="Number of CPU threads. 0: one per available core.",
+            help="Number of CPU threads. 0: one per available physical core.",
             min=0,
             max=1024,
         ),
@@ -83,7 +83,7 @@ class EngineOptions:
         _engine(
             "--max-batch-size",
             metavar="N",
-            help="Maximum number of queries to generate at once. 0: chosen for the machine.",
+            help="Maximum number of queries in a batch. 0: chosen for the machine.",
             min=0,
         ),
     ] = _DEFAULTS.max_batch_size
@@ -112,8 +112,8 @@ class EngineOptions:
         _engine(
             "--prefix-cache-mb",
             metavar="MIB",
-            help="Size of the prefix cache, which lets prompts with a common beginning share its "
-            "computation, in MiB. 0: disabled. Default: 1/32 of the memory, at most 256.",
+            help="Size of the prefix cache, in MiB. A prefix that prompts share is computed once. "
+            "0: disabled. Default: 1/32 of the memory, at most 256.",
             min=0,
         ),
     ] = _DEFAULTS.prefix_cache_mb
@@ -121,9 +121,9 @@ class EngineOptions:
         bool,
         _engine(
             "--speculation/--no-speculation",
-            help="While one query runs alone, draft tokens from its prompt and its answer so far, "
-            "and keep those that the model would have generated. Greedy answers arrive faster and "
-            "stay the same.",
+            help="While a single query runs, draft tokens from its prompt and its answer so far, "
+            "and keep those that the model confirms. This makes greedy answers faster and does not "
+            "change them.",
         ),
     ] = _DEFAULTS.speculation
 
@@ -132,8 +132,8 @@ class EngineOptions:
         _engine(
             "--chat-template",
             metavar="FILE|NAME",
-            help="Jinja template of prompts, instead of the model's own: a file, or chatml. Models "
-            "without a template need one for messages.",
+            help="Jinja chat template to use instead of the model's own: a file, or chatml. Models "
+            "without a template need one to answer messages.",
         ),
     ] = None
 

@@ -88,7 +88,7 @@ class GenerationOptions:
         _generation(
             "--frequency-penalty",
             metavar="X",
-            help="The same, multiplied by the number of times that the token occurred.",
+            help="Penalty from -2 to 2 for each time that the answer contains a token.",
         ),
     ] = _DEFAULTS.frequency_penalty
     min_tokens: Annotated[
@@ -97,7 +97,10 @@ class GenerationOptions:
     ] = _DEFAULTS.min_tokens
     ignore_eos: Annotated[
         bool,
-        _generation("--ignore-eos", help="Continue after the end of an answer, for benchmarks."),
+        _generation(
+            "--ignore-eos",
+            help="Continue after the model ends its answer, up to the token limit. For benchmarks.",
+        ),
     ] = _DEFAULTS.ignore_eos
     seed: Annotated[
         int | None,

@@ -44,15 +44,16 @@ class TableOptions:
         _table(
             "--fields",
             metavar="COLUMNS",
-            help="Comma-separated columns to copy into the results, under metadata. '*': all.",
+            help="Comma-separated columns to copy to the results. '*': all. In JSON Lines output "
+            "they are under metadata.",
         ),
     ] = None
     truncate_prompt: Annotated[
         bool,
         _table(
             "--truncate-prompt",
-            help="Cut the middle of the longest column or message of a prompt that leaves no room "
-            "for its answer.",
+            help="If a prompt leaves no room for its answer, cut the middle of its longest column "
+            "or message.",
         ),
     ] = False
 
@@ -65,16 +66,16 @@ class TableOptions:
         _table(
             "--query",
             metavar="SQL",
-            help="Query for the rows of an SQLite database; end it with ORDER BY, because a run is "
-            "resumed by the order of its rows.",
+            help="SELECT statement for the rows of an SQLite database. End it with ORDER BY: a run "
+            "resumes by the order of its rows.",
         ),
     ] = None
     input_format: Annotated[
         InputFormat,
         _table(
             "--input-format",
-            help="Format of INPUT. auto detects it from the name and the content. smol, openai and "
-            "bare (messages or prompts without ids) are formats of JSON lines; text is one prompt "
+            help="Format of INPUT. auto: detect it from the name and the content. smol, openai and "
+            "bare (messages or prompts without ids) are formats of JSON Lines; text is one prompt "
             "per line.",
         ),
     ] = "auto"
