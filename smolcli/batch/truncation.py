@@ -1,6 +1,5 @@
 """`--truncate-prompt`: cuts the middle of prompts that leave no room for their answer."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,8 +17,6 @@ MARK = " [...] "  # in place of what was cut
 
 _LONGEST_TOKEN = 32  # in characters, for almost all tokens
 _MESSAGE_TOKENS = 64  # of the chat template for each further message, at most
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,7 @@ class PromptTruncation:
     @cached_property
     def _model_files(self) -> tuple[ChatTokenizer, int]:
         """The tokenizer and the context length."""
-        files = on_disk(self._model, logger.info)
+        files = on_disk(self._model)
         if files is None:
             raise UsageError(
                 f"--truncate-prompt needs the tokenizer of {self._model}, which is not on this "

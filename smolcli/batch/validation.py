@@ -1,6 +1,5 @@
 """`smol run --check`: finds every invalid line without loading the model's weights."""
 
-import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,11 +14,7 @@ from smolcli.settings import RunSettings
 from smolcli.text.grammar import AnswerForm, check_form
 from smolcli.text.tokenizer import ChatTokenizer, context_length
 from smolcli.types import Query, Result, failure
-from smolcli.weights import hub
-from smolcli.weights.resolve import local
-from smolcli.weights.store import stored
-
-logger = logging.getLogger(__name__)
+from smolcli.weights.resolve import on_disk
 
 CheckQuery = Callable[[Query], None]
 
@@ -82,5 +77,5 @@ def folder_on_disk(model: str) -> Path | None:
     """
     if Path(model).suffix.lower() == ".gguf":
         return None
-    files = local(model, logger.info) or hub.cached(model) or stored(model)
+    files = on_disk(model)
     return files.folder if files else None

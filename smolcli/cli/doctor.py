@@ -15,8 +15,8 @@ from smolcli.engine.hardware import cpu_features, memory_bytes, num_cores
 from smolcli.errors import HubUnreachable, ModelError, SmolError
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.weights import hub
-from smolcli.weights.resolve import local
-from smolcli.weights.store import ModelFiles, find_damage, models_folder, stored
+from smolcli.weights.resolve import on_disk
+from smolcli.weights.store import ModelFiles, find_damage, models_folder
 
 if TYPE_CHECKING:
     from smolcli.engine.autoconfig import ResolvedConfig
@@ -141,7 +141,7 @@ def _model(settings: EngineSettings) -> Iterator[Finding]:
         if Path(model).suffix.lower() == ".gguf" and Path(model).expanduser().is_file():
             yield Finding("model", f"{model}; prepared on first use")
             return
-        files = local(model, lambda _: None) or hub.cached(model) or stored(model)
+        files = on_disk(model)
     except ModelError as exc:
         yield Finding("model", str(exc), OTHER_MODEL, is_fatal=True)
         return
