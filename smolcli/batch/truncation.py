@@ -15,8 +15,8 @@ from smolcli.weights.resolve import on_disk
 
 MARK = " [...] "  # in place of what was cut
 
-_LONGEST_TOKEN = 32  # in characters, for almost all tokens
-_MESSAGE_TOKENS = 64  # of the chat template for each further message, at most
+_LONGEST_TOKEN = 32  # characters; almost all tokens are shorter
+_MESSAGE_TOKENS = 64  # upper bound on what a chat template adds to each further message
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +79,14 @@ class PromptTruncation:
     @cached_property
     def _template_tokens(self) -> int:
         """Tokens of the chat template around a single message, a default system prompt included."""
-        return len(self._model_files[0].encode([Message("user", "Hi")]))
+        return len(self._tokenizer.encode([Message("user", "Hi")]))
 
     def _limit(self, query: Query) -> int:
-        longest = self._model_files[1]
+        longest = self._context_length
         return max(longest - query.sampling.max_new_tokens, longest // 2)
 
     def _fits(self, query: Query, limit: int) -> bool:
-        return len(self._model_files[0].encode_query(query)) <= limit
+        return len(self._tokenizer.encode_query(query)) <= limit
 
     def _most_that_fits(self, cuttable: Cuttable, limit: int) -> int | None:
         """How many characters can be kept; None if the prompt is too long without any."""
@@ -101,16 +101,23 @@ class PromptTruncation:
         return best
 
     @cached_property
-    def _model_files(self) -> tuple[ChatTokenizer, int]:
-        """The tokenizer and the context length."""
+    def _folder(self) -> Path:
+        """The model's folder."""
         files = on_disk(self._model)
         if files is None:
             raise UsageError(
                 f"--truncate-prompt needs the tokenizer of {self._model}, which is not on this "
                 f"machine; run smol pull {self._model} first"
             )
-        folder: Path = files.folder
-        return ChatTokenizer.load(folder, self._chat_template), context_length(folder)
+        return files.folder
+
+    @cached_property
+    def _tokenizer(self) -> ChatTokenizer:
+        return ChatTokenizer.load(self._folder, self._chat_template)
+
+    @cached_property
+    def _context_length(self) -> int:
+        return context_length(self._folder)
 
 
 def _is_plain(query: Query) -> bool:
