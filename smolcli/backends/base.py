@@ -13,6 +13,8 @@ from typing import Any, Protocol
 from smolcli.errors import BackendError, PromptTooLong, QueryError, SmolError
 from smolcli.types import ErrorCode, Query, Result, failure
 
+WINDOW_BATCHES = 3  # batches of unfinished queries that keep every slot of a backend busy
+
 OnText = Callable[[str], None]
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from typing import Any
 import smolcli
 from smolcli.backends.alternatives import submit_each
 from smolcli.backends.base import (
+    WINDOW_BATCHES,
     AnswerSource,
     Counters,
     Health,
@@ -55,7 +56,6 @@ from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
 from smolcli.weights.stored_prefix import StoredPrefix
 
-WINDOW_BATCHES = 3
 STUCK_AFTER_S = 60.0  # far longer than any step takes
 
 logger = logging.getLogger(__name__)

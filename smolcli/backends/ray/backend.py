@@ -7,7 +7,14 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from smolcli.backends.base import AnswerSource, Counters, Health, OnText, start_thread
+from smolcli.backends.base import (
+    WINDOW_BATCHES,
+    AnswerSource,
+    Counters,
+    Health,
+    OnText,
+    start_thread,
+)
 from smolcli.backends.ray.cluster import (
     ModelUpload,
     WorkerHandle,
@@ -28,7 +35,6 @@ from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
 
 BATCHES_AHEAD = 2  # held by each worker
-WINDOW_BATCHES = 3  # per worker; queries that no worker holds go to the first free one
 MAX_FAILED_STARTS = 5  # in a row, of one worker
 START_TIMEOUT_S = 120.0
 POLL_S = 0.02
@@ -105,7 +111,7 @@ class RayBackend:
 
     @property
     def window(self) -> int:
-        """A few batches for each worker."""
+        """A few batches for each worker; queries that none holds go to the first free one."""
         return WINDOW_BATCHES * self._settings.max_slots * self._plan.num_workers
 
     def counters(self) -> Counters:
@@ -132,7 +138,12 @@ class RayBackend:
     def health(self) -> Health:
         """See `Backend`."""
         queue = self._queue
-        return Health(not queue.is_closed, False, queue.num_held, queue.num_waiting)
+        return Health(
+            is_alive=not queue.is_closed,
+            is_stuck=False,
+            num_running=queue.num_held,
+            num_waiting=queue.num_waiting,
+        )
 
     def close(self) -> None:
         """See `Backend`."""

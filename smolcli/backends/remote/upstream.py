@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import httpx2 as httpx
 
-from smolcli.backends.base import AnswerSource, PendingQuery
+from smolcli.backends.base import WINDOW_BATCHES, AnswerSource, PendingQuery
 from smolcli.backends.remote.wire import Dialect, MalformedAnswer, load_object
 from smolcli.errors import BackendError
 from smolcli.settings import RemoteSettings
@@ -21,7 +21,6 @@ MAX_RETRY_AFTER_S = 60.0
 BATCH_ROUTE_RETRY_S = 60.0  # how long to wait before trying a missing /generate_batch again
 HEALTH_CHECK_INTERVAL_S, HEALTH_CHECK_TIMEOUT_S = 5.0, 5.0
 POLL_S = 0.02
-WINDOW_BATCHES = 3  # as in the local backend
 DEFAULT_BATCH_SIZE = 64  # of a server that does not report its window
 RETRIED_STATUSES = (408, 425, 429, 502, 503, 504, 529)  # 529: overloaded, at some providers
 DECIDING = ("api", "model", "revision", "dtype", "system_prompt")
