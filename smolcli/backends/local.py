@@ -88,11 +88,17 @@ def open_local(
         stored = StoredPrefix(files, load_config(files.folder), config.kernels)
 
     def build_engine() -> Engine:
+        model = load_model(
+            files.folder,
+            config.dtype,
+            config.device,
+            config.kernels,
+            config.threads,
+            files=files,
+            formats=config.formats,
+        )
         return Engine(
-            load_model(
-                *(files.folder, config.dtype, config.device, config.kernels, config.threads),
-                *(files, config.formats),
-            ),
+            model,
             config.max_batch_size,
             kv_cache_bytes=config.kv_cache_bytes,
             prefix_cache_bytes=config.prefix_cache_bytes,
