@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Protocol
 
 from smolcli.errors import BackendError, PromptTooLong, QueryError, SmolError
-from smolcli.types import ErrorCode, Query, Result, failure
+from smolcli.types import ErrorCode, FinishReason, Query, Result, failure
 
 WINDOW_BATCHES = 3  # batches of unfinished queries that keep every slot of a backend busy
 
@@ -45,6 +45,25 @@ def one_line(exc: BaseException) -> str:
     """A foreign exception as one line, for an error message."""
     first = (str(exc).splitlines() or [""])[0]
     return f"internal error: {type(exc).__name__}: {first}"
+
+
+def incomplete_json(answer: Result, num_tokens: int) -> Result:
+    """The error result of an answer that ended before it matched its format; keeps its text.
+
+    Args:
+        answer: as far as it goes.
+        num_tokens: its length.
+    """
+    how, advice = "was cut off", "allow more tokens, shorten the prompt or add limits to the schema"
+    if answer.finish_reason is FinishReason.STOP:
+        how, advice = "met a stop string or stop token", "choose one that the format cannot contain"
+    when = f"after {num_tokens:,} tokens, before its JSON was complete"
+    return replace(
+        answer,
+        error=f"the answer {how} {when}; {advice}",
+        error_code=ErrorCode.INCOMPLETE_JSON,
+        logprobs=None,
+    )
 
 
 def start_thread(target: Callable[[], None], name: str) -> threading.Thread:

@@ -22,6 +22,7 @@ from smolcli.backends.base import (
     OnText,
     PendingQuery,
     failed_result,
+    incomplete_json,
     one_line,
     start_thread,
 )
@@ -34,7 +35,6 @@ from smolcli.protocol.tools import with_call_ids
 from smolcli.settings import EngineSettings
 from smolcli.text.detokenizer import (
     Detokenizer,
-    incomplete_json,
     logprob_entries,
     prompt_logprob_entries,
 )

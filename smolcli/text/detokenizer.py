@@ -1,12 +1,10 @@
 """Incremental detokenization: token ids to streamed text, stop strings and log probabilities."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 from smolcli.engine.sequence import TokenLogprob
 from smolcli.text.tokenizer import TextDecoder
-from smolcli.types import ErrorCode, FinishReason, Result
 
 LOGPROB_DIGITS = 4  # after the decimal point; further digits are not batch-invariant on a GPU
 
@@ -215,22 +213,3 @@ def prompt_logprob_entries(
             for score in scores
         ),
     ]
-
-
-def incomplete_json(answer: Result, num_tokens: int) -> Result:
-    """The error result of an answer that ended before it matched its format; keeps its text.
-
-    Args:
-        answer: as far as it goes.
-        num_tokens: its length.
-    """
-    how, advice = "was cut off", "allow more tokens, shorten the prompt or add limits to the schema"
-    if answer.finish_reason is FinishReason.STOP:
-        how, advice = "met a stop string or stop token", "choose one that the format cannot contain"
-    when = f"after {num_tokens:,} tokens, before its JSON was complete"
-    return replace(
-        answer,
-        error=f"the answer {how} {when}; {advice}",
-        error_code=ErrorCode.INCOMPLETE_JSON,
-        logprobs=None,
-    )

@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import Any, TypeGuard
 
+from smolcli.backends.base import incomplete_json
 from smolcli.errors import QueryError
 from smolcli.protocol.query import format_fields
 from smolcli.protocol.strict_json import load_json
 from smolcli.protocol.text_completions import entries_of
 from smolcli.protocol.tools import message_record, tool_fields, with_call_ids
-from smolcli.text.detokenizer import incomplete_json
 from smolcli.types import (
     ErrorCode,
     FinishReason,
