@@ -36,13 +36,16 @@ def failed_result(query: Query, exc: BaseException) -> Result:
         return failure(query, str(exc), exc.code, "raw_prompt" if is_raw else exc.field)
     is_debugging = logger.isEnabledFor(logging.DEBUG)
     logger.error(
-        "query %.100r: %s", query.chat_id, one_line(exc), exc_info=exc if is_debugging else None
+        "query %.100r: %s",
+        query.chat_id,
+        internal_error(exc),
+        exc_info=exc if is_debugging else None,
     )
-    return failure(query, one_line(exc), ErrorCode.INTERNAL)
+    return failure(query, internal_error(exc), ErrorCode.INTERNAL)
 
 
-def one_line(exc: BaseException) -> str:
-    """A foreign exception as one line, for an error message."""
+def internal_error(exc: BaseException) -> str:
+    """The error message of an unexpected exception, on one line."""
     first = (str(exc).splitlines() or [""])[0]
     return f"internal error: {type(exc).__name__}: {first}"
 

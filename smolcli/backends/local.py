@@ -23,7 +23,7 @@ from smolcli.backends.base import (
     PendingQuery,
     failed_result,
     incomplete_json,
-    one_line,
+    internal_error,
     start_thread,
 )
 from smolcli.engine.autoconfig import ResolvedConfig
@@ -369,7 +369,7 @@ class LocalBackend:
                     for sequence in self._engine.step():
                         self._deliver(sequence)
         except BaseException as exc:  # a Rust panic is not an Exception
-            reason = exc if isinstance(exc, BackendError) else BackendError(one_line(exc))
+            reason = exc if isinstance(exc, BackendError) else BackendError(internal_error(exc))
             logger.error("the engine stopped: %s", reason)
             self._give_up(reason)
         self._fail_all()

@@ -13,7 +13,14 @@ from typing import Any
 import httpx2 as httpx
 
 import smolcli
-from smolcli.backends.base import AnswerSource, Counters, Health, OnText, start_thread
+from smolcli.backends.base import (
+    AnswerSource,
+    Counters,
+    Health,
+    OnText,
+    internal_error,
+    start_thread,
+)
 from smolcli.backends.remote.dispatch import RemoteQuery, send
 from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
 from smolcli.errors import BackendError, UsageError
@@ -229,7 +236,7 @@ class RemoteBackend:
         except BackendError as exc:
             _fail_all(queries, exc)
         except Exception as exc:
-            _fail_all(queries, BackendError(f"internal error: {type(exc).__name__}: {exc}"))
+            _fail_all(queries, BackendError(internal_error(exc)))
 
 
 class Batcher:
