@@ -94,7 +94,8 @@ class LLM:
 
     Raises:
         ModelError: the model cannot be found or used.
-        UsageError: the device is not available, or a template is given for other servers.
+        UsageError: the device is not available, or the chat template is invalid or given for other
+            servers.
         BackendError: no server of `via` can be reached.
     """
 

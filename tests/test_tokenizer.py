@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from smolcli.errors import ModelError, QueryError
+from smolcli.errors import ModelError, QueryError, UsageError
 from smolcli.text.chat_template import NAMED_TEMPLATES
 from smolcli.text.tokenizer import ChatTokenizer, context_length
 from smolcli.types import Message
@@ -140,6 +140,8 @@ def test_encode_is_thread_safe(tokenizer: ChatTokenizer) -> None:
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].nothing.at_all }}", "has no attribute 'nothing'"),
         ("{{ messages.append(1) }}", "is unsafe"),
+        ("{{ messages[0].content + 1 }}", "can only concatenate str"),
+        ("{% for _ in range(10**9) %}{% endfor %}", "Range too big"),
     ],
 )
 def test_template_rejection_is_a_query_error(
@@ -178,6 +180,8 @@ def test_invalid_tokenizer_files_are_model_errors(tiny_folder: Path, tmp_path: P
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(QueryError, match="no chat template"):
         ChatTokenizer.load(folder).encode([Message("user", "Hi")])
+    with pytest.raises(UsageError, match="the given chat template is invalid"):
+        ChatTokenizer.load(folder, "{% for %}")
     named = ChatTokenizer.load(folder, NAMED_TEMPLATES["chatml"])
     assert named.encode([Message("user", "Hi")])
     (folder / "tokenizer_config.json").write_text("[]")

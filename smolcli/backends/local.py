@@ -74,7 +74,8 @@ def open_local(
 
     Raises:
         ModelError: the model cannot be found or used.
-        UsageError: the device or dtype is not available on this machine.
+        UsageError: the device or dtype is not available on this machine, or the chat template of
+            the settings is invalid.
     """
     logger.debug("looking for %s", settings.model)
     files = files or resolve(settings.model)

@@ -10,7 +10,7 @@ from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from smolcli.errors import ModelError, QueryError
+from smolcli.errors import ModelError, QueryError, UsageError
 
 NO_TEMPLATE = (
     "the model has no chat template, so that it continues texts but cannot answer messages; "
@@ -29,18 +29,21 @@ class ChatTemplate:
     Args:
         source: its text; "" if the model has none.
         special_tokens: texts that it may refer to, by name (`bos_token`, ...).
-        folder: the model directory, for error messages.
+        folder: the model directory that it comes from; None if the user chose it.
 
     Raises:
-        ModelError: the template is invalid.
+        ModelError: the model's template is invalid.
+        UsageError: the user's template is invalid.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], folder: Path | None) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _compile(source)
         except TemplateError as exc:
+            if folder is None:
+                raise UsageError(f"the given chat template is invalid: {exc}") from exc
             raise ModelError(f"the chat template in {folder} is invalid: {exc}") from exc
 
     def render(self, turns: Sequence[Mapping[str, Any]], functions: Any = None) -> str:
@@ -51,7 +54,7 @@ class ChatTemplate:
             functions: descriptions of functions, if the template knows tools.
 
         Raises:
-            QueryError: the template rejects the messages.
+            QueryError: the template rejects the messages, or fails on them.
         """
         if not self.source.strip():
             raise QueryError(NO_TEMPLATE, field="messages")
@@ -59,7 +62,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=turns, add_generation_prompt=True, tools=functions, **self._special_tokens
             )
-        except TemplateError as exc:
+        except Exception as exc:  # a template is code of others and may raise anything
             raise QueryError(
                 f"the model's chat template rejects these messages: {exc}", field="messages"
             ) from exc

@@ -79,6 +79,7 @@ class ChatTokenizer:
         Raises:
             ModelError: a file is missing or invalid, or the tokenizer has more tokens than the
                 model that config.json describes.
+            UsageError: `template_source` is invalid.
         """
         tokenizer, tokenizer_json = _load_tokenizer(folder / "tokenizer.json", starts_fast)
         config_path = folder / "tokenizer_config.json"
@@ -89,8 +90,10 @@ class ChatTokenizer:
         vocab_size = _vocab_size(folder)
         if vocab_size is not None:
             _check_ids(tokenizer, vocab_size, special_tokens.get("pad_token"), folder)
-        source = template_source or _template_source(folder, config)
-        template = ChatTemplate(source, special_tokens, folder)
+        if template_source:
+            template = ChatTemplate(template_source, special_tokens, None)
+        else:
+            template = ChatTemplate(_template_source(folder, config), special_tokens, folder)
         return cls(tokenizer, tokenizer_json, template, special_tokens, vocab_size)
 
     @property
