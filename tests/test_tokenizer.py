@@ -192,6 +192,25 @@ def test_invalid_tokenizer_files_are_model_errors(tiny_folder: Path, tmp_path: P
         ChatTokenizer.load(folder)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"chat_template": [1]},
+        {"chat_template": [{"name": "default"}]},
+        {"bos_token": {}},
+        {"bos_token": 1},
+    ],
+)
+def test_malformed_tokenizer_settings_count_as_absent(
+    tiny_folder: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    folder = copy_tokenizer(tiny_folder, tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(QueryError, match="no chat template"):
+        ChatTokenizer.load(folder).encode([Message("user", "Hi")])
+
+
 def test_context_length(tiny_folder: Path, tmp_path: Path) -> None:
     assert context_length(tiny_folder) == 512
     with pytest.raises(ModelError, match=r"cannot read .*config\.json"):

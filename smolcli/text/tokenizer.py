@@ -574,9 +574,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _token_text(token: str | dict[str, Any] | None) -> str:
-    """The text of a special token, which older files wrap in {"content": text, ...}."""
-    return str(token["content"]) if isinstance(token, dict) else token or ""
+def _token_text(token: object) -> str:
+    """The text of a special token, which older files wrap in {"content": text, ...}; "" if none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else ""
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
@@ -586,5 +587,6 @@ def _template_source(folder: Path, config: dict[str, Any]) -> str:
         return _read_text(path)
     found = config.get("chat_template")
     if isinstance(found, list):  # several named templates
-        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        named = (entry for entry in found if isinstance(entry, dict))
+        found = next((e.get("template") for e in named if e.get("name") == "default"), None)
     return found if isinstance(found, str) else ""
