@@ -107,13 +107,13 @@ class PromptEncoder:
         text = render(messages, tools)
         hide = self._private_letters(text)
         show = {ord(private): letter for letter, private in hide.items()}
-        hidden = Hidden({ord(letter): private for letter, private in hide.items()})
-        turns = [hidden.message(turn) for turn in messages]
-        safe, control = self._aliased(render(turns, hidden.tools(tools)))
+        substitution = Substitution({ord(letter): private for letter, private in hide.items()})
+        turns = [substitution.message(turn) for turn in messages]
+        safe, control = self._aliased(render(turns, substitution.tools(tools)))
         safe = safe.translate(show)
         plain, plain_control = self._aliased(text)
-        # A template that looks at contents (to cut off a part, say) may render the hidden ones
-        # differently. What it makes of the plain ones counts unless they added control tokens.
+        # A template that looks at contents, for example to cut off a part, may render the hidden
+        # ones differently. The plain rendering counts unless contents added control tokens to it.
         contents = _contents(messages, tools)
         return plain if plain_control == control and not self._occur_in(contents) else safe
 
@@ -156,8 +156,8 @@ _SCHEMA_WORDS = {
 }
 
 
-class Hidden:
-    """Replaces the characters of all texts that come from a query.
+class Substitution:
+    """Substitutes characters in all texts that come from a query, but not in JSON's own syntax.
 
     Args:
         table: for `str.translate`.
@@ -167,7 +167,7 @@ class Hidden:
         self._table = table
 
     def message(self, message: Message) -> Message:
-        """A message with other characters."""
+        """A message with substituted characters."""
         calls = tuple(
             ToolCall(self._text(call.id), self._text(call.name), self._json(call.arguments))
             for call in message.tool_calls
@@ -176,7 +176,7 @@ class Hidden:
         return Message(message.role, self._text(message.content), calls, call_id)
 
     def tools(self, tools: Tools | None) -> Tools | None:
-        """Tools with other characters."""
+        """Tools with substituted characters."""
         return tools and replace(tools, functions=tuple(map(self._function, tools.functions)))
 
     def _function(self, function: Function) -> Function:
