@@ -360,6 +360,14 @@ def test_texts_of_tools_never_become_control_tokens(
     assert len(hostile_ids) > len(ids)
 
 
+def test_deeply_nested_arguments_are_text(tag_folder: Path) -> None:
+    """They raised a RecursionError, which counted as an internal error."""
+    tokenizer = ChatTokenizer.load(tag_folder)
+    nested = replace(CALL, arguments="[" * 100_000)
+    ids = tokenizer.encode([Message("user", "Hi"), Message("assistant", "", (nested,))])
+    assert nested.arguments in tokenizer.decode(ids)
+
+
 def conversation(text: str) -> tuple[list[Message], Tools]:
     arguments = json.dumps({text: [text]})
     call = ToolCall(text, text, arguments)

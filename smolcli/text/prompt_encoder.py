@@ -189,7 +189,7 @@ class Substitution:
     def _json(self, text: str) -> str:
         try:
             return json.dumps(self._value(json.loads(text)), ensure_ascii=False)
-        except ValueError:
+        except (ValueError, RecursionError):
             return self._text(text)
 
     def _value(self, value: object) -> object:
@@ -217,7 +217,7 @@ def _contents(messages: Sequence[Message], tools: Tools | None) -> list[str]:
 
 
 def _unescaped(text: str) -> str:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return json.dumps(json.loads(text), ensure_ascii=False)
     return text
 
