@@ -369,7 +369,7 @@ class LLM:
         from smolcli.batch.progress import LogProgress
         from smolcli.batch.runner import default_output, run_file
         from smolcli.data.detection import table_kind
-        from smolcli.data.rows import journal_path
+        from smolcli.data.table_writer import journal_path
 
         names = [input] if isinstance(input, str | PathLike) else list(input)
         files = tuple(InputFile(str(name), Path(name)) for name in names)

@@ -1,16 +1,11 @@
-"""One row of an input, and where the results of a table go."""
+"""One row of an input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from smolcli.data.compression import codec_of_name
-from smolcli.data.detection import table_kind
 from smolcli.data.jsonl import MAX_LINE_BYTES
-from smolcli.errors import QueryError, UsageError
-from smolcli.settings import RESULTS_TABLE
+from smolcli.errors import QueryError
 from smolcli.types import ErrorCode
 
 
@@ -60,24 +55,3 @@ def row_of_values(number: int, values: dict[str, Any]) -> Row:
         message = f"the row is longer than {MAX_LINE_BYTES:,} bytes"
         return Row(number, error=QueryError(message, ErrorCode.LINE_TOO_LONG))
     return Row(number, values)
-
-
-def journal_path(output: Path, table_name: str = RESULTS_TABLE) -> Path:
-    """Where a run writes its results: next to a table, otherwise to the output itself.
-
-    Args:
-        output: of the run.
-        table_name: of the table, if `output` is a database.
-
-    Raises:
-        UsageError: for a compressed table.
-    """
-    kind = table_kind(output)
-    if kind is None:
-        return output
-    if codec_of_name(output) is not None:
-        raise UsageError(
-            f"{output}: compressed tables cannot be written; leave out {output.suffix}"
-        )
-    table = f".{quote(table_name, safe=' ')}" if kind == "sqlite" else ""
-    return output.with_name(f"{output.name}{table}.jsonl")

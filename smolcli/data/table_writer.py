@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from smolcli.data.arrow import ArrowKind, require_pyarrow, write_arrow
+from smolcli.data.compression import codec_of_name
 from smolcli.data.detection import table_kind
 from smolcli.data.sqlite import check_sqlite, write_sqlite
 from smolcli.errors import UsageError, cannot_write
 from smolcli.protocol.line_formats import smol_record
-from smolcli.settings import ALL_FIELDS
+from smolcli.settings import ALL_FIELDS, RESULTS_TABLE
 from smolcli.types import Timings
 
 _BEFORE: dict[str, type] = {"chat_id": str}
@@ -29,6 +31,27 @@ _AFTER: dict[str, type] = {
 }
 _INT64 = range(-(2**63), 2**63)
 _EXACT_FLOATS = range(-(2**53), 2**53 + 1)  # beyond, a float cannot represent every integer
+
+
+def journal_path(output: Path, table_name: str = RESULTS_TABLE) -> Path:
+    """Where a run writes its results: next to a table, otherwise to the output itself.
+
+    Args:
+        output: of the run.
+        table_name: of the table, if `output` is a database.
+
+    Raises:
+        UsageError: for a compressed table.
+    """
+    kind = table_kind(output)
+    if kind is None:
+        return output
+    if codec_of_name(output) is not None:
+        raise UsageError(
+            f"{output}: compressed tables cannot be written; leave out {output.suffix}"
+        )
+    table = f".{quote(table_name, safe=' ')}" if kind == "sqlite" else ""
+    return output.with_name(f"{output.name}{table}.jsonl")
 
 
 def check_table(

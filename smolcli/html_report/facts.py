@@ -11,7 +11,7 @@ from typing import Any
 from smolcli.batch.manifest import Manifest, load_manifest
 from smolcli.data.detection import table_kind
 from smolcli.data.jsonl import read_lines
-from smolcli.data.rows import journal_path
+from smolcli.data.table_writer import journal_path
 from smolcli.errors import InputError, ResumeError
 from smolcli.protocol.line_formats import smol_record
 

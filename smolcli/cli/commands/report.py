@@ -10,7 +10,6 @@ import typer
 
 from smolcli.cli.options import option
 from smolcli.data.jsonl import is_stream
-from smolcli.data.rows import journal_path
 from smolcli.errors import UsageError, cannot_write
 
 EXAMPLES = (
@@ -70,6 +69,7 @@ def report(results: Results, output: Output = None, png: Png = None) -> None:
 
 def _check_targets(results: Path, page: Path, png: Path | None) -> None:
     """Reject targets that would replace a file that is not a report."""
+    from smolcli.data.table_writer import journal_path
     from smolcli.html_report.page import check_replaceable
 
     if png == _STDOUT:

@@ -22,7 +22,6 @@ from smolcli.data.remote_files import (
     reject_overwrite,
     upload,
 )
-from smolcli.data.rows import journal_path
 from smolcli.errors import UsageError
 from smolcli.settings import RESULTS_TABLE, InputFile, RunSettings
 from smolcli.types import Result
@@ -190,6 +189,7 @@ def _files(inputs: list[str], output: Path, options: RunOptions) -> list[str]:
     """
     from smolcli.batch.manifest import manifest_path
     from smolcli.data.inputs import expanded
+    from smolcli.data.table_writer import journal_path
 
     if "-" in inputs:
         raise UsageError("stdin cannot be combined with other inputs")
@@ -213,6 +213,8 @@ def _settings(
     tables: TableOptions,
     options: RunOptions,
 ) -> RunSettings:
+    from smolcli.data.table_writer import journal_path
+
     return RunSettings(
         input=sources[0].path,
         output=journal_path(output, options.output_table),
