@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Self, cast
 
 from pydantic import ConfigDict, TypeAdapter
 
+from smolcli.atomic import replacing
 from smolcli.batch.input_scan import InputScan, RowDigests
-from smolcli.data.jsonl import replacing
 from smolcli.errors import ResumeError, SettingsChanged
 from smolcli.protocol.line_formats import SMOL
 from smolcli.settings import EngineSettings, RunSettings

@@ -11,6 +11,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from smolcli.atomic import replacing
 from smolcli.data.compression import Codec, codec_of_name
 from smolcli.data.source import READ_ERRORS, open_source
 from smolcli.errors import InputError, cannot_write, error_reason
@@ -95,31 +96,6 @@ def encode(record: dict[str, Any]) -> bytes:
     return _ENCODER.encode(record).encode(errors="replace") + b"\n"
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BufferedIOBase]:
-    """Write a new file that replaces `path` atomically and durably when the block ends.
-
-    An exception leaves the previous file in place.
-
-    Raises:
-        RunError: the file cannot be written.
-    """
-    path = Path(os.path.realpath(path))  # a symbolic link stays one
-    unfinished = path.with_name(f".{path.name}.tmp")
-    try:
-        try:
-            with unfinished.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-            sync_folder(path.parent)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as exc:
-        raise cannot_write(path, exc) from exc
-
-
 class _Compressor:
     """Collects lines into compressed members of MEMBER_BYTES; see `Codec.compress`.
 
@@ -163,20 +139,6 @@ def replacing_lines(path: Path) -> Iterator[_Compressor]:
         lines.flush()
         if codec is not None and file.tell() == 0:
             file.write(codec.compress(b""))  # an empty file is not a valid compressed one
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows cannot open folders, and does this by itself.
-
-    Raises:
-        OSError: the folder cannot be synced.
-    """
-    if os.name == "posix":
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 class ResultWriter:

@@ -1,13 +1,13 @@
 """The table that is made from the results when a run is finished: a file, or in a database."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from smolcli.atomic import replacing_path
 from smolcli.data.arrow import ArrowKind, require_pyarrow, write_arrow
 from smolcli.data.compression import codec_of_name
 from smolcli.data.detection import table_kind
@@ -98,8 +98,7 @@ def write_table(journal: Path, table: Path, name: str, fields: Sequence[str]) ->
     Raises:
         RunError: the table cannot be written.
     """
-    kind, table = table_kind(table), Path(os.path.realpath(table))
-    unfinished = table.with_name(f".{table.name}.tmp")
+    kind = table_kind(table)
     try:
         is_file = kind != "sqlite"
         if is_file and table.exists() and table.stat().st_mtime_ns >= journal.stat().st_mtime_ns:
@@ -110,17 +109,14 @@ def write_table(journal: Path, table: Path, name: str, fields: Sequence[str]) ->
         if kind == "sqlite":
             write_sqlite(table, name, lambda: _typed_records(journal, fields, types), types)
             return
-        if kind in ("parquet", "arrow"):
-            _write_arrow(unfinished, kind, journal, fields, types)
-        else:
-            delimiter = "\t" if kind == "tsv" else ","
-            _write_csv(unfinished, _records(journal, fields), list(types), delimiter)
-        _sync(unfinished)
-        unfinished.replace(table)
+        with replacing_path(table) as unfinished:
+            if kind in ("parquet", "arrow"):
+                _write_arrow(unfinished, kind, journal, fields, types)
+            else:
+                delimiter = "\t" if kind == "tsv" else ","
+                _write_csv(unfinished, _records(journal, fields), list(types), delimiter)
     except OSError as exc:
         raise cannot_write(table, exc) from exc
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _records(journal: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -219,8 +215,3 @@ def _write_csv(
             values = (record.get(name) for name in columns)
             cells = ("" if value is None else quoted(_text(value)) for value in values)
             file.write(delimiter.join(cells) + "\n")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

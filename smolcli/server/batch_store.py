@@ -27,7 +27,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from smolcli.data.jsonl import replacing, sync_folder
+from smolcli.atomic import replacing, sync_folder
 from smolcli.errors import RunError, UsageError, error_reason
 from smolcli.server.errors import HttpCode, HttpError
 from smolcli.settings import BatchApiSettings

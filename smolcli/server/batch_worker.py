@@ -17,10 +17,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from smolcli.atomic import replacing
 from smolcli.backends.base import AnswerSource, Backend, Counters, Health, OnText
 from smolcli.batch.runner import run_file
 from smolcli.batch.statistics import RunStatistics, StatisticsCollector
-from smolcli.data.jsonl import encode, replacing
+from smolcli.data.jsonl import encode
 from smolcli.data.reader import read_rows
 from smolcli.data.rows import Row
 from smolcli.errors import (
