@@ -17,8 +17,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         OSError: the directory is missing or not writable.
     """
     partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
