@@ -271,6 +271,18 @@ def test_resume_with_other_settings_names_each_difference(
     answer(replace(job, **change, overwrite=True))
 
 
+def test_long_settings_are_shown_where_they_differ(job: RunSettings) -> None:
+    """Both were cut after the same 60 characters."""
+    rules = "Answer in one sentence. " * 5
+    old, new = (
+        replace(job, defaults=QueryDefaults(system_prompt=f"{rules}{end}"))
+        for end in ("Be brief.", "Be polite.")
+    )
+    answer(old)
+    with pytest.raises(ResumeError, match=r'was \.\.\..*brief\.", is \.\.\..*polite\."'):
+        answer(new)
+
+
 def test_appended_lines_are_answered_and_the_rest_is_kept(job: RunSettings) -> None:
     """The digest of the whole input decided before, so a growing file could not be resumed."""
     lines = MIXED.splitlines(keepends=True)

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -17,6 +18,8 @@ from smolcli.types import Sampling
 
 _ALWAYS = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _MAY_DIFFER = ("versions", "threads", "device")  # backend values that do not prevent a resume
+_MAX_SHOWN = 60  # characters of a value in an error message
+_SHOWN_BEFORE = 20  # characters before the first difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +200,21 @@ def _common(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any], d
 
 def _differences(old: dict[str, Any], new: dict[str, Any], owner: str) -> list[str]:
     return [
-        f"{owner if key == 'system_prompt' else ''}{key} was {_shown(old.get(key))}, "
-        f"is {_shown(new.get(key))}"
+        f"{owner if key == 'system_prompt' else ''}{key} {_change(old.get(key), new.get(key))}"
         for key in sorted(old | new)
         if old.get(key) != new.get(key)
     ]
 
 
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _change(old: object, new: object) -> str:
+    """How a value changed, with long values cut to where they differ."""
+    texts = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
+    num_same = sum(1 for _ in pairs)
+    start = max(num_same - _SHOWN_BEFORE, 0) if num_same > _MAX_SHOWN // 2 else 0
+    stop = start + _MAX_SHOWN
+    was, now = (
+        f"{'...' if start else ''}{text[start:stop]}{'...' if len(text) > stop else ''}"
+        for text in texts
+    )
+    return f"was {was}, is {now}"
