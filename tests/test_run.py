@@ -19,12 +19,13 @@ from run_tools import answer, no_backend, results
 
 from smolcli.backends.base import Backend
 from smolcli.backends.local import open_local
+from smolcli.batch.input_scan import scan_input
 from smolcli.batch.journal import output_lock
 from smolcli.batch.manifest import Manifest, load_manifest, manifest_path
 from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import default_output, run_file
 from smolcli.errors import BackendError, InputError, ResumeError, RunError, UsageError
-from smolcli.settings import EngineSettings, QueryDefaults, RowSettings, RunSettings
+from smolcli.settings import EngineSettings, InputFile, QueryDefaults, RowSettings, RunSettings
 from smolcli.types import ErrorCode, Query, Result, Sampling, failure
 
 MIXED = b"""\xef\xbb\xbf{"chat_id": "a", "user_prompt": "one"}
@@ -269,6 +270,23 @@ def test_resume_with_other_settings_names_each_difference(
         assert "--overwrite" in str(caught.value)
         assert job.output.read_bytes() == before
     answer(replace(job, **change, overwrite=True))
+
+
+class GrowingPath(type(Path())):  # type: ignore[misc]  # the platform's class of paths
+    """A file to which another process appends a line just before its bytes are digested."""
+
+    def open(self, *args: Any, **options: Any) -> Any:
+        with Path(self).open("ab") as file:
+            file.write(b'{"chat_id": "late", "user_prompt": "Hi"}\n')
+        return super().open(*args, **options)
+
+
+def test_a_line_appended_during_the_scan_is_part_of_it(job: RunSettings) -> None:
+    """Its row was missing, although the digest and the size that are compared later had it."""
+    num_lines = scan_input(job).num_lines
+    assert num_lines is not None
+    growing = InputFile("growing.jsonl", GrowingPath(job.input))
+    assert scan_input(replace(job, files=(growing,))).num_lines == num_lines + 1
 
 
 def test_long_settings_are_shown_where_they_differ(job: RunSettings) -> None:

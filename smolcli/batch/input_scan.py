@@ -36,8 +36,8 @@ class RowDigests:
         packed = bytearray()
         for row in rows:
             code = row.error and row.error.code
-            content = repr((row.number, row.value, row.carried, code))
-            packed += hashlib.blake2b(content.encode(errors="replace"), digest_size=3).digest()
+            content = repr((row.number, row.value, row.carried, code)).encode(errors="replace")
+            packed += hashlib.blake2b(content, digest_size=cls.SIZE).digest()
         return cls(bytes(packed))
 
     @classmethod
@@ -129,8 +129,8 @@ def scan_input(settings: RunSettings) -> InputScan:
     if is_stream(settings.input):
         return InputScan(int(time.time()), inputs, format=stated_format(settings.rows))
     format = input_format(inputs, settings)
-    digests = RowDigests.of(islice(inputs.read(), settings.limit))
     scanned = {file.name: _digest(file) for file in inputs.files}
+    rows = RowDigests.of(islice(inputs.read(), settings.limit))  # later, so that a change is seen
     sha256s = {name: sha256 for name, (sha256, _) in scanned.items()}
     joined = "".join(sha256s.values()).encode()
     return InputScan(
@@ -138,7 +138,7 @@ def scan_input(settings: RunSettings) -> InputScan:
         inputs=inputs,
         sha256=hashlib.sha256(joined).hexdigest() if inputs.is_several else joined.decode(),
         files=sha256s if inputs.is_several else None,
-        rows=digests,
+        rows=rows,
         format=format,
         stamps=tuple(_stamp(status) for _, status in scanned.values()),
     )
