@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from smolcli.data.compression import without_codec_suffix
 from smolcli.data.json_values import RECORD_SEPARATOR
@@ -14,24 +14,15 @@ from smolcli.errors import QueryError, UsageError
 from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.settings import InputFormat
 
-Kind = Literal["jsonl", "json", "text", "csv", "tsv", "parquet", "arrow", "sqlite"]
 TableKind = Literal["csv", "tsv", "parquet", "arrow", "sqlite"]
+Kind = Literal["jsonl", "json", "text", TableKind]
 
 SAMPLE_LINES = 64
 SAMPLE_BYTES = 1 << 16
 DELIMITERS = (",", ";", "\t", "|")
 TEXT_COLUMN = "text"  # of a file with one prompt per line
 
-_KINDS: dict[InputFormat, Kind] = {
-    "jsonl": "jsonl",
-    "json": "json",
-    "text": "text",
-    "csv": "csv",
-    "tsv": "tsv",
-    "parquet": "parquet",
-    "arrow": "arrow",
-    "sqlite": "sqlite",
-}
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 _TABLES: dict[str, TableKind] = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -68,7 +59,7 @@ def kind_of_name(path: Path, input_format: InputFormat) -> Kind | None:
     """The kind that the option or the file suffix states; None if the content must tell."""
     if input_format == "auto" and (kind := table_kind(path)) is not None:
         return kind
-    return _KINDS.get(input_format)
+    return next((kind for kind in _KINDS if kind == input_format), None)
 
 
 class Sample:
@@ -231,9 +222,7 @@ def _is_array(first: bytes, lines: Iterator[bytes]) -> bool:
 
 
 def _has_several_objects(line: bytes) -> bool:
-    """Whether a line is an object followed by a comma or another object."""
-    if not line.startswith(b"{"):
-        return False
+    """Whether a line that begins with a brace is an object before a comma or another object."""
     text = line.decode(errors="replace")
     try:
         _, end = json.JSONDecoder().raw_decode(text)
