@@ -4,7 +4,7 @@ SmolError
 ├── QueryError              one query is invalid: becomes its error record, never ends a run
 │   └── PromptTooLong
 ├── UsageError              the command or an option is invalid (exit code 2)
-│   └── ResumeError       the existing output belongs to another run
+│   └── ResumeError         the existing output belongs to another run
 │       └── SettingsChanged it was made with other settings
 └── RunError                the command failed (exit code 1)
     ├── InputError          the input cannot be read
