@@ -65,11 +65,21 @@ class QueryDefaults:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """The model, and the resources that it may use.
+    """The model, and the resources that it may use; `engine.autoconfig` resolves what is left open.
 
-    `engine.autoconfig` replaces None and 0 by values that suit the machine, except that
-    `prefix_cache_mb` 0 disables the prefix cache. `chat_template` is the source of a template that
-    replaces the model's own.
+    Args:
+        model: a name on the Hugging Face Hub, a local directory or a .gguf file.
+        dtype: data type to compute in; auto chooses the fastest that is as exact as the weights.
+        device: cpu, cuda, cuda:1 and so on; auto is the CPU.
+        threads: number of CPU threads; 0 is one per available core.
+        max_batch_size: maximum number of queries to generate at once; 0 chooses for the machine.
+        max_concurrency: number of threads that tokenize or, with remote servers, of concurrent
+            requests to each.
+        kv_cache_mb: size of the KV cache in MiB; 0 chooses for the machine.
+        prefix_cache_mb: size of the prefix cache in MiB; 0 disables it, None chooses for the
+            machine.
+        speculation: whether to draft tokens while one query runs alone.
+        chat_template: source of a template that replaces the model's own; "" keeps that.
     """
 
     model: str = DEFAULT_MODEL
@@ -266,11 +276,25 @@ class BatchApiSettings:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """One `smol serve`; port 0 picks a free port.
+    """One `smol serve`.
 
-    `model_names` are the names that clients use for the model; if empty, its own. With
-    `accepts_any_model`, they may also use any other name. Without `batches`, the server stores
-    nothing and rejects files and batches.
+    Args:
+        host: address to listen on.
+        port: port to listen on; 0 picks a free one.
+        defaults: values for the fields that queries leave out.
+        engine: the model and its resources.
+        api_keys: one of them must be sent by clients; () accepts every client.
+        cors_origins: web origins that browsers may send requests from.
+        max_body_bytes: the largest body of a request.
+        max_batch_queries: the most queries in a request.
+        max_queue: the most unfinished queries; requests beyond it are rejected.
+        request_timeout_s: time limit for a request, in seconds.
+        drain_timeout_s: how long a stopping server may take to finish requests, in seconds.
+        is_gateway: whether queries are forwarded to upstream servers.
+        log_prompts: whether the access log includes prompts.
+        model_names: names that clients use for the model; () is its own.
+        accepts_any_model: whether clients may use any other name as well.
+        batches: what may be stored; None rejects files and batches.
     """
 
     host: str = "127.0.0.1"

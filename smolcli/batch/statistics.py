@@ -73,7 +73,27 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class RunStatistics:
-    """Totals of an output; times and rates are those of its last session."""
+    """Totals of an output; times and rates are those of its last session.
+
+    Args:
+        num_lines: number of results.
+        num_answered: results that are not errors.
+        failed: number of errors by code.
+        prompt_tokens: tokens of all prompts.
+        completion_tokens: tokens of all answers, end tokens included.
+        resumed_lines: results from earlier sessions.
+        seconds: duration of the session.
+        tokens_per_second: completion tokens per second; None if nothing was answered in it.
+        model_calls: forward passes or, with remote servers, HTTP requests.
+        cached_tokens: prompt tokens found in the prefix cache.
+        shared_queries: deduplicated queries, which received the answer of an equal one.
+        latency_p50_s: median time from submitting a query to its result, in seconds.
+        latency_p95_s: 95th percentile of that time.
+        pace: `interval_s`, and the completion `tokens` of each interval.
+        truncated_prompts: number of prompts that were truncated.
+        drafted_tokens: tokens that speculation computed before they were sampled.
+        accepted_tokens: drafted tokens that became part of an answer.
+    """
 
     num_lines: int
     num_answered: int

@@ -31,11 +31,21 @@ TYPICAL_TOKENS = 256  # length of a typical query and its answer, for which each
 class ResolvedConfig:
     """Where and how an engine computes, with every setting resolved.
 
-    `kernels` is None if torch computes: on a GPU, or if the native kernels cannot run the model on
-    this CPU, and `unsupported_reason` says why. `speculates` only with kernels, which are
-    batch-invariant, so that drafts leave answers unchanged. `memory_bytes` is the device's memory
-    and `needed_bytes` an estimate of what the engine occupies when every slot is in use. `formats`
-    are those of the checkpoint's matrices, as far as they are known.
+    Args:
+        device: cpu, cuda or cuda:N.
+        dtype: to compute in.
+        kernels: the native kernels; None if torch computes: on a GPU, or if the kernels cannot run
+            the model on this CPU.
+        unsupported_reason: why `kernels` is None; "" if it is not.
+        threads: number of CPU threads.
+        max_batch_size: the most sequences that run at once.
+        speculates: whether to draft tokens; only with native kernels, which are batch-invariant,
+            so that drafts leave answers unchanged.
+        kv_cache_bytes: memory for the keys and values of running sequences.
+        prefix_cache_bytes: memory for the prefix cache.
+        memory_bytes: the device's memory.
+        needed_bytes: estimate of what the engine occupies when every slot is in use.
+        formats: of the checkpoint's matrices, as far as they are known.
     """
 
     device: str

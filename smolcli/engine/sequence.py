@@ -48,14 +48,31 @@ class TokenLogprob:
 class Sequence:
     """A prompt, the tokens generated so far, and the reason the generation ended, if it has.
 
-    `token_ids[:num_cached]` have their keys and values in the KV cache; those of
-    `token_ids[:num_reused]` came from the prefix cache. An interactive sequence
-    takes priority over batch work. If `top_logprobs` is set, `logprobs` holds one entry per
-    generated token except the one that ends the answer. If `top_prompt_logprobs` is set,
-    `prompt_logprobs` holds one entry per computed prompt token except the first, which nothing
-    predicts. `bad_words` are sequences of token ids that must not occur in the answer. The engine
-    sets `token_filter` if the settings exclude tokens. `verified` holds tokens that a step sampled
-    beyond the next one, because they had been drafted; their keys and values are in the KV cache.
+    Args:
+        prompt_ids: token ids of the prompt, at least one.
+        sampling: how tokens are sampled.
+        is_interactive: whether it takes priority over batch work.
+        constraint: restricts the next token; None allows every token.
+        top_logprobs: how many alternatives to list for each generated token; None for no log
+            probabilities.
+        top_prompt_logprobs: the same for the tokens of the prompt.
+        bad_words: sequences of token ids that must not occur in the answer.
+
+    Attributes:
+        token_filter: set by the engine if the settings exclude tokens.
+        token_ids: the prompt and the answer so far.
+        max_tokens: the most tokens of both together.
+        num_cached: how many of `token_ids`, from the start, have keys and values in the KV cache.
+        num_reused: how many of those came from the prefix cache.
+        finish_reason: why the answer ended; None if it has not.
+        error: why it failed, if it has.
+        random: draws the random numbers of this answer.
+        logprobs: one entry per generated token, except the one that ends the answer.
+        prompt_logprobs: one entry per computed prompt token, except the first, which nothing
+            predicts.
+        admitted_at: when it was admitted to the batch, in `time.perf_counter` seconds.
+        verified: tokens that a step sampled beyond the next one because they had been drafted;
+            their keys and values are in the KV cache.
     """
 
     prompt_ids: list[int]
