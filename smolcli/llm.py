@@ -2,13 +2,13 @@
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from os import PathLike
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast, overload
 
+from smolcli.backends.base import Backend, BackendWrapper
 from smolcli.errors import QueryError, UsageError
 from smolcli.settings import (
     DEFAULT_MODEL,
@@ -24,7 +24,6 @@ from smolcli.settings import (
 from smolcli.types import ErrorCode, Message, Query, Result, Sampling
 
 if TYPE_CHECKING:
-    from smolcli.backends.base import AnswerSource, Backend, Counters, Health, OnText
     from smolcli.batch.statistics import RunStatistics
 
 _DEFAULTS = EngineSettings()
@@ -412,38 +411,14 @@ class LLM:
         self.close()
 
 
-class _Borrowed:
-    """A backend wrapper whose `close` does nothing, so that a run does not close the backend."""
-
-    def __init__(self, backend: "Backend") -> None:
-        self._backend = backend
-
-    @property
-    def window(self) -> int:
-        return self._backend.window
-
-    def submit(
-        self, query: Query, on_text: "OnText | None" = None, *, is_interactive: bool = False
-    ) -> Future[Result]:
-        return self._backend.submit(query, on_text, is_interactive=is_interactive)
-
-    def health(self) -> "Health":
-        return self._backend.health()
-
-    def identity(self) -> dict[str, Any]:
-        return self._backend.identity()
-
-    def answer_source(self) -> "AnswerSource | None":
-        return self._backend.answer_source()
-
-    def counters(self) -> "Counters":
-        return self._backend.counters()
+class _Borrowed(BackendWrapper):
+    """A backend that a run does not close."""
 
     def close(self) -> None:
         pass
 
 
-def _open_remote(urls: tuple[str, ...], api_key: str | None, settings: EngineSettings) -> "Backend":
+def _open_remote(urls: tuple[str, ...], api_key: str | None, settings: EngineSettings) -> Backend:
     from smolcli.backends.remote.backend import open_remote
 
     model = None if settings.model == DEFAULT_MODEL else settings.model

@@ -229,3 +229,45 @@ class Backend(Protocol):
     def close(self) -> None:
         """Stop at once and cancel unfinished futures."""
         ...
+
+
+class BackendWrapper:
+    """Passes all calls on to another backend; the base class of backends that change some of them.
+
+    Args:
+        backend: the other one.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @property
+    def window(self) -> int:
+        """See `Backend`."""
+        return self._backend.window
+
+    def submit(
+        self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
+    ) -> Future[Result]:
+        """See `Backend`."""
+        return self._backend.submit(query, on_text, is_interactive=is_interactive)
+
+    def health(self) -> Health:
+        """See `Backend`."""
+        return self._backend.health()
+
+    def identity(self) -> dict[str, Any]:
+        """See `Backend`."""
+        return self._backend.identity()
+
+    def answer_source(self) -> AnswerSource | None:
+        """See `Backend`."""
+        return self._backend.answer_source()
+
+    def counters(self) -> Counters:
+        """See `Backend`."""
+        return self._backend.counters()
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self._backend.close()

@@ -6,13 +6,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
 
 from smolcli.backends.base import (
     AnswerSource,
     Backend,
+    BackendWrapper,
     Counters,
-    Health,
     OnText,
     PendingQuery,
     complete_future,
@@ -55,7 +54,7 @@ class Generation:
             _show(waiter, text)
 
 
-class DedupBackend:
+class DedupBackend(BackendWrapper):
     """Answers equal queries of another backend once; see `Backend`.
 
     Queries are equal if they differ only in id, line and metadata. The seed matters only for
@@ -65,37 +64,16 @@ class DedupBackend:
     """
 
     def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
         self._num_shared = 0
-        self._backend = backend
         self._lock = threading.RLock()  # an inner future may be done when `submit` returns it
         self._running: dict[Key, Generation] = {}
         self._cached: OrderedDict[Query, Result] = OrderedDict()
         self._source: AnswerSource | None = None  # of everything cached and running
 
-    @property
-    def window(self) -> int:
-        """See `Backend`."""
-        return self._backend.window
-
     def counters(self) -> Counters:
         """See `Backend`."""
         return self._backend.counters() + Counters(shared_queries=self._num_shared)
-
-    def identity(self) -> dict[str, Any]:
-        """See `Backend`."""
-        return self._backend.identity()
-
-    def answer_source(self) -> AnswerSource | None:
-        """See `Backend`."""
-        return self._backend.answer_source()
-
-    def health(self) -> Health:
-        """See `Backend`."""
-        return self._backend.health()
-
-    def close(self) -> None:
-        """See `Backend`."""
-        self._backend.close()
 
     def submit(
         self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smolcli.atomic import replacing
-from smolcli.backends.base import AnswerSource, Backend, Counters, Health, OnText
+from smolcli.backends.base import Backend, BackendWrapper, Counters, OnText
 from smolcli.batch.runner import run_file
 from smolcli.batch.statistics import RunStatistics, StatisticsCollector
 from smolcli.data.jsonl import encode
@@ -58,7 +58,7 @@ EXPIRED_MESSAGE = "This request could not be executed before the completion wind
 StopReason = Literal["cancelled", "expired", "shutdown"]
 
 
-class SharedBackend:
+class SharedBackend(BackendWrapper):
     """The server's backend as that of one batch: closing it leaves the server's own open.
 
     Args:
@@ -67,17 +67,12 @@ class SharedBackend:
     """
 
     def __init__(self, backend: Backend, observe: Callable[[Result], None]) -> None:
-        self._backend = backend
+        super().__init__(backend)
         self._observe = observe
         self._counters = backend.counters()
         self._open: set[Future[Result]] = set()
         self._lock = threading.Lock()
         self.stop_reason: StopReason | None = None
-
-    @property
-    def window(self) -> int:
-        """See `Backend`."""
-        return self._backend.window
 
     def submit(
         self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
@@ -98,18 +93,6 @@ class SharedBackend:
             unfinished = list(self._open)
         for future in unfinished:
             future.cancel()
-
-    def health(self) -> Health:
-        """See `Backend`."""
-        return self._backend.health()
-
-    def identity(self) -> dict[str, Any]:
-        """See `Backend`."""
-        return self._backend.identity()
-
-    def answer_source(self) -> AnswerSource | None:
-        """See `Backend`."""
-        return self._backend.answer_source()
 
     def counters(self) -> Counters:
         """The totals since the batch was started, including those of other clients."""
