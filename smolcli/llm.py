@@ -4,11 +4,10 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, cast, overload
 
-from smolcli.backends.base import Backend, BackendWrapper
+from smolcli.backends.base import Backend, BackendWrapper, stream
 from smolcli.errors import QueryError, UsageError
 from smolcli.settings import (
     DEFAULT_MODEL,
@@ -301,12 +300,9 @@ class LLM:
         return self._stream_query(query)
 
     def _stream_query(self, query: Query) -> Iterator[str]:
-        pieces: SimpleQueue[str | None] = SimpleQueue()
-        future = self._backend.submit(query, pieces.put, is_interactive=True)
-        future.add_done_callback(lambda _: pieces.put(None))
+        pieces, future = stream(self._backend, query)
         try:
-            while (piece := pieces.get()) is not None:
-                yield piece
+            yield from pieces
         finally:
             future.cancel()
         if (result := future.result()).is_error:

@@ -4,15 +4,17 @@ import logging
 import operator
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from smolcli.errors import BackendError, PromptTooLong, QueryError, SmolError
 from smolcli.types import ErrorCode, FinishReason, Query, Result, failure
 
+POLL_S = 0.2  # an unbounded wait cannot be interrupted on Windows
 WINDOW_BATCHES = 3  # batches of unfinished queries that keep every slot of a backend busy
 
 OnText = Callable[[str], None]
@@ -229,6 +231,28 @@ class Backend(Protocol):
     def close(self) -> None:
         """Stop at once and cancel unfinished futures."""
         ...
+
+
+def stream(backend: Backend, query: Query) -> tuple[Iterator[str], Future[Result]]:
+    """Submit a query for which a person is waiting.
+
+    Returns:
+        The pieces of the answer as they are generated, up to its end, and the future result.
+    """
+    pieces: SimpleQueue[str | None] = SimpleQueue()
+    future = backend.submit(query, pieces.put, is_interactive=True)
+    future.add_done_callback(lambda _: pieces.put(None))
+    return _until_none(pieces), future
+
+
+def _until_none(pieces: "SimpleQueue[str | None]") -> Iterator[str]:
+    """The items of a queue up to the first None."""
+    while True:
+        with suppress(Empty):
+            piece = pieces.get(timeout=POLL_S)
+            if piece is None:
+                return
+            yield piece
 
 
 class BackendWrapper:

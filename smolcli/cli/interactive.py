@@ -1,11 +1,9 @@
 """The loop of `smol chat`: reads lines, runs commands, streams answers."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
-from smolcli.backends.base import Backend
+from smolcli.backends.base import Backend, stream
 from smolcli.cli.conversation import Conversation
 from smolcli.errors import BackendError, RunError, closest
 from smolcli.types import ErrorCode, FinishReason, Query, Result
@@ -22,7 +20,6 @@ HELP = "\n".join(
     + ["Ctrl-C stops an answer. To send a message that starts with /, put a space before it."]
 )
 DEFAULT_FILE = "chat.jsonl"
-POLL_S = 0.2  # an unbounded wait cannot be interrupted on Windows
 
 
 class InteractiveChat:
@@ -110,12 +107,10 @@ class InteractiveChat:
         Returns:
             Its text and its result, which is None if Ctrl-C stopped the answer.
         """
-        pieces: SimpleQueue[str | None] = SimpleQueue()
-        future = self._backend.submit(query, pieces.put, is_interactive=True)
-        future.add_done_callback(lambda _: pieces.put(None))
+        pieces, future = stream(self._backend, query)
         text = ""
         try:
-            for piece in _until_none(pieces):
+            for piece in pieces:
                 self._print_text(piece)
                 text += piece
         except KeyboardInterrupt:
@@ -142,13 +137,3 @@ class InteractiveChat:
     def _fail(self, message: str) -> None:
         self.num_failed += 1
         self._notify(message)
-
-
-def _until_none(pieces: "SimpleQueue[str | None]") -> Iterator[str]:
-    """The items of a queue up to the first None."""
-    while True:
-        with suppress(Empty):
-            piece = pieces.get(timeout=POLL_S)
-            if piece is None:
-                return
-            yield piece
