@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from smolcli.errors import BackendError, PromptTooLong, QueryError, SmolError
 from smolcli.types import ErrorCode, FinishReason, Query, Result, failure
 
-POLL_S = 0.2  # an unbounded wait cannot be interrupted on Windows
+WAKE_INTERVAL_S = 0.2  # an unbounded wait cannot be interrupted on Windows
 WINDOW_BATCHES = 3  # batches of unfinished queries that keep every slot of a backend busy
 
 OnText = Callable[[str], None]
@@ -249,7 +249,7 @@ def _until_none(pieces: "SimpleQueue[str | None]") -> Iterator[str]:
     """The items of a queue up to the first None."""
     while True:
         with suppress(Empty):
-            piece = pieces.get(timeout=POLL_S)
+            piece = pieces.get(timeout=WAKE_INTERVAL_S)
             if piece is None:
                 return
             yield piece

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from queue import Empty, Queue, SimpleQueue
 from typing import TypeVar
 
-from smolcli.backends.base import Backend
+from smolcli.backends.base import WAKE_INTERVAL_S, Backend
 from smolcli.errors import BackendError, RunError
 from smolcli.types import Query, Result
 
 MAX_HELD_RESULTS = 10_000
 MAX_HELD_BYTES = 64_000_000
 MAX_READ_AHEAD = 64
-WAKE_INTERVAL_S = 0.2  # Ctrl-C cannot interrupt an unbounded wait on Windows
 
 T = TypeVar("T")
 

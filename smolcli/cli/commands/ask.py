@@ -27,7 +27,6 @@ EXAMPLES = (
     '[bold]smol ask -- "-5 + 3?"[/bold] asks a question that begins with a dash.'
 )
 _TRY = 'try smol ask "What is gravity?"'
-POLL_S = 0.2  # an unbounded wait cannot be interrupted on Windows
 
 Question = Annotated[
     str | None,
@@ -100,6 +99,7 @@ def ask(
     remote: ViaOptions,
 ) -> None:
     """Answer one question. The answer is streamed if stdout is a terminal."""
+    from smolcli.backends.base import WAKE_INTERVAL_S
     from smolcli.batch.status_line import waiting
 
     query = prompt_query(
@@ -116,7 +116,7 @@ def ask(
         is_streaming = sys.stdout.isatty() and not as_json
         future = backend.submit(query, _print_text if is_streaming else None)
         while not future.done():
-            wait([future], timeout=POLL_S)
+            wait([future], timeout=WAKE_INTERVAL_S)
         result = future.result()
     if result.is_error:
         raise RunError(str(result.error))
