@@ -28,7 +28,7 @@ class QueryError(SmolError):
     """One query cannot be answered.
 
     Args:
-        message: a sentence for people.
+        message: human-readable.
         code: the kind of error.
         field: the field that is wrong, if any.
     """
@@ -69,7 +69,7 @@ class SettingsChanged(ResumeError):
     """The existing output was made with another model or other settings.
 
     Args:
-        message: a sentence for people.
+        message: human-readable.
         changes: what changed.
     """
 

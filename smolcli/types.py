@@ -7,7 +7,7 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import Any, Self
 
-ENTRY_CHARS = 100  # of the log probability of one token, roughly
+ENTRY_CHARS = 100  # approximate length of one token's log probability as JSON
 
 
 class ErrorCode(StrEnum):
@@ -434,7 +434,7 @@ class Result:
         echo: whether the text starts with the raw prompt; None if the query had messages.
         alternatives: the answers after the first, if several were requested.
         usage: token counts of all answers.
-        error: a sentence for people; None if there is an answer.
+        error: human-readable message; None if there is an answer.
         error_code: the kind of error.
         field: the field that is wrong, if any.
         metadata: of the query.
@@ -527,7 +527,7 @@ def failure(query: Query, message: str, code: ErrorCode, field: str | None = Non
 
     Args:
         query: the query that failed.
-        message: a sentence for people.
+        message: human-readable.
         code: the kind of error.
         field: the field that is wrong, if any.
     """

@@ -56,8 +56,8 @@ def incomplete_json(answer: Result, num_tokens: int) -> Result:
     """The error result of an answer that ended before it matched its format; keeps its text.
 
     Args:
-        answer: as far as it goes.
-        num_tokens: its length.
+        answer: what was generated.
+        num_tokens: its length, in tokens.
     """
     how, advice = "was cut off", "allow more tokens, shorten the prompt or add limits to the schema"
     if answer.finish_reason is FinishReason.STOP:

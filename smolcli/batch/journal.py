@@ -36,7 +36,7 @@ class Entry:
 
 
 class LineSet:
-    """Line numbers at 8 bytes each, added in increasing order."""
+    """A compact set of line numbers, 8 bytes each, which are added in increasing order."""
 
     def __init__(self) -> None:
         self._lines = array("Q")
@@ -107,7 +107,7 @@ def read_entries(output: Path, errors: Path | None, format: LineFormat) -> Itera
 
 
 def split_errors(output: Path, errors: Path, format: LineFormat) -> None:
-    """Move the failed lines of an output to a file of their own; no failed lines, no file.
+    """Move the failed lines of an output to a separate file, which exists only if there are any.
 
     Each file is replaced atomically, `errors` first. Whenever the process is killed, a failed line
     is in at least one of them, and splitting again completes the job.
@@ -245,7 +245,7 @@ def _locked_file(target: Path, output: Path) -> Iterator[None]:
 
     Args:
         target: the file.
-        output: its name for people.
+        output: its path as the user gave it, for errors.
 
     Raises:
         UsageError: another run holds the lock.

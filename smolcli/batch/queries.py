@@ -17,7 +17,7 @@ _OWN_FIELDS = {"user_prompt", "messages", "raw_prompt", "custom_id"}
 
 
 class ChatIds:
-    """The ids seen so far in a file, at about 15 bytes each.
+    """A compact set of the ids seen so far in a file, about 15 bytes each.
 
     A hash set whose buckets are packed arrays of 96-bit digests: among a billion ids, the chance
     that two different ones collide is below 1e-11. The number of buckets doubles as they fill.

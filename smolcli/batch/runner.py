@@ -594,7 +594,7 @@ def _previous_manifest(settings: RunSettings) -> Manifest | None:
 
 
 def _check_files(previous: Manifest, manifest: Manifest, output: Path) -> None:
-    """Reject other input files, except further ones after those of the earlier session."""
+    """Reject input files unless they are those of the earlier session, with others after them."""
     old, new = (None if each is None else list(each) for each in (previous.files, manifest.files))
     if old == new or (old and new and new[: len(old)] == old):
         return

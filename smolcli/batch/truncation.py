@@ -21,7 +21,12 @@ _MESSAGE_TOKENS = 64  # upper bound on what a chat template adds to each further
 
 @dataclass(frozen=True, slots=True)
 class Cuttable:
-    """The text of a query that is cut, and the query with another text in its place."""
+    """The text of a query to cut.
+
+    Args:
+        text: the whole text.
+        put: returns the query with another text in its place.
+    """
 
     text: str
     put: Callable[[str], Query]

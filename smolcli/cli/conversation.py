@@ -1,4 +1,4 @@
-"""The state of a conversation, which forms the next query and can be saved as a query."""
+"""The state of a conversation: builds the next query, and can be saved as a query."""
 
 import json
 import os

@@ -284,7 +284,7 @@ class RowMapper:
         return Row(row.number, query, None, carried or None, longest)
 
     def _carried(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What is copied to the result, as far as the row has it."""
+        """The values to copy to the result, without columns that the row lacks."""
         if self._copies_all:
             known = FIELDS if self._template is None else ["chat_id"][self._id_column is not None :]
             return {name: value for name, value in values.items() if name not in known}

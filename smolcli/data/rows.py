@@ -15,7 +15,7 @@ class LongestField:
 
     Args:
         text: of the field.
-        render: the prompt with another text in its place.
+        render: returns the prompt with another text in its place.
     """
 
     text: str

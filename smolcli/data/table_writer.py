@@ -1,4 +1,4 @@
-"""The table that is made from the results when a run is finished: a file, or in a database."""
+"""Writes the results of a finished run as a table, in a file or in an SQLite database."""
 
 import json
 import re
@@ -120,7 +120,7 @@ def write_table(journal: Path, table: Path, name: str, fields: Sequence[str]) ->
 
 
 def _records(journal: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The results, with usage, timings and fields as members of their own."""
+    """The results, in which the members of usage and timings and the fields are top-level."""
     with journal.open("rb") as file:
         for line in file:
             record = dict(smol_record(json.loads(line)))

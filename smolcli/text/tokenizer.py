@@ -67,8 +67,8 @@ class ChatTokenizer:
         Args:
             folder: the model directory.
             template_source: of a template that replaces the model's own.
-            starts_fast: whether the first text matters more than the next hundred. What makes that
-                fast is stored for the next start.
+            starts_fast: whether to load only the tokens that the first texts need. The index for
+                this is written at the first start.
 
         Raises:
             ModelError: a file is missing or invalid, or the tokenizer has more tokens than the
@@ -126,7 +126,7 @@ class ChatTokenizer:
         return ids
 
     def shared_start(self) -> list[int]:
-        """The tokens that prompts of one user message begin with, whatever the message."""
+        """The tokens that all prompts of a single user message begin with."""
         prompts = [self.encode([Message("user", text)]) for text in ("a", "1")]
         same = takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))
         return [token_id for token_id, _ in same]

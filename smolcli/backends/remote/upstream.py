@@ -34,7 +34,7 @@ class Unavailable(Exception):
     """A server cannot answer now; a retry, or another server, may succeed.
 
     Args:
-        reason: a sentence for people.
+        reason: human-readable.
         is_unreachable: whether the connection failed.
         retry_after_s: when the server asks to be retried, in seconds from now.
     """
@@ -105,7 +105,7 @@ class Upstream:
         """Stop sending queries to it until a health check succeeds.
 
         Args:
-            reason: a sentence for people.
+            reason: human-readable.
             is_permanent: whether retrying will not help.
         """
         if self.is_healthy:
