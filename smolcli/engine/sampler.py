@@ -3,7 +3,7 @@
 Settings apply in vLLM's order: bias, penalties for repetition (Keskar et al. 2019,
 arXiv:1909.05858), frequency and presence, the mask of allowed tokens, temperature, min-p (Nguyen et
 al. 2024, arXiv:2407.01082), top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751).
-Rows are sampled one by one, so a draw depends on the sequence's own logits, settings and random
+Rows are sampled one by one, so a sample depends on the sequence's own logits, settings and random
 generator, and on nothing else in the batch.
 """
 
@@ -15,8 +15,8 @@ from smolcli.engine.interfaces import Array, Head, Hidden, select_rows, unpack_m
 from smolcli.engine.sequence import Sequence, TokenLogprob
 from smolcli.types import Sampling
 
-MIN_TEMPERATURE = 1e-6  # avoids overflow; the most likely token already wins every draw
-PICK_BLOCK = 256
+MIN_TEMPERATURE = 1e-6  # avoids overflow; sampling at it is all but greedy
+SUM_BLOCK = 256
 MAXIMA_STRIDE = 64  # distance of the values that `_largest` compares first
 SCORED_ROWS = 32  # rows of logits to hold at once; 6 MiB for 49,152 tokens
 NUCLEUS_TOKENS = 512  # nearly always contain the top-p mass; sorting the vocabulary is slow
@@ -101,7 +101,7 @@ def sample_token(logits: Array, sequence: Sequence, mask: bytes | None = None) -
         raise FloatingPointError("the model computed logits that are not finite numbers")
     if sampling.is_greedy:
         return int(logits.argmax())
-    return _draw(logits, sampling, sequence.draw_uniform())
+    return _inverse_transform(logits, sampling, sequence.draw_uniform())
 
 
 def token_logprob(logits: Array, token: int, num_alternatives: int) -> TokenLogprob:
@@ -147,7 +147,7 @@ def _adjust(logits: Array, sequence: Sequence) -> None:
         logits[seen] -= penalties.astype(np.float32)
 
 
-def _draw(logits: Array, sampling: Sampling, uniform: float) -> int:
+def _inverse_transform(logits: Array, sampling: Sampling, uniform: float) -> int:
     """Inverse transform sampling in float64."""
     if sampling.top_k:
         ids = _largest(logits, sampling.top_k)
@@ -156,7 +156,7 @@ def _draw(logits: Array, sampling: Sampling, uniform: float) -> int:
     else:
         weights = _weights(logits, sampling)
         if sampling.top_p >= 1.0:
-            return _pick(weights, uniform)
+            return _quantile_index(weights, uniform)
         total = weights.sum()
         ids = _largest(logits, NUCLEUS_TOKENS)
         if weights[ids].sum() < sampling.top_p * total:  # a flat distribution
@@ -164,7 +164,7 @@ def _draw(logits: Array, sampling: Sampling, uniform: float) -> int:
         kept = weights[ids]
     mass_before = np.cumsum(kept) - kept  # of all tokens that are more likely
     kept[mass_before >= sampling.top_p * total] = 0.0
-    return int(ids[_pick(kept, uniform)])
+    return int(ids[_quantile_index(kept, uniform)])
 
 
 def _weights(logits: Array, sampling: Sampling, ids: Array | None = None) -> Array:
@@ -196,15 +196,15 @@ def _largest(values: Array, count: int) -> Array:
     return candidates[np.argsort(-values[candidates], kind="stable")[:count]]
 
 
-def _pick(weights: Array, uniform: float) -> int:
+def _quantile_index(weights: Array, uniform: float) -> int:
     """Index of the weight that holds the fraction `uniform` of the total; never a zero weight.
 
     Sums blocks first, because a running sum over a whole vocabulary is slow.
     """
-    starts = np.arange(0, len(weights), PICK_BLOCK)
+    starts = np.arange(0, len(weights), SUM_BLOCK)
     block, rest = _locate(np.add.reduceat(weights, starts), uniform)
     start = starts[block]
-    return int(start) + _locate(weights[start : start + PICK_BLOCK], rest)[0]
+    return int(start) + _locate(weights[start : start + SUM_BLOCK], rest)[0]
 
 
 def _locate(weights: Array, fraction: float) -> tuple[int, float]:
