@@ -15,7 +15,13 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.fields import LOGIT_BIAS, NOT_BLANK
-from smolcli.protocol.openai import CompletionFields, error_code, error_object, parse_completion
+from smolcli.protocol.openai import (
+    CompletionFields,
+    error_code,
+    error_object,
+    parse_completion,
+    validated,
+)
 from smolcli.protocol.prompt import prompt_query
 from smolcli.protocol.query import (
     FIELDS,
@@ -26,6 +32,7 @@ from smolcli.protocol.query import (
     parse_query,
     schema_format,
 )
+from smolcli.protocol.responses import ResponsesFields
 from smolcli.protocol.strict_json import load_json
 from smolcli.settings import QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
@@ -586,6 +593,16 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
             "'custom' is not supported",
         ),
         ({"role": "user", "content": "Hi", "nam": "x"}, "nam", "did you mean 'name'?"),
+        (
+            {"role": "assistant", "tool_calls": [CALL | {"indx": 1}]},
+            "tool_calls[0].indx",
+            "did you mean 'index'?",
+        ),
+        (
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "No", "x": 1}]},
+            "content[0].x",
+            "is not supported",
+        ),
     ],
 )
 def test_unsupported_part_of_a_message_is_named_by_its_path(
@@ -596,6 +613,32 @@ def test_unsupported_part_of_a_message_is_named_by_its_path(
     assert field == f"messages[1].{path}"
     assert text.startswith(f"messages[1].{path} ")
     assert said in text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"reasoning": {"efort": 1}}, "reasoning.efort is not supported; did you mean 'effort'?"),
+        (
+            {"stream_options": {"include_usage": True}},
+            "stream_options.include_usage is not supported",
+        ),
+        ({"input": [USER | {"tool_call": "x"}]}, "input[0].tool_call is not supported"),
+        (
+            {"input": [USER | {"content": [{"type": "refusal", "refusal": "No", "refusl": "x"}]}]},
+            "input[0].content[0].refusl is not supported; did you mean 'refusal'?",
+        ),
+        (
+            {"tools": [{"type": "function", "name": "f", "functio": 1}]},
+            "tools[0].functio is not supported",
+        ),
+    ],
+)
+def test_hint_is_a_member_of_the_object_at_fault(parameters: dict[str, Any], message: str) -> None:
+    """Hints were those for chat completions: "include_usage; did you mean 'include_usage'?"."""
+    with pytest.raises(QueryError) as caught:
+        validated(ResponsesFields, {"input": "Hi"} | parameters)
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(

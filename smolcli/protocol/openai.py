@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
@@ -55,8 +56,6 @@ from smolcli.protocol.query import (
     FORMAT_DESCRIPTION,
     FORMAT_FIELDS,
     STRUCTURED_DESCRIPTION,
-    JsonSchemaFields,
-    JsonSchemaFormat,
     ResponseFormat,
     SchemaOrText,
     StructuredOutputs,
@@ -71,9 +70,7 @@ from smolcli.protocol.tool_fields import (
     CHOICE_DESCRIPTION,
     TOOLS_DESCRIPTION,
     CallFields,
-    FunctionFields,
     ToolChoice,
-    ToolFields,
     ToolList,
     message_rules,
     tool_values,
@@ -107,6 +104,9 @@ class RefusalPart(Lenient):
         return self.refusal
 
 
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
 class ChatMessage(Lenient):
     """One message. Fields of an earlier answer that the official clients send back are accepted."""
 
@@ -116,7 +116,7 @@ class ChatMessage(Lenient):
     KEPT = frozenset({"content"})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart | RefusalPart] | None = Field(
+    content: Text | list[Part] | None = Field(
         None, description="a string or a list of text parts; null only from the assistant"
     )
     name: Text | None = Field(None, description="a string; it has no effect")
@@ -639,23 +639,22 @@ def validated(model: type[M], value: object) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as exc:
-        raise _parameter_error(exc, model, value) from None
+        raise _parameter_error(exc, model) from None
 
 
-def _parameter_error(exc: ValidationError, model: type[BaseModel], value: object) -> QueryError:
+def _parameter_error(exc: ValidationError, model: type[BaseModel]) -> QueryError:
     """The error for the first invalid parameter; unknown parameters come first.
 
     Args:
-        exc: what validating `value` raised.
+        exc: what validation raised.
         model: of the whole object.
-        value: the object.
     """
     errors = exc.errors(include_url=False, include_context=False)
     top = [f for f in errors if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or errors
     same = [f for f in top if f["loc"][0] == top[0]["loc"][0]]
     # A union reports an error for each of its types; take the one that validated furthest.
-    error = max(same, key=lambda f: _depth(list(_location(value, f)), f["type"]))
-    location = list(_location(value, error))
+    error = max(same, key=lambda f: _depth(_place(model, f["loc"])[0], f["type"]))
+    location, members = _place(model, error["loc"])
     kind, given = error["type"], error["input"]
     if kind.startswith("union_tag") and isinstance(given, dict):  # the type of a response_format
         location.append("type")
@@ -665,7 +664,7 @@ def _parameter_error(exc: ValidationError, model: type[BaseModel], value: object
     if kind == "missing":
         return QueryError(f"{path} is required", ErrorCode.MISSING_FIELD, path)
     if kind == "extra_forbidden":
-        hint = did_you_mean(str(location[-1]), _known(location, model))
+        hint = did_you_mean(str(location[-1]), members)
         message = f"{path} is not supported{hint}"
         code = ErrorCode.UNKNOWN_FIELD if len(location) == 1 else ErrorCode.INVALID_VALUE
         return QueryError(message, code, path)
@@ -676,46 +675,55 @@ def _parameter_error(exc: ValidationError, model: type[BaseModel], value: object
 
 
 def _depth(location: list[int | str], kind: str) -> tuple[int, list[int]]:
-    """How far into a value an error is: its length, then its indices.
+    """How far into a value an error is: the length of its location, then its indices.
 
-    A type that is wrong is inside of its object.
+    A wrong type of a tagged union is inside of its object.
     """
     length = len(location) + kind.startswith("union_tag")
     return length, [step for step in location if isinstance(step, int)]
 
 
-def _location(value: Any, error: Mapping[str, Any]) -> Iterator[int | str]:
-    """The keys and indices of a error, without pydantic's names for the types of a union.
+# The keys and indices of an error, and the members that the object at fault can have.
+Place = tuple[list[int | str], list[str]]
+
+
+def _place(model: type[BaseModel], location: Sequence[int | str]) -> Place:
+    """Where an error is.
 
     Args:
-        value: what was validated.
-        error: one of pydantic's errors.
+        model: of the whole object.
+        location: as pydantic reports it, with labels for the types of unions.
     """
-    location = error["loc"]
-    for at, step in enumerate(location):
-        if str(step).startswith(("literal[", "tagged-union[")):
-            continue
-        is_missing = error["type"] == "missing" and at == len(location) - 1
-        if isinstance(value, dict) and (step in value or is_missing):
-            value = value.get(step)
-        elif isinstance(value, list) and isinstance(step, int):
-            value = value[step]
-        else:
-            continue
-        yield step
+    steps = [step for step in location if step != "[key]"]
+    return next(_places(model, steps), ([location[0]], []))
 
 
-def _known(location: Sequence[int | str], model: type[BaseModel]) -> list[str]:
-    """The valid member names of the object at a location."""
-    if location[0] == "response_format":
-        known: type[BaseModel] = JsonSchemaFields if len(location) > 2 else JsonSchemaFormat
-        return [info.alias or name for name, info in known.model_fields.items()]
-    if location[0] == "structured_outputs":
-        return [info.alias or name for name, info in StructuredOutputs.model_fields.items()]
-    if location[0] == "tools":
-        return list((FunctionFields if len(location) > 3 else ToolFields).model_fields)
-    models: dict[int, type[BaseModel]] = {1: model, 2: StreamOptions, 3: ChatMessage, 5: TextPart}
-    return list(models.get(len(location), model).model_fields)
+def _places(kind: Any, steps: Sequence[int | str]) -> Iterator[Place]:
+    """The places in a value of a type that a location may mean."""
+    if not steps:
+        yield [], []
+    elif get_origin(kind) is Annotated:
+        yield from _places(get_args(kind)[0], steps)
+    elif get_origin(kind) in (Union, UnionType):
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        labeled = [each for each in kinds if steps[0] in _labels(each)]
+        for each in labeled or kinds:
+            yield from _places(each, steps if len(kinds) == 1 else steps[1:])
+    elif get_origin(kind) in (list, dict):
+        for path, members in _places(get_args(kind)[-1], steps[1:]):
+            yield [steps[0], *path], members
+    elif isinstance(kind, type) and issubclass(kind, BaseModel):
+        fields = {info.alias or name: info.annotation for name, info in kind.model_fields.items()}
+        for path, members in _places(fields.get(str(steps[0])), steps[1:]):
+            yield [steps[0], *path], members or list(fields)
+
+
+def _labels(kind: Any) -> list[Any]:
+    """The labels of a type in a tagged union."""
+    metadata = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    tags = [each.tag for each in metadata if isinstance(each, Tag)]
+    tag_field = getattr(kind, "model_fields", {}).get("type")
+    return tags if tag_field is None else [*tags, *get_args(tag_field.annotation)]
 
 
 def invalid_parameter(name: str, model: type[BaseModel], path: str | None = None) -> QueryError:
