@@ -16,7 +16,6 @@ from smolcli.weights.loader import load_model
 
 KERNELS = ("native", "torch")
 GPU = ("cuda",) if torch.cuda.is_available() else ()
-WAYS = (*KERNELS, "graphs", *GPU)
 
 
 def native_kernels(dtype: ResolvedDtype) -> Kernels:
@@ -30,7 +29,7 @@ def native_kernels(dtype: ResolvedDtype) -> Kernels:
 
 
 def load(folder: Path, dtype: ResolvedDtype, kernels: str) -> Model:
-    """Our model, computed in one of the `WAYS`; "graphs" replays a GPU's graphs on the CPU."""
+    """Our model, computed by one of `KERNELS` or `GPU`, or by "graphs": CUDA graphs on the CPU."""
     if kernels == "cuda":
         return load_model(folder, dtype, "cuda")
     native = native_kernels(dtype) if kernels == "native" else None
