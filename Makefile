@@ -3,20 +3,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test check format docs site kernels wheels dist-check sbom audit image deploy-check sanitize sanitize-address sanitize-thread sanitize-models clean
+.PHONY: run test pytest check lint types format docs site kernels wheels dist-check sbom audit image deploy-check sanitize sanitize-address sanitize-thread sanitize-models clean
 
 run: kernels
 	$(BIN)/smol pull
 	$(BIN)/smol run sample_inputs/queries.jsonl
 	@echo "The answers are in sample_inputs/queries.results.jsonl"
 
+# Without its cache, mypy takes one core for more than a minute, so it runs beside the tests.
+test: lint
+	@$(MAKE) --no-print-directory -j2 types pytest
+
 # One process per core, at most four; the tests of a file share a process and its fixtures.
-test: check kernels
+pytest: kernels
 	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
-check: $(STAMP)
+check: lint types
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)
 	$(BIN)/mypy
 
 format: $(STAMP)
