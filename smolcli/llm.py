@@ -80,13 +80,13 @@ class LLM:
         dtype: data type to compute in; auto chooses bfloat16 if the hardware supports it. int8 is
             faster but less exact, and only available on the CPU.
         device: cpu, cuda, cuda:1 and so on, or auto.
-        threads: number of CPU threads; 0 means one per available core.
-        max_batch_size: maximum number of prompts to generate at once; 0 chooses for the machine.
+        threads: number of CPU threads; 0 means one per available physical core.
+        max_batch_size: maximum number of prompts in a batch; 0 chooses for the machine.
         kv_cache_mb: size of the KV cache in MiB; 0 chooses for the machine.
         prefix_cache_mb: size of the prefix cache in MiB; 0 disables it. Default: 1/32 of the
             memory, at most 256.
         speculation: whether to draft tokens while one prompt runs alone; answers stay the same.
-        chat_template: source of a Jinja template for prompts, instead of the model's own.
+        chat_template: source of a Jinja chat template to use instead of the model's own.
         via: URLs of servers to send prompts to instead of loading a model.
         api_key: API key for these servers.
 
@@ -236,7 +236,7 @@ class LLM:
     ) -> Result | list[Result]:
         """Continue one text, or a list of them, without the chat template.
 
-        Control tokens that are written in a text count. With `max_new_tokens=0` and
+        A control token written in a text is a control token. With `max_new_tokens=0` and
         `prompt_logprobs`, texts are only scored.
 
         >>> llm.complete("The capital of France is", max_new_tokens=1).response
