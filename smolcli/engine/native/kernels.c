@@ -62,7 +62,7 @@ enum {
     PANEL = 2 * WIDTH,                /* output columns of a panel */
     ELEMS = 4 / sizeof(elem),         /* elements per lane */
     WEIGHTS = BF16_WEIGHTS ? 2 : 1,   /* weights per lane */
-    VALUE_ROWS = TILE_ROWS / 2,       /* rows of the weighted sum, with 4 vectors each */
+    FEW_ROWS = TILE_ROWS / 2,         /* rows whose sums, 4 vectors each, fit into registers */
     KEY_BLOCK = 64,                   /* keys between two updates of the online softmax */
     TASK_ROWS = 48,                   /* query rows that share the transposed keys */
     MAX_HEAD_DIM = 256,
@@ -78,6 +78,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef vec loose __attribute__((aligned(4))); /* a vec anywhere in an array */
 
+#define LOG2_E 1.44269504f
 #define INLINE static inline __attribute__((always_inline))
 
 /* How the weights of a matrix are stored: as they are multiplied, or as integers q of 4 or 8 bits.
@@ -265,29 +266,21 @@ INLINE float sum_of(vec value) {
     return sum;
 }
 
-INLINE float max_of(vec value) {
-    float max = value[0];
-    for (int i = 1; i < WIDTH; i++) max = value[i] > max ? value[i] : max;
-    return max;
-}
-
-/* e^x within 2 ulp (Cephes, S. Moshier); 0 below -87, e^88 above 88, NaN for NaN. */
-INLINE vec exp_of(vec x) {
+/* 2^x within 2 ulp (Cephes, S. Moshier) for x up to 127; 0 below -126, NaN for NaN. */
+INLINE vec exp2_of(vec x) {
     const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    vec bounded = select_lanes(x > 88.0f, broadcast(88.0f), x);
-    vec shifted = fma_of(bounded, broadcast(1.44269504f), broadcast(round)), n = shifted - round;
-    vec r = fma_of(n, broadcast(-0.693359375f), bounded);
-    r = fma_of(n, broadcast(2.12194440e-4f), r);
-    vec p = broadcast(1.9875691500e-4f);
-    p = fma_of(p, r, broadcast(1.3981999507e-3f));
-    p = fma_of(p, r, broadcast(8.3334519073e-3f));
-    p = fma_of(p, r, broadcast(4.1665795894e-2f));
-    p = fma_of(p, r, broadcast(1.6666665459e-1f));
-    p = fma_of(p, r, broadcast(5.0000001201e-1f));
-    p = fma_of(p, r * r, r) + 1.0f;
-    uvec exponent = ((uvec)shifted - (uvec)broadcast(round)) << 23; /* may wrap in lanes not selected */
-    vec power = select_lanes(x < -87.0f, (vec){}, (vec)((uvec)p + exponent));
-    return select_lanes(x == x, power, x);
+    const uint32_t to_exponent = 127 - 0x4b400000u; /* from the bits of an integer plus `round` */
+    ivec is_small = x < -126.0f;
+    vec bounded = select_lanes(is_small, broadcast(-126.0f), x);
+    vec shifted = bounded + round, fraction = bounded - (shifted - round);
+    vec p = broadcast(1.535336188e-4f);
+    p = fma_of(p, fraction, broadcast(1.339887440e-3f));
+    p = fma_of(p, fraction, broadcast(9.618437357e-3f));
+    p = fma_of(p, fraction, broadcast(5.550332471e-2f));
+    p = fma_of(p, fraction, broadcast(2.402264791e-1f));
+    p = fma_of(p, fraction, broadcast(6.931472028e-1f));
+    p = fma_of(p, fraction, broadcast(1.0f));
+    return (vec)(~is_small & (ivec)(p * (vec)(((uvec)shifted + to_exponent) << 23)));
 }
 
 /* ---- Quantized weights ---- */
@@ -716,7 +709,7 @@ INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first
         first = rotated;
     }
     if (head < heads) {
-        float scale = 1.0f / sqrtf(dim);
+        float scale = LOG2_E / sqrtf(dim); /* the softmax takes powers of 2 */
         first *= scale, second *= scale;
     }
     store(to + i, first);
@@ -757,10 +750,11 @@ static void activate(const Step *step, const Product *product, int item, int wor
     compute_tile(product, item, worker, &tile);
     inverse_rms(step->space, model->hidden, model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++) {
-        vec gate = tile.acc[r][0] * scale[r], up = tile.acc[r][1] * scale[r];
+        vec gate = tile.acc[r][0] * scale[r], up = tile.acc[r][1] * scale[r], exponent = gate * -LOG2_E;
+        exponent = select_lanes(exponent > 127.0f, broadcast(127.0f), exponent);
         int64_t row = tile.first_row + r;
         store(step->space->act + row * model->intermediate + tile.panel * WIDTH,
-              gate / (exp_of(-gate) + 1.0f) * up);
+              gate / (exp2_of(exponent) + 1.0f) * up);
     }
 }
 
@@ -784,12 +778,13 @@ typedef struct {
     int visible[TASK_ROWS];         /* number of keys that the row attends to */
 } Task;
 
-/* The state of the online softmax, and scratch for one block. */
+/* The state of the online softmax, and scratch for one block. Rows of the larger arrays follow each other
+   without gaps: at distances of powers of two they would compete for the same sets of the cache. */
 typedef struct {
-    vec keys[KEY_BLOCK / WIDTH][MAX_HEAD_DIM]; /* transposed: each vector is one lane of WIDTH keys */
-    vec sums[TASK_ROWS][MAX_HEAD_DIM / WIDTH]; /* of weighted values */
-    vec weights[TILE_ROWS][KEY_BLOCK / WIDTH];
-    float highest[TASK_ROWS], total[TASK_ROWS]; /* score, sum of weights */
+    vec keys[KEY_BLOCK / WIDTH * MAX_HEAD_DIM]; /* (key groups, lanes): a lane of WIDTH keys each */
+    vec sums[TASK_ROWS * MAX_HEAD_DIM / WIDTH]; /* (rows, D / WIDTH), of weighted values */
+    vec weights[WIDTH][KEY_BLOCK / WIDTH];      /* of a tile of rows, the rest is padding */
+    float highest[TASK_ROWS + WIDTH], total[TASK_ROWS + WIDTH]; /* score, sum of weights */
 } Attention;
 
 /* Transposes WIDTH rows of WIDTH lanes; rows are `stride` lanes apart. */
@@ -848,7 +843,7 @@ static void transpose_keys(const elem *keys, const elem *next, int num_keys, int
         for (int k = 0; k < depth; k += WIDTH) {
             const lane *rows = (const lane *)keys + (int64_t)group * WIDTH * depth;
             const lane *next_rows = (const lane *)next + (int64_t)group * WIDTH * depth;
-            transpose_square(rows + k, depth, state->keys[group] + k);
+            transpose_square(rows + k, depth, state->keys + group * depth + k);
             prefetch(next_rows + k * WIDTH, WIDTH * WIDTH * sizeof(lane));
         }
 }
@@ -856,13 +851,14 @@ static void transpose_keys(const elem *keys, const elem *next, int num_keys, int
 /* Scores of `rows` queries, from row `first` of the task, for a block of keys. */
 INLINE void score(int rows, const Task *task, int first, int num_keys, int depth, Attention *state) {
     for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group += 2) {
+        const vec *keys = state->keys + group * depth;
         vec sum[TILE_ROWS][2];
         for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
         for (int k = 0; k < depth; k++)
             for (int r = 0; r < rows; r++) {
                 vec query = broadcast_lane(((const lane *)task->queries[first + r])[k]);
-                sum[r][0] = dot(sum[r][0], state->keys[group][k], query);
-                sum[r][1] = dot(sum[r][1], state->keys[group + 1][k], query);
+                sum[r][0] = dot(sum[r][0], keys[k], query);
+                sum[r][1] = dot(sum[r][1], keys[depth + k], query);
             }
         for (int r = 0; r < rows; r++) {
             state->weights[r][group] = sum[r][0];
@@ -871,39 +867,55 @@ INLINE void score(int rows, const Task *task, int first, int num_keys, int depth
     }
 }
 
-/* Replaces one row's scores for a block by weights, exp(score - highest so far), and returns the factor
-   that rescales the sums so far. The row attends to the first `visible` keys of the block. */
-INLINE float update_softmax(vec weights[], int visible, int num_keys, float *highest, float *total) {
+/* Replaces the scores of `rows` rows, from row `first` of the task, by weights, 2^(score - highest so far),
+   and computes the factors that rescale the rows' sums so far. Keys start at position `block`. */
+INLINE void update_softmax(int rows, const Task *task, int first, int block, int num_keys, Attention *state,
+                           float shrink[]) {
     int num_vecs = (num_keys + WIDTH - 1) / WIDTH;
+    vec partial[WIDTH], lanes[WIDTH];
     ivec lane_ids = {};
     for (int i = 0; i < WIDTH; i++) lane_ids[i] = i;
-    vec top = broadcast(*highest);
-    for (int v = 0; v < num_vecs; v++) {
-        ivec is_visible = lane_ids + v * WIDTH < visible;
-        weights[v] = select_lanes(is_visible, weights[v], broadcast(-INFINITY));
-        top = select_lanes(weights[v] > top, weights[v], top);
+    for (int r = rows; r < WIDTH; r++) partial[r] = (vec){};
+    for (int r = 0; r < rows; r++) {
+        vec *scores = state->weights[r];
+        int visible = task->visible[first + r] - block;
+        for (int v = visible < 0 ? 0 : visible / WIDTH; v < num_vecs; v++)
+            scores[v] = select_lanes(lane_ids + v * WIDTH < visible, scores[v], broadcast(-INFINITY));
+        partial[r] = scores[0];
+        for (int v = 1; v < num_vecs; v++)
+            partial[r] = select_lanes(scores[v] > partial[r], scores[v], partial[r]);
     }
-    float old_highest = *highest, new_highest = max_of(top);
-    vec sum = {};
-    for (int v = 0; v < num_vecs; v++) {
-        weights[v] = exp_of(weights[v] - new_highest);
-        sum += weights[v];
+    /* Of all rows at once: the reduction over the lanes of a row is one over vectors of rows. */
+    transpose_square((const lane *)partial, WIDTH, lanes);
+    vec old = *(const loose *)(state->highest + first), highest = old;
+    for (int i = 0; i < WIDTH; i++) highest = select_lanes(lanes[i] > highest, lanes[i], highest);
+    vec factor = exp2_of(old - highest);
+    for (int r = 0; r < rows; r++) {
+        vec *weights = state->weights[r];
+        partial[r] = weights[0] = exp2_of(weights[0] - highest[r]);
+        for (int v = 1; v < num_vecs; v++) {
+            weights[v] = exp2_of(weights[v] - highest[r]);
+            partial[r] += weights[v];
+        }
     }
-    float shrink = exp_of(broadcast(old_highest - new_highest))[0];
-    *highest = new_highest;
-    *total = *total * shrink + sum_of(sum);
-    return shrink;
+    transpose_square((const lane *)partial, WIDTH, lanes);
+    vec sum = lanes[0];
+    for (int i = 1; i < WIDTH; i++) sum += lanes[i];
+    vec total = *(const loose *)(state->total + first) * factor + sum;
+    for (int r = 0; r < rows; r++) {
+        state->highest[first + r] = highest[r], state->total[first + r] = total[r];
+        shrink[r] = factor[r];
+    }
 }
 
 /* sums = sums * shrink + weights @ values, for `rows` rows and `vecs` vectors of D from `at` on. Prefetches
    as many values of the next block. */
 INLINE void weighted_sum(int rows, int vecs, const elem *values, const elem *next, int num_keys, int dim,
-                         int at,
-                         const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[],
-                         vec (*sums)[MAX_HEAD_DIM / WIDTH]) {
-    vec acc[VALUE_ROWS][4];
+                         int at, const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[], vec *sums) {
+    vec acc[TILE_ROWS][4];
+    sums += at;
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vecs; v++) acc[r][v] = sums[r][at + v] * shrink[r];
+        for (int v = 0; v < vecs; v++) acc[r][v] = sums[r * (dim / WIDTH) + v] * shrink[r];
     for (int s = 0; s < num_keys; s++) {
         vec value[4];
         int64_t from = (int64_t)s * dim + at * WIDTH;
@@ -915,42 +927,37 @@ INLINE void weighted_sum(int rows, int vecs, const elem *values, const elem *nex
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vecs; v++) sums[r][at + v] = acc[r][v];
+        for (int v = 0; v < vecs; v++) sums[r * (dim / WIDTH) + v] = acc[r][v];
 }
 
-static void add_values(int rows, const Task *task, int first, const elem *values, const elem *next,
-                       int num_keys, const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[],
-                       Attention *state) {
-    vec(*sums)[MAX_HEAD_DIM / WIDTH] = state->sums + first;
-    int at = 0, num_vecs = task->dim / WIDTH;
-#define VALUE_CASE(vecs) \
-    FOR_ROWS(rows, weighted_sum(ROWS <= VALUE_ROWS ? ROWS : 1, vecs, values, next, num_keys, task->dim, at, \
-                                weights, shrink, sums))
-    for (; at + 4 <= num_vecs; at += 4) VALUE_CASE(4)
-    for (; at < num_vecs; at += 1) VALUE_CASE(1)
+/* Adds the weighted values of a block to the sums of `rows` rows, from row `first` of the task. */
+INLINE void add_values(int rows, const Task *task, int first, const elem *values, const elem *next,
+                       int num_keys, const float shrink[], Attention *state) {
+    const vec(*weights)[KEY_BLOCK / WIDTH] = (const vec(*)[KEY_BLOCK / WIDTH])state->weights;
+    int at = 0, num_vecs = task->dim / WIDTH; /* an even number */
+    vec *sums = state->sums + first * num_vecs;
+    if (rows <= FEW_ROWS)
+        for (; at + 4 <= num_vecs; at += 4)
+            weighted_sum(rows, 4, values, next, num_keys, task->dim, at, weights, shrink, sums);
+    for (; at < num_vecs; at += 2)
+        weighted_sum(rows, 2, values, next, num_keys, task->dim, at, weights, shrink, sums);
 }
 
-/* Attention of up to TILE_ROWS rows to one block of keys and values. */
-static void attend_block(const Task *task, int first, int rows, int block, int num_keys,
+/* Attention of a tile of rows to one block of keys and values. */
+INLINE void attend_block(int rows, const Task *task, int first, int block, int num_keys,
                          const elem *next_values, Attention *state) {
     float shrink[TILE_ROWS];
-    FOR_ROWS(rows, score(ROWS, task, first, num_keys, task->dim / ELEMS, state))
-    for (int r = 0; r < rows; r++)
-        shrink[r] = update_softmax(state->weights[r], task->visible[first + r] - block, num_keys,
-                                   state->highest + first + r, state->total + first + r);
-    const elem *values = task->values + (int64_t)block * task->dim;
-    for (int r = 0; r < rows; r += VALUE_ROWS)
-        add_values(min_int(VALUE_ROWS, rows - r), task, first + r, values, next_values, num_keys,
-                   (const vec(*)[KEY_BLOCK / WIDTH])state->weights + r, shrink + r, state);
+    score(rows, task, first, num_keys, task->dim / ELEMS, state);
+    update_softmax(rows, task, first, block, num_keys, state, shrink);
+    add_values(rows, task, first, task->values + (int64_t)block * task->dim, next_values, num_keys, shrink,
+               state);
 }
 
 static void attend_task(const Task *task) {
     Attention state;
     int num_vecs = task->dim / WIDTH;
-    for (int r = 0; r < task->num_rows; r++) {
-        state.highest[r] = -INFINITY, state.total[r] = 0;
-        for (int v = 0; v < num_vecs; v++) state.sums[r][v] = (vec){};
-    }
+    for (int r = 0; r < TASK_ROWS + WIDTH; r++) state.highest[r] = -INFINITY, state.total[r] = 0;
+    for (int i = 0; i < task->num_rows * num_vecs; i++) state.sums[i] = (vec){};
     for (int block = 0; block < task->num_keys; block += KEY_BLOCK) {
         int num_keys = min_int(KEY_BLOCK, task->num_keys - block);
         int is_last = block + num_keys == task->num_keys;
@@ -962,7 +969,7 @@ static void attend_task(const Task *task) {
             int rows = min_int(TILE_ROWS, task->num_rows - first);
             int seen = min_int(num_keys, task->visible[first + rows - 1] - block);
             if (seen > 0) /* below the diagonal */
-                attend_block(task, first, rows, block, seen, next_values, &state);
+                FOR_ROWS(rows, attend_block(ROWS, task, first, block, seen, next_values, &state))
         }
         /* The next task begins with a whole block. */
         int rest = num_keys * task->dim, rest_bytes = (KEY_BLOCK * task->dim - rest) * sizeof(elem);
@@ -971,7 +978,7 @@ static void attend_task(const Task *task) {
     }
     for (int r = 0; r < task->num_rows; r++)
         for (int v = 0; v < num_vecs; v++)
-            store(task->out[r] + v * WIDTH, state.sums[r][v] * (1.0f / state.total[r]));
+            store(task->out[r] + v * WIDTH, state.sums[r * num_vecs + v] * (1.0f / state.total[r]));
 }
 
 /* The keys that the task of an item attends to. */
