@@ -155,7 +155,8 @@ typedef struct {
    present: bit s is set if sequence s takes part. The values of the others stay as they are. */
 static void step(Run *run, Team *team, unsigned present) {
     Span spans[NUM_SEQUENCES];
-    int32_t tokens[MAX_ROWS], span_of_row[MAX_ROWS], tasks[3 * MAX_ROWS], ids[NUM_SEQUENCES];
+    int32_t tokens[MAX_ROWS], span_of_row[MAX_ROWS], ids[NUM_SEQUENCES];
+    int32_t tasks[4 * MAX_ROWS], last_tasks[4 * NUM_SEQUENCES], hidden_rows[NUM_SEQUENCES];
     float hidden[NUM_SEQUENCES][HIDDEN];
     int rows = 0, num_tasks = 0, count = 0, size = TASK_ROWS / (HEADS / KV_HEADS);
     for (int s = 0; s < NUM_SEQUENCES; s++) {
@@ -163,18 +164,19 @@ static void step(Run *run, Team *team, unsigned present) {
         int length = PROMPT_LENGTHS[s];
         spans[count] = (Span){rows, length, 0, LENGTH, run->caches[s]};
         for (int first = 0; first < length; first += size) {
-            int32_t task[3] = {count, first, min_int(first + size, length)};
-            memcpy(tasks + 3 * num_tasks++, task, sizeof task);
+            int32_t task[4] = {count, first, min_int(first + size, length), rows + first};
+            memcpy(tasks + 4 * num_tasks++, task, sizeof task);
         }
+        int32_t last_task[4] = {count, length - 1, length, count};
+        memcpy(last_tasks + 4 * count, last_task, sizeof last_task);
+        hidden_rows[count] = rows + length - 1;
         for (int i = 0; i < length; i++, rows++)
             tokens[rows] = hash_of(7, s, i) % VOCAB, span_of_row[rows] = count;
         count++;
     }
-    if (smol_forward(team, &run->model, tokens, span_of_row, rows, spans, tasks, num_tasks, &run->space))
-        abort();
-    for (int i = 0; i < count; i++)
-        memcpy(hidden[i], run->space.x + (size_t)(spans[i].first_row + spans[i].num_rows - 1) * HIDDEN,
-               sizeof hidden[i]);
+    Batch batch = {tokens, span_of_row, spans, hidden_rows, hidden[0], {tasks, num_tasks, 0},
+                   {last_tasks, count, 0}, rows, count};
+    if (smol_forward(team, &run->model, &batch, &run->space)) abort();
     Best *best = aligned(sizeof *best * NUM_SEQUENCES * team_num_threads(team));
     if (smol_best(team, &run->model, hidden[0], count, NULL, &run->space, best, ids)) abort();
     free(best);

@@ -483,6 +483,23 @@ def hidden_states(model: Model, token_ids: list[int]) -> Any:
     return model.forward(cache.make_batch([ScheduledSequence(sequence, 0, len(token_ids))]))
 
 
+def test_unwanted_hidden_states_change_no_others(kernels: Kernels, tiny_folder: Path) -> None:
+    """The last layer computes only the rows that are wanted; these have the same bits as always."""
+    model = load_model(tiny_folder, "float32", "cpu", kernels)
+    assert isinstance(model, NativeModel)
+    prompts = [list(range(1, 61)), [7, 8, 9], list(range(5, 45))]
+    cache, sequences = model.make_kv_cache(0), [Sequence(prompt) for prompt in prompts]
+    for sequence in sequences:
+        cache.allocate(sequence)
+    batch = cache.make_batch([ScheduledSequence(s, 0, len(s.token_ids)) for s in sequences])
+    whole = model.forward(replace(batch, num_hidden=np.array([60, 3, 40])))
+    few = model.forward(replace(batch, num_hidden=np.array([2, 0, 37])))
+    none = model.forward(replace(batch, num_hidden=np.zeros(3, int)))
+    assert whole.shape == (103, model.config.hidden_size)
+    assert np.array_equal(few, np.concatenate([whole[58:60], whole[66:]]))
+    assert len(none) == 0
+
+
 def test_native_and_torch_heads_agree(kernels: Kernels, tiny_folder: Path) -> None:
     """Scores of the whole vocabulary, and the best of them, are those that torch computes."""
     ours = load_model(tiny_folder, "float32", "cpu", kernels)

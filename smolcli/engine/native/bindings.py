@@ -60,6 +60,23 @@ class ModelStruct(ctypes.Structure):
     ]
 
 
+class TasksStruct(ctypes.Structure):
+    """A list of attention tasks."""
+
+    _fields_ = [("list", c_void_p), ("number", c_int32), ("padding", c_int32)]
+
+
+class BatchStruct(ctypes.Structure):
+    """The rows of a step, and which of them have their hidden states returned."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("token_ids", "span_of_row", "spans")),
+        *((name, c_void_p) for name in ("hidden_rows", "hidden")),
+        *((name, TasksStruct) for name in ("tasks", "last_tasks")),
+        *((name, c_int32) for name in ("num_rows", "num_hidden")),
+    ]
+
+
 class SpaceStruct(ctypes.Structure):
     """Buffers for the activations of a step."""
 
@@ -107,20 +124,20 @@ class Kernels:
         has_bf16_weights, has_bf16_products = (c_int32 * 2).in_dll(opened, "smol_formats")
         self.weight_dtype = numpy_dtype("bfloat16" if has_bf16_weights else "float32")
         self.dtype = numpy_dtype("bfloat16" if has_bf16_products else "float32")
-        *sizes, self.expanded_bytes, self.best_bytes = (c_int32 * 6).in_dll(
+        *sizes, self.expanded_bytes, self.best_bytes = (c_int32 * 7).in_dll(
             opened, "smol_struct_sizes"
         )
-        structs = (LayerStruct, ModelStruct, SpaceStruct)
-        layer, model, space = map(ctypes.sizeof, structs)
-        if sizes != [layer, model, SPAN.itemsize, space]:
+        structs = (LayerStruct, ModelStruct, BatchStruct, SpaceStruct)
+        layer, model, batch, space = map(ctypes.sizeof, structs)
+        if sizes != [layer, model, SPAN.itemsize, batch, space]:
             raise KernelError(f"{name}: structure sizes {sizes} differ from those of bindings.py")
         pointer, number = c_void_p, c_int32
         self._create = _typed(opened.smol_team_create, c_void_p, number)
         self._destroy = _typed(opened.smol_team_destroy, None, pointer)
         self._forward = _typed(
             opened.smol_forward,
-            *(number, pointer, ctypes.POINTER(ModelStruct), pointer, pointer, number),
-            *(pointer, pointer, number, ctypes.POINTER(SpaceStruct)),
+            *(number, pointer, ctypes.POINTER(ModelStruct), ctypes.POINTER(BatchStruct)),
+            ctypes.POINTER(SpaceStruct),
         )
         head = (pointer, ctypes.POINTER(ModelStruct), pointer, number)
         self._logits = _typed(

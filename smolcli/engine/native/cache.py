@@ -12,11 +12,11 @@ from smolcli.engine.sequence import ScheduledSequence, Sequence
 
 @dataclass(frozen=True, slots=True)
 class NativeBatch:
-    """The T tokens of one step, and the N rows whose hidden states it returns."""
+    """The T tokens of one step, and which of them have their hidden states returned."""
 
     token_ids: Array  # (T,), int32
     spans: Array  # (sequences,), SPAN
-    hidden_rows: Array  # (N,)
+    num_hidden: Array  # (sequences,), the number of such tokens at the end of each span
 
 
 class BufferCache:
@@ -88,8 +88,8 @@ class BufferCache:
             num_rows, buffer = item.num_rows, self._buffers[item.sequence]
             at = address(buffer)
             spans[index] = (end - num_rows, num_rows, item.start, buffer.shape[3], at)
-        rows = [np.arange(end - i.num_hidden, end) for end, i in zip(ends, items, strict=True)]
-        return NativeBatch(np.array(ids, np.int32), spans, np.concatenate(rows))
+        num_hidden = np.array([item.num_hidden for item in items])
+        return NativeBatch(np.array(ids, np.int32), spans, num_hidden)
 
     def free(self, sequence: Sequence) -> None:
         """See `interfaces.KVCache`."""

@@ -122,6 +122,25 @@ typedef struct {
     elem *cache;
 } Span;
 
+/* A list of attention tasks, (number, 4): the span, the first and the end row of the task in the span, and
+   the row of `attended` for its first one. A task has at most TASK_ROWS rows, one per token and query head
+   of a KV head. */
+typedef struct {
+    const int32_t *list;
+    int32_t number, padding;
+} Tasks;
+
+/* The R rows of a step, and the N rows whose hidden states are wanted: all that the last layer computes
+   beyond its keys and values. These are the last rows of some spans, in order. */
+typedef struct {
+    const int32_t *token_ids, *span_of_row; /* (R,) */
+    const Span *spans;
+    const int32_t *hidden_rows; /* (N,) */
+    float *hidden;              /* (N, H), the result */
+    Tasks tasks, last_tasks;    /* of all rows; of the wanted ones in the last layer */
+    int32_t num_rows, num_hidden;
+} Batch;
+
 /* Buffers for the activations of R rows. */
 typedef struct {
     float *x;         /* (R, H), the residual stream */
@@ -153,7 +172,7 @@ EXPORT const int32_t smol_width = WIDTH;
 EXPORT const int32_t smol_task_rows = TASK_ROWS;
 EXPORT const int32_t smol_formats[2] = {BF16_WEIGHTS, BF16_PRODUCTS};
 /* Compared with the structures of bindings.py when the library is loaded. */
-EXPORT const int32_t smol_struct_sizes[6] = {sizeof(Layer), sizeof(Model),    sizeof(Span),
+EXPORT const int32_t smol_struct_sizes[7] = {sizeof(Layer), sizeof(Model),    sizeof(Span), sizeof(Batch),
                                              sizeof(Space), sizeof(Expanded), sizeof(Best)};
 
 /* Return values of the exported functions; the first three are those of TeamStatus. */
@@ -621,17 +640,18 @@ INLINE void inverse_rms(const Space *space, int hidden, float eps, const Tile *t
 
 /* ---- The operations of a step; see `step_items` for their order. ---- */
 
-/* A forward pass: its rows, the spans that they belong to, and the attention tasks, each of which is a
-   span and a range of its rows. */
+/* A forward pass. */
 typedef struct {
     const Model *model;
-    const int32_t *token_ids, *span_of_row; /* (R,) */
-    int rows;
-    const Span *spans;
-    const int32_t *tasks; /* (num_tasks, 3) */
-    int num_tasks;
+    const Batch *batch;
     const Space *space;
 } Step;
+
+INLINE int is_last_layer(const Step *step, int layer) { return layer + 1 == step->model->num_layers; }
+
+INLINE Tasks tasks_of(const Step *step, int layer) {
+    return is_last_layer(step, layer) ? step->batch->last_tasks : step->batch->tasks;
+}
 
 INLINE void embed_dense(const void *panel, int column, int features, float *x) {
     const lane *from = (const lane *)panel + column;
@@ -666,7 +686,7 @@ INLINE void embed_quantized(Format format, const char *group, int column, int fe
 static void embed(const Step *step, int row) {
     const Model *model = step->model;
     Format format = model->embed.format;
-    int id = step->token_ids[row], hidden = model->hidden, column = id % PANEL;
+    int id = step->batch->token_ids[row], hidden = model->hidden, column = id % PANEL;
     const char *panel = (const char *)model->embed.panels + id / PANEL * panel_bytes(format, hidden);
     float *x = step->space->x + (int64_t)row * hidden;
     switch (format) {
@@ -688,7 +708,7 @@ static void embed(const Step *step, int row) {
    which the rotation combines. */
 INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first, vec second) {
     const Model *model = step->model;
-    const Span *span = step->spans + step->span_of_row[row];
+    const Span *span = step->batch->spans + step->batch->span_of_row[row];
     int dim = model->head_dim, half = dim / 2, heads = model->num_heads;
     int head = panel / (dim / PANEL), i = panel % (dim / PANEL) * WIDTH;
     int64_t position = span->start + row - span->first_row;
@@ -727,17 +747,20 @@ static void project_qkv(const Step *step, int layer, const Product *product, int
                 tile.acc[r][1] * scale[r]);
 }
 
-/* x += rows @ weight.T; also prepares the next norm. */
-static void add_product(const Step *step, const Product *product, const float *next_norm, int item,
-                        int worker) {
+/* to = from + rows @ weight.T; also prepares the next norm. `from_rows` are the rows of `from` that belong
+   to those of the product; NULL: the same ones. */
+static void add_product(const Step *step, const Product *product, const float *from,
+                        const int32_t *from_rows, float *to, const float *next_norm, int item, int worker) {
     Tile tile;
     int hidden = step->model->hidden;
     compute_tile(product, item, worker, &tile);
     for (int r = 0; r < tile.end_row - tile.first_row; r++) {
-        int row = tile.first_row + r;
-        loose *x = (loose *)(step->space->x + (int64_t)row * hidden + tile.panel * PANEL);
+        int row = tile.first_row + r, column = tile.panel * PANEL;
+        int64_t from_row = from_rows ? from_rows[row] : row;
+        const loose *x = (const loose *)(from + from_row * hidden + column);
+        loose *sum = (loose *)(to + (int64_t)row * hidden + column);
         vec first = x[0] + tile.acc[r][0], second = x[1] + tile.acc[r][1];
-        x[0] = first, x[1] = second;
+        sum[0] = first, sum[1] = second;
         prepare_norm(step->space, hidden, next_norm, row, tile.panel, first, second);
     }
 }
@@ -981,38 +1004,35 @@ static void attend_task(const Task *task) {
             store(task->out[r] + v * WIDTH, state.sums[r * num_vecs + v] * (1.0f / state.total[r]));
 }
 
-/* The keys that the task of an item attends to. */
-INLINE const elem *keys_of(const Step *step, int layer, int item) {
+/* The keys or values of a plane of the KV cache that the task of an item attends to. */
+INLINE const elem *plane_of(const Step *step, const int32_t *task, int64_t plane, int item) {
     const Model *model = step->model;
-    int kv_heads = model->num_kv_heads;
-    const Span *span = step->spans + step->tasks[3 * (item / kv_heads)];
-    return span->cache + ((int64_t)layer * kv_heads + item % kv_heads) * span->length * model->head_dim;
-}
-
-/* The values that belong to them. */
-INLINE const elem *values_of(const Step *step, int layer, int item) {
-    return keys_of(step, layer + step->model->num_layers, item);
+    const Span *span = step->batch->spans + task[0];
+    int64_t head = plane * model->num_kv_heads + item % model->num_kv_heads;
+    return span->cache + head * span->length * model->head_dim;
 }
 
 /* Attention of the rows of a task over one KV head; `item` selects both. */
 static void attend(const Step *step, int layer, int item) {
     const Model *model = step->model;
+    Tasks tasks = tasks_of(step, layer);
     int dim = model->head_dim, heads = model->num_heads, kv_heads = model->num_kv_heads;
-    int group = heads / kv_heads, head = item % kv_heads;
-    int next_item = min_int(item + 1, step->num_tasks * kv_heads - 1);
-    const int32_t *which = step->tasks + 3 * (item / kv_heads); /* span, first row, end row */
-    const Span *span = step->spans + which[0];
-    Task task = {.keys = keys_of(step, layer, item),
-                 .values = values_of(step, layer, item),
-                 .next_keys = keys_of(step, layer, next_item),
-                 .next_values = values_of(step, layer, next_item),
+    int group = heads / kv_heads, head = item % kv_heads, values = layer + model->num_layers;
+    int next_item = min_int(item + 1, tasks.number * kv_heads - 1);
+    const int32_t *which = tasks.list + 4 * (item / kv_heads);
+    const int32_t *next = tasks.list + 4 * (next_item / kv_heads);
+    const Span *span = step->batch->spans + which[0];
+    Task task = {.keys = plane_of(step, which, layer, item),
+                 .values = plane_of(step, which, values, item),
+                 .next_keys = plane_of(step, next, layer, next_item),
+                 .next_values = plane_of(step, next, values, next_item),
                  .num_keys = span->start + which[2],
                  .dim = dim};
     for (int row = which[1]; row < which[2]; row++)
         for (int h = head * group; h < (head + 1) * group; h++) {
-            int64_t at = ((int64_t)(span->first_row + row) * heads + h) * dim;
-            task.queries[task.num_rows] = step->space->queries + at;
-            task.out[task.num_rows] = step->space->attended + at;
+            int64_t from = span->first_row + row, to = which[3] + row - which[1];
+            task.queries[task.num_rows] = step->space->queries + (from * heads + h) * dim;
+            task.out[task.num_rows] = step->space->attended + (to * heads + h) * dim;
             task.visible[task.num_rows++] = span->start + row + 1;
         }
     attend_task(&task);
@@ -1028,12 +1048,15 @@ INLINE int is_rounding(int kind) {
 }
 
 /* The product that an operation computes, or rounds the inputs of. */
-static Product layer_product(const Step *step, const Layer *layer, int kind) {
+static Product layer_product(const Step *step, int number, int kind) {
     const Model *model = step->model;
+    const Layer *layer = model->layers + number;
     const Space *space = step->space;
+    const Batch *batch = step->batch;
+    int rows = is_last_layer(step, number) && kind > ATTEND ? batch->num_hidden : batch->num_rows;
     int hidden = model->hidden, inner = model->num_heads * model->head_dim;
     int qkv = inner + 2 * model->num_kv_heads * model->head_dim;
-    Product product = {.features = hidden, .rows = step->rows, .x = space->normed, .space = space};
+    Product product = {.features = hidden, .rows = rows, .x = space->normed, .space = space};
     switch (is_rounding(kind) ? kind + 1 : kind) {
         case QKV: product.weight = layer->qkv, product.num_panels = qkv / PANEL; break;
         case OUT:
@@ -1054,12 +1077,12 @@ static Product layer_product(const Step *step, const Layer *layer, int kind) {
 /* Operation 0 is the embedding, followed by OPS_PER_LAYER operations per layer. */
 static int step_items(const void *work, int op) {
     const Step *step = work;
-    if (op == 0) return step->rows;
+    if (op == 0) return step->batch->num_rows;
     int layer = (op - 1) / OPS_PER_LAYER, kind = (op - 1) % OPS_PER_LAYER;
     if (layer >= step->model->num_layers) return -1;
-    if (kind == ATTEND) return step->num_tasks * step->model->num_kv_heads;
-    Product product = layer_product(step, step->model->layers + layer, kind);
-    if (is_rounding(kind)) return product.integers ? step->rows : 0;
+    if (kind == ATTEND) return tasks_of(step, layer).number * step->model->num_kv_heads;
+    Product product = layer_product(step, layer, kind);
+    if (is_rounding(kind)) return product.integers ? product.rows : 0;
     return num_product_items(&product);
 }
 
@@ -1072,8 +1095,11 @@ static void compute_step(const void *work, int op, int item, int worker) {
     }
     int number = (op - 1) / OPS_PER_LAYER, kind = (op - 1) % OPS_PER_LAYER;
     const Layer *layer = model->layers + number;
-    const float *next_norm = number + 1 < model->num_layers ? layer[1].input_norm : model->norm;
-    Product product = layer_product(step, layer, kind);
+    int is_end = is_last_layer(step, number);
+    const float *next_norm = is_end ? model->norm : layer[1].input_norm;
+    float *x = step->space->x, *to = is_end ? step->batch->hidden : x;
+    const int32_t *wanted = is_end ? step->batch->hidden_rows : NULL;
+    Product product = layer_product(step, number, kind);
     if (is_rounding(kind)) {
         round_inputs(&product, item);
         return;
@@ -1081,9 +1107,9 @@ static void compute_step(const void *work, int op, int item, int worker) {
     switch (kind) {
         case QKV: project_qkv(step, number, &product, item, worker); break;
         case ATTEND: attend(step, number, item); break;
-        case OUT: add_product(step, &product, layer->mlp_norm, item, worker); break;
+        case OUT: add_product(step, &product, x, wanted, to, layer->mlp_norm, item, worker); break;
         case GATE_UP: activate(step, &product, item, worker); break;
-        default: add_product(step, &product, next_norm, item, worker); break;
+        default: add_product(step, &product, to, NULL, to, next_norm, item, worker); break;
     }
 }
 
@@ -1099,16 +1125,11 @@ static int has_aligned_weights(const Model *model) {
     return aligned;
 }
 
-/* Computes the hidden states of all rows after the last layer, in space->x.
-
-   token_ids and span_of_row are (rows,). tasks is (num_tasks, 3): span, first row and end row, with at
-   most TASK_ROWS / (query heads per KV head) rows. */
-EXPORT int smol_forward(Team *team, const Model *model, const int32_t *token_ids,
-                        const int32_t *span_of_row, int rows, const Span *spans, const int32_t *tasks,
-                        int num_tasks, const Space *space) {
+/* Computes the hidden states of the wanted rows after the last layer, in batch->hidden. */
+EXPORT int smol_forward(Team *team, const Model *model, const Batch *batch, const Space *space) {
     if (!has_aligned_weights(model)) return MISALIGNED;
     static const Program program = {step_items, compute_step};
-    Step step = {model, token_ids, span_of_row, rows, spans, tasks, num_tasks, space};
+    Step step = {model, batch, space};
     return team_run(team, &program, &step);
 }
 
