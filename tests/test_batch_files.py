@@ -22,8 +22,8 @@ from smolcli.batch.manifest import load_manifest, manifest_path, save_manifest
 from smolcli.batch.validation import check_input
 from smolcli.cli.main import app
 from smolcli.errors import BackendError, QueryError, ResumeError, UsageError
+from smolcli.protocol.chat_completions import parse_completion
 from smolcli.protocol.line_formats import smol_record
-from smolcli.protocol.openai import parse_completion
 from smolcli.settings import EngineSettings, QueryDefaults, RunSettings
 from smolcli.types import Query, Result
 

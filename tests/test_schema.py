@@ -14,14 +14,10 @@ from openai.types.chat import ParsedChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from smolcli.errors import PromptTooLong, QueryError
+from smolcli.protocol.chat_completions import CompletionFields, parse_completion
 from smolcli.protocol.fields import LOGIT_BIAS, NOT_BLANK
-from smolcli.protocol.openai import (
-    CompletionFields,
-    error_code,
-    error_object,
-    parse_completion,
-    validated,
-)
+from smolcli.protocol.openai import error_code, error_object
+from smolcli.protocol.parameters import validated
 from smolcli.protocol.prompt import prompt_query
 from smolcli.protocol.query import (
     FIELDS,

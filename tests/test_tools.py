@@ -19,7 +19,7 @@ from smolcli.backends.local import LocalBackend, open_local
 from smolcli.backends.remote.backend import open_gateway
 from smolcli.errors import QueryError
 from smolcli.llm import LLM
-from smolcli.protocol.openai import parse_completion
+from smolcli.protocol.chat_completions import parse_completion
 from smolcli.protocol.query import parse_query
 from smolcli.protocol.tools import message_record, tool_fields
 from smolcli.settings import EngineSettings, QueryDefaults, RemoteSettings, RunSettings

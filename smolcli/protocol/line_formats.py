@@ -12,14 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from smolcli.errors import QueryError
 from smolcli.protocol.bare_lines import bare_id, is_bare, parse_bare
+from smolcli.protocol.chat_completions import answer_fields, parse_completion
 from smolcli.protocol.fields import ChatId, decimal_id
-from smolcli.protocol.openai import (
-    answer_fields,
-    error_code,
-    error_object,
-    parse_completion,
-    validated,
-)
+from smolcli.protocol.openai import error_code, error_object
+from smolcli.protocol.parameters import validated
 from smolcli.protocol.query import chat_id_of, parse_query
 from smolcli.protocol.text_completions import parse_text_line, text_answer_fields
 from smolcli.settings import InputFormat, QueryDefaults, RowSettings

@@ -62,6 +62,7 @@ from smolcli.protocol.fields import (
     did_you_mean,
     is_empty,
 )
+from smolcli.protocol.parameters import json_path
 from smolcli.protocol.prompt import derived_seed, with_system_prompt
 from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.protocol.tool_fields import (
@@ -644,9 +645,3 @@ def _query_error(exc: ValidationError) -> QueryError:
 
 def _required(field: str) -> QueryError:
     return QueryError(f"{field} is required and cannot be empty", ErrorCode.MISSING_FIELD, field)
-
-
-def json_path(location: Sequence[int | str]) -> str:
-    """A location inside a JSON value as text: `messages[1].content`."""
-    path = "".join(f"[{at}]" if isinstance(at, int) else f".{shorten(at)}" for at in location)
-    return path.removeprefix(".")

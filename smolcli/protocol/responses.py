@@ -27,7 +27,8 @@ from smolcli.protocol.fields import (
     TopP,
     is_empty,
 )
-from smolcli.protocol.openai import MODEL, RefusalPart, validated
+from smolcli.protocol.openai import MODEL, NO_EFFECT, RefusalPart
+from smolcli.protocol.parameters import validated
 from smolcli.protocol.query import (
     FlatJsonSchemaFormat,
     JsonObjectFormat,
@@ -45,7 +46,6 @@ Prompt = Annotated[str, Field(strict=True, json_schema_extra={"pattern": NOT_BLA
 Logprobs = Sequence[Mapping[str, Any]]  # one entry per token, as in a result
 
 _LOGPROBS = "message.output_text.logprobs"
-_NO_EFFECT = "a string; it has no effect"
 _NO_STATE = "empty: nothing is stored, so send the whole conversation as input"
 
 
@@ -67,8 +67,8 @@ Part = Annotated[InputPart | RefusalPart, Field(discriminator="type")]
 class ItemFields(Lenient):
     """What all items may have."""
 
-    id: Text | None = Field(None, description=_NO_EFFECT)
-    status: Text | None = Field(None, description=_NO_EFFECT)
+    id: Text | None = Field(None, description=NO_EFFECT)
+    status: Text | None = Field(None, description=NO_EFFECT)
 
 
 class MessageItem(ItemFields):
@@ -79,7 +79,7 @@ class MessageItem(ItemFields):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Text | list[Part]
-    phase: Text | None = Field(None, description=_NO_EFFECT)
+    phase: Text | None = Field(None, description=NO_EFFECT)
 
 
 class CallItem(ItemFields):
@@ -221,11 +221,11 @@ class ResponsesFields(Lenient):
     )
 
     # Without an effect here.
-    user: Text | None = Field(None, description=_NO_EFFECT)
-    safety_identifier: Text | None = Field(None, description=_NO_EFFECT)
-    prompt_cache_key: Text | None = Field(None, description=_NO_EFFECT)
-    prompt_cache_retention: Text | None = Field(None, description=_NO_EFFECT)
-    service_tier: Text | None = Field(None, description=_NO_EFFECT)
+    user: Text | None = Field(None, description=NO_EFFECT)
+    safety_identifier: Text | None = Field(None, description=NO_EFFECT)
+    prompt_cache_key: Text | None = Field(None, description=NO_EFFECT)
+    prompt_cache_retention: Text | None = Field(None, description=NO_EFFECT)
+    service_tier: Text | None = Field(None, description=NO_EFFECT)
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
         Field(
             None,

@@ -1,7 +1,7 @@
 """OpenAI's text completions: the parser of a request, and the format of its answers.
 
 Text completions continue raw prompts. The parameters that they share with chat completions are
-described in `openai`.
+described in `openai.GenerationFields`.
 """
 
 import codecs
@@ -30,12 +30,11 @@ from smolcli.protocol.openai import (
     STREAM_COMBINATIONS,
     GenerationFields,
     check_stream,
-    invalid_parameter,
     query_fields,
     rank_entries,
     usage_fields,
-    validated,
 )
+from smolcli.protocol.parameters import invalid_parameter, validated
 from smolcli.protocol.prompt import split_answers
 from smolcli.protocol.query import forbid_violations, parse_query
 from smolcli.settings import QueryDefaults

@@ -9,7 +9,7 @@ from typing import Any
 from flask import Blueprint, Response
 
 from smolcli.backends.alternatives import merged
-from smolcli.protocol.openai import Completion, parse_completion
+from smolcli.protocol.chat_completions import Completion, parse_completion
 from smolcli.protocol.prompt import split_answers
 from smolcli.protocol.tools import delta_record
 from smolcli.server.errors import error_body, error_response, result_error

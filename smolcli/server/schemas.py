@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from smolcli import __version__
+from smolcli.protocol.chat_completions import CompletionFields
 from smolcli.protocol.fields import MAX_ANSWERS
-from smolcli.protocol.openai import CompletionFields
 from smolcli.protocol.query import QueryFields
 from smolcli.protocol.responses import ResponsesFields
 from smolcli.protocol.text_completions import TextCompletionFields
