@@ -271,10 +271,10 @@ class TextPiece(str):
         entries = [entry for piece in rich for entry in piece.logprobs]
         return cls("".join(pieces), entries, [call for piece in rich for call in piece.calls])
 
-    @property
-    def is_blank(self) -> bool:
-        """Whether it holds neither text nor calls."""
-        return not (self or self.calls)
+
+def is_blank(piece: str) -> bool:
+    """Whether a piece of an answer holds neither text nor calls."""
+    return not (piece or (isinstance(piece, TextPiece) and piece.calls))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from fakes import EchoBackend, HeldBackend, echo
 
-from smolcli.backends.base import AnswerSource, OnText
+from smolcli.backends.base import AnswerSource, OnText, PendingQuery
 from smolcli.backends.dedup import MAX_CACHED, DedupBackend
+from smolcli.backends.ray.work_queue import ClusterQuery
+from smolcli.backends.remote.dispatch import RemoteQuery
 from smolcli.errors import BackendError
 from smolcli.types import ErrorCode, Message, Query, Result, Sampling, TextPiece, Usage, failure
 
@@ -286,3 +288,16 @@ def test_a_failing_callback_affects_its_own_query_only() -> None:
     assert pieces == ["It is"]
     late = backend.submit(QUERY, fail, is_interactive=True)
     assert late.result().error == "internal error: ValueError: broken pipe"
+
+
+@pytest.mark.parametrize("kind", [ClusterQuery, RemoteQuery])
+def test_a_failing_callback_fails_only_its_query(kind: type[PendingQuery]) -> None:
+    """On a cluster it closed the queue of all workers."""
+
+    def fail(_: str) -> None:
+        raise ValueError("broken pipe")
+
+    pending = kind(QUERY, fail)
+    pending.show("It is")
+    pending.complete(echo(QUERY))
+    assert pending.future.result().error == "internal error: ValueError: broken pipe"

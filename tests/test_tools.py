@@ -518,8 +518,10 @@ def test_calls_stream_through_a_gateway(server: RunningServer, folder: Path) -> 
     ):
         asked: Any = {"messages": [USER], "tools": TOOLS, "tool_choice": NAMED}
         with client.chat.completions.stream(model=folder.name, **asked) as stream:
+            pieces = [event for event in stream if "arguments.delta" in event.type]
             (choice,) = stream.get_final_completion().choices
     assert called(choice.message)[0][0] == "add"
+    assert len(pieces) > 1, "the calls arrived in one piece at the end"
 
 
 @pytest.fixture

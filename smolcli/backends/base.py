@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from smolcli.errors import BackendError, PromptTooLong, QueryError, SmolError
-from smolcli.types import ErrorCode, FinishReason, Query, Result, failure
+from smolcli.types import ErrorCode, FinishReason, Query, Result, failure, is_blank
 
 WAKE_INTERVAL_S = 0.2  # an unbounded wait cannot be interrupted on Windows
 WINDOW_BATCHES = 3  # batches of unfinished queries that keep every slot of a backend busy
@@ -104,6 +104,15 @@ class PendingQuery:
     def is_open(self) -> bool:
         """Whether the result is still awaited."""
         return not self.future.done()
+
+    def show(self, text: str) -> None:
+        """Pass on a piece of the answer. If the callback raises, only this query fails."""
+        if self.on_text is None or is_blank(text) or not self.is_open:
+            return
+        try:
+            self.on_text(text)
+        except Exception as exc:
+            self.complete(failed_result(self.query, exc))
 
     def complete(self, result: Result) -> None:
         """Deliver the result."""

@@ -15,7 +15,6 @@ from smolcli.backends.base import (
     OnText,
     PendingQuery,
     complete_future,
-    failed_result,
 )
 from smolcli.protocol.tools import with_call_ids
 from smolcli.settings import EngineSettings
@@ -45,13 +44,13 @@ class Generation:
     def join(self, waiter: PendingQuery) -> None:
         """Add a waiter; it receives the text generated so far at once."""
         self.waiters.append(waiter)
-        _show(waiter, TextPiece.joined(self._pieces))
+        waiter.show(TextPiece.joined(self._pieces))
 
     def extend(self, text: str) -> None:
         """Pass new text on to every waiter."""
         self._pieces.append(text)
         for waiter in tuple(self.waiters):  # a waiter whose callback fails is removed
-            _show(waiter, text)
+            waiter.show(text)
 
 
 class DedupBackend(BackendWrapper):
@@ -88,7 +87,7 @@ class DedupBackend(BackendWrapper):
             if cached := self._cached.get(key[0]):
                 self._cached.move_to_end(key[0])
                 self._num_shared += 1
-                _show(waiter, TextPiece.whole(cached))
+                waiter.show(TextPiece.whole(cached))
                 waiter.complete(_shared(cached, waiter))
             elif generation := self._running.get(key):
                 self._num_shared += 1
@@ -166,17 +165,6 @@ class DedupBackend(BackendWrapper):
                 del self._running[key]
                 if generation.inner is not None:
                     generation.inner.cancel()
-
-
-def _show(waiter: PendingQuery, text: str) -> None:
-    """Pass text on to one waiter; a callback that raises is the error of its own query."""
-    is_blank = text.is_blank if isinstance(text, TextPiece) else not text
-    if is_blank or waiter.on_text is None or not waiter.is_open:
-        return
-    try:
-        waiter.on_text(text)
-    except Exception as exc:
-        waiter.complete(failed_result(waiter.query, exc))
 
 
 def _canonical(query: Query) -> Query:

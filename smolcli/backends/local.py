@@ -160,7 +160,7 @@ class LocalQuery(PendingQuery):
     first_token_at: float = 0.0
     num_shown: int = 0  # log probabilities that have been passed on
 
-    def show(self, text: str, sequence: Sequence, calls: list[ToolCallDelta]) -> None:
+    def pass_on(self, text: str, sequence: Sequence, calls: list[ToolCallDelta]) -> None:
         """Pass on a piece of the answer, with the log probabilities of new tokens."""
         if self.on_text is None:
             return
@@ -426,7 +426,7 @@ class LocalBackend:
         if pending.calls is not None:
             calls = pending.calls.push(pending.detokenizer.take_rest())
         if text or calls:
-            pending.show(text, sequence, calls)
+            pending.pass_on(text, sequence, calls)
         return is_finished
 
     def _push(self, pending: LocalQuery, sequence: Sequence) -> str:

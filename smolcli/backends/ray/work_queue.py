@@ -23,9 +23,7 @@ class ClusterQuery(PendingQuery):
 
     def complete(self, result: Result) -> None:
         """Deliver the result, and its text in one piece if it is streamed."""
-        piece = TextPiece.whole(result)
-        if self.on_text and not piece.is_blank and not self.future.cancelled():
-            self.on_text(piece)
+        self.show(TextPiece.whole(result))
         complete_future(self.future, result)
 
 

@@ -27,7 +27,7 @@ from smolcli.backends.remote.wire import (
     to_result,
 )
 from smolcli.errors import BackendError, QueryError
-from smolcli.types import ErrorCode, Result, TextPiece, Timings, failure
+from smolcli.types import ErrorCode, Result, TextPiece, Timings, failure, is_blank
 
 NDJSON = "application/x-ndjson"
 MAX_REQUEST_ID_CHARS = 128  # the maximum that a smol server accepts
@@ -45,11 +45,10 @@ class RemoteQuery(PendingQuery):
     reason: str = "the batch ended early"  # why there is no result yet
 
     def show(self, text: str) -> None:
-        """Pass on a piece of the answer."""
-        if text:
+        """Pass on a piece of the answer, and remember when the first one came."""
+        if not is_blank(text):
             self.first_text_at = self.first_text_at or time.perf_counter()
-            if self.on_text and self.is_open:
-                self.on_text(text)
+        super().show(text)
 
     def complete(self, result: Result) -> None:
         """Deliver the result, with timings as seen from here."""
