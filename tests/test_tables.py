@@ -61,6 +61,17 @@ def items(path: Path, settings: RowSettings) -> list[Any]:
     return list(QueryReader(read_rows(path, settings), QueryDefaults(), ChatIds()))
 
 
+def test_reading_keeps_a_larger_limit_of_the_csv_module(tmp_path: Path) -> None:
+    """The limit belongs to the whole process, so LLM.run lowered that of its caller."""
+    before = csv.field_size_limit(1 << 30)
+    try:
+        (tmp_path / "in.csv").write_text("a,b\n1,2\n")
+        assert list(read_rows(tmp_path / "in.csv", RowSettings(prompt="{a}")))
+        assert csv.field_size_limit() == 1 << 30
+    finally:
+        csv.field_size_limit(before)
+
+
 def prompt(query: Query) -> str:
     return query.messages[-1].content
 

@@ -36,7 +36,7 @@ def read_csv(
     Raises:
         InputError: the file or its header cannot be read.
     """
-    csv.field_size_limit(MAX_LINE_BYTES)
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))  # of the whole process
     source = _Source(physical_lines(file, path))
     rows = _rows(source, delimiter)
     header = _header(path, rows)
