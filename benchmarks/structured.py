@@ -28,7 +28,7 @@ from smolcli.engine.sequence import Sequence
 from smolcli.protocol.query import parse_query, schema_format
 from smolcli.protocol.strict_json import load_json
 from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults
-from smolcli.text.grammar import AnswerForm, GrammarCompiler
+from smolcli.text.grammar import GrammarCompiler, GrammarSpec
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Query, Result, Sampling
 from smolcli.weights.loader import load_model, resolve_model_config
@@ -73,7 +73,7 @@ class Cost:
         engine = Engine(self._model, batch_size, 4 << 30)
         prompts = (self._prompts * 2)[:batch_size]
         for prompt in prompts:
-            constraint = self._grammars.matcher(AnswerForm(ENDLESS)) if with_schema else None
+            constraint = self._grammars.matcher(GrammarSpec(ENDLESS)) if with_schema else None
             engine.add(Sequence(prompt, self._sampling, constraint=constraint))
         while not all(s.is_decoding for s in engine.scheduler.running) or not engine.num_steps:
             engine.step()

@@ -28,7 +28,7 @@ from pydantic import (
 
 from smolcli.errors import QueryError
 from smolcli.protocol.query import model_schema, schema_format
-from smolcli.text.grammar import AnswerForm, check_format, to_grammar
+from smolcli.text.grammar import GrammarSpec, check_format, to_grammar
 from smolcli.text.json_schema import rewrite_schema
 
 TOKENIZER = LLTokenizer("byte")
@@ -45,7 +45,7 @@ SOME_UUID = "9b2e1f0c-58d4-4c39-8a51-0f6c2d7e3b11"
 
 def allows(schema: dict[str, Any], text: str) -> bool:
     """Whether an answer constrained by a schema can be this text."""
-    matcher = LLMatcher(TOKENIZER, to_grammar(AnswerForm(schema_format(schema))), log_level=0)
+    matcher = LLMatcher(TOKENIZER, to_grammar(GrammarSpec(schema_format(schema))), log_level=0)
     tokens = list(text.encode())
     if matcher.validate_tokens(tokens) < len(tokens):
         return False

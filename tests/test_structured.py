@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from smolcli.backends.local import LocalBackend, open_local
 from smolcli.protocol.query import JSON_OBJECT, schema_format
 from smolcli.settings import EngineSettings
-from smolcli.text.grammar import AnswerForm, GrammarCompiler
+from smolcli.text.grammar import GrammarCompiler, GrammarSpec
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import AnswerFormat, ErrorCode, FinishReason, Message, Query, Result, Sampling
 
@@ -147,7 +147,7 @@ def test_schema_that_exceeds_the_lexer_limits_fails_with_an_explanation(tiny_fol
     tokenizer = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
     compiler = GrammarCompiler(tokenizer.to_str, tokenizer.get_vocab_size(), frozenset([2]))
     schema = {"type": "string", "pattern": "^.*(a.{9}|b.{99}|[ab].*a.{30})+.{200}$"}
-    matcher = compiler.matcher(AnswerForm(schema_format(schema)))
+    matcher = compiler.matcher(GrammarSpec(schema_format(schema)))
     text = random.Random(0)
     for char in ['"', *text.choices("ab", k=300)]:
         assert not matcher.is_complete

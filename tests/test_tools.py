@@ -23,7 +23,7 @@ from smolcli.protocol.chat_completions import parse_completion
 from smolcli.protocol.query import parse_query
 from smolcli.protocol.tools import message_record, tool_fields
 from smolcli.settings import EngineSettings, QueryDefaults, RemoteSettings, RunSettings
-from smolcli.text.grammar import AnswerForm, check_form
+from smolcli.text.grammar import GrammarSpec, check_grammar
 from smolcli.text.json_schema import close_objects
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.text.tool_calls import LIST, MARKER, TAGS, CallReader, CallSyntax, plain_messages
@@ -194,7 +194,7 @@ def accepts(tools: Tools, text: str, syntax: CallSyntax = LIST) -> bool:
     from smolcli.text.grammar import to_grammar
 
     tokenizer = LLTokenizer("byte")
-    matcher = LLMatcher(tokenizer, to_grammar(AnswerForm(None, tools, syntax)), log_level=0)
+    matcher = LLMatcher(tokenizer, to_grammar(GrammarSpec(None, tools, syntax)), log_level=0)
     ids = tokenizer.tokenize_bytes(text.encode())
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
@@ -243,7 +243,7 @@ def test_fault_in_a_schema_is_located(
     assert said in str(faulty.error)
     assert not good.is_error
     with pytest.raises(QueryError, match=said):
-        check_form(AnswerForm(None, query(tools=[TOOLS[0], bad]).tools))
+        check_grammar(GrammarSpec(None, query(tools=[TOOLS[0], bad]).tools))
 
 
 NODE = {"properties": {"a": {"type": "string"}}, "required": ["a"]}

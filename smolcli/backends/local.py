@@ -38,7 +38,7 @@ from smolcli.text.detokenizer import (
     logprob_entries,
     prompt_logprob_entries,
 )
-from smolcli.text.grammar import AnswerForm, GrammarCompiler, GrammarMatcher
+from smolcli.text.grammar import GrammarCompiler, GrammarMatcher, GrammarSpec
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.text.tool_calls import MARKER, CallReader
 from smolcli.types import (
@@ -331,9 +331,9 @@ class LocalBackend:
 
     def _sequence(self, pending: LocalQuery) -> Sequence:
         query = pending.query
-        form = AnswerForm(query.format, query.tools, self._tokenizer.call_syntax)
-        if not form.is_free:
-            pending.grammar = self._grammars.matcher(form)
+        spec = GrammarSpec(query.format, query.tools, self._tokenizer.call_syntax)
+        if not spec.is_free:
+            pending.grammar = self._grammars.matcher(spec)
         if query.top_logprobs is not None or query.prompt_logprobs is not None:
             pending.token_bytes = self._grammars.token_bytes()
         if query.echo and query.raw_prompt is not None:

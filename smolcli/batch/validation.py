@@ -11,7 +11,7 @@ from smolcli.data.inputs import Inputs
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.line_formats import stated_format
 from smolcli.settings import RunSettings
-from smolcli.text.grammar import AnswerForm, check_form
+from smolcli.text.grammar import GrammarSpec, check_grammar
 from smolcli.text.tokenizer import ChatTokenizer, context_length
 from smolcli.types import Query, Result, failure
 from smolcli.weights.resolve import on_disk
@@ -43,8 +43,8 @@ def check_input(settings: RunSettings, check_query: CheckQuery | None) -> Iterat
 
 def _checked(query: Query, check_query: CheckQuery | None) -> Query | Result:
     try:
-        if not (form := AnswerForm(query.format, query.tools)).is_free:
-            check_form(form)
+        if not (spec := GrammarSpec(query.format, query.tools)).is_free:
+            check_grammar(spec)
         if check_query is not None:
             check_query(query)
     except QueryError as exc:

@@ -63,13 +63,13 @@ class GrammarCompiler:
         tokenizer = self._tokenizer()
         return lambda token_id: tokenizer.decode_bytes([token_id])
 
-    def matcher(self, form: "AnswerForm") -> "GrammarMatcher":
-        """A new matcher for one answer; each distinct form is compiled once.
+    def matcher(self, spec: "GrammarSpec") -> "GrammarMatcher":
+        """A new matcher for one answer; each distinct spec is compiled once.
 
         Raises:
-            QueryError: the form is not supported.
+            QueryError: the spec is not supported.
         """
-        return GrammarMatcher(self._compiled(form).deep_copy(), form)
+        return GrammarMatcher(self._compiled(spec).deep_copy(), spec)
 
     def _tokenizer(self) -> "LLTokenizer":
         """Load the tokenizer on first use: it takes a while."""
@@ -82,13 +82,13 @@ class GrammarCompiler:
                 )
             return self._loaded
 
-    def _compile(self, form: "AnswerForm") -> "LLMatcher":
-        return _compile(form, self._tokenizer())
+    def _compile(self, spec: "GrammarSpec") -> "LLMatcher":
+        return _compile(spec, self._tokenizer())
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerForm:
-    """Everything that constrains an answer.
+class GrammarSpec:
+    """What the grammar of an answer is compiled from.
 
     Args:
         format: of its text; None for any text.
@@ -114,9 +114,9 @@ class AnswerForm:
 class GrammarMatcher:
     """The state of one answer in its grammar; implements `engine.sequence.Constraint`."""
 
-    def __init__(self, matcher: "LLMatcher", form: AnswerForm) -> None:
+    def __init__(self, matcher: "LLMatcher", spec: GrammarSpec) -> None:
         self._matcher = matcher
-        self._form = form
+        self._spec = spec
 
     @property
     def is_complete(self) -> bool:
@@ -132,7 +132,7 @@ class GrammarMatcher:
     def error(self) -> QueryError | None:
         """Why matching failed, or None."""
         is_error = self._matcher.is_error()
-        return _unsupported(self._form, self._matcher.get_error()) if is_error else None
+        return _unsupported(self._spec, self._matcher.get_error()) if is_error else None
 
     def mask(self) -> bytes:
         """A bit mask over the vocabulary, least significant bit first; 1 means allowed."""
@@ -143,20 +143,20 @@ class GrammarMatcher:
         self._matcher.consume_token(token_id)
 
 
-def to_grammar(form: AnswerForm) -> str:
-    """Translate the form of an answer to llguidance's grammar language."""
+def to_grammar(spec: GrammarSpec) -> str:
+    """Translate a spec to llguidance's grammar language."""
     from llguidance import LLMatcher
 
-    if form.callable is not None:
-        return LLMatcher.grammar_from_lark(_tools_grammar(form, form.callable))
-    assert form.format is not None
-    if form.format.choices:
-        return LLMatcher.grammar_from_regex("|".join(map(re.escape, form.format.choices)))
-    if form.format.regex:
-        return LLMatcher.grammar_from_regex(form.format.regex)
-    if form.format.grammar:
-        return LLMatcher.grammar_from_lark(_to_lark(form.format.grammar))
-    schema = _rewritten(form.format.schema)
+    if spec.callable is not None:
+        return LLMatcher.grammar_from_lark(_tools_grammar(spec, spec.callable))
+    assert spec.format is not None
+    if spec.format.choices:
+        return LLMatcher.grammar_from_regex("|".join(map(re.escape, spec.format.choices)))
+    if spec.format.regex:
+        return LLMatcher.grammar_from_regex(spec.format.regex)
+    if spec.format.grammar:
+        return LLMatcher.grammar_from_lark(_to_lark(spec.format.grammar))
+    schema = _rewritten(spec.format.schema)
     return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
 
 
@@ -189,26 +189,26 @@ def _rewritten(schema: str) -> str:
     return json.dumps(rewrite_schema(json.loads(schema)), ensure_ascii=False)
 
 
-def _tools_grammar(form: AnswerForm, tools: Tools) -> str:
+def _tools_grammar(spec: GrammarSpec, tools: Tools) -> str:
     """A grammar in llguidance's dialect of Lark: text, or calls, which MARKER begins.
 
     Text may precede calls. It never contains MARKER, so a model that writes MARKER has to go on
     with a call.
     """
-    syntax = form.syntax
+    syntax = spec.syntax
     names = [function.name for function in callable_functions(tools)]
     more = f" ({_quoted(syntax.separator)} call){{0,{MAX_CALLS - 1}}}" if tools.is_parallel else ""
     lines = ["%llguidance {}"]
     if tools.mode is ToolMode.REQUIRED:
         lines.append(f"start: {_quoted(MARKER)} calls")
-    elif form.format is None:
+    elif spec.format is None:
         lines += [
             "start: TEXT | before calls",
             f"before[suffix={_quoted(MARKER)}]: /(?s:.*)/",
             f"TEXT: /(?s:.*)/ & ~/(?s:.*){MARKER}(?s:.*)/",
         ]
     else:
-        lines += [f"start: answer | {_quoted(MARKER)} calls", _answer_rule(form.format)]
+        lines += [f"start: answer | {_quoted(MARKER)} calls", _answer_rule(spec.format)]
     lines += [
         f"calls: {_quoted(syntax.opening)} call{more} {_quoted(syntax.closing)}",
         f"call: {' | '.join(f'call_{at}' for at in range(len(names)))}",
@@ -297,8 +297,8 @@ def _nodes(value: object) -> Iterator[dict[str, Any]]:
                 pending.extend(items)
 
 
-def check_form(form: AnswerForm) -> None:
-    """Check, without a model, that the form of an answer is supported.
+def check_grammar(spec: GrammarSpec) -> None:
+    """Check, without a model, that a grammar is supported.
 
     The grammar is compiled as for an answer, with bytes as tokens: validating it alone misses
     schemas that no text matches.
@@ -306,12 +306,12 @@ def check_form(form: AnswerForm) -> None:
     Raises:
         QueryError: it is not.
     """
-    _compile(form, _byte_tokenizer())
+    _compile(spec, _byte_tokenizer())
 
 
 def check_format(answers: AnswerFormat) -> None:
-    """Check, without a model, that an answer format is supported; see `check_form`."""
-    check_form(AnswerForm(answers))
+    """Check, without a model, that an answer format is supported; see `check_grammar`."""
+    check_grammar(GrammarSpec(answers))
 
 
 @lru_cache(1)
@@ -321,25 +321,25 @@ def _byte_tokenizer() -> "LLTokenizer":
     return LLTokenizer("byte")
 
 
-def _compile(form: AnswerForm, tokenizer: "LLTokenizer") -> "LLMatcher":
-    if form.format is not None:
-        _reject_unsafe(form.format.schema, "response_format")
-    if form.callable is not None:
-        _check_parameters(form.callable)
-    matcher = _matcher(form, tokenizer)
+def _compile(spec: GrammarSpec, tokenizer: "LLTokenizer") -> "LLMatcher":
+    if spec.format is not None:
+        _reject_unsafe(spec.format.schema, "response_format")
+    if spec.callable is not None:
+        _check_parameters(spec.callable)
+    matcher = _matcher(spec, tokenizer)
     if matcher.is_error():
-        if form.callable is not None:
-            _blame_part(form, form.callable, tokenizer)
-        raise _unsupported(form, matcher.get_error())
+        if spec.callable is not None:
+            _blame_part(spec, spec.callable, tokenizer)
+        raise _unsupported(spec, matcher.get_error())
     return matcher
 
 
-def _matcher(form: AnswerForm, tokenizer: "LLTokenizer") -> "LLMatcher":
+def _matcher(spec: GrammarSpec, tokenizer: "LLTokenizer") -> "LLMatcher":
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(verbose_errors=False)
-    with _panics_as_query_errors(form):
-        matcher = LLMatcher(tokenizer, to_grammar(form), log_level=0, limits=limits)
+    with _panics_as_query_errors(spec):
+        matcher = LLMatcher(tokenizer, to_grammar(spec), log_level=0, limits=limits)
         matcher.compute_bitmask()  # some errors are reported only here
     return matcher
 
@@ -352,35 +352,35 @@ def _check_parameters(tools: Tools) -> None:
             raise QueryError(f'{path}.type must be "object"', field=f"{path}.type")
 
 
-def _blame_part(form: AnswerForm, tools: Tools, tokenizer: "LLTokenizer") -> None:
-    """Raise the error of the schema that makes a form unsupported, if it is a single one."""
-    if form.format is not None:
-        _compile(AnswerForm(form.format), tokenizer)
+def _blame_part(spec: GrammarSpec, tools: Tools, tokenizer: "LLTokenizer") -> None:
+    """Raise the error of the schema that makes a spec unsupported, if it is a single one."""
+    if spec.format is not None:
+        _compile(GrammarSpec(spec.format), tokenizer)
     for at, function in enumerate(tools.functions):
         arguments = AnswerFormat(schema=json.dumps(_argument_schema(function)))
-        matcher = _matcher(AnswerForm(arguments), tokenizer)
+        matcher = _matcher(GrammarSpec(arguments), tokenizer)
         if matcher.is_error():
             raise _unsupported_schema(matcher.get_error(), f"tools[{at}].function.parameters")
 
 
 @contextmanager
-def _panics_as_query_errors(form: AnswerForm) -> Iterator[None]:
+def _panics_as_query_errors(spec: GrammarSpec) -> Iterator[None]:
     try:
         yield
     except BaseException as exc:
         if type(exc).__name__ != "PanicException":  # raised by pyo3; not a subclass of Exception
             raise
-        raise _unsupported(form, f"llguidance failed: {exc}") from exc
+        raise _unsupported(spec, f"llguidance failed: {exc}") from exc
 
 
-def _unsupported(form: AnswerForm, reason: str) -> QueryError:
-    if form.callable is not None:
+def _unsupported(spec: GrammarSpec, reason: str) -> QueryError:
+    if spec.callable is not None:
         return QueryError(f"unsupported tools: {_explain(reason)}", field="tools")
-    if form.format is not None and form.format.choices:
+    if spec.format is not None and spec.format.choices:
         return QueryError(f"unsupported choices: {_explain(reason)}", field="choices")
-    if form.format is not None and form.format.grammar:
+    if spec.format is not None and spec.format.grammar:
         return _unsupported_grammar(reason)
-    if form.format is not None and form.format.regex:
+    if spec.format is not None and spec.format.regex:
         found = re.search(r"^error: (.*)$", reason, re.MULTILINE)
         message = f"unsupported regex: {_explain(found[1] if found else reason)}"
         return QueryError(message, field="structured_outputs")
