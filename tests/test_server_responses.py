@@ -190,3 +190,10 @@ def test_unsupported_parameter_is_rejected_by_path(
     assert caught.value.param == param
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["message"].startswith(param.split("[")[0])
+
+
+def test_too_long_prompt_is_the_input(client: openai.OpenAI, asked: dict[str, Any]) -> None:
+    """The parameter was given as "messages", which only chat completions have."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(input="Hi " * 5000, **asked)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "input")

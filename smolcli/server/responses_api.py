@@ -16,7 +16,7 @@ from smolcli.protocol.responses import (
 from smolcli.server.errors import HttpError, error_response, result_error
 from smolcli.server.service import Service, json_response, read_json, to_json
 from smolcli.server.sse import Event, event_lines, stream_response
-from smolcli.types import Result
+from smolcli.types import ErrorCode, Result
 
 
 def responses_routes(service: Service) -> Blueprint:
@@ -43,7 +43,8 @@ def responses_routes(service: Service) -> Blueprint:
 
 def _failed(result: Result) -> Response:
     error = result_error(result)
-    path = own_paths(error.field) if error.field else None
+    is_too_long = error.code == ErrorCode.PROMPT_TOO_LONG
+    path = "input" if is_too_long else error.field and own_paths(error.field)
     message = own_paths(str(error))
     return error_response(HttpError(error.status, message, error.code, path, error.headers))
 
