@@ -18,7 +18,7 @@ from smolcli.protocol.openai import error_code, error_object
 from smolcli.protocol.parameters import validated
 from smolcli.protocol.query import chat_id_of, parse_query
 from smolcli.protocol.text_completions import parse_text_line, text_answer_fields
-from smolcli.settings import InputFormat, QueryDefaults, RowSettings
+from smolcli.settings import QueryDefaults, RowSettings
 from smolcli.types import ErrorCode, Query, Result, Usage
 
 SAMPLE_LINES = 64  # maximum number of lines that the format is detected from
@@ -289,6 +289,11 @@ BARE = BareFormat()
 FORMATS: tuple[LineFormat, ...] = (SMOL, OPENAI, BARE)
 
 
+def stated_format(rows: RowSettings) -> LineFormat | None:
+    """The format that `--input-format` states; None if it has to be detected."""
+    return next((format for format in FORMATS if format.name == rows.input_format), None)
+
+
 def detect_format(values: Iterable[object], defaults: QueryDefaults) -> LineFormat:
     """Decide the format of an input from its first lines.
 
@@ -353,12 +358,6 @@ def _answer_fields(choice: dict[str, Any]) -> dict[str, Any]:
     if calls := choice.get("message", {}).get("tool_calls"):
         answer["tool_calls"] = calls
     return answer | ({"logprobs": choice["logprobs"]} if choice.get("logprobs") else {})
-
-
-def stated_format(rows: RowSettings) -> LineFormat | None:
-    """The format that `--input-format` states; None if it has to be detected."""
-    formats: dict[InputFormat, LineFormat] = {"smol": SMOL, "openai": OPENAI, "bare": BARE}
-    return formats.get(rows.input_format)
 
 
 def _is_request(value: object) -> bool:

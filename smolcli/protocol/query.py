@@ -348,10 +348,21 @@ _SCORES: dict[str, Any] = {
     "required": ["prompt_logprobs"],
     "properties": {"prompt_logprobs": {"type": "number"}},
 }
+
+
+def zero_tokens_rule(name: str) -> dict[str, Any]:
+    """The rule that a query which generates nothing echoes or scores its prompt.
+
+    Args:
+        name: of the field with the number of tokens to generate.
+    """
+    return {"anyOf": [{"properties": {name: {"not": {"const": 0}}}}, _ECHOES, _SCORES]}
+
+
 _RAW_COMBINATIONS: list[Any] = [
     {"anyOf": [{"not": _ECHOES}, _IS_RAW]},
     {"anyOf": [{"not": _IS_RAW}, {"properties": {"tools": {"enum": [None, []]}}}]},
-    {"anyOf": [{"properties": {"max_new_tokens": {"not": {"const": 0}}}}, _ECHOES, _SCORES]},
+    zero_tokens_rule("max_new_tokens"),
 ]
 
 

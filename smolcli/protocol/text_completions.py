@@ -36,7 +36,7 @@ from smolcli.protocol.openai import (
 )
 from smolcli.protocol.parameters import invalid_parameter, validated
 from smolcli.protocol.prompt import split_answers
-from smolcli.protocol.query import forbid_violations, parse_query
+from smolcli.protocol.query import forbid_violations, parse_query, zero_tokens_rule
 from smolcli.settings import QueryDefaults
 from smolcli.types import FinishReason, Query, Result, Usage
 
@@ -52,13 +52,8 @@ Prompts = (
     | Annotated[list[PromptIds], Field(min_length=1)]
 )
 
-_ECHO: dict[str, Any] = {"required": ["echo"], "properties": {"echo": {"const": True}}}
-_SCORES: dict[str, Any] = {
-    "required": ["prompt_logprobs"],
-    "properties": {"prompt_logprobs": {"type": "number"}},
-}
 _COMBINATIONS: list[Any] = [
-    {"anyOf": [{"properties": {"max_tokens": {"not": {"const": 0}}}}, _ECHO, _SCORES]},
+    zero_tokens_rule("max_tokens"),
     {
         "anyOf": [
             {"properties": {"best_of": {"enum": [*EMPTY]}}},
