@@ -9,7 +9,7 @@
                                   A long run may be split over seeds
 
    Weights are exact in bfloat16 and in all quantized formats, and do not depend on the layout, so all
-   builds compute the same model from matrices in any format: 0 dense, 1 Q4_0, 2 Q4_1, 3 Q8_0. */
+   builds compute the same model from matrices in any format, by its number in kernels.c. */
 
 #define _GNU_SOURCE
 #include "../smolcli/engine/native/kernels.c"
@@ -81,6 +81,13 @@ static uint16_t half_of(float value) {
     return value == 0 ? 0 : bits >> 16 & 0x8000 | ((bits >> 23 & 255) - 112) << 10 | bits >> 13 & 1023;
 }
 
+static void set_number(Format format, char *group, int index, float value) {
+    if (has_float_scales(format))
+        ((float *)group)[index] = value;
+    else
+        ((uint16_t *)group)[index] = half_of(value);
+}
+
 static Matrix pack_quantized(int matrix, int rows, int columns, int distance, Format format) {
     int panels = (rows + PANEL - 1) / PANEL, bits = bits_of(format), in_word = 32 / bits;
     char *packed = aligned(panels * panel_bytes(format, columns));
@@ -88,14 +95,13 @@ static Matrix pack_quantized(int matrix, int rows, int columns, int distance, Fo
         for (int column = 0; column < columns; column++) {
             int source = distance ? source_row(row, distance) : row, within = row % PANEL;
             char *group = packed + row / PANEL * panel_bytes(format, columns) +
-                          column / GROUP * group_bytes(format);
+                          column / group_size(format) * group_bytes(format);
             float scale = scale_at(matrix, source, column);
-            ((uint16_t *)group)[within] = half_of(scale);
-            if (format == Q4_1) ((uint16_t *)group)[PANEL + within] = half_of(-8 * scale);
+            set_number(format, group, within, scale);
+            if (has_offsets(format)) set_number(format, group, PANEL + within, -8 * scale);
             uint32_t *words = (uint32_t *)(group + scale_bytes(format));
-            uint32_t code = code_at(matrix, source, column) + (1 << (bits - 1));
-            if (format == Q4_1) code = code_at(matrix, source, column) + 8;
-            words[column % GROUP / in_word * PANEL + within] |= code << bits * (column % in_word);
+            uint32_t code = code_at(matrix, source, column) + (has_offsets(format) ? 8 : 1 << (bits - 1));
+            words[column % group_size(format) / in_word * PANEL + within] |= code << bits * (column % in_word);
         }
     return (Matrix){packed, format, 0};
 }

@@ -32,7 +32,8 @@ def build(path: Path, *flags: str, compiler: str = "gcc", bf16: tuple[int, int] 
     return path
 
 
-QUANTIZED = ("1", "2", "3")  # Q4_0, Q4_1, Q8_0; see kernel_driver.c
+INTEGER = ("1", "2", "3")  # Q4_0, Q4_1, Q8_0, as numbered in kernels.c
+QUANTIZED = (*INTEGER, "4", "5", "6")  # also Q4_K, Q5_K, Q6_K
 
 
 def output(*command: str | Path) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
@@ -71,7 +72,7 @@ def test_integer_products_have_the_same_bits_in_all_instructions(
     driver: Path, expected: "np.ndarray[tuple[int, int], np.dtype[np.float64]]"
 ) -> None:
     """AVX2's pairs of products and VNNI's dot products, which are emulated."""
-    for stored in QUANTIZED:
+    for stored in INTEGER:
         found = output(driver, "2", stored, "1")
         assert np.array_equal(output(driver, "1", stored, "2"), found), stored
         assert 0 < relative_error(found, expected) < 0.03, stored
@@ -97,6 +98,7 @@ def test_aarch64_equals_x86(
     found = output(qemu, path, "2")
     for stored in QUANTIZED:
         assert np.array_equal(output(qemu, path, "2", stored), found), stored
+    for stored in INTEGER:
         rounded, by_dot = (output(qemu, path, "2", stored, kind) for kind in INSTRUCTIONS)
         assert np.array_equal(rounded, by_dot), stored
         if bf16 == (0, 0):
@@ -120,6 +122,7 @@ def test_wide_vectors_agree_with_narrow_ones(
     found = output(path, "2")
     for stored in QUANTIZED:
         assert np.array_equal(output(path, "2", stored), found), stored
+    for stored in INTEGER:
         rounded, by_dot = (output(path, "2", stored, kind) for kind in INSTRUCTIONS)
         assert np.array_equal(rounded, by_dot), stored
         assert 0 < relative_error(rounded, expected) < 0.04, stored

@@ -34,6 +34,7 @@ from smolcli.engine.native.bindings import (
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.native.packing import interleave, pack_into, packed_layout, split_heads
 from smolcli.engine.quantized import (
+    BLOCK_FORMATS,
     GROUP,
     QuantizedMatrix,
     Weight,
@@ -232,7 +233,7 @@ def test_bfloat16_weights_with_float32_arithmetic_equal_float32_weights(tiny_fol
     assert np.array_equal(*seen)
 
 
-@pytest.mark.parametrize("stored", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("stored", BLOCK_FORMATS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quantized_weights_give_the_bits_of_expanded_ones(
     dtype: Literal["float32", "bfloat16"], stored: str, tiny_folder: Path
@@ -333,22 +334,24 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return summed
 
 
-def test_int8_quantizes_other_matrices(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("stored", [None, "Q4_K", "Q5_K", "Q6_K"])
+def test_int8_quantizes_other_matrices(stored: str | None, tiny_folder: Path) -> None:
     """Also those that are packed together from different formats; norms stay as they are."""
     kernels, config = native_kernels("int8"), tiny_config(tiny_folder)
-    layout = packed_layout(config, kernels, {}).tensors
+    weights = quantized_weights(config, stored) if stored else random_weights(config)
+    layout = packed_layout(config, kernels, formats_of(weights)).tensors
     matrices = [layout["embed"], layout["layers.0.qkv"], layout["layers.0.down"]]
     assert {tensor.format for tensor in matrices} == {"Q8_0"}
     assert layout["norm"].format == "dense"
-    weights = random_weights(config)
+    exact = {name: as_array(weight) for name, weight in weights.items()}
     rounded = {
-        name: as_array(quantized_as("Q8_0", weight)) if weight.ndim > 1 else weight
+        name: as_array(quantized_as("Q8_0", weight)) if weight.ndim > 1 else as_array(weight)
         for name, weight in weights.items()
     }
-    assert all(np.allclose(rounded[n], w, atol=np.abs(w).max() / 250) for n, w in weights.items())
+    assert all(np.allclose(rounded[n], w, atol=np.abs(w).max() / 250) for n, w in exact.items())
     found = hidden_states(NativeModel(config, weights, kernels), [3, 4, 5])
-    exact = hidden_states(NativeModel(config, rounded, native_kernels("float32")), [3, 4, 5])
-    assert np.allclose(found, exact, rtol=1e-3, atol=1e-3 * np.abs(exact).max())
+    expected = hidden_states(NativeModel(config, rounded, native_kernels("float32")), [3, 4, 5])
+    assert np.allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
 def test_int8_needs_native_kernels(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -369,34 +372,55 @@ def test_int8_needs_native_kernels(folder: Path, tiny_folder: Path, tmp_path: Pa
         resolve_config(given, load_config(tiny_folder))
 
 
-def test_matrices_of_mixed_formats_are_expanded(kernels: Kernels, tiny_folder: Path) -> None:
+@pytest.mark.parametrize(("other", "common"), [("Q8_0", "Q5_K"), ("Q6_K", "dense")])
+def test_matrices_of_mixed_formats_get_one_that_holds_them_all(
+    kernels: Kernels, other: str, common: str, tiny_folder: Path
+) -> None:
     """A fused matrix has one format; llama.cpp stores some layers' values in more bits."""
     config = tiny_config(tiny_folder)
     weights = quantized_weights(config, "Q4_1")
     name = "layers.1.self_attn.v_proj.weight"
-    weights[name] = quantized_weights(config, "Q8_0")[name]
+    weights[name] = quantized_weights(config, other)[name]
     layout = packed_layout(config, kernels, formats_of(weights)).tensors
-    assert (layout["layers.0.qkv"].format, layout["layers.1.qkv"].format) == ("Q4_1", "dense")
+    assert (layout["layers.0.qkv"].format, layout["layers.1.qkv"].format) == ("Q4_1", common)
     expanded = {name: as_array(weight) for name, weight in weights.items()}
     seen = [hidden_states(NativeModel(config, w, kernels), [3, 4, 5]) for w in (weights, expanded)]
     assert np.array_equal(*seen)
 
 
 def quantized_weights(config: LlamaConfig, stored: str) -> dict[str, Weight]:
-    """Random weights, the matrices quantized by the gguf package."""
+    """Random weights, the matrices quantized by the gguf package if it can."""
+    quantize = k_quantized if stored.endswith("_K") else quantized_by_gguf
+    return {
+        name: quantize(stored, weight) if weight.ndim > 1 else weight
+        for name, weight in random_weights(config).items()
+    }
+
+
+def quantized_by_gguf(stored: str, weight: Array) -> QuantizedMatrix:
     kind = GGMLQuantizationType[stored]
-    weights: dict[str, Weight] = {}
-    for name, weight in random_weights(config).items():
-        weights[name] = weight
-        if weight.ndim > 1:
-            blocks = quants.quantize(weight, kind).reshape(
-                len(weight), weight.shape[1] // GROUP, -1
-            )
-            weights[name] = QuantizedMatrix(stored, blocks)
-            assert np.array_equal(
-                as_array(weights[name]), quants.dequantize(blocks, kind).reshape(weight.shape)
-            )
-    return weights
+    blocks = quants.quantize(weight, kind).reshape(len(weight), weight.shape[1] // GROUP, -1)
+    matrix = QuantizedMatrix(stored, blocks)
+    dequantized = quants.dequantize(blocks, kind).reshape(weight.shape)
+    assert np.array_equal(as_array(matrix), dequantized)
+    return matrix
+
+
+def k_quantized(stored: str, weight: Array) -> QuantizedMatrix:
+    """Scales and offsets are products of a float16 and an integer, as in GGUF."""
+    layout = BLOCK_FORMATS[stored]
+    groups = weight.reshape(len(weight), -1, layout.size)
+    low, high = groups.min(axis=-1), groups.max(axis=-1)
+    offsets = (low / 41).astype(np.float16).astype(np.float32) * 41 * layout.has_offsets
+    most = {"Q4_K": 15, "Q5_K": 31, "Q6_K": 31}[stored]
+    reach = high - low if layout.has_offsets else np.maximum(high, -low)
+    scales = (reach / most / -37).astype(np.float16).astype(np.float32) * -37
+    codes = np.rint((groups - offsets[..., None]) / scales[..., None])
+    codes = codes.clip(-32 if layout.zero else 0, most) + layout.zero
+    given = offsets if layout.has_offsets else None
+    matrix = QuantizedMatrix.of(stored, scales, codes.astype(np.uint8), given)
+    assert np.allclose(as_array(matrix), weight, atol=0.1 * np.abs(weight).max())
+    return matrix
 
 
 @pytest.mark.parametrize(

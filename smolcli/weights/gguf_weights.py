@@ -14,13 +14,17 @@ import numpy as np
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.dtypes import numpy_dtype
-from smolcli.engine.quantized import BLOCK_BYTES, GROUP, Array, QuantizedMatrix, Weight
+from smolcli.engine.quantized import BLOCK_FORMATS, Array, QuantizedMatrix, Weight
 from smolcli.errors import ModelError
 
 FILE = "model.gguf"
 INDEX = "model.gguf.index.json"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # GGUF's names
-READ_AS = {"Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q8_0": "Q8_0", "Q5_0": "Q8_0"}  # without loss
+READ_AS = {  # the kernels' formats that hold those of GGUF without loss
+    **{kind: kind for kind in BLOCK_FORMATS},
+    "Q5_0": "Q8_0",
+    "Q5_1": "Q5_K",
+}
 
 
 def is_in(folder: Path) -> bool:
@@ -121,11 +125,7 @@ def _tensor(name: str, entry: Mapping[str, Any], data: Array, config: LlamaConfi
         return rows.view(numpy_dtype(DTYPES[entry["type"]]))
     if entry["type"] not in READ_AS:
         return dequantize(rows, kind)
-    blocks = rows.reshape(*outer, inner // GROUP, -1)
-    if entry["type"] == "Q5_0":
-        blocks = _q8_0_of_q5_0(blocks)
-    assert blocks.shape[-1] == BLOCK_BYTES[READ_AS[entry["type"]]]
-    return QuantizedMatrix(READ_AS[entry["type"]], blocks)
+    return _matrix(entry["type"], rows.reshape(*outer, inner // block, block_bytes))
 
 
 def unpermuted(weight: Array, num_heads: int) -> Array:
@@ -134,9 +134,52 @@ def unpermuted(weight: Array, num_heads: int) -> Array:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _q8_0_of_q5_0(blocks: Array) -> Array:
-    """The same weights, d * (q - 16), with a byte for each integer."""
-    high = np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little") << 4
-    nibbles = blocks[..., 6:]
-    low = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
-    return np.concatenate([blocks[..., :2], (low | high) - np.uint8(16)], axis=-1)
+def _matrix(kind: str, blocks: Array) -> QuantizedMatrix:
+    """The same weights in the kernels' format for a GGUF type, `READ_AS`.
+
+    The fields of a block: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
+
+    Args:
+        kind: the type.
+        blocks: (rows, blocks, bytes of a block) uint8.
+    """
+    from gguf.quants import Q4_K
+
+    flat, offsets = blocks.reshape(-1, blocks.shape[-1]), None
+    match kind:
+        case "Q5_0":
+            scales = _float32(flat[:, :2])
+            codes = _unpacked(flat[:, 6:], 4, 16) | _unpacked(flat[:, 2:6], 1, 1) << 4
+            codes += 128 - 16
+        case "Q5_1":
+            scales, offsets = _float32(flat[:, :2]), _float32(flat[:, 2:4])
+            codes = _unpacked(flat[:, 8:], 4, 16) | _unpacked(flat[:, 4:8], 1, 1) << 4
+        case "Q4_K" | "Q5_K":
+            factors, minima = Q4_K.get_scale_min(flat[:, 4:16])
+            scales, offsets = _float32(flat[:, :2]) * factors, -_float32(flat[:, 2:4]) * minima
+            codes = _unpacked(flat[:, -128:], 4, 32)
+            if kind == "Q5_K":
+                codes |= _unpacked(flat[:, 16:48], 1, 32) << 4
+        case "Q6_K":
+            scales = _float32(flat[:, 208:]) * flat[:, 192:208].view(np.int8)
+            codes = _unpacked(flat[:, :128], 4, 64) | _unpacked(flat[:, 128:192], 2, 32) << 4
+            codes += 128 - 32
+        case _:
+            return QuantizedMatrix(kind, blocks)
+    shape = (len(blocks), -1)
+    if offsets is not None:
+        offsets = offsets.reshape(shape)
+    codes = codes.reshape(*shape, BLOCK_FORMATS[READ_AS[kind]].size)
+    return QuantizedMatrix.of(READ_AS[kind], scales.reshape(shape), codes, offsets)
+
+
+def _float32(data: Array) -> Array:
+    """Float16 values from their bytes."""
+    return data.view(np.float16).astype(np.float32)
+
+
+def _unpacked(data: Array, bits: int, run: int) -> Array:
+    """Integers of a few bits, (blocks, integers); the lowest bits of `run` bytes come first."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    parts = data.reshape(len(data), -1, 1, run) >> shifts & np.uint8((1 << bits) - 1)
+    return parts.reshape(len(data), -1)

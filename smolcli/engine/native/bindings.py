@@ -11,11 +11,11 @@ import numpy as np
 
 from smolcli.engine.dtypes import numpy_dtype
 from smolcli.engine.native import library
-from smolcli.engine.quantized import GROUP
+from smolcli.engine.quantized import BLOCK_FORMATS, GROUP
 
 FLOAT32 = np.dtype(np.float32)
 ALIGNMENT = 64  # bytes; of weights and scratch space: a cache line, and the widest vector
-FORMATS = ("dense", "Q4_0", "Q4_1", "Q8_0")  # of packed matrices, as numbered in kernels.c
+FORMATS = ("dense", *BLOCK_FORMATS)  # of packed matrices, as numbered in kernels.c
 PAIRWISE, BYTEWISE = 1, 2  # instructions of integer products, as numbered in int8_products.h
 ROUNDED_BYTES = 80  # at most, of a group of inputs of an integer product
 

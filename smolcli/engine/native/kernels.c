@@ -82,18 +82,23 @@ typedef vec loose __attribute__((aligned(4))); /* a vec anywhere in an array */
 #define INLINE static inline __attribute__((always_inline))
 
 /* How the weights of a matrix are stored: as they are multiplied, or as integers q of 4 or 8 bits.
-   GROUP input features of an output column share a scale d and, in Q4_1, an offset m:
+   A group of input features of an output column shares a scale d and, in some formats, an offset m:
 
-     Q4_0  d * (q - 8)
-     Q4_1  d * q + m
-     Q8_0  d * (q - 128)  (GGUF has signed integers; packing adds 128)
+           q       group  d, m
+     Q4_0  4 bits  32     float16  d * (q - 8)
+     Q4_1  4 bits  32     float16  d * q + m
+     Q8_0  8 bits  32     float16  d * (q - 128)  (GGUF has signed integers; packing adds 128)
+     Q4_K  4 bits  32     float32  d * q + m
+     Q5_K  8 bits  32     float32  d * q + m      (GGUF has 5 bits)
+     Q6_K  8 bits  16     float32  d * (q - 128)  (GGUF has 6 bits; packing adds 96)
 
-   d and m are float16, so that d * q is exact in float32. */
-typedef enum { DENSE, Q4_0, Q4_1, Q8_0, NUM_FORMATS } Format;
+   GGUF's d and m are float16 or, in the last three, products of a float16 and an integer of 6 or 8
+   bits. So d * q is exact in float32 where an offset follows, and d * (q - 128) is in Q6_K. */
+typedef enum { DENSE, Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K, NUM_FORMATS } Format;
 
-/* A packed matrix. The panels of a quantized one are (features / GROUP) groups: the scales of all
-   columns, their offsets in Q4_1, and the integers. These are words of 32 bits, (words, PANEL): a word
-   has consecutive features of one column, the first in its lowest bits. */
+/* A packed matrix. The panels of a quantized one consist of groups: the scales of all columns, their
+   offsets if there are any, and the integers. These are words of 32 bits, (words, PANEL): a word has
+   consecutive features of one column, the first in its lowest bits. */
 typedef struct {
     const void *panels;
     int32_t format, padding;
@@ -304,15 +309,25 @@ INLINE vec exp2_of(vec x) {
 
 /* ---- Quantized weights ---- */
 
-INLINE int bits_of(Format format) { return format == Q8_0 ? 8 : 4; }
+INLINE int bits_of(Format format) { return format == Q8_0 || format == Q5_K || format == Q6_K ? 8 : 4; }
 
-INLINE int scale_bytes(Format format) { return (format == Q4_1 ? 4 : 2) * PANEL; }
+INLINE int has_offsets(Format format) { return format == Q4_1 || format == Q4_K || format == Q5_K; }
 
-INLINE int group_bytes(Format format) { return scale_bytes(format) + bits_of(format) * GROUP / 8 * PANEL; }
+INLINE int has_float_scales(Format format) { return format >= Q4_K; }
+
+INLINE int group_size(Format format) { return format == Q6_K ? GROUP / 2 : GROUP; }
+
+INLINE int group_words(Format format) { return bits_of(format) * group_size(format) / 32; }
+
+INLINE int scale_bytes(Format format) {
+    return (has_float_scales(format) ? 4 : 2) * (has_offsets(format) ? 2 : 1) * PANEL;
+}
+
+INLINE int group_bytes(Format format) { return scale_bytes(format) + group_words(format) * 4 * PANEL; }
 
 INLINE int64_t panel_bytes(Format format, int features) {
     if (format == DENSE) return (int64_t)features / WEIGHTS * PANEL * 4;
-    return (int64_t)features / GROUP * group_bytes(format);
+    return (int64_t)features / group_size(format) * group_bytes(format);
 }
 
 /* WIDTH float16 values. */
@@ -344,14 +359,19 @@ typedef struct {
     vec scale[2], next[2], offset[2];
 } Scales;
 
+/* A vector of a group's scales, or of the offsets that follow them. */
+INLINE vec load_number(Format format, const char *group, int vector) {
+    return has_float_scales(format) ? ((const vec *)group)[vector] : load_half(group + vector * WIDTH * 2);
+}
+
 INLINE Scales load_scales(Format format, const char *group) {
     Scales scales;
     for (int v = 0; v < 2; v++) {
-        vec scale = load_half(group + v * WIDTH * 2);
+        vec scale = load_number(format, group, v);
         scales.scale[v] = scale;
         scales.next[v] = scale * (1.0f / (1 << bits_of(format)));
-        if (format == Q4_1)
-            scales.offset[v] = load_half(group + (PANEL + v * WIDTH) * 2);
+        if (has_offsets(format))
+            scales.offset[v] = load_number(format, group, 2 + v);
         else
             scales.offset[v] = scale * -(float)(1 << (bits_of(format) - 1));
     }
@@ -366,8 +386,8 @@ INLINE vec round_weight(vec value) {
 
 /* Two consecutive features of the columns of a vector, from the lowest bits of the words.
 
-   The sum is rounded once, like the sum of a product and an offset: the product is exact. The weights
-   of Q4_0 and Q8_0 are exact too. */
+   The sum is rounded once, like the sum of a product and an offset: the product is exact. Without
+   offsets, the weights are exact too. */
 INLINE void expand_pair(Format format, uvec words, const Scales *scales, int v, vec *first,
                         vec *second) {
     uvec mask = (uvec){} + ((1u << bits_of(format)) - 1);
@@ -395,10 +415,10 @@ INLINE vec join_pair(vec first, vec second) {
 INLINE void expand_panel(Format format, const char *panel, int features, lane *to) {
     int bits = bits_of(format);
     vec *out = (vec *)to;
-    for (int group = 0; group < features / GROUP; group++, panel += group_bytes(format)) {
+    for (int at = 0; at < features; at += group_size(format), panel += group_bytes(format)) {
         Scales scales = load_scales(format, panel);
         const uvec *words = (const uvec *)(panel + scale_bytes(format));
-        for (int word = 0; word < bits; word++, words += 2) {
+        for (int word = 0; word < group_words(format); word++, words += 2) {
             uvec left[2] = {words[0], words[1]};
             for (int pair = 0; pair < 16 / bits; pair++, out += 4 / WEIGHTS) {
                 for (int v = 0; v < 2; v++) {
@@ -458,10 +478,10 @@ INLINE void quantized_tile(Format format, int rows, const char *panel, int featu
     int bits = bits_of(format), step = 0;
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
-    for (int group = 0; group < features / GROUP; group++, panel += group_bytes(format)) {
+    for (int at = 0; at < features; at += group_size(format), panel += group_bytes(format)) {
         Scales scales = load_scales(format, panel);
         const uvec *words = (const uvec *)(panel + scale_bytes(format));
-        for (int word = 0; word < bits; word++, words += 2, step++) {
+        for (int word = 0; word < group_words(format); word++, words += 2, step++) {
             uvec left[2] = {words[0], words[1]};
             __builtin_prefetch(next + ((step * next_step) >> 8) * 64, 0, 2);
             for (int pair = 0; pair < 16 / bits; pair++, x += 2) {
@@ -520,6 +540,9 @@ static void any_tile(int rows, const lane *panel, int depth, const elem *x, cons
 QUANTIZED_TILE(q4_0_tile, Q4_0)
 QUANTIZED_TILE(q4_1_tile, Q4_1)
 QUANTIZED_TILE(q8_0_tile, Q8_0)
+QUANTIZED_TILE(q4_k_tile, Q4_K)
+QUANTIZED_TILE(q5_k_tile, Q5_K)
+QUANTIZED_TILE(q6_k_tile, Q6_K)
 
 /* A product of input rows with a packed matrix. */
 typedef struct {
@@ -552,6 +575,9 @@ static const lane *expanded_panel(const Product *product, const char *panel, int
     switch ((Format)product->weight.format) {
         case Q4_0: expand_panel(Q4_0, panel, product->features, expanded->panel); break;
         case Q4_1: expand_panel(Q4_1, panel, product->features, expanded->panel); break;
+        case Q4_K: expand_panel(Q4_K, panel, product->features, expanded->panel); break;
+        case Q5_K: expand_panel(Q5_K, panel, product->features, expanded->panel); break;
+        case Q6_K: expand_panel(Q6_K, panel, product->features, expanded->panel); break;
         default: expand_panel(Q8_0, panel, product->features, expanded->panel); break;
     }
     expanded->source = panel;
@@ -599,6 +625,9 @@ static void compute_tile(const Product *product, int item, int worker, Tile *out
         switch (format) {
             case Q4_0: q4_0_tile(rows, panel, features, x, next, next_step, out->acc); break;
             case Q4_1: q4_1_tile(rows, panel, features, x, next, next_step, out->acc); break;
+            case Q4_K: q4_k_tile(rows, panel, features, x, next, next_step, out->acc); break;
+            case Q5_K: q5_k_tile(rows, panel, features, x, next, next_step, out->acc); break;
+            case Q6_K: q6_k_tile(rows, panel, features, x, next, next_step, out->acc); break;
             default: q8_0_tile(rows, panel, features, x, next, next_step, out->acc); break;
         }
         return;
@@ -669,7 +698,7 @@ INLINE void embed_quantized(Format format, const char *group, int column, int fe
     for (int feature = 0; feature < features; group += group_bytes(format)) {
         Scales scales = load_scales(format, group);
         const uvec *words = (const uvec *)(group + scale_bytes(format)) + vector;
-        for (int word = 0; word < bits; word++) {
+        for (int word = 0; word < group_words(format); word++) {
             uvec left = words[2 * word];
             for (int pair = 0; pair < 16 / bits; pair++, feature += 2) {
                 vec first, second;
@@ -693,6 +722,9 @@ static void embed(const Step *step, int row) {
         case Q4_0: embed_quantized(Q4_0, panel, column, hidden, x); break;
         case Q4_1: embed_quantized(Q4_1, panel, column, hidden, x); break;
         case Q8_0: embed_quantized(Q8_0, panel, column, hidden, x); break;
+        case Q4_K: embed_quantized(Q4_K, panel, column, hidden, x); break;
+        case Q5_K: embed_quantized(Q5_K, panel, column, hidden, x); break;
+        case Q6_K: embed_quantized(Q6_K, panel, column, hidden, x); break;
         default: embed_dense(panel, column, hidden, x); break;
     }
     for (int panel = 0; panel < hidden / PANEL; panel++) {

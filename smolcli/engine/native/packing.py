@@ -6,9 +6,9 @@ that the two vectors of a panel contain values that are used together: gate and 
 halves of a head that the rotary embedding combines.
 
 Quantized matrices stay quantized; integer products need all matrices to be. Within a panel, each
-group of input features has the scales of all columns, their offsets, and their integers in words of
-32 bits; see kernels.c. Matrices that are packed together but stored in different formats are
-expanded, or for integer products quantized alike.
+block of input features has the scales of all columns, their offsets, and their integers in words of
+32 bits; see kernels.c. Matrices that are packed together but stored in different formats get one
+that holds them all; if there is none, they are expanded, or for integer products rounded.
 """
 
 import math
@@ -22,18 +22,19 @@ import numpy as np
 from smolcli.engine.config import LlamaConfig, rotary_angles
 from smolcli.engine.native.bindings import ALIGNMENT, FLOAT32, Array, Kernels
 from smolcli.engine.quantized import (
-    BLOCK_BYTES,
-    GROUP,
+    BLOCK_FORMATS,
     Formats,
     QuantizedMatrix,
     Weights,
     as_array,
+    common_format,
     formats_of,
     quantized_as,
 )
 
 DENSE = "dense"
-REQUANTIZED = "Q8_0"  # what integer products make of matrices that are not quantized alike
+INTEGER_FORMATS = ("Q4_0", "Q4_1", "Q8_0")  # of matrices that are multiplied in integers
+REQUANTIZED = "Q8_0"  # what integer products make of other matrices
 NOT_QUANTIZED: Formats = MappingProxyType({})
 
 
@@ -91,17 +92,16 @@ def _packed_tensor(
         return PackedTensor(offset, shape, FLOAT32)
     out_features, in_features = shape
     num_panels = -(-out_features // kernels.panel)
-    found = {formats.get(part, DENSE) for part in parts}
-    stored = found.pop()
-    is_dense = bool(found) or stored not in BLOCK_BYTES
-    if is_dense and kernels.integers:
+    stored = common_format(formats.get(part, DENSE) for part in parts)
+    if kernels.integers and stored not in INTEGER_FORMATS:
         stored = REQUANTIZED
-    elif is_dense:
+    if stored is None:
         lane = 4 // kernels.weight_dtype.itemsize
         dense = (num_panels, in_features // lane, kernels.panel, lane)
         return PackedTensor(offset, dense, kernels.weight_dtype)
-    groups = (num_panels, in_features // GROUP, BLOCK_BYTES[stored] * kernels.panel)
-    return PackedTensor(offset, groups, np.dtype(np.uint8), stored)
+    block = BLOCK_FORMATS[stored]
+    blocks = (num_panels, in_features // block.size, block.num_bytes * kernels.panel)
+    return PackedTensor(offset, blocks, np.dtype(np.uint8), stored)
 
 
 def pack_into(buffer: Array, config: LlamaConfig, weights: Weights, kernels: Kernels) -> None:
@@ -214,24 +214,22 @@ def _pack(weight: Array, out: Array) -> None:
 
 
 def _pack_quantized(matrix: QuantizedMatrix, out: Array, panel: int) -> None:
-    """Rows -> (panels, groups, scales, offsets and words of all columns); missing rows stay 0."""
-    codes, bits = matrix.codes, 8 if matrix.format == "Q8_0" else 4
-    if bits == 4:  # two features per byte
+    """Rows -> (panels, blocks, scales, offsets and words of all columns); missing rows stay 0."""
+    codes, layout = matrix.codes, matrix.layout
+    if layout.bits == 4:  # two features per byte
         codes = codes[..., 0::2] | codes[..., 1::2] << 4
-    words = np.ascontiguousarray(codes).view(np.uint32)  # (rows, groups, words)
-    num_scales = 2 if matrix.format == "Q4_1" else 1
-    numbers = out[..., : num_scales * panel * 2].view(np.float16)
-    numbers = numbers.reshape(*out.shape[:2], num_scales, panel)
-    integers = out[..., num_scales * panel * 2 :].view(np.uint32)
-    integers = integers.reshape(*out.shape[:2], -1, panel)
+    words = np.ascontiguousarray(codes).view(np.uint32)  # (rows, blocks, words)
+    scale_bytes = layout.scale_bytes * panel
+    numbers = out[..., :scale_bytes].view(layout.number).reshape(*out.shape[:2], -1, panel)
+    integers = out[..., scale_bytes:].view(np.uint32).reshape(*out.shape[:2], -1, panel)
     _fill_panels(matrix.scales[..., None], numbers[..., :1, :])
-    if num_scales == 2:
+    if layout.has_offsets:
         _fill_panels(matrix.offsets[..., None], numbers[..., 1:, :])
     _fill_panels(words, integers)
 
 
 def _fill_panels(rows: Array, out: Array) -> None:
-    """(rows, groups, values) -> (panels, groups, values, panel)."""
+    """(rows, blocks, values) -> (panels, blocks, values, panel)."""
     panel = out.shape[-1]
     num_whole = len(rows) // panel
     whole = rows[: num_whole * panel].reshape(num_whole, panel, *rows.shape[1:])
