@@ -204,6 +204,17 @@ def test_quantized_file_is_kept_as_it_came(tiny_folder: Path, tmp_path: Path) ->
     assert missing_file(folder) == "model.gguf.index.json"
 
 
+def test_types_of_a_kept_file_are_listed_by_size(tmp_path: Path) -> None:
+    """A Q4_K_M file mixes four of them."""
+    (tmp_path / "model.gguf").touch()
+    tensors = {
+        f"{kind}.weight": {"type": kind, "shape": [rows, 256], "offset": 0}
+        for kind, rows in (("Q8_0", 3), ("Q6_K", 1), ("Q5_0", 4), ("Q4_K", 2))
+    }
+    gguf_weights.write_index(tmp_path, tensors)
+    assert weight_format(tmp_path) == "Q5_0, Q8_0, Q4_K and Q6_K"
+
+
 @pytest.mark.parametrize("damage", ["truncate", "index"])
 def test_damage_to_a_kept_file_is_a_model_error(
     tiny_folder: Path, tmp_path: Path, damage: str

@@ -246,9 +246,10 @@ def _gguf_format(folder: Path) -> str | None:
     from smolcli.weights.gguf_weights import stored_types  # late: imports numpy
 
     try:
-        return " and ".join(stored_types(folder))
+        kinds = stored_types(folder)
     except ModelError:
         return None
+    return ", ".join([*kinds[:-2], " and ".join(kinds[-2:])])
 
 
 def find_damage(folder: Path) -> str | None:
