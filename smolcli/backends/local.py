@@ -33,12 +33,9 @@ from smolcli.engine.speculation import Speculation
 from smolcli.errors import BackendError, QueryError
 from smolcli.protocol.tools import with_call_ids
 from smolcli.settings import EngineSettings
-from smolcli.text.detokenizer import (
-    Detokenizer,
-    logprob_entries,
-    prompt_logprob_entries,
-)
+from smolcli.text.detokenizer import Detokenizer
 from smolcli.text.grammar import GrammarCompiler, GrammarMatcher, GrammarSpec
+from smolcli.text.logprobs import logprob_entries, prompt_logprob_entries
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.text.tool_calls import MARKER, CallReader
 from smolcli.types import (
