@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolcli.text.detokenizer import Detokenizer, StopString
-from smolcli.text.tokenizer import TextDecoder
+from smolcli.text.detokenizer import Detokenizer, StopString, TextDecoder
 
 PIECES = st.lists(st.text(alphabet="ab \n", max_size=5), max_size=12)
 STOPS = st.lists(st.text(alphabet="ab \n", min_size=1, max_size=5), max_size=4).map(tuple)

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 from typer.testing import CliRunner
 
 from smolcli.cli.main import app
-from smolcli.text.tokenizer import TextDecoder
+from smolcli.text.detokenizer import TextDecoder
 from smolcli.text.vocabulary_index import (
     IndexedTokenizer,
     build_index,

@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of a model: messages to token ids, token ids to text."""
+"""The tokenizer and chat template of a model: messages to the token ids of a prompt."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from smolcli.errors import ModelError, QueryError
 from smolcli.protocol.tools import function_record
 from smolcli.text.chat_template import ChatTemplate
+from smolcli.text.detokenizer import TextDecoder
 from smolcli.text.prompt_encoder import PromptEncoder
 from smolcli.text.tool_calls import (
     LIST,
@@ -198,47 +199,9 @@ class ChatTokenizer:
         """Decode token ids to text, skipping special tokens."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def decoder(self) -> "TextDecoder":
+    def decoder(self) -> TextDecoder:
         """A new incremental decoder, for one answer."""
         return TextDecoder(self._tokenizer)
-
-
-class TextDecoder:
-    """Incremental decoder whose concatenated output equals `ChatTokenizer.decode`."""
-
-    def __init__(self, tokenizer: Tokenizer | IndexedTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._token_ids: list[int] = []
-        self._num_sent = 0
-        self._window = 0  # the first of the tokens that are decoded together with the next one
-        self._next_window = 0
-        self._shown = ""  # the text of the window, which has been returned
-
-    def push(self, token_id: int) -> str:
-        """Decode one more token; returns "" while a character is incomplete.
-
-        The token is decoded after those of the previous piece, because the text of a token may
-        depend on the one before it.
-        """
-        self._token_ids.append(token_id)
-        text = self._decode(self._window)
-        if len(text) <= len(self._shown) or text.endswith("\ufffd"):
-            return ""
-        piece = text[len(self._shown) :]
-        self._window, self._next_window = self._next_window, len(self._token_ids)
-        self._shown = self._decode(self._window)
-        self._num_sent += len(piece)
-        return piece
-
-    def _decode(self, start: int) -> str:
-        return self._tokenizer.decode(self._token_ids[start:], skip_special_tokens=True)
-
-    def flush(self) -> str:
-        """Return the remaining text: U+FFFD for a character that was never completed, else ""."""
-        text = self._decode(0)
-        piece = text[self._num_sent :]
-        self._num_sent = len(text)
-        return piece
 
 
 def _load_tokenizer(
