@@ -32,6 +32,20 @@ CONFIG_NAMES = {  # names of fields that config.json spells differently
 class LlamaConfig:
     """The sizes and constants that define a Llama model's computation.
 
+    Args:
+        vocab_size: number of rows of the embedding.
+        hidden_size: size of the residual stream.
+        intermediate_size: size of the MLP's hidden layer.
+        num_layers: number of transformer blocks.
+        num_heads: query heads per layer.
+        num_kv_heads: key/value heads per layer, which divide the query heads into groups.
+        head_dim: size of a head; even.
+        max_positions: context length in tokens.
+        rms_norm_eps: added to the mean square in each norm.
+        rope_theta: base of the rotary embedding's frequencies.
+        is_tied: whether the output projection is the embedding.
+        eos_ids: tokens that end an answer.
+
     Raises:
         ModelError: a value has the wrong type, is out of range or contradicts another one.
     """

@@ -35,7 +35,11 @@ class Constraint(Protocol):
 class TokenLogprob:
     """The log probability (natural logarithm) of a token and of the most likely ones.
 
-    `rank` is the token's position among all tokens by probability, from 1.
+    Args:
+        token_id: the token.
+        logprob: its log probability.
+        rank: its position among all tokens by probability, from 1.
+        alternatives: (token id, log probability) of the most likely tokens, in that order.
     """
 
     token_id: int
