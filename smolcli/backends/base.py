@@ -4,7 +4,7 @@ import logging
 import operator
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
@@ -69,6 +69,12 @@ def incomplete_json(answer: Result, num_tokens: int) -> Result:
         error_code=ErrorCode.INCOMPLETE_JSON,
         logprobs=None,
     )
+
+
+def fail_all(queries: Iterable["PendingQuery"], error: SmolError) -> None:
+    """Report to several queries that the backend has failed."""
+    for query in queries:
+        query.fail(error)
 
 
 def start_thread(target: Callable[[], None], name: str) -> threading.Thread:

@@ -2,12 +2,11 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
 from math import ceil
 
-from smolcli.backends.base import PendingQuery, complete_future
+from smolcli.backends.base import PendingQuery, complete_future, fail_all
 from smolcli.errors import BackendError, SmolError
 from smolcli.types import Result, TextPiece
 
@@ -131,7 +130,7 @@ class WorkQueue:
                 self._loads.remove(load)
             self._waiting.extendleft(reversed(requeued))
             self._changed.notify_all()
-        _fail_all(
+        fail_all(
             given_up,
             BackendError(
                 f"{MAX_WORKERS_LOST} workers were lost while they held this query: {reason}"
@@ -146,9 +145,4 @@ class WorkQueue:
             queries = [*self._waiting, *held]
             self._waiting.clear()
             self._changed.notify_all()
-        _fail_all(queries, BackendError(str(closed_by)))
-
-
-def _fail_all(queries: Iterable[ClusterQuery], error: BackendError) -> None:
-    for query in queries:
-        query.fail(error)
+        fail_all(queries, BackendError(str(closed_by)))

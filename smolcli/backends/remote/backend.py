@@ -18,6 +18,7 @@ from smolcli.backends.base import (
     Counters,
     Health,
     OnText,
+    fail_all,
     internal_error,
     start_thread,
 )
@@ -156,8 +157,7 @@ class RemoteBackend:
         finally:
             with self._lock:
                 self._is_closed = True
-            for pending in list(self._open):
-                pending.fail(BackendError("the connection to the model is closed"))
+            fail_all(list(self._open), BackendError("the connection to the model is closed"))
             self._loop.close()
 
     async def _serve(self) -> None:
@@ -234,9 +234,9 @@ class RemoteBackend:
                         retry_deadline = busy_deadline
                     deadline = min(deadline, retry_deadline)
         except BackendError as exc:
-            _fail_all(queries, exc)
+            fail_all(queries, exc)
         except Exception as exc:
-            _fail_all(queries, BackendError(internal_error(exc)))
+            fail_all(queries, BackendError(internal_error(exc)))
 
 
 class Batcher:
@@ -293,11 +293,6 @@ class Batcher:
             num_chars += own_chars
         if batch:
             yield batch
-
-
-def _fail_all(queries: list[RemoteQuery], error: BackendError) -> None:
-    for pending in queries:
-        pending.fail(error)
 
 
 def _base_url(url: str) -> str:
