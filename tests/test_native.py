@@ -334,6 +334,13 @@ def fma(a: Array, b: Array, c: Array) -> Array:
     return summed
 
 
+def test_the_kv_cache_of_integer_products_has_16_bits(tiny_folder: Path) -> None:
+    model = load_model(tiny_folder, "int8", "cpu", native_kernels("int8"))
+    cache, sequence = model.make_kv_cache(0), Sequence([3, 4, 5])
+    sequence.max_tokens = native_kernels("int8").panel
+    assert cache.bytes_needed(sequence) == model.config.kv_cache_bytes(sequence.max_tokens, 2)
+
+
 @pytest.mark.parametrize("stored", [None, "Q4_K", "Q5_K", "Q6_K"])
 def test_int8_quantizes_other_matrices(stored: str | None, tiny_folder: Path) -> None:
     """Also those that are packed together from different formats; norms stay as they are."""

@@ -95,7 +95,7 @@ def resolve_config(
     else:
         weight_bytes = config.num_weights * ITEM_BYTES[dtype]
     taken = OVERHEAD_BYTES + weight_bytes + prefix_cache_bytes
-    item_bytes = kernels.dtype.itemsize if kernels else ITEM_BYTES[dtype]
+    item_bytes = kernels.cache_dtype.itemsize if kernels else ITEM_BYTES[dtype]
     slot_bytes = config.kv_cache_bytes(TYPICAL_TOKENS, item_bytes)
     room = max(min(memory // KV_CACHE_DIVISOR, memory - taken), slot_bytes)
     kv_cache_bytes = settings.kv_cache_mb << 20 or room

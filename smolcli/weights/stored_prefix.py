@@ -38,7 +38,7 @@ class StoredPrefix:
         self._path = self._weights.with_suffix(".kv")
         self._source = kernels.source
         shape = (2, config.num_layers, config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
-        self._shape, self._dtype = shape, kernels.dtype
+        self._shape, self._dtype = shape, kernels.cache_dtype
 
     def restore(self, cache: PrefixCache[Array]) -> None:
         """Put what is stored into a prefix cache, if it is intact and from this build."""

@@ -108,7 +108,8 @@ class Kernels:
         panel: output columns per panel of packed weights.
         task_rows: maximum number of query rows of one KV head in an attention task.
         weight_dtype: of packed weights that are not quantized.
-        dtype: of activations and the KV cache.
+        dtype: of activations.
+        cache_dtype: of the KV cache: `dtype`, but float16 for float32 with integer products.
 
     Raises:
         KernelError: the library does not match these bindings.
@@ -124,6 +125,8 @@ class Kernels:
         has_bf16_weights, has_bf16_products = (c_int32 * 2).in_dll(opened, "smol_formats")
         self.weight_dtype = numpy_dtype("bfloat16" if has_bf16_weights else "float32")
         self.dtype = numpy_dtype("bfloat16" if has_bf16_products else "float32")
+        has_half_cache = bool(integers) and not has_bf16_products
+        self.cache_dtype = numpy_dtype("float16") if has_half_cache else self.dtype
         *sizes, self.expanded_bytes, self.best_bytes = (c_int32 * 7).in_dll(
             opened, "smol_struct_sizes"
         )

@@ -29,7 +29,7 @@ class BufferCache:
     """
 
     def __init__(self, config: LlamaConfig, kernels: Kernels, prefix_cache_bytes: int) -> None:
-        block_bytes = config.kv_cache_bytes(BLOCK_TOKENS, kernels.dtype.itemsize)
+        block_bytes = config.kv_cache_bytes(BLOCK_TOKENS, kernels.cache_dtype.itemsize)
         self.prefix_cache: PrefixCache[Array] = PrefixCache(prefix_cache_bytes, block_bytes)
         self._config = config
         self._kernels = kernels
@@ -43,12 +43,16 @@ class BufferCache:
     def bytes_needed(self, sequence: Sequence) -> int:
         """See `interfaces.KVCache`."""
         length = self._padded(sequence.max_tokens)
-        return self._config.kv_cache_bytes(length, self._kernels.dtype.itemsize)
+        return self._config.kv_cache_bytes(length, self._kernels.cache_dtype.itemsize)
 
     def max_length(self, num_bytes: int) -> int:
         """See `interfaces.KVCache`."""
         panel = self._kernels.panel
-        most = num_bytes // self._config.kv_cache_bytes(panel, self._kernels.dtype.itemsize) * panel
+        most = (
+            num_bytes
+            // self._config.kv_cache_bytes(panel, self._kernels.cache_dtype.itemsize)
+            * panel
+        )
         return min(most, self._config.max_positions)
 
     def allocate(self, sequence: Sequence) -> None:
@@ -57,7 +61,7 @@ class BufferCache:
             return
         config, length = self._config, self._padded(sequence.max_tokens)
         shape = (2, config.num_layers, config.num_kv_heads, length, config.head_dim)
-        buffer = aligned_empty(shape, self._kernels.dtype)
+        buffer = aligned_empty(shape, self._kernels.cache_dtype)
         blocks = self.prefix_cache.match(sequence.reusable_ids)
         sequence.num_cached = sequence.num_reused = len(blocks) * BLOCK_TOKENS
         if blocks:

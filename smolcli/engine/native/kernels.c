@@ -121,10 +121,11 @@ typedef struct {
 } Model;
 
 /* Consecutive rows of the step: tokens of one sequence, starting at position `start`.
-   cache is (2, layers, kv_heads, length, D), keys first; length is a multiple of PANEL. */
+   cache is (2, layers, kv_heads, length, D), keys first, elements or float16; length is a multiple of
+   PANEL. */
 typedef struct {
     int32_t first_row, num_rows, start, length;
-    elem *cache;
+    char *cache;
 } Span;
 
 /* A list of attention tasks, (number, 4): the span, the first and the end row of the task in the span, and
@@ -284,6 +285,49 @@ INLINE void store(elem *to, vec value) {
 #endif
 }
 
+/* WIDTH float16 values. */
+INLINE vec load_half(const void *from) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(from));
+#else
+    union {
+        vec whole;
+#if defined(__aarch64__)
+        float32x4_t parts[WIDTH / 4];
+#else
+        __m256 parts[WIDTH / 8];
+#endif
+    } out;
+    for (unsigned i = 0; i < sizeof(vec) / sizeof out.parts[0]; i++)
+#if defined(__aarch64__)
+        out.parts[i] = vcvt_f32_f16(vld1_f16((const float16_t *)from + 4 * i));
+#else
+        out.parts[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from + i));
+#endif
+    return out.whole;
+#endif
+}
+
+/* Rounds to the nearest float16, ties to even. */
+INLINE void store_half(void *to, vec value) {
+#if defined(__AVX512F__) && WIDTH == 16
+    _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    union {
+        vec whole;
+        float32x4_t parts[WIDTH / 4];
+    } in = {value};
+    for (int i = 0; i < WIDTH / 4; i++) vst1_f16((float16_t *)to + 4 * i, vcvt_f16_f32(in.parts[i]));
+#else
+    union {
+        vec whole;
+        __m256 parts[WIDTH / 8];
+    } in = {value};
+    for (int i = 0; i < WIDTH / 8; i++)
+        _mm_storeu_si128((__m128i *)to + i, _mm256_cvtps_ph(in.parts[i], _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+
 INLINE float sum_of(vec value) {
     float sum = 0;
     for (int i = 0; i < WIDTH; i++) sum += value[i];
@@ -328,29 +372,6 @@ INLINE int group_bytes(Format format) { return scale_bytes(format) + group_words
 INLINE int64_t panel_bytes(Format format, int features) {
     if (format == DENSE) return (int64_t)features / WEIGHTS * PANEL * 4;
     return (int64_t)features / group_size(format) * group_bytes(format);
-}
-
-/* WIDTH float16 values. */
-INLINE vec load_half(const void *from) {
-#if defined(__AVX512F__) && WIDTH == 16
-    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(from));
-#else
-    union {
-        vec whole;
-#if defined(__aarch64__)
-        float32x4_t parts[WIDTH / 4];
-#else
-        __m256 parts[WIDTH / 8];
-#endif
-    } out;
-    for (unsigned i = 0; i < sizeof(vec) / sizeof out.parts[0]; i++)
-#if defined(__aarch64__)
-        out.parts[i] = vcvt_f32_f16(vld1_f16((const float16_t *)from + 4 * i));
-#else
-        out.parts[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from + i));
-#endif
-    return out.whole;
-#endif
 }
 
 /* For each of the two vectors of a panel: weight = q * scale + offset, in float32. `next` is the scale
@@ -733,6 +754,10 @@ static void embed(const Step *step, int row) {
     }
 }
 
+/* Whether the KV cache is float16: where products of integers are less exact than that anyway, and elements
+   are not of 16 bits already. */
+INLINE int has_half_cache(const Model *model) { return !BF16_PRODUCTS && model->integers; }
+
 /* Applies the rotary embedding to one row of a q, k and v tile; stores queries in the buffer, and keys
    and values in the KV cache.
 
@@ -744,15 +769,6 @@ INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first
     int dim = model->head_dim, half = dim / 2, heads = model->num_heads;
     int head = panel / (dim / PANEL), i = panel % (dim / PANEL) * WIDTH;
     int64_t position = span->start + row - span->first_row;
-    elem *to;
-    if (head < heads) {
-        to = step->space->queries + ((int64_t)row * heads + head) * dim;
-    } else {
-        int is_value = head >= heads + model->num_kv_heads;
-        int kv_head = (head - heads) % model->num_kv_heads;
-        int64_t plane = (int64_t)is_value * model->num_layers + layer;
-        to = span->cache + ((plane * model->num_kv_heads + kv_head) * span->length + position) * dim;
-    }
     if (head < heads + model->num_kv_heads) {
         vec cos = *(const loose *)(model->cos + position * half + i);
         vec sin = *(const loose *)(model->sin + position * half + i);
@@ -762,10 +778,21 @@ INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first
     }
     if (head < heads) {
         float scale = LOG2_E / sqrtf(dim); /* the softmax takes powers of 2 */
-        first *= scale, second *= scale;
+        elem *to = step->space->queries + ((int64_t)row * heads + head) * dim;
+        store(to + i, first * scale);
+        store(to + half + i, second * scale);
+        return;
     }
-    store(to + i, first);
-    store(to + half + i, second);
+    int is_value = head >= heads + model->num_kv_heads, kv_head = (head - heads) % model->num_kv_heads;
+    int64_t plane = (int64_t)is_value * model->num_layers + layer;
+    int64_t at = ((plane * model->num_kv_heads + kv_head) * span->length + position) * dim + i;
+    if (has_half_cache(model)) {
+        store_half((uint16_t *)span->cache + at, first);
+        store_half((uint16_t *)span->cache + at + half, second);
+    } else {
+        store((elem *)span->cache + at, first);
+        store((elem *)span->cache + at + half, second);
+    }
 }
 
 /* q, k, v = norm(x) @ weight.T */
@@ -825,8 +852,8 @@ static void activate(const Step *step, const Product *product, int item, int wor
 
 /* Up to TASK_ROWS query rows of one sequence and one KV head, sorted by `visible`. */
 typedef struct {
-    const elem *keys, *values; /* (length, D) */
-    const elem *next_keys, *next_values; /* of the following task, to prefetch */
+    const char *keys, *values; /* (length, D), elements or float16 */
+    const char *next_keys, *next_values; /* of the following task, to prefetch */
     int num_keys, num_rows, dim;
     const elem *queries[TASK_ROWS]; /* (D,) each */
     elem *out[TASK_ROWS];           /* (D,) each */
@@ -842,14 +869,13 @@ typedef struct {
     float highest[TASK_ROWS + WIDTH], total[TASK_ROWS + WIDTH]; /* score, sum of weights */
 } Attention;
 
-/* Transposes WIDTH rows of WIDTH lanes; rows are `stride` lanes apart. */
-INLINE void transpose_square(const lane *from, int stride, vec out[]) {
-#define ROW(i) (*(const loose *)(from + (int64_t)(i) * stride))
+/* Transposes WIDTH rows of WIDTH lanes. */
+INLINE void transpose_square(const vec rows[], vec out[]) {
 #define SHUFFLE __builtin_shufflevector
 #if WIDTH == 8
     vec quads[2][4]; /* columns c and c + 4 of rows 0 to 3 or 4 to 7 */
     for (int g = 0; g < 2; g++) {
-        vec a = ROW(4 * g), b = ROW(4 * g + 1), c = ROW(4 * g + 2), d = ROW(4 * g + 3);
+        vec a = rows[4 * g], b = rows[4 * g + 1], c = rows[4 * g + 2], d = rows[4 * g + 3];
         vec ab = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), ab2 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
         vec cd = SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), cd2 = SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
         quads[g][0] = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13);
@@ -864,7 +890,7 @@ INLINE void transpose_square(const lane *from, int stride, vec out[]) {
 #else
     vec quads[4][4]; /* columns c, c + 4, c + 8, c + 12 of rows 4 * g to 4 * g + 3 */
     for (int g = 0; g < 4; g++) {
-        vec a = ROW(4 * g), b = ROW(4 * g + 1), c = ROW(4 * g + 2), d = ROW(4 * g + 3);
+        vec a = rows[4 * g], b = rows[4 * g + 1], c = rows[4 * g + 2], d = rows[4 * g + 3];
 #define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
 #define HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
 #define LOW_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
@@ -890,16 +916,23 @@ INLINE void transpose_square(const lane *from, int stride, vec out[]) {
 #endif
 }
 
+INLINE int cached_bytes(int is_half) { return is_half ? 2 : sizeof(elem); }
+
 /* Transposes the keys of a block, PANEL keys at a time; the last ones may be uninitialized. Prefetches
    as many of the block that is computed next. */
-static void transpose_keys(const elem *keys, const elem *next, int num_keys, int depth,
+INLINE void transpose_keys(int is_half, const char *keys, const char *next, int num_keys, int dim,
                            Attention *state) {
+    int depth = dim / ELEMS, row_bytes = dim * cached_bytes(is_half), lane_bytes = is_half ? 2 : 4;
     for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group++)
         for (int k = 0; k < depth; k += WIDTH) {
-            const lane *rows = (const lane *)keys + (int64_t)group * WIDTH * depth;
-            const lane *next_rows = (const lane *)next + (int64_t)group * WIDTH * depth;
-            transpose_square(rows + k, depth, state->keys + group * depth + k);
-            prefetch(next_rows + k * WIDTH, WIDTH * WIDTH * sizeof(lane));
+            const char *from = keys + (int64_t)group * WIDTH * row_bytes + k * lane_bytes;
+            vec rows[WIDTH];
+            for (int i = 0; i < WIDTH; i++) {
+                const char *row = from + i * row_bytes;
+                rows[i] = is_half ? load_half(row) : *(const loose *)row;
+            }
+            transpose_square(rows, state->keys + group * depth + k);
+            prefetch(next + ((int64_t)group * depth + k) * WIDTH * lane_bytes, WIDTH * WIDTH * lane_bytes);
         }
 }
 
@@ -941,7 +974,7 @@ INLINE void update_softmax(int rows, const Task *task, int first, int block, int
             partial[r] = select_lanes(scores[v] > partial[r], scores[v], partial[r]);
     }
     /* Of all rows at once: the reduction over the lanes of a row is one over vectors of rows. */
-    transpose_square((const lane *)partial, WIDTH, lanes);
+    transpose_square(partial, lanes);
     vec old = *(const loose *)(state->highest + first), highest = old;
     for (int i = 0; i < WIDTH; i++) highest = select_lanes(lanes[i] > highest, lanes[i], highest);
     vec factor = exp2_of(old - highest);
@@ -953,7 +986,7 @@ INLINE void update_softmax(int rows, const Task *task, int first, int block, int
             partial[r] += weights[v];
         }
     }
-    transpose_square((const lane *)partial, WIDTH, lanes);
+    transpose_square(partial, lanes);
     vec sum = lanes[0];
     for (int i = 1; i < WIDTH; i++) sum += lanes[i];
     vec total = *(const loose *)(state->total + first) * factor + sum;
@@ -965,17 +998,22 @@ INLINE void update_softmax(int rows, const Task *task, int first, int block, int
 
 /* sums = sums * shrink + weights @ values, for `rows` rows and `vecs` vectors of D from `at` on. Prefetches
    as many values of the next block. */
-INLINE void weighted_sum(int rows, int vecs, const elem *values, const elem *next, int num_keys, int dim,
-                         int at, const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[], vec *sums) {
+INLINE void weighted_sum(int is_half, int rows, int vecs, const char *values, const char *next,
+                         int num_keys, int dim, int at, const vec (*weights)[KEY_BLOCK / WIDTH],
+                         const float shrink[], vec *sums) {
     vec acc[TILE_ROWS][4];
+    int vec_bytes = WIDTH * cached_bytes(is_half);
     sums += at;
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vecs; v++) acc[r][v] = sums[r * (dim / WIDTH) + v] * shrink[r];
     for (int s = 0; s < num_keys; s++) {
         vec value[4];
-        int64_t from = (int64_t)s * dim + at * WIDTH;
-        for (int v = 0; v < vecs; v++) value[v] = load(values + from + v * WIDTH);
-        prefetch(next + from, vecs * WIDTH * sizeof(elem));
+        int64_t from = ((int64_t)s * (dim / WIDTH) + at) * vec_bytes;
+        for (int v = 0; v < vecs; v++) {
+            const char *cached = values + from + v * vec_bytes;
+            value[v] = is_half ? load_half(cached) : load((const elem *)cached);
+        }
+        prefetch(next + from, vecs * vec_bytes);
         for (int r = 0; r < rows; r++) {
             vec weight = broadcast(((const float *)weights[r])[s]);
             for (int v = 0; v < vecs; v++) acc[r][v] = fma_of(value[v], weight, acc[r][v]);
@@ -986,62 +1024,65 @@ INLINE void weighted_sum(int rows, int vecs, const elem *values, const elem *nex
 }
 
 /* Adds the weighted values of a block to the sums of `rows` rows, from row `first` of the task. */
-INLINE void add_values(int rows, const Task *task, int first, const elem *values, const elem *next,
-                       int num_keys, const float shrink[], Attention *state) {
+INLINE void add_values(int is_half, int rows, const Task *task, int first, const char *values,
+                       const char *next, int num_keys, const float shrink[], Attention *state) {
     const vec(*weights)[KEY_BLOCK / WIDTH] = (const vec(*)[KEY_BLOCK / WIDTH])state->weights;
     int at = 0, num_vecs = task->dim / WIDTH; /* an even number */
     vec *sums = state->sums + first * num_vecs;
     if (rows <= FEW_ROWS)
         for (; at + 4 <= num_vecs; at += 4)
-            weighted_sum(rows, 4, values, next, num_keys, task->dim, at, weights, shrink, sums);
+            weighted_sum(is_half, rows, 4, values, next, num_keys, task->dim, at, weights, shrink, sums);
     for (; at < num_vecs; at += 2)
-        weighted_sum(rows, 2, values, next, num_keys, task->dim, at, weights, shrink, sums);
+        weighted_sum(is_half, rows, 2, values, next, num_keys, task->dim, at, weights, shrink, sums);
 }
 
 /* Attention of a tile of rows to one block of keys and values. */
-INLINE void attend_block(int rows, const Task *task, int first, int block, int num_keys,
-                         const elem *next_values, Attention *state) {
+INLINE void attend_block(int is_half, int rows, const Task *task, int first, int block, int num_keys,
+                         const char *next_values, Attention *state) {
     float shrink[TILE_ROWS];
+    const char *values = task->values + (int64_t)block * task->dim * cached_bytes(is_half);
     score(rows, task, first, num_keys, task->dim / ELEMS, state);
     update_softmax(rows, task, first, block, num_keys, state, shrink);
-    add_values(rows, task, first, task->values + (int64_t)block * task->dim, next_values, num_keys, shrink,
-               state);
+    add_values(is_half, rows, task, first, values, next_values, num_keys, shrink, state);
 }
 
-static void attend_task(const Task *task) {
+INLINE void attend_task(int is_half, const Task *task) {
     Attention state;
-    int num_vecs = task->dim / WIDTH;
+    int num_vecs = task->dim / WIDTH, row_bytes = task->dim * cached_bytes(is_half);
     for (int r = 0; r < TASK_ROWS + WIDTH; r++) state.highest[r] = -INFINITY, state.total[r] = 0;
     for (int i = 0; i < task->num_rows * num_vecs; i++) state.sums[i] = (vec){};
     for (int block = 0; block < task->num_keys; block += KEY_BLOCK) {
         int num_keys = min_int(KEY_BLOCK, task->num_keys - block);
         int is_last = block + num_keys == task->num_keys;
-        int64_t at = (int64_t)block * task->dim, next = at + KEY_BLOCK * task->dim;
-        const elem *next_keys = is_last ? task->next_keys : task->keys + next;
-        const elem *next_values = is_last ? task->next_values : task->values + next;
-        transpose_keys(task->keys + at, next_keys, num_keys, task->dim / ELEMS, &state);
+        int64_t at = (int64_t)block * row_bytes, next = at + KEY_BLOCK * row_bytes;
+        const char *next_keys = is_last ? task->next_keys : task->keys + next;
+        const char *next_values = is_last ? task->next_values : task->values + next;
+        transpose_keys(is_half, task->keys + at, next_keys, num_keys, task->dim, &state);
         for (int first = 0; first < task->num_rows; first += TILE_ROWS) {
             int rows = min_int(TILE_ROWS, task->num_rows - first);
             int seen = min_int(num_keys, task->visible[first + rows - 1] - block);
             if (seen > 0) /* below the diagonal */
-                FOR_ROWS(rows, attend_block(ROWS, task, first, block, seen, next_values, &state))
+                FOR_ROWS(rows, attend_block(is_half, ROWS, task, first, block, seen, next_values, &state))
         }
         /* The next task begins with a whole block. */
-        int rest = num_keys * task->dim, rest_bytes = (KEY_BLOCK * task->dim - rest) * sizeof(elem);
-        prefetch(next_keys + rest, rest_bytes);
-        prefetch(next_values + rest, rest_bytes);
+        int begun = num_keys * row_bytes, rest = KEY_BLOCK * row_bytes - begun;
+        prefetch(next_keys + begun, rest);
+        prefetch(next_values + begun, rest);
     }
     for (int r = 0; r < task->num_rows; r++)
         for (int v = 0; v < num_vecs; v++)
             store(task->out[r] + v * WIDTH, state.sums[r * num_vecs + v] * (1.0f / state.total[r]));
 }
 
+static void attend_elements(const Task *task) { attend_task(0, task); }
+static void attend_halves(const Task *task) { attend_task(1, task); }
+
 /* The keys or values of a plane of the KV cache that the task of an item attends to. */
-INLINE const elem *plane_of(const Step *step, const int32_t *task, int64_t plane, int item) {
+INLINE const char *plane_of(const Step *step, const int32_t *task, int64_t plane, int item) {
     const Model *model = step->model;
     const Span *span = step->batch->spans + task[0];
     int64_t head = plane * model->num_kv_heads + item % model->num_kv_heads;
-    return span->cache + head * span->length * model->head_dim;
+    return span->cache + head * span->length * model->head_dim * cached_bytes(has_half_cache(model));
 }
 
 /* Attention of the rows of a task over one KV head; `item` selects both. */
@@ -1067,7 +1108,7 @@ static void attend(const Step *step, int layer, int item) {
             task.out[task.num_rows] = step->space->attended + (to * heads + h) * dim;
             task.visible[task.num_rows++] = span->start + row + 1;
         }
-    attend_task(&task);
+    (has_half_cache(model) ? attend_halves : attend_elements)(&task);
 }
 
 /* ---- The forward pass ---- */
