@@ -42,20 +42,26 @@ def server(tiny_folder: Path) -> Iterator[RunningServer]:
 
 def exchange(server: RunningServer, data: bytes) -> bytes:
     """Send bytes and return the first response, or b"" if the server waits for more bytes."""
+    is_head = data.startswith(b"HEAD ")
     with server.connect() as connection:
         connection.sendall(data)
         connection.settimeout(0.2)
         received = b""
         with suppress(ConnectionResetError, TimeoutError):
-            while not is_complete(received) and (piece := connection.recv(65536)):
+            while not is_complete(received, is_head) and (piece := connection.recv(65536)):
                 received += piece
                 connection.settimeout(30)
         return received
 
 
-def is_complete(response: bytes) -> bool:
-    """Whether a response contains as many bytes as its Content-Length announces."""
+def is_complete(response: bytes, is_head: bool) -> bool:
+    """Whether a response contains as many bytes as its Content-Length announces.
+
+    Responses to HEAD and "100 Continue" have no body.
+    """
     head, separator, body = response.partition(b"\r\n\r\n")
+    if is_head or response.startswith(b"HTTP/1.1 100"):
+        return bool(separator)
     length = re.search(rb"\r\nContent-Length: (\d+)", head)
     return bool(separator and length and len(body) >= int(length[1]))
 
