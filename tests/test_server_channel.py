@@ -10,7 +10,7 @@ import pytest
 from server_tools import http
 from waitress.server import create_server
 
-from smolcli.server.wsgi import (
+from smolcli.server.channel import (
     IDLE_TIMEOUT_S,
     RECEIVE_TIMEOUT_S,
     SEND_TIMEOUT_S,
