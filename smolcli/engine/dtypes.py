@@ -1,8 +1,10 @@
-"""NumPy's dtypes by name, with bfloat16."""
+"""The dtypes of weights, by their names in NumPy and in files."""
 
 from typing import Any
 
 import numpy as np
+
+FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' and GGUF's
 
 
 def numpy_dtype(name: str) -> "np.dtype[Any]":

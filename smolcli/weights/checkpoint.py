@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.dtypes import numpy_dtype
+from smolcli.engine.dtypes import FLOAT_DTYPES, numpy_dtype
 from smolcli.engine.quantized import Weight, Weights, formats_of
 from smolcli.errors import ModelError
 from smolcli.weights import gguf_weights
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 LAYER = re.compile(r"layers\.(\d+)\.")
 UNUSED = re.compile(r"lm_head\.weight|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -132,12 +131,14 @@ def _tensors(path: Path) -> Iterator[tuple[str, Array]]:
     except (SafetensorError, OSError, ValueError) as exc:
         raise ModelError(f"{path} is damaged or unreadable: {exc}") from exc
     for name, (dtype_name, _) in layouts.items():
-        if dtype_name not in DTYPES:
+        if dtype_name not in FLOAT_DTYPES:
             raise ModelError(
                 f"{path}: the tensor {name} is stored as {dtype_name}; smol supports "
-                f"{', '.join(DTYPES)}"
+                f"{', '.join(FLOAT_DTYPES)}"
             )
-    dtypes = {dtype_name: numpy_dtype(DTYPES[dtype_name]) for dtype_name, _ in layouts.values()}
+    dtypes = {
+        dtype_name: numpy_dtype(FLOAT_DTYPES[dtype_name]) for dtype_name, _ in layouts.values()
+    }
     sizes = {
         name: math.prod(shape) * dtypes[dtype_name].itemsize
         for name, (dtype_name, shape) in layouts.items()

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from smolcli.engine.config import LlamaConfig
-from smolcli.engine.dtypes import numpy_dtype
+from smolcli.engine.dtypes import FLOAT_DTYPES, numpy_dtype
 from smolcli.engine.quantized import BLOCK_FORMATS, Array, QuantizedMatrix, Weight
 from smolcli.errors import ModelError
 
 FILE = "model.gguf"
 INDEX = "model.gguf.index.json"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # GGUF's names
 READ_AS = {  # the kernels' formats that hold those of GGUF without loss
     **{kind: kind for kind in BLOCK_FORMATS},
     "Q5_0": "Q8_0",
@@ -105,7 +104,7 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
 def _format(kind: str) -> str:
     if kind in READ_AS:
         return READ_AS[kind]
-    return DTYPES.get(kind, "float32")
+    return FLOAT_DTYPES.get(kind, "float32")
 
 
 def _tensor(name: str, entry: Mapping[str, Any], data: Array, config: LlamaConfig) -> Weight:
@@ -121,8 +120,8 @@ def _tensor(name: str, entry: Mapping[str, Any], data: Array, config: LlamaConfi
     for part, num_heads in heads.items():
         if f"{part}.weight" in name:
             rows = unpermuted(rows, num_heads)
-    if entry["type"] in DTYPES:
-        return rows.view(numpy_dtype(DTYPES[entry["type"]]))
+    if entry["type"] in FLOAT_DTYPES:
+        return rows.view(numpy_dtype(FLOAT_DTYPES[entry["type"]]))
     if entry["type"] not in READ_AS:
         return dequantize(rows, kind)
     return _matrix(entry["type"], rows.reshape(*outer, inner // block, block_bytes))
