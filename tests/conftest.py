@@ -51,7 +51,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # else tested processes ignore it too
 build(host(), runnable_only=True)  # compiles nothing if the kernels are up to date
 
-hypothesis.settings.register_profile("same-each-time", derandomize=True, database=None)
+hypothesis.settings.register_profile(
+    "same-each-time",
+    derandomize=True,
+    database=None,
+    deadline=None,  # a busy machine is not a fault
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("same-each-time")
 # Examples also contain constants from the modules that are imported: without this, they depend on
 # which tests ran earlier in the process.

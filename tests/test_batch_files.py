@@ -469,7 +469,6 @@ FIELDS = {
 
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(st.fixed_dictionaries({}, optional=FIELDS), max_size=8))

@@ -553,7 +553,7 @@ class Faulty(Endless):
 
 
 @given(culprits=st.sets(st.integers(0, 8), max_size=4))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_a_failing_step_is_bisected_to_the_sequences_at_fault(
     model: Model, culprits: set[int]
 ) -> None:

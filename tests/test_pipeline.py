@@ -27,7 +27,7 @@ def bad(number: int) -> Result:
     return Result(str(number), error="bad", error_code=ErrorCode.INVALID_JSON, line=number)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 8))
 def test_results_come_in_input_order(are_good: list[bool], window: int) -> None:
     items = [query(n) if good else bad(n) for n, good in enumerate(are_good)]

@@ -91,7 +91,7 @@ def test_a_cache_of_no_bytes_keeps_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 70)), max_size=60), st.integers(0, 12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_it_stays_within_its_bounds_and_finds_only_what_it_was_given(
     asked: list[tuple[int, int]], num_blocks: int
 ) -> None:

@@ -666,7 +666,6 @@ GARBAGE = st.one_of(
 
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(st.lists(GARBAGE, max_size=12), st.sampled_from(["error", "ignore", "keep"]))

@@ -119,7 +119,7 @@ def test_ties_at_the_edge_of_top_k_go_to_the_lower_ids() -> None:
 
 
 @given(st.lists(st.integers(0, len(SETTINGS) - 1), max_size=6), st.integers(0, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_rest_of_the_batch_changes_no_sample(others: list[int], index: int) -> None:
     """With ties among the logits."""
     head, hidden = random_head(len(others) + 1)

@@ -159,7 +159,7 @@ def test_long_prompts_of_one_priority_leave_prefill_tokens_to_the_other() -> Non
     st.sampled_from([8, 64, 256]),
     st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_everything_is_answered_in_the_order_of_its_priority(
     queries: list[tuple[int, int, bool]], max_batch_size: int, max_step_tokens: int, seed: int
 ) -> None:
