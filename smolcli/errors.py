@@ -124,6 +124,11 @@ def cannot_write(path: object, exc: OSError) -> RunError:
     return RunError(f"cannot write {path}: {error_reason(exc)}{f'; {hint}' if hint else ''}")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, such as "1 line" and "2,000 lines", for use in a message."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that an unknown one was probably meant to be, for use in an error message.
 

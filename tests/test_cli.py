@@ -122,7 +122,7 @@ def test_exit_code_is_0_if_all_lines_are_answered_and_3_if_some_fail(queries: Pa
 def test_a_failed_run_exits_with_1_and_explains_how_to_resume(queries: Path) -> None:
     done = smol("run", queries, backend=lambda settings: DyingBackend(num_answers=0))
     assert done.exit_code == 1
-    assert "0 results are in" in done.stderr
+    assert "has 0 results; run the same command to resume" in done.stderr
     assert done.stderr.splitlines()[-1] == "smol: the engine died"
     assert smol("run", queries.with_name("missing")).exit_code == 1
 
@@ -441,6 +441,12 @@ def test_ask_without_a_question_is_wrong_usage() -> None:
     done = smol("ask", " ")
     assert (done.exit_code, done.stdout) == (2, "")
     assert "the question is empty; try smol ask" in done.stderr
+
+
+def test_a_single_line_is_not_counted_in_the_plural(tmp_path: Path) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"chat_id": 1, "user_prompt": "Hi"}')
+    assert smol("run", path, "--check").stderr.startswith("1 line, 0 invalid")
 
 
 def test_failed_ask_prints_the_reason_to_stderr() -> None:

@@ -508,7 +508,7 @@ def test_interrupted_run_explains_how_to_resume(
     caplog.set_level("INFO")
     with pytest.raises(KeyboardInterrupt):
         answer(job, Interrupted)
-    assert "5 results are in" in caplog.text
+    assert "has 5 results; " in caplog.text
     assert "run the same command to resume" in caplog.text
     answer(job)
     assert len(results(job.output)) == 11

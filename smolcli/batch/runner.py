@@ -46,7 +46,7 @@ from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing_lines
 from smolcli.data.rows import Row
 from smolcli.data.table_writer import check_table, write_table
-from smolcli.errors import BackendError, ResumeError, RunError, UsageError, error_reason
+from smolcli.errors import BackendError, ResumeError, RunError, UsageError, counted, error_reason
 from smolcli.protocol.line_formats import LineFormat, RunInfo
 from smolcli.protocol.openai import model_name
 from smolcli.settings import EngineSettings, RunSettings
@@ -501,11 +501,10 @@ class Run:
         return self.scan.format.for_run(self._run_info())
 
     def _how_to_resume(self) -> str:
-        num_results = self.journal.statistics.num_lines
-        written = f"{num_results:,} results are in {self.settings.output}"
+        results = counted(self.journal.statistics.num_lines, "result")
         if is_stream(self.settings.output) or is_stream(self.settings.input):
-            return f"{written}; a run from stdin or to stdout cannot be resumed"
-        return f"{written}; run the same command to resume"
+            return f"wrote {results}; a run from stdin or to stdout cannot be resumed"
+        return f"{self.settings.output} has {results}; run the same command to resume"
 
 
 def _check_options(settings: RunSettings) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from smolcli.backends.base import Backend, stream
 from smolcli.cli.conversation import Conversation
-from smolcli.errors import BackendError, RunError, closest
+from smolcli.errors import BackendError, RunError, closest, counted
 from smolcli.types import ErrorCode, FinishReason, Query, Result
 
 COMMANDS = {
@@ -124,7 +124,7 @@ class InteractiveChat:
     def _note_truncation(self, result: Result) -> None:
         if result.finish_reason is FinishReason.LENGTH and result.usage is not None:
             num_tokens = result.usage.completion_tokens
-            self._notify(f"answer truncated after {num_tokens} tokens")
+            self._notify(f"answer truncated after {counted(num_tokens, 'token')}")
             if num_tokens < self._conversation.sampling.max_new_tokens:
                 self._drop_oldest()  # the context is full, not the answer
 

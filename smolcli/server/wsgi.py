@@ -13,7 +13,7 @@ from waitress import wasyncore
 from waitress.server import BaseWSGIServer, create_server
 
 from smolcli.backends.base import Backend
-from smolcli.errors import RunError, error_reason
+from smolcli.errors import RunError, counted, error_reason
 from smolcli.server.admission import AdmissionLimit, request_limit, reserved
 from smolcli.server.app import create_app
 from smolcli.server.auth import ApiKeys
@@ -99,11 +99,12 @@ class Server:
 
     def _drain(self) -> None:
         self._admission.close()
-        logger.info("shutting down: %d requests in flight", self._admission.num_requests)
+        requests = counted(self._admission.num_requests, "request")
+        logger.info("shutting down: %s in flight", requests)
         self._batches.stop()
         self._poll_until_idle(time.monotonic() + self._drain_timeout_s)
         if num_left := sum(channel.is_busy for channel in self._channels()):
-            logger.warning("shutting down: %d requests did not finish in time", num_left)
+            logger.warning("shutting down: %s did not finish in time", counted(num_left, "request"))
 
     def _poll_until_idle(self, deadline: float) -> None:
         while any(channel.is_busy for channel in self._channels()):

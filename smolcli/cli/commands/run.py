@@ -22,7 +22,7 @@ from smolcli.data.remote_files import (
     reject_overwrite,
     upload,
 )
-from smolcli.errors import UsageError
+from smolcli.errors import UsageError, counted
 from smolcli.settings import RESULTS_TABLE, InputFile, RunSettings
 from smolcli.types import Result
 
@@ -248,5 +248,5 @@ def _check(settings: RunSettings, is_quiet: bool) -> None:
             typer.echo(f"{inputs.where(item.line or 0)}: {item.error_code}: {item.error}")
     if not is_quiet:
         note = "" if folder else "; prompt lengths not checked: the model is not downloaded"
-        typer.echo(f"{num_lines:,} lines, {num_invalid:,} invalid{note}", err=True)
+        typer.echo(f"{counted(num_lines, 'line')}, {num_invalid:,} invalid{note}", err=True)
     raise typer.Exit(ExitCode.SOME_FAILED if num_invalid else ExitCode.OK)
