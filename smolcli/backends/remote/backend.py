@@ -24,7 +24,7 @@ from smolcli.backends.base import (
 )
 from smolcli.backends.remote.dispatch import RemoteQuery, send
 from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
-from smolcli.errors import BackendError, UsageError
+from smolcli.errors import BackendError, UsageError, connection_reason
 from smolcli.settings import RemoteSettings
 from smolcli.types import Query, Result
 
@@ -305,17 +305,27 @@ def _base_url(url: str) -> str:
         raise UsageError(f"{url!r} is not a server's URL; give one like http://host:8001")
     if parsed.port is not None and not 0 < parsed.port < 1 << 16:
         raise UsageError(f"{url!r} has port {parsed.port}; ports range from 1 to 65535")
+    if parsed.query or parsed.fragment:
+        raise UsageError(f"{url!r} must end with the path, without a query or fragment")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _client(settings: RemoteSettings) -> httpx.AsyncClient:
-    headers = {"User-Agent": f"smol/{smolcli.__version__}"}
-    if settings.api_key:
-        headers["Authorization"] = f"Bearer {settings.api_key}"
-    return httpx.AsyncClient(
-        headers=headers,
-        timeout=httpx.Timeout(
-            settings.timeout_s, connect=CONNECT_TIMEOUT_S, write=WRITE_TIMEOUT_S, pool=None
-        ),
-        limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S),
+    """The client for all servers.
+
+    Raises:
+        UsageError: the API key, or a proxy or certificate in the environment, cannot be used.
+    """
+    headers = {b"User-Agent": f"smol/{smolcli.__version__}".encode()}
+    if key := (settings.api_key or "").strip():
+        if not key.isprintable():
+            raise UsageError("the API key for the servers contains control characters")
+        headers[b"Authorization"] = f"Bearer {key}".encode()
+    timeout = httpx.Timeout(
+        settings.timeout_s, connect=CONNECT_TIMEOUT_S, write=WRITE_TIMEOUT_S, pool=None
     )
+    limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S)
+    try:
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+    except (ImportError, ValueError, OSError, httpx.InvalidURL) as exc:
+        raise UsageError(f"cannot connect to servers: {connection_reason(exc)}") from exc

@@ -8,12 +8,13 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
 from smolcli.backends.base import WINDOW_BATCHES, AnswerSource, PendingQuery
 from smolcli.backends.remote.wire import Dialect, MalformedAnswer, load_object
-from smolcli.errors import BackendError
+from smolcli.errors import BackendError, connection_reason
 from smolcli.settings import RemoteSettings
 
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.2, 5.0
@@ -51,12 +52,13 @@ class Upstream:
     """One server. Belongs to the event loop of its backend.
 
     Args:
-        url: base URL without a trailing slash.
+        url: base URL without a trailing slash, maybe with a user name and password.
         client: shared by all servers.
     """
 
     def __init__(self, url: str, client: httpx.AsyncClient) -> None:
-        self.url = url
+        parts = urlsplit(url)
+        self.url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # for messages
         self.dialect = Dialect.PLAIN
         self.model = ""
         self.identity: dict[str, Any] = {}  # as the server last reported it
@@ -72,6 +74,7 @@ class Upstream:
         self.reason = f"{url} has not answered yet"
         self.became_unhealthy = asyncio.Event()  # wakes the health check
         self._client = client
+        self._address = url
         self._num_failures = 0
         self._batch_route_retry_at = 0.0
 
@@ -141,7 +144,7 @@ class Upstream:
         """
         with _translated_errors(self.url):
             try:
-                return await self._client.get(self.url + path, timeout=HEALTH_CHECK_TIMEOUT_S)
+                return await self._client.get(self._address + path, timeout=HEALTH_CHECK_TIMEOUT_S)
             except httpx.TimeoutException as exc:  # computes nothing, so it is safe to retry
                 reason = f"{self.url} does not respond to {path}"
                 raise Unavailable(reason, is_unreachable=True) from exc
@@ -166,7 +169,7 @@ class Upstream:
         headers = {"Content-Type": "application/json", "Accept": accept}
         if request_id:
             headers["X-Request-Id"] = request_id
-        url = self.url + path
+        url = self._address + path
         self.num_requests += 1
         with _translated_errors(self.url):
             async with self._client.stream(
@@ -303,7 +306,12 @@ class UpstreamPool:
                 raise BackendError(f"{upstream.url} has no /v1/models")
             upstream.dialect = Dialect.PLAIN
             return {"api": Dialect.PLAIN, "model": "unknown", "revision": None, "dtype": None}
-        listed = self._listed_model(upstream, load_object(response.content))
+        try:
+            listed = self._listed_model(upstream, load_object(response.content))
+        except MalformedAnswer as exc:
+            raise BackendError(
+                f"{upstream.url} does not list its models at /v1/models; is it a model server?"
+            ) from exc
         upstream.model = listed["id"]
         reported = listed.get("smol") or ({} if self._settings.api == "smol" else None)
         if isinstance(reported, dict) and self._settings.api != "openai":
@@ -317,7 +325,7 @@ class UpstreamPool:
         """The requested one of a server's models, or else the first."""
         models = body.get("data")
         if not isinstance(models, list) or not all(_is_model(model) for model in models):
-            raise MalformedAnswer(f"{upstream.url} does not list its models at /v1/models")
+            raise MalformedAnswer("no list of models")
         if not models:
             raise BackendError(f"{upstream.url} has no model yet")
         return next((m for m in models if m["id"] == self._settings.model), dict(models[0]))
@@ -350,8 +358,9 @@ def check_status(response: httpx.Response, url: str) -> None:
     if status in (401, 403):
         raise BackendError(f"{url} returned status {status}: check the API key")
     if 300 <= status < 400:
+        target = response.headers.get("Location", "another address")
         raise BackendError(
-            f"{url} returned status {status}: unexpected redirect to another address"
+            f"{url} redirects to {target} (status {status}); give the address of the server itself"
         )
 
 
@@ -370,8 +379,8 @@ def _translated_errors(url: str) -> Iterator[None]:
     try:
         yield
     except _FAILED_CONNECTION as exc:
-        reason = str(exc) or type(exc).__name__
-        raise Unavailable(f"{url} cannot be reached: {reason}", is_unreachable=True) from exc
+        reason = f"{url} cannot be reached: {connection_reason(exc)}"
+        raise Unavailable(reason, is_unreachable=True) from exc
     except httpx.DecodingError as exc:
         raise MalformedAnswer(f"the answer cannot be decoded: {exc}") from exc
     except httpx.TimeoutException as exc:
