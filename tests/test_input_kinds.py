@@ -189,12 +189,13 @@ def test_text_after_an_array_is_an_error(tmp_path: Path, rest: str) -> None:
         list(read_rows(path, RowSettings()))
 
 
+TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner),
+    st.none() | st.booleans() | st.integers() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=10,
 )
-OBJECTS = st.lists(st.dictionaries(st.text(st.characters(codec="utf-8")), VALUES), max_size=5)
+OBJECTS = st.lists(st.dictionaries(TEXT, VALUES, max_size=3), max_size=5)
 
 
 class Trickle(io.BytesIO):
