@@ -55,42 +55,62 @@ typedef int8_t bytes_of_vec __attribute__((vector_size(WIDTH), may_alias, aligne
 typedef int16_t shorts_of_vec __attribute__((vector_size(2 * WIDTH), may_alias, aligned(1)));
 
 #if WIDTH == 8
-#define SHUFFLE_CODES(codes, a, b, c, d, e, f, g, h) __builtin_shufflevector(codes, codes, a, b, c, d, e, f, g, h)
+#define SHUFFLE_EIGHTS(value, a, b, c, d, e, f, g, h) __builtin_shufflevector(value, value, a, b, c, d, e, f, g, h)
 #else
-#define SHUFFLE_CODES(codes, a, b, c, d, e, f, g, h) \
-    __builtin_shufflevector(codes, codes, a, b, c, d, e, f, g, h, 8 + a, 8 + b, 8 + c, 8 + d, 8 + e, 8 + f, \
+#define SHUFFLE_EIGHTS(value, a, b, c, d, e, f, g, h) \
+    __builtin_shufflevector(value, value, a, b, c, d, e, f, g, h, 8 + a, 8 + b, 8 + c, 8 + d, 8 + e, 8 + f, \
                             8 + g, 8 + h)
 #endif
 
+/* Converted in two steps, because GCC does it in one without vectors. */
+INLINE bytes_of_vec bytes_of(ivec value) {
+    return __builtin_convertvector(__builtin_convertvector(value, shorts_of_vec), bytes_of_vec);
+}
+
 INLINE void store_codes(Format format, int integers, ivec codes, char *to) {
     if (!is_wide(format)) {
-        ivec ordered = SHUFFLE_CODES(codes, 0, 2, 4, 6, 1, 3, 5, 7);
-        *(bytes_of_vec *)to = __builtin_convertvector(ordered, bytes_of_vec);
+        ivec ordered = SHUFFLE_EIGHTS(codes, 0, 2, 4, 6, 1, 3, 5, 7);
+        *(bytes_of_vec *)to = bytes_of(ordered);
     } else if (integers == PAIRWISE) {
-        ivec ordered = SHUFFLE_CODES(codes, 0, 2, 1, 3, 4, 6, 5, 7);
+        ivec ordered = SHUFFLE_EIGHTS(codes, 0, 2, 1, 3, 4, 6, 5, 7);
         *(shorts_of_vec *)to = __builtin_convertvector(ordered, shorts_of_vec);
     } else {
         ivec high = (codes + 128) >> 8;
-        bytes_of_vec parts[2] = {__builtin_convertvector(codes - (high << 8), bytes_of_vec),
-                                 __builtin_convertvector(high, bytes_of_vec)};
+        bytes_of_vec parts[2] = {bytes_of(codes - (high << 8)), bytes_of(high)};
         for (int word = 0; word < WIDTH / 4; word++)
             for (int part = 0; part < 2; part++)
                 memcpy(to + 8 * word + 4 * part, (const char *)(parts + part) + 4 * word, 4);
     }
 }
 
-/* The largest magnitude of `count` vectors; NaN if any value is NaN. */
-INLINE float largest_of(int count, const vec values[]) {
+INLINE ivec larger_of(ivec a, ivec b) { return (ivec)select_lanes(a > b, (vec)a, (vec)b); }
+
+INLINE int32_t largest_lane(ivec value) {
+    value = larger_of(value, SHUFFLE_EIGHTS(value, 4, 5, 6, 7, 0, 1, 2, 3));
+    value = larger_of(value, SHUFFLE_EIGHTS(value, 2, 3, 0, 1, 6, 7, 4, 5));
+    value = larger_of(value, SHUFFLE_EIGHTS(value, 1, 0, 3, 2, 5, 4, 7, 6));
+    return value[0] > value[WIDTH - 1] ? value[0] : value[WIDTH - 1];
+}
+
+INLINE int32_t sum_of_lanes(ivec value) {
+    value += SHUFFLE_EIGHTS(value, 4, 5, 6, 7, 0, 1, 2, 3);
+    value += SHUFFLE_EIGHTS(value, 2, 3, 0, 1, 6, 7, 4, 5);
+    value += SHUFFLE_EIGHTS(value, 1, 0, 3, 2, 5, 4, 7, 6);
+    return WIDTH == 8 ? value[0] : value[0] + value[WIDTH - 1];
+}
+
+/* The bits of the largest magnitude of `count` vectors; of NaN if any value is NaN. */
+INLINE int32_t largest_of(int count, const vec values[]) {
     ivec top = {};
-    for (int i = 0; i < count; i++) {
-        ivec magnitude = (ivec)values[i] & 0x7fffffff; /* ordered like the values, NaN last */
-        top = (ivec)select_lanes(magnitude > top, (vec)magnitude, (vec)top);
-    }
-    int32_t bits = top[0];
-    for (int i = 1; i < WIDTH; i++) bits = top[i] > bits ? top[i] : bits;
-    float largest;
-    memcpy(&largest, &bits, 4);
-    return largest;
+    for (int i = 0; i < count; i++)
+        top = larger_of(top, (ivec)values[i] & 0x7fffffff); /* ordered like the values, NaN last */
+    return largest_lane(top);
+}
+
+INLINE float float_of(int32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 /* Stores the codes of `count` vectors, rounded to nearest, ties to even; returns their sum. */
@@ -98,15 +118,13 @@ INLINE int32_t round_values(Format format, int integers, int count, const vec va
                             char *to) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     ivec sums = {};
-    int32_t sum = 0;
     for (int i = 0; i < count; i++) {
         vec shifted = fma_of(values[i], broadcast(inverse), broadcast(shift));
         ivec codes = (ivec)shifted - (ivec)broadcast(shift);
         sums += codes;
         store_codes(format, integers, codes, to + i * WIDTH * (is_wide(format) ? 2 : 1));
     }
-    for (int i = 0; i < WIDTH; i++) sum += sums[i];
-    return sum;
+    return sum_of_lanes(sums);
 }
 
 /* Rounds GROUP inputs of a row. If one of them is infinite or NaN, so are all products. */
@@ -115,16 +133,17 @@ INLINE void round_group(Format format, int integers, const elem *x, Rounded *out
     int multiples = is_wide(format) ? 1 : MULTIPLES, levels = is_wide(format) ? WIDE_LEVELS : NARROW_LEVELS;
     vec values[GROUP / WIDTH];
     for (int i = 0; i < GROUP / WIDTH; i++) values[i] = load(x + i * WIDTH);
-    float largest = largest_of(GROUP / WIDTH, values), scale = largest / ((float)levels * multiples);
+    int32_t bits[2] = {largest_of(count, values), parts == 2 ? largest_of(count, values + count) : 0};
+    float largest = float_of(bits[0] > bits[1] ? bits[0] : bits[1]);
+    float scale = largest / ((float)levels * multiples);
     int is_normal = largest > 1e-30f && largest < 1e38f;
     int32_t sum = 0;
     for (int part = 0; part < parts; part++) {
         const vec *of_part = values + part * count;
         int multiple = 1;
         if (!is_wide(format))
-            multiple = !is_normal ? 0
-                                  : min_int(ceilf(largest_of(count, of_part) * (MULTIPLES / largest)),
-                                            MULTIPLES);
+            multiple =
+                is_normal ? min_int(ceilf(float_of(bits[part]) * (MULTIPLES / largest)), MULTIPLES) : 0;
         float inverse = is_normal && multiple ? 1.0f / (scale * multiple) : 0;
         char *to = (char *)(out->codes + part * SUBGROUP / 4);
         sum += multiple * round_values(format, integers, count, of_part, inverse, to);
