@@ -192,7 +192,15 @@ class CompletionFields(GenerationFields):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A chat completion request, and the JSON of its responses."""
+    """A chat completion request, and the JSON of its responses.
+
+    Args:
+        query: what is asked.
+        model: the requested model.
+        is_stream: whether to stream the answers.
+        includes_usage: whether a stream ends with the usage.
+        created: in seconds since 1970.
+    """
 
     query: Query
     model: str
@@ -219,14 +227,17 @@ class Completion:
             logprobs: entries of tokens since its last chunk.
             finish_reason: why it ended, in its last chunk.
         """
-        choice: dict[str, Any] = {"index": index, "delta": delta}
-        choice["logprobs"] = {"content": list(logprobs)} if logprobs else None
-        choice["finish_reason"] = finish_reason
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": {"content": list(logprobs)} if logprobs else None,
+            "finish_reason": finish_reason,
+        }
         chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
         return chunk | {"usage": None} if self.includes_usage else chunk
 
     def usage_chunk(self, usage: Usage | None) -> dict[str, Any]:
-        """The final chunk, if usage was requested."""
+        """The final chunk of a stream, if its usage was requested."""
         return self._head("chat.completion.chunk") | {"choices": [], "usage": usage_fields(usage)}
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -254,7 +254,14 @@ class ResponsesFields(Lenient):
 
 @dataclass(frozen=True, slots=True)
 class ResponseRequest:
-    """A request, and the JSON of its responses."""
+    """A request, and the JSON of its responses.
+
+    Args:
+        query: what is asked.
+        fields: the parameters, some of which the response repeats.
+        model: the requested model.
+        created: in seconds since 1970.
+    """
 
     query: Query
     fields: ResponsesFields
@@ -300,7 +307,7 @@ class ResponseRequest:
 
     def _outcome(self, result: Result) -> dict[str, Any]:
         if result.is_error:
-            error = {"code": "server_error", "message": own_paths(str(result.error))}
+            error = {"code": "server_error", "message": to_own_paths(str(result.error))}
             return {"status": "failed", "error": error}
         is_cut_off = result.finish_reason is FinishReason.LENGTH
         status = "incomplete" if is_cut_off else "completed"
@@ -336,7 +343,14 @@ class ResponseRequest:
         }
 
     def call(self, index: int, name: str, arguments: str, status: str) -> dict[str, Any]:
-        """The output item of a call."""
+        """The output item of a call.
+
+        Args:
+            index: position of the call in the answer.
+            name: of the function.
+            arguments: JSON text, so far.
+            status: of the item.
+        """
         return {
             "id": f"fc_{index}_{self.query.chat_id.removeprefix('resp_')}",
             "type": "function_call",
@@ -404,13 +418,16 @@ def parse_response_request(
         values = {"chat_id": response_id} | _query_values(fields)
         query = parse_query(values, defaults, accepts_partial=True)
     except QueryError as exc:
-        path = own_paths(exc.field) if exc.field else None
-        raise QueryError(own_paths(str(exc)), exc.code, path) from None
+        path = to_own_paths(exc.field) if exc.field else None
+        raise QueryError(to_own_paths(str(exc)), exc.code, path) from None
     return ResponseRequest(query, fields, fields.model or default_model)
 
 
-def own_paths(text: str) -> str:
-    """A path, or a message with one, with this API's names of what it shares with others."""
+def to_own_paths(text: str) -> str:
+    """Translate a parameter's path, or a message that names it, to this API's parameters.
+
+    Queries are parsed by the names of chat completions: `messages[0]` is `input[0]` here.
+    """
     text = re.sub(r"\b(tools\[\d+\])\.function\b", r"\1", text)
     text = text.replace("tool_choice.function.name", "tool_choice.name")
     text = re.sub(

@@ -143,13 +143,17 @@ class TextCompletion:
             logprobs: from `TextLogprobs`.
             finish_reason: passed with the last chunk.
         """
-        choice = {"index": index, "text": text, "logprobs": logprobs}
-        choice["finish_reason"] = finish_reason
+        choice = {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
         chunk = self._head() | {"choices": [choice]}
         return chunk | {"usage": None} if self.includes_usage else chunk
 
     def usage_chunk(self, results: Sequence[Result]) -> dict[str, Any]:
-        """The final chunk, if usage was requested."""
+        """The final chunk of a stream, if its usage was requested."""
         return self._head() | {"choices": [], "usage": usage_fields(self.usage(results))}
 
     def usage(self, results: Sequence[Result]) -> Usage | None:
@@ -190,8 +194,8 @@ def text_choice(index: int, result: Result) -> dict[str, Any]:
         "index": index,
         "text": result.response,
         "logprobs": _logprobs(result),
+        "finish_reason": result.finish_reason,
     }
-    choice["finish_reason"] = result.finish_reason
     if result.prompt_logprobs is not None and not (result.echo and result.logprobs is not None):
         choice["prompt_logprobs"] = rank_entries(result.prompt_logprobs)
     return choice

@@ -10,8 +10,8 @@ from flask import Blueprint, Response
 
 from smolcli.protocol.responses import (
     ResponseEvents,
-    own_paths,
     parse_response_request,
+    to_own_paths,
 )
 from smolcli.server.errors import HttpError, error_response, result_error
 from smolcli.server.service import Service, json_response, read_json, to_json
@@ -44,8 +44,8 @@ def responses_routes(service: Service) -> Blueprint:
 def _failed(result: Result) -> Response:
     error = result_error(result)
     is_too_long = error.code == ErrorCode.PROMPT_TOO_LONG
-    path = "input" if is_too_long else error.field and own_paths(error.field)
-    message = own_paths(str(error))
+    path = "input" if is_too_long else error.field and to_own_paths(error.field)
+    message = to_own_paths(str(error))
     return error_response(HttpError(error.status, message, error.code, path, error.headers))
 
 
