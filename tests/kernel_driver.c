@@ -168,7 +168,7 @@ static void step(Run *run, Team *team, unsigned present) {
     for (int s = 0; s < NUM_SEQUENCES; s++) {
         if (!(present >> s & 1)) continue;
         int length = PROMPT_LENGTHS[s];
-        spans[count] = (Span){rows, length, 0, LENGTH, run->caches[s]};
+        spans[count] = (Span){rows, length, 0, LENGTH, (char *)run->caches[s]};
         for (int first = 0; first < length; first += size) {
             int32_t task[4] = {count, first, min_int(first + size, length), rows + first};
             memcpy(tasks + 4 * num_tasks++, task, sizeof task);
