@@ -11,8 +11,6 @@ from flask import Flask, Response, jsonify, request
 from waitress import wasyncore
 from waitress.server import create_server
 
-Fault = Callable[[], Response | None]
-
 
 @dataclass
 class LegacyHost:
