@@ -40,10 +40,11 @@ CHAT_TEMPLATE = (
 
 LEAK_GRACE_S = 2.0
 LONGEST_FILES = (  # run first: the last file of a parallel run should be a short one
-    *("test_ray", "test_engine", "test_real_model", "test_kernel_builds", "test_server_schema"),
-    *("test_cli", "test_server_process", "test_durability", "test_run", "test_streams"),
-    *("test_batch_files", "test_pull", "test_page", "test_gateway", "test_tools", "test_bench"),
-    *("test_graphs", "test_remote", "test_llm", "test_report_page", "test_native"),
+    *("test_ray", "test_engine", "test_real_model", "test_kernel_builds", "test_server_batches"),
+    *("test_server_process", "test_server_schema", "test_server_malformed", "test_durability"),
+    *("test_run", "test_cli", "test_gateway", "test_page", "test_streams", "test_batch_files"),
+    *("test_control_tokens", "test_tools", "test_remote", "test_report_page", "test_retry"),
+    *("test_pull", "test_bench", "test_graphs", "test_llm", "test_native"),
 )
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would wait for busy processors
