@@ -576,9 +576,10 @@ def test_a_folder_belongs_to_one_server(tmp_path: Path) -> None:
             BatchStore(BatchApiSettings(tmp_path))
         with (
             batch_server(tmp_path, limits={"is_required": False}) as (_, second),
-            pytest.raises(openai.InternalServerError, match="another server uses"),
+            pytest.raises(openai.InternalServerError, match="another server uses") as caught,
         ):
             second.files.list()
+        assert str(tmp_path) not in caught.value.message
     with batch_server(tmp_path, limits={"is_required": False}) as (_, third):
         assert len(third.files.list().data) == 1
 

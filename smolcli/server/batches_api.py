@@ -5,7 +5,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, get_args
 
@@ -15,7 +15,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.formparser import FormDataParser
 
 from smolcli.data.compression import LONGEST_MAGIC, codec_of_bytes
-from smolcli.errors import QueryError, RunError, SmolError, error_reason
+from smolcli.errors import QueryError, RunError, SmolError, UsageError, error_reason
 from smolcli.protocol.fields import FLOAT_TO_INT, Lenient, Text
 from smolcli.protocol.line_formats import RequestFields
 from smolcli.protocol.parameters import validated
@@ -104,10 +104,8 @@ class BatchApi:
         """Continue unfinished batches, if any; a folder that is not required may be unusable."""
         if self._settings is None or not self._settings.folder.exists():
             return
-        try:
+        with suppress(HttpError):
             self.open()
-        except HttpError as exc:
-            logger.warning("files and batches are not available: %s", exc)
 
     def stop(self) -> None:
         """Interrupt the running batch, which the next server continues; returns at once."""
@@ -141,7 +139,8 @@ class BatchApi:
                 try:
                     self._store = BatchStore(self._settings)
                 except SmolError as exc:
-                    raise unavailable(str(exc)) from exc
+                    logger.warning("files and batches are not available: %s", exc)
+                    raise _store_unavailable(exc) from exc
             if self._worker is None:
                 service = self._service
                 self._worker = BatchWorker(
@@ -161,6 +160,13 @@ class BatchApi:
             sum(b.num_requests - b.num_completed - b.num_failed for b in unfinished),
             store.used_bytes,
         )
+
+
+def _store_unavailable(exc: SmolError) -> HttpError:
+    """Report that the store cannot be opened, without the server's paths."""
+    is_in_use = isinstance(exc, UsageError)
+    reason = "another server uses their folder" if is_in_use else "their folder cannot be used"
+    return unavailable(f"files and batches are not available: {reason}")
 
 
 def batch_routes(api: BatchApi) -> Blueprint:
