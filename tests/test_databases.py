@@ -132,7 +132,7 @@ def test_results_are_a_table_in_the_same_database(shop: sqlite3.Connection) -> N
 
 def test_other_tables_are_not_replaced(shop: sqlite3.Connection) -> None:
     shop.execute("CREATE TABLE notes (note)")
-    for name, said in (("reviews", "is the input"), ("Notes", "already has a table 'Notes'")):
+    for name, said in (("reviews", "is read"), ("Notes", "already has a table 'Notes'")):
         done = smol("--table", "reviews", "-o", "shop.db", "--output-table", name)
         assert (done.exit_code, said in done.stderr) == (2, True)
     args = ("--table", "reviews", "-o", "shop.db", "--output-table", "notes", "--overwrite")
@@ -140,6 +140,34 @@ def test_other_tables_are_not_replaced(shop: sqlite3.Connection) -> None:
     assert len(table("notes")[1]) == 3
     Path("text.db").write_text("hello")
     assert "is not an SQLite database" in smol("-o", "text.db").stderr
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("--query", "SELECT * FROM Results ORDER BY id"),
+        (
+            "--query",
+            "SELECT 1 AS review, count(*) FROM (SELECT * FROM good UNION ALL VALUES (1,2,3))",
+        ),
+        ("--table", "good"),
+        ("--table", "results"),
+    ],
+)
+def test_the_tables_that_are_read_are_never_replaced(
+    shop: sqlite3.Connection, chosen: tuple[str, str]
+) -> None:
+    shop.execute("ALTER TABLE reviews RENAME TO results")
+    shop.execute("CREATE VIEW good AS SELECT * FROM results WHERE stars > 4")
+    done = smol(*chosen, "-o", "shop.db", "--overwrite")
+    assert (done.exit_code, "the table 'results' is read" in done.stderr) == (2, True)
+    assert shop.execute("SELECT count(*) FROM results").fetchone() == (3,)
+
+
+def test_the_only_table_is_never_replaced(shop: sqlite3.Connection) -> None:
+    shop.execute("ALTER TABLE reviews RENAME TO results")
+    assert "the table 'results' is read" in smol("-o", "shop.db", "--overwrite").stderr
+    assert shop.execute("SELECT count(*) FROM results").fetchone() == (3,)
 
 
 def test_run_over_a_database_resumes(shop: sqlite3.Connection) -> None:

@@ -45,6 +45,7 @@ from smolcli.data.detection import table_kind
 from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing_lines
 from smolcli.data.rows import Row
+from smolcli.data.sqlite import reads_table
 from smolcli.data.table_writer import check_table, write_table
 from smolcli.errors import BackendError, ResumeError, RunError, UsageError, counted, error_reason
 from smolcli.protocol.line_formats import LineFormat, RunInfo
@@ -548,11 +549,11 @@ def _check_paths(settings: RunSettings) -> None:
 
 
 def _check_table_name(settings: RunSettings, table: Path) -> None:
-    """Reject an output that would replace the table that is read."""
+    """Reject an output that would replace a table that is read."""
+    name, rows = settings.table_name, settings.rows
     is_input = any(_is_same(table, file.path) for file in Inputs.of(settings).files)
-    read = settings.rows.table
-    if is_input and read is not None and read.casefold() == settings.table_name.casefold():
-        raise UsageError(f"the table {read!r} is the input; choose another --output-table")
+    if is_input and reads_table(table, rows.query, rows.table, name):
+        raise UsageError(f"the table {name!r} is read; choose another --output-table")
 
 
 def _is_same(path: Path, other: Path) -> bool:

@@ -3,7 +3,7 @@
 import math
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -65,6 +65,28 @@ def read_sqlite(
         columns = {name: header.index(name) for name in choose(header)}
         for number, cells in enumerate(cursor, start=1):
             yield row_of_values(number, {name: _value(cells[at]) for name, at in columns.items()})
+
+
+def reads_table(path: Path, query: str | None, table: str | None, name: str) -> bool:
+    """Whether `read_sqlite` would read the table `name`, also through a view.
+
+    False if the rows cannot be read at all.
+    """
+    found: set[str] = set()
+
+    def note(action: int, read: str | None, *_: str | None) -> int:
+        if action == sqlite3.SQLITE_READ and read is not None:
+            found.add(read.casefold())
+        return sqlite3.SQLITE_OK
+
+    with (
+        suppress(InputError, UsageError, sqlite3.Error, sqlite3.Warning),
+        _connected(path, "ro", InputError, f"cannot read {path}") as database,
+    ):
+        sql = query if query is not None else _select(database, table)
+        database.set_authorizer(note)
+        database.execute(f"EXPLAIN {sql}").close()
+    return name.casefold() in found
 
 
 def _select(database: sqlite3.Connection, table: str | None) -> str:
