@@ -136,6 +136,7 @@ def test_a_failed_run_exits_with_1_and_explains_how_to_resume(queries: Path) -> 
         (["--seed", f"{2**63}"], "seed must be an integer from -2^63 to 2^63 - 1"),
         (["--presence-penalty", "3"], "presence_penalty must be a number from -2 to 2"),
         (["--limit", "0"], "--limit"),
+        (["--limit", f"{2**63}"], "--limit"),  # used to end in a traceback
         (["--threads", "100000"], "--threads"),  # used to crash torch with a segmentation fault
         (["--dtype", "float16"], "--dtype"),
         (["--no-such-option"], "--no-such-option"),

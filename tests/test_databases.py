@@ -208,6 +208,14 @@ def test_locked_database_is_an_error_that_keeps_the_answers(shop: sqlite3.Connec
     assert table("results")[1][0][0] == "1"
 
 
+@pytest.mark.parametrize("statement", ["ATTACH 'new.db' AS new", "VACUUM INTO 'new.db'"])
+def test_a_query_cannot_write_another_database(shop: sqlite3.Connection, statement: str) -> None:
+    """It was rejected, but only after it had created the file."""
+    with pytest.raises(UsageError, match="--query must be a SELECT that returns rows"):
+        rows(query=statement)
+    assert not Path("new.db").exists()
+
+
 def test_every_value_fits_into_a_table(shop: sqlite3.Connection) -> None:
     """Column names that differ in case, integers beyond 64 bits, and mixed types."""
     lines = [

@@ -187,6 +187,12 @@ def test_closing_completes_every_future(settings: EngineSettings) -> None:
         backend.submit(query()).result(WAIT_S)
 
 
+def test_any_concurrency_can_be_allowed(settings: EngineSettings) -> None:
+    """It started as many threads, which fails long before a million."""
+    with closing(open_local(replace(settings, max_concurrency=10**6))) as backend:
+        assert not backend.submit(query()).result(WAIT_S).is_error
+
+
 def test_queries_need_no_new_threads(
     backend: LocalBackend, settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

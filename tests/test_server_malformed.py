@@ -145,6 +145,14 @@ def test_any_head(
         check_answer(answer)
 
 
+def test_errors_are_short_and_say_what_is_missing(server: RunningServer) -> None:
+    missing = server.client.get("/" + "a" * 50_000)
+    assert (missing.status_code, len(missing.content) < 1000) == (404, True)
+    empty = server.client.post("/chat", headers={"Content-Type": "application/json"})
+    assert (empty.status_code, empty.json()["error_code"]) == (400, "invalid_json")
+    assert empty.json()["error"] == "invalid JSON: the request body is empty"
+
+
 def test_the_server_survives(server: RunningServer) -> None:
     for data in (b"\x16\x03\x01\x02\x00", b"GET", http("/chat", b"[" * 50_000, JSON)):
         check_answer(exchange(server, data))

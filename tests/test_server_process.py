@@ -119,6 +119,12 @@ def test_a_port_in_use_is_reported(tiny_folder: Path) -> None:
     ]
 
 
+def test_an_unknown_host_is_reported() -> None:
+    result = CliRunner().invoke(app, ["serve", "--no-batches", "--host", "999.1.1.1"])
+    assert result.exit_code == 1
+    assert "cannot listen on 999.1.1.1:8000: unknown host; choose another" in result.stderr
+
+
 @pytest.mark.parametrize("content", [None, "[]", '{"type": "nonsense"}', "nonsense"])
 def test_an_invalid_schema_is_rejected_before_loading_the_model(
     tiny_folder: Path, tmp_path: Path, content: str | None

@@ -53,6 +53,7 @@ from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
 from smolcli.weights.stored_prefix import StoredPrefix
 
+MAX_TOKENIZING_THREADS = 128  # more never help, and a process may not be able to start them
 STUCK_AFTER_S = 60.0  # far longer than any step takes
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,7 @@ class LocalBackend:
         load_tokenizer: loads the model's tokenizer and chat template.
         build_engine: builds the engine; called on the engine thread.
         identity: what determines the answers.
-        max_concurrency: number of threads that tokenize.
+        max_concurrency: number of threads that tokenize, up to `MAX_TOKENIZING_THREADS`.
         stored_prefix: keys and values to start with, and to store for the next process.
     """
 
@@ -205,7 +206,8 @@ class LocalBackend:
         built: Future[Engine] = Future()
         self._thread = start_thread(lambda: self._run(build_engine, built), "smol-engine")
         try:
-            for _ in range(max_concurrency):  # now, so that `submit` never starts a thread
+            # Now, so that `submit` never starts a thread.
+            for _ in range(min(max_concurrency, MAX_TOKENIZING_THREADS)):
                 self._tokenizing.append(start_thread(self._tokenize_all, "smol-tokenize"))
             self._tokenizer = load_tokenizer()
             config = built.result().model.config

@@ -13,6 +13,7 @@ from smolcli.errors import InputError, QueryError, RunError, UsageError, error_r
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 LOCK_TIMEOUT_S = 3.0
+_NOT_A_SELECT = "--query must be a SELECT that returns rows"
 
 _TYPES = {str: "TEXT", int: "INTEGER", float: "REAL", bool: "INTEGER"}
 
@@ -52,15 +53,17 @@ def read_sqlite(
     if not is_database(path):
         raise InputError(f"cannot read {path}: it is not an SQLite database")
     with _connected(path, "ro", InputError, f"cannot read {path}") as database:
+        database.set_authorizer(_authorize)
         sql = query if query is not None else _select(database, table)
         try:
             cursor = database.execute(sql)
         except (sqlite3.Error, sqlite3.Warning) as exc:
             if _is_locked(exc):
                 raise
-            raise UsageError(f"--query: {exc}") from exc
+            is_denied = getattr(exc, "sqlite_errorcode", None) == sqlite3.SQLITE_AUTH
+            raise UsageError(_NOT_A_SELECT if is_denied else f"--query: {exc}") from exc
         if cursor.description is None:
-            raise UsageError("--query must be a SELECT that returns rows")
+            raise UsageError(_NOT_A_SELECT)
         header = [column[0] for column in cursor.description]
         columns = {name: header.index(name) for name in choose(header)}
         for number, cells in enumerate(cursor, start=1):
@@ -87,6 +90,11 @@ def reads_table(path: Path, query: str | None, table: str | None, name: str) -> 
         database.set_authorizer(note)
         database.execute(f"EXPLAIN {sql}").close()
     return name.casefold() in found
+
+
+def _authorize(action: int, *_: object) -> int:
+    """Deny ATTACH, also as a part of VACUUM INTO: it creates files beside a read-only database."""
+    return sqlite3.SQLITE_DENY if action == sqlite3.SQLITE_ATTACH else sqlite3.SQLITE_OK
 
 
 def _select(database: sqlite3.Connection, table: str | None) -> str:

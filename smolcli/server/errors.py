@@ -12,6 +12,7 @@ from werkzeug.exceptions import HTTPException
 
 from smolcli.errors import QueryError
 from smolcli.protocol.openai import error_object
+from smolcli.protocol.strict_json import shorten
 from smolcli.server.access_log import current_record
 from smolcli.server.metrics import Metrics
 from smolcli.types import ErrorCode, Result
@@ -156,7 +157,7 @@ def _translate(exc: Exception) -> HttpError:
 
 def _translate_werkzeug(exc: HTTPException, status: int) -> HttpError:
     messages = {
-        HTTPStatus.NOT_FOUND: _ABSENT.get(request.path, f"no route for {request.path}"),
+        HTTPStatus.NOT_FOUND: _ABSENT.get(request.path, f"no route for {shorten(request.path)}"),
         HTTPStatus.METHOD_NOT_ALLOWED: f"{request.method} is not allowed for {request.path}",
     }
     allowed: list[str] = getattr(exc, "valid_methods", None) or []

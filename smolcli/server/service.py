@@ -13,7 +13,7 @@ from typing import Any
 from flask import Response, request
 
 from smolcli.backends.base import Backend, Counters, Health
-from smolcli.errors import BackendError, ModelError, SmolError
+from smolcli.errors import BackendError, ModelError, QueryError, SmolError
 from smolcli.protocol.openai import model_name
 from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.server.access_log import current_record
@@ -22,7 +22,7 @@ from smolcli.server.errors import HttpCode, HttpError
 from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.metrics import Metrics
 from smolcli.settings import ServerSettings
-from smolcli.types import Message, Query, Result, Sampling
+from smolcli.types import ErrorCode, Message, Query, Result, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,10 @@ def read_json() -> object:
             f"Content-Encoding {encoding!r} is not supported; send the body uncompressed",
             HttpCode.UNSUPPORTED_MEDIA_TYPE,
         )
-    return load_json(request.get_data(cache=False).removeprefix(codecs.BOM_UTF8))
+    body = request.get_data(cache=False).removeprefix(codecs.BOM_UTF8)
+    if not body.strip():
+        raise QueryError("invalid JSON: the request body is empty", ErrorCode.INVALID_JSON)
+    return load_json(body)
 
 
 def json_response(value: Mapping[str, Any], status: int = HTTPStatus.OK) -> Response:

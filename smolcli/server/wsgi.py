@@ -169,9 +169,10 @@ def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict
             ident="smol",
         )
     except (OSError, ValueError) as exc:
+        # Waitress raises a ValueError for a host that cannot be resolved.
+        reason = error_reason(exc) if isinstance(exc, OSError) else "unknown host"
         raise RunError(
-            f"cannot listen on {host}:{settings.port}: {error_reason(exc)}; "
-            "choose another --host or --port"
+            f"cannot listen on {host}:{settings.port}: {reason}; choose another --host or --port"
         ) from exc
     for item in list(sockets.values()):
         if isinstance(item, BaseWSGIServer):

@@ -109,7 +109,8 @@ def locked_scratch(name: str) -> Iterator[Path]:
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as exc:
-        raise ModelError(f"cannot write to the model store {models_folder()}: {exc}") from exc
+        reason = error_reason(exc)
+        raise ModelError(f"cannot write to the model store {models_folder()}: {reason}") from exc
 
 
 def install(

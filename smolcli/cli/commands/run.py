@@ -1,6 +1,7 @@
 """`smol run`: answer a file of queries."""
 
 import functools
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -97,7 +98,7 @@ class RunOptions:
     ] = False
     limit: Annotated[
         int | None,
-        _run("--limit", metavar="N", help="Answer only the first N lines.", min=1),
+        _run("--limit", metavar="N", help="Answer only the first N lines.", min=1, max=sys.maxsize),
     ] = None
     overwrite: Annotated[
         bool,
