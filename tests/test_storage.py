@@ -145,6 +145,16 @@ def test_invalid_url_is_rejected(bucket: Any, args: list[str], code: int, said: 
     assert (refused.exit_code, said in refused.stderr) == (code, True), refused.stderr
 
 
+def test_web_addresses_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    refused = smol_run("https://127.0.0.1:9/in.jsonl")
+    assert refused.exit_code == 2
+    assert "https://127.0.0.1:9/in.jsonl: web addresses need `pip install aiohttp`" in (
+        refused.stderr
+    )
+
+
 def test_check_reads_remote_input(bucket: Any) -> None:
     bucket.pipe_file("/bucket/in.jsonl", LINES + b"{}\n")
     checked = smol_run("memory://bucket/in.jsonl", "--check")

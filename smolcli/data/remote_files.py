@@ -98,7 +98,10 @@ def _resolve(url: str) -> tuple[Any, str]:
     try:
         files, path = url_to_fs(url)
     except ImportError as exc:
-        raise UsageError(f"cannot use {url}: {exc}") from exc
+        reason = str(exc)
+        if url.startswith(("http://", "https://")):
+            reason = "web addresses need `pip install aiohttp`; or download the file first"
+        raise UsageError(f"cannot use {url}: {reason}") from exc
     except Exception as exc:  # each file system raises exceptions of its own
         raise UsageError(f"cannot use {url}: {error_reason(exc)}") from exc
     return files, path

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from typing import Any, NoReturn
 
 from smolcli.errors import QueryError
@@ -38,7 +39,11 @@ def load_json(text: bytes) -> object:
     except RecursionError as exc:
         _reject_json(f"nested more than {MAX_DEPTH} levels deep", exc)
     except ValueError as exc:
-        _reject_json(str(exc).partition(";")[0], exc)
+        reason = str(exc)
+        if "integer string conversion" in reason:  # Python's own limit
+            max_digits = sys.get_int_max_str_digits()
+            reason = f"Exceeds the limit of {max_digits:,} digits for an integer"
+        _reject_json(reason, exc)
     return value
 
 
