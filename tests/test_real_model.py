@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import get_tensor_name_map
+from gguf import GGUFReader, get_tensor_name_map
 from kernel_tools import GPU, KERNELS, load
 
 from smolcli.engine.engine import Engine
@@ -46,7 +46,8 @@ def theirs(model_folder: Path) -> Iterator[Any]:
         {"gguf_file": gguf_weights.FILE} if gguf_weights.is_in(model_folder) else {}
     )
     with pytest.MonkeyPatch.context() as patch:
-        # transformers makes the same map for each of 397 modules, which takes several seconds
+        # transformers reads the file twice and makes the same map for each of 397 modules
+        patch.setattr("gguf.GGUFReader", cache(GGUFReader))
         patch.setattr("gguf.get_tensor_name_map", cache(get_tensor_name_map))
         model = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32, **gguf)
     yield model
