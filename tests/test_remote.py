@@ -154,6 +154,10 @@ class TestSmol:
         assert done.exit_code == (1 if options else 0)
         assert ("has the model" in done.stderr) == bool(options)
 
+    def test_a_server_that_does_not_name_its_model_cannot_be_required_to_have_one(self) -> None:
+        with legacy_host() as host, pytest.raises(BackendError, match="leave out --model"):
+            open_remote(RemoteSettings((host.url,), model="SmolLM2"))
+
     def test_cancelling_frees_the_slot(self, tiny_folder: Path) -> None:
         faulty = FaultyBackend(delay_s=0.02)
         long = Sampling(max_new_tokens=400, repetition_penalty=1.3)
