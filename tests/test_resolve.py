@@ -58,6 +58,11 @@ def test_path_is_never_looked_up_on_the_hub(
         resolve(name)
 
 
+def test_an_empty_name_is_not_the_current_directory() -> None:
+    with pytest.raises(ModelNotFound, match="the name of the model is empty"):
+        resolve("")
+
+
 def test_missing_gguf_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"no such file: .*x\.gguf"):
         resolve(str(tmp_path / "x.gguf"))

@@ -116,6 +116,13 @@ def test_a_malformed_request_line_gets_400_and_closes_the_connection(
     assert "x-request-id" in reply.headers
 
 
+def test_a_client_of_https_is_rejected_at_once(server: RunningServer) -> None:
+    """It waited a minute for the server to drop the connection."""
+    reply = exchange(server, b"\x16\x03\x01\x00\xf4\x01\x00\x00\xf0")
+    assert (reply.status, reply.is_closed) == (400, True)
+    assert reply.body["error"].endswith("the server speaks HTTP, not HTTPS")
+
+
 def test_http_1_0_needs_no_host_and_allows_no_transfer_encoding(server: RunningServer) -> None:
     with server.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")

@@ -36,6 +36,7 @@ TRANSFER_RATE = 1 << 16  # bytes per second that a client must send and read
 LINGER_TIMEOUT_S = 10.0  # for the client to stop sending a rejected request
 MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
 MAX_TRAILER = 65_536  # bytes
+TLS_HANDSHAKE = b"\x16\x03"  # how a client of https:// begins; no line end may ever follow
 TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 UPLOAD_PATHS = ("/v1/files", "/files")
@@ -77,6 +78,9 @@ class Parser(HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         num_consumed = super().received(data)
+        if not self.completed and self.header_plus.startswith(TLS_HANDSHAKE):
+            self.error = BadRequest("the server speaks HTTP, not HTTPS")
+            self.completed = True
         if self.error is not None and self.error.code == TOO_LARGE and self._is_unauthorized:
             self.error = Unauthorized("")
         if self.error is None and self.chunked and self._has_long_framing():

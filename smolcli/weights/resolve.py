@@ -56,6 +56,8 @@ def local(model: str, notify: Notify) -> ModelFiles | None:
     Raises:
         ModelNotFound: `model` can only be a path, and there is no usable model at it.
     """
+    if not model:
+        raise ModelNotFound("the name of the model is empty")
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(model, path)
