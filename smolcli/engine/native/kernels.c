@@ -5,7 +5,8 @@
      BF16_WEIGHTS   weights that are not quantized are stored in bfloat16, otherwise in float32;
                     quantized weights are rounded to bfloat16 as they are expanded
      BF16_PRODUCTS  activations and the KV cache are bfloat16 too, multiplied by the CPU's
-                    bfloat16 instructions; otherwise they and the arithmetic are float32
+                    bfloat16 instructions; otherwise they and the arithmetic are float32, except
+                    that the KV cache is float16 if products are of integers
 
    All matrices are packed into panels of PANEL output columns, so that a step reads each weight once,
    in order. Softmax, norms and the residual stream are float32 in every format.
