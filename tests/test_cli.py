@@ -245,6 +245,8 @@ def schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     Path("broken.py").write_text("1 / 0")
     Path("list.json").write_text("[]")
     Path("bad.json").write_text('{"type": "nonsense"}')
+    Path("cut.json").write_text('{"type":\n "object')
+    Path("deep.json").write_text('{"not": ' * 2000 + "{}" + "}" * 2000)
     path = Path("trip.json")
     path.write_text('{"type": "object", "properties": {"end": {"type": "string"}}}')
     return str(path)
@@ -273,7 +275,9 @@ def test_schema_applies_to_every_answer(queries: Path, schema: str) -> None:
     ("value", "reason"),
     [
         ("none.json", "No such file"),
-        ("trips.py", "not valid JSON"),
+        ("trips.py", "invalid JSON: Expecting value at column 1"),
+        ("cut.json", "invalid JSON: Unterminated string starting at line 2, column 2"),
+        ("deep.json", "invalid JSON: nested more than 64 levels deep"),
         ("list.json", "must contain a JSON object"),
         ("bad.json", "Invalid type: nonsense"),
         ("trips:Journey", "no attribute 'Journey'"),
@@ -399,7 +403,7 @@ def test_ask_reads_question_and_system_prompt_from_files(tmp_path: Path) -> None
         (["-5", "+", "3?"], "smol ask -- '-5 + 3?'"),
         (["--", "-5", "+", "3?"], "put the question in quotes: smol ask -- '-5 + 3?'"),
         (["--", "-5 + 3?", "--seed", "1"], "-- ends the options; put --seed before it"),
-        (["Hi", "--schema", '{"type'], "--schema is not valid JSON"),
+        (["Hi", "--schema", '{"type'], "--schema: invalid JSON"),
         (["Hi", "--schema", '{"type": "nonsense"}'], "--schema: "),
     ],
 )

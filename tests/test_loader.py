@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from smolcli.errors import ModelError
-from smolcli.weights.checkpoint import load_weights
+from smolcli.text.tokenizer import ChatTokenizer
+from smolcli.weights.checkpoint import load_weights, weight_files
 from smolcli.weights.loader import load_config, load_model
+from smolcli.weights.store import missing_file
 
 
 @pytest.fixture
@@ -197,3 +200,22 @@ def test_damaged_config_is_a_model_error(
     shutil.copy(tiny_folder / "model.safetensors", tmp_path)
     with suppress(ModelError):
         load_weights(tmp_path, load_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", load_config),
+        ("model.safetensors.index.json", missing_file),
+        ("model.safetensors.index.json", weight_files),
+        ("tokenizer_config.json", ChatTokenizer.load),
+    ],
+)
+def test_json_that_is_nested_too_deeply_is_an_error(
+    name: str, read: Callable[[Path], Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=name):
+        read(folder)

@@ -170,7 +170,7 @@ def load_manifest(output: Path) -> Manifest:
         manifest = TypeAdapter(Manifest).validate_python(values)
         _ = manifest.digests  # they must be readable
         return manifest
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as exc:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
         raise ResumeError(
             f"{output} exists, but its manifest {path.name} cannot be read; "
             "choose another --output, or start over with --overwrite"

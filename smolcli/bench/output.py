@@ -60,7 +60,7 @@ def read_peers(path: Path) -> list[Reading]:
             Reading(r["system"], "questions", 64, r["tokens"], r["tokens"] / r["tokens_per_second"])
             for r in records
         ]
-    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as exc:
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError) as exc:
         raise InputError(
             f"{path} does not contain the output of benchmarks/peer_*.py: {exc}"
         ) from exc

@@ -234,7 +234,7 @@ def _extension_values(array: Any) -> list[Any]:
 def _parsed(value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 

@@ -22,7 +22,7 @@ def load_json(text: bytes) -> object:
     surrogates.
 
     Raises:
-        QueryError: with code `invalid_json`, saying what is wrong and at which column.
+        QueryError: with code `invalid_json`, saying what is wrong and where.
     """
     try:
         value: object = _DECODER.decode(text.decode())
@@ -35,7 +35,8 @@ def load_json(text: bytes) -> object:
     except UnicodeEncodeError as exc:
         _reject_json("a string contains a lone surrogate (\\ud800 to \\udfff)", exc)
     except json.JSONDecodeError as exc:
-        _reject_json(f"{exc.msg.removesuffix(' at')} at column {exc.colno}", exc)
+        line = f"line {exc.lineno}, " if exc.lineno > 1 else ""
+        _reject_json(f"{exc.msg.removesuffix(' at')} at {line}column {exc.colno}", exc)
     except RecursionError as exc:
         _reject_json(f"nested more than {MAX_DEPTH} levels deep", exc)
     except ValueError as exc:

@@ -272,7 +272,7 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(_read_text(path))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ModelError(f"{path} is not valid JSON: {exc}") from exc
     if not isinstance(values, dict):
         raise ModelError(f"{path} does not contain a JSON object")

@@ -113,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
             return [folder / str(name) for name in sorted(names)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
             raise ModelError(f"{index} is not a valid checkpoint index: {exc}") from exc
     whole = folder / "model.safetensors"
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))

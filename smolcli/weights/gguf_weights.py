@@ -96,7 +96,7 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
         for entry in tensors.values():
             if not (str(entry["type"]) and tuple(entry["shape"]) and int(entry["offset"]) >= 0):
                 raise ValueError(f"invalid entry {entry}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
         raise ModelError(f"{path} is damaged: {exc}; remove the model and pull it again") from exc
     return dict(tensors)
 

@@ -204,6 +204,6 @@ def _record_path(path: Path) -> Path:
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(_record_path(path).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}

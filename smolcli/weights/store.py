@@ -54,7 +54,7 @@ def missing_file(folder: Path) -> str | None:
         return None if any(folder.glob("*.safetensors")) else "model.safetensors"
     try:
         shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
         raise ModelError(f"{index} is not a valid checkpoint index: {exc}") from exc
     return next((shard for shard in shards if not (folder / shard).is_file()), None)
 
@@ -81,7 +81,7 @@ def stored(name: str) -> ModelFiles | None:
     try:
         values = json.loads((folder / RECORD).read_text("utf-8"))
         found = ModelFiles(values["model"], folder, values["revision"], values["source"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return found if missing_file(folder) is None else None
 
@@ -216,7 +216,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """What `install` recorded about the model in `folder`; empty if there is no valid record."""
     try:
         values = json.loads((folder / RECORD).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

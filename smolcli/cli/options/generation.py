@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from smolcli.cli.options import option, read_text, require_utf8
 from smolcli.errors import QueryError, UsageError, error_reason
+from smolcli.protocol.strict_json import load_json
 from smolcli.settings import DEFAULT_SEED, OPENAI_TEMPERATURE, QueryDefaults
 from smolcli.types import AnswerFormat, Sampling
 
@@ -234,9 +235,10 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 def _from_text(text: str | bytes, shown: str) -> dict[str, Any]:
     try:
-        definition = json.loads(text)
-    except ValueError as exc:
-        raise UsageError(f"{shown} is not valid JSON: {exc}") from exc
+        decoded = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+        definition = load_json(decoded.encode())
+    except (QueryError, UnicodeError) as exc:
+        raise UsageError(f"{shown}: {exc}") from exc
     if not isinstance(definition, dict):
         raise UsageError(f"{shown} must contain a JSON object")
     return definition
