@@ -375,6 +375,19 @@ INLINE int64_t panel_bytes(Format format, int features) {
     return (int64_t)features / group_size(format) * group_bytes(format);
 }
 
+/* Evaluate `call` with FORMAT as a constant, so that the compiler specializes it. */
+#define FORMAT_CASE(format, call) \
+    case format: { \
+        enum { FORMAT = format }; \
+        call; \
+        break; \
+    }
+#define FOR_QUANTIZED(format, call) \
+    switch (format) { \
+        FORMAT_CASE(Q4_0, call) FORMAT_CASE(Q4_1, call) FORMAT_CASE(Q8_0, call) \
+        FORMAT_CASE(Q4_K, call) FORMAT_CASE(Q5_K, call) FORMAT_CASE(Q6_K, call) \
+    }
+
 /* For each of the two vectors of a panel: weight = q * scale + offset, in float32. `next` is the scale
    of an integer that is still shifted to the left by its own bits. */
 typedef struct {
@@ -554,17 +567,11 @@ static void any_tile(int rows, const lane *panel, int depth, const elem *x, cons
     FOR_ROWS(rows, tile(ROWS, panel, depth, x, next, next_step, acc))
 }
 
-#define QUANTIZED_TILE(name, format) \
-    static void name(int rows, const char *panel, int features, const elem *x, const char *next, \
-                     int next_step, vec acc[][2]) { \
-        FOR_ROWS(rows, quantized_tile(format, ROWS, panel, features, x, next, next_step, acc)) \
-    }
-QUANTIZED_TILE(q4_0_tile, Q4_0)
-QUANTIZED_TILE(q4_1_tile, Q4_1)
-QUANTIZED_TILE(q8_0_tile, Q8_0)
-QUANTIZED_TILE(q4_k_tile, Q4_K)
-QUANTIZED_TILE(q5_k_tile, Q5_K)
-QUANTIZED_TILE(q6_k_tile, Q6_K)
+static void any_quantized_tile(Format format, int rows, const char *panel, int features, const elem *x,
+                               const char *next, int next_step, vec acc[][2]) {
+    FOR_QUANTIZED(format,
+                  FOR_ROWS(rows, quantized_tile(FORMAT, ROWS, panel, features, x, next, next_step, acc)))
+}
 
 /* A product of input rows with a packed matrix. */
 typedef struct {
@@ -594,14 +601,7 @@ static const lane *expanded_panel(const Product *product, const char *panel, int
     const Space *space = product->space;
     Expanded *expanded = (Expanded *)(space->expanded + worker * space->expanded_stride);
     if (expanded->source == panel) return expanded->panel;
-    switch ((Format)product->weight.format) {
-        case Q4_0: expand_panel(Q4_0, panel, product->features, expanded->panel); break;
-        case Q4_1: expand_panel(Q4_1, panel, product->features, expanded->panel); break;
-        case Q4_K: expand_panel(Q4_K, panel, product->features, expanded->panel); break;
-        case Q5_K: expand_panel(Q5_K, panel, product->features, expanded->panel); break;
-        case Q6_K: expand_panel(Q6_K, panel, product->features, expanded->panel); break;
-        default: expand_panel(Q8_0, panel, product->features, expanded->panel); break;
-    }
+    FOR_QUANTIZED(product->weight.format, expand_panel(FORMAT, panel, product->features, expanded->panel))
     expanded->source = panel;
     return expanded->panel;
 }
@@ -644,14 +644,7 @@ static void compute_tile(const Product *product, int item, int worker, Tile *out
     int next_step = (num_bytes << 8) / 64 / tiles / steps; /* cache lines of the next panel, times 256 */
     const char *next = panel + num_bytes + ((int64_t)number * steps * next_step >> 8) * 64;
     if (in_registers) {
-        switch (format) {
-            case Q4_0: q4_0_tile(rows, panel, features, x, next, next_step, out->acc); break;
-            case Q4_1: q4_1_tile(rows, panel, features, x, next, next_step, out->acc); break;
-            case Q4_K: q4_k_tile(rows, panel, features, x, next, next_step, out->acc); break;
-            case Q5_K: q5_k_tile(rows, panel, features, x, next, next_step, out->acc); break;
-            case Q6_K: q6_k_tile(rows, panel, features, x, next, next_step, out->acc); break;
-            default: q8_0_tile(rows, panel, features, x, next, next_step, out->acc); break;
-        }
+        any_quantized_tile(format, rows, panel, features, x, next, next_step, out->acc);
         return;
     }
     const void *lanes = format == DENSE ? panel : (const void *)expanded_panel(product, panel, worker);
@@ -740,15 +733,8 @@ static void embed(const Step *step, int row) {
     int id = step->batch->token_ids[row], hidden = model->hidden, column = id % PANEL;
     const char *panel = (const char *)model->embed.panels + id / PANEL * panel_bytes(format, hidden);
     float *x = step->space->x + (int64_t)row * hidden;
-    switch (format) {
-        case Q4_0: embed_quantized(Q4_0, panel, column, hidden, x); break;
-        case Q4_1: embed_quantized(Q4_1, panel, column, hidden, x); break;
-        case Q8_0: embed_quantized(Q8_0, panel, column, hidden, x); break;
-        case Q4_K: embed_quantized(Q4_K, panel, column, hidden, x); break;
-        case Q5_K: embed_quantized(Q5_K, panel, column, hidden, x); break;
-        case Q6_K: embed_quantized(Q6_K, panel, column, hidden, x); break;
-        default: embed_dense(panel, column, hidden, x); break;
-    }
+    if (format == DENSE) embed_dense(panel, column, hidden, x);
+    FOR_QUANTIZED(format, embed_quantized(FORMAT, panel, column, hidden, x))
     for (int panel = 0; panel < hidden / PANEL; panel++) {
         const loose *values = (const loose *)(x + panel * PANEL);
         prepare_norm(step->space, hidden, model->layers[0].input_norm, row, panel, values[0], values[1]);
