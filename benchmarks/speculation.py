@@ -23,8 +23,8 @@ from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Model
 from smolcli.engine.sequence import Sequence
 from smolcli.engine.speculation import Speculation
+from smolcli.protocol.json_text import load_json
 from smolcli.protocol.query import parse_query
-from smolcli.protocol.strict_json import load_json
 from smolcli.settings import DEFAULT_MODEL, Dtype, EngineSettings, QueryDefaults
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Sampling

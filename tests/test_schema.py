@@ -16,6 +16,7 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.chat_completions import CompletionFields, parse_completion
 from smolcli.protocol.fields import LOGIT_BIAS, NOT_BLANK
+from smolcli.protocol.json_text import load_json
 from smolcli.protocol.openai import error_code, error_object
 from smolcli.protocol.parameters import validated
 from smolcli.protocol.prompt import prompt_query
@@ -29,7 +30,6 @@ from smolcli.protocol.query import (
     schema_format,
 )
 from smolcli.protocol.responses import ResponsesFields
-from smolcli.protocol.strict_json import load_json
 from smolcli.settings import QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
 

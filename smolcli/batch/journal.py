@@ -1,6 +1,5 @@
 """Reads back the results in an output, so that a run can resume, split or rewrite it."""
 
-import json
 import os
 from array import array
 from bisect import bisect_left
@@ -17,6 +16,7 @@ from smolcli.batch.statistics import StatisticsCollector
 from smolcli.data.compression import DECOMPRESSION_ERRORS, LONGEST_MAGIC, codec_of_name
 from smolcli.data.jsonl import replacing_lines
 from smolcli.errors import ResumeError, UsageError, cannot_write
+from smolcli.protocol.json_text import parse_json
 from smolcli.protocol.line_formats import LineFormat
 from smolcli.types import Result
 
@@ -175,10 +175,10 @@ def _read_file(path: Path, format: LineFormat) -> Iterator[Entry]:
     with closing(_complete_lines(path)) as lines:
         for number, data in enumerate(lines, start=1):
             try:
-                entry = Entry(format.read_back(json.loads(data)), data)
+                entry = Entry(format.read_back(parse_json(data)), data)
                 if entry.line <= last_line:
                     raise ValueError("line numbers must increase")
-            except (ValueError, LookupError, TypeError, RecursionError) as exc:
+            except (ValueError, LookupError, TypeError) as exc:
                 raise ResumeError(
                     f"line {number} of {path} is not a result of this run; "
                     "choose another --output, or start over with --overwrite"

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter
 from smolcli.atomic import replacing
 from smolcli.batch.input_scan import InputScan, RowDigests
 from smolcli.errors import ResumeError, SettingsChanged
+from smolcli.protocol.json_text import parse_json
 from smolcli.protocol.line_formats import SMOL
 from smolcli.settings import EngineSettings, RunSettings
 from smolcli.types import Sampling
@@ -165,12 +166,12 @@ def load_manifest(output: Path) -> Manifest:
     """
     path = manifest_path(output)
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
         values["statistics"] = values.pop("report")
         manifest = TypeAdapter(Manifest).validate_python(values)
         _ = manifest.digests  # they must be readable
         return manifest
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as exc:
         raise ResumeError(
             f"{output} exists, but its manifest {path.name} cannot be read; "
             "choose another --output, or start over with --overwrite"

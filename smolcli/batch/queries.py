@@ -7,9 +7,9 @@ from itertools import chain
 from smolcli.data.prompt_template import options_hint
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError
+from smolcli.protocol.json_text import shorten
 from smolcli.protocol.line_formats import LineFormat, detect_format
 from smolcli.protocol.query import FIELDS
-from smolcli.protocol.strict_json import shorten
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query, Result, failure
 

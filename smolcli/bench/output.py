@@ -13,6 +13,7 @@ from rich.table import Table
 
 from smolcli.bench.measure import Reading, medians
 from smolcli.errors import InputError, RunError, error_reason
+from smolcli.protocol.json_text import parse_json
 
 TITLES = {
     "prompt": "prompt of {} words",
@@ -55,12 +56,12 @@ def read_peers(path: Path) -> list[Reading]:
         InputError: the file cannot be read, or contains something else.
     """
     try:
-        records = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+        records = [parse_json(line) for line in path.read_text("utf-8").splitlines() if line]
         return [
             Reading(r["system"], "questions", 64, r["tokens"], r["tokens"] / r["tokens_per_second"])
             for r in records
         ]
-    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError) as exc:
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as exc:
         raise InputError(
             f"{path} does not contain the output of benchmarks/peer_*.py: {exc}"
         ) from exc

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from smolcli.data.rows import Row, row_of_values
 from smolcli.errors import InputError, QueryError, UsageError, error_reason
+from smolcli.protocol.json_text import parse_json
 
 ArrowKind = Literal["parquet", "arrow"]
 
@@ -233,8 +234,8 @@ def _extension_values(array: Any) -> list[Any]:
 
 def _parsed(value: Any) -> Any:
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        return parse_json(value) if isinstance(value, str) else value
+    except ValueError:
         return value
 
 

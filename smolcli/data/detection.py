@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from smolcli.data.compression import without_codec_suffix
 from smolcli.data.json_values import RECORD_SEPARATOR
 from smolcli.errors import QueryError, UsageError
-from smolcli.protocol.strict_json import load_json, shorten
+from smolcli.protocol.json_text import load_json, shorten
 from smolcli.settings import InputFormat
 
 TableKind = Literal["csv", "tsv", "parquet", "arrow", "sqlite"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line
 from smolcli.data.source import READ_ERRORS, read_some
 from smolcli.errors import InputError, error_reason
-from smolcli.protocol.strict_json import shorten
+from smolcli.protocol.json_text import shorten
 
 RECORD_SEPARATOR = b"\x1e"  # before each value of a JSON text sequence (RFC 7464)
 

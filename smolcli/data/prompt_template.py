@@ -10,8 +10,8 @@ from smolcli.data.rows import LongestField, Row
 from smolcli.errors import QueryError, UsageError, closest
 from smolcli.protocol.bare_lines import CONTENTS, bare_id, is_bare, with_messages
 from smolcli.protocol.fields import did_you_mean, float_to_int
+from smolcli.protocol.json_text import load_json
 from smolcli.protocol.query import FIELDS, QueryFields
-from smolcli.protocol.strict_json import load_json
 from smolcli.settings import ALL_FIELDS, RowSettings
 from smolcli.types import ErrorCode
 

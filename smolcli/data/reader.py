@@ -26,7 +26,7 @@ from smolcli.data.rows import Row
 from smolcli.data.source import READ_ERRORS, Prefixed, open_source, read_some
 from smolcli.data.sqlite import read_sqlite
 from smolcli.errors import InputError, QueryError, UsageError, error_reason
-from smolcli.protocol.strict_json import load_json
+from smolcli.protocol.json_text import load_json
 from smolcli.settings import RowSettings
 from smolcli.types import ErrorCode
 

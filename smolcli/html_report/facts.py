@@ -1,7 +1,6 @@
 """Counts and distributions of a result file, gathered in one pass."""
 
 import heapq
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from smolcli.data.detection import table_kind
 from smolcli.data.jsonl import read_lines
 from smolcli.data.table_writer import journal_path
 from smolcli.errors import InputError, ResumeError
+from smolcli.protocol.json_text import parse_json
 from smolcli.protocol.line_formats import smol_record
 
 NUM_EXAMPLES = 3
@@ -175,8 +175,8 @@ def _errors_file(manifest: Manifest | None) -> Path | None:
 def _read(facts: Facts, path: Path) -> None:
     for line in read_lines(path):
         try:
-            facts.add(smol_record(json.loads(line.data or b"")))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            facts.add(smol_record(parse_json(line.data or b"")))
+        except (ValueError, LookupError, TypeError, AttributeError):
             facts.skip(path, line.number)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from smolcli.errors import QueryError
 from smolcli.protocol.chat_completions import CompletionFields, parse_completion
 from smolcli.protocol.fields import decimal_id
-from smolcli.protocol.strict_json import shorten
+from smolcli.protocol.json_text import shorten
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Query
 

@@ -10,7 +10,7 @@ from smolcli.errors import QueryError
 from smolcli.protocol.fields import (
     did_you_mean,
 )
-from smolcli.protocol.strict_json import shorten
+from smolcli.protocol.json_text import shorten
 from smolcli.types import ErrorCode
 
 M = TypeVar("M", bound=BaseModel)

@@ -62,9 +62,9 @@ from smolcli.protocol.fields import (
     did_you_mean,
     is_empty,
 )
+from smolcli.protocol.json_text import load_json, shorten
 from smolcli.protocol.parameters import json_path
 from smolcli.protocol.prompt import derived_seed, with_system_prompt
-from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.protocol.tool_fields import (
     CHOICE_DESCRIPTION,
     TOOLS_DESCRIPTION,

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from smolcli.errors import QueryError
 from smolcli.protocol.fields import Flag, Integer, Lenient, Text, did_you_mean
-from smolcli.protocol.strict_json import shorten
+from smolcli.protocol.json_text import shorten
 from smolcli.types import ErrorCode, Function, ToolCall, ToolMode, Tools
 
 MAX_TOOLS = 128

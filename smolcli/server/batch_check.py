@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from smolcli.batch.queries import ChatIds
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError
+from smolcli.protocol.json_text import shorten
 from smolcli.protocol.line_formats import OPENAI
-from smolcli.protocol.strict_json import shorten
 from smolcli.server.batch_store import BatchError
 from smolcli.server.errors import HttpCode, HttpError
 from smolcli.settings import RowSettings

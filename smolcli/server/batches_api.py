@@ -17,9 +17,9 @@ from werkzeug.formparser import FormDataParser
 from smolcli.data.compression import LONGEST_MAGIC, codec_of_bytes
 from smolcli.errors import QueryError, RunError, SmolError, UsageError, error_reason
 from smolcli.protocol.fields import FLOAT_TO_INT, Lenient, Text
+from smolcli.protocol.json_text import shorten
 from smolcli.protocol.line_formats import RequestFields
 from smolcli.protocol.parameters import validated
-from smolcli.protocol.strict_json import shorten
 from smolcli.server.admission import unavailable
 from smolcli.server.batch_store import Batch, BatchStore, StoredFile, Upload, no_file
 from smolcli.server.batch_worker import BatchWorker

@@ -9,8 +9,8 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from smolcli.errors import QueryError
+from smolcli.protocol.json_text import shorten
 from smolcli.protocol.query import chat_id_of, parse_query
-from smolcli.protocol.strict_json import shorten
 from smolcli.server.errors import HttpCode, HttpError, error_response, result_error
 from smolcli.server.in_flight import InFlightRequest
 from smolcli.server.service import (

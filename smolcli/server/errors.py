@@ -11,8 +11,8 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from smolcli.errors import QueryError
+from smolcli.protocol.json_text import shorten
 from smolcli.protocol.openai import error_object
-from smolcli.protocol.strict_json import shorten
 from smolcli.server.access_log import current_record
 from smolcli.server.metrics import Metrics
 from smolcli.types import ErrorCode, Result

@@ -14,8 +14,8 @@ from flask import Response, request
 
 from smolcli.backends.base import Backend, Counters, Health
 from smolcli.errors import BackendError, ModelError, QueryError, SmolError
+from smolcli.protocol.json_text import load_json, shorten
 from smolcli.protocol.openai import model_name
-from smolcli.protocol.strict_json import load_json, shorten
 from smolcli.server.access_log import current_record
 from smolcli.server.admission import AdmissionLimit, unavailable
 from smolcli.server.errors import HttpCode, HttpError

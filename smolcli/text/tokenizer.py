@@ -1,6 +1,5 @@
 """The tokenizer and chat template of a model: messages to the token ids of a prompt."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from smolcli.errors import ModelError, QueryError
+from smolcli.protocol.json_text import parse_json
 from smolcli.protocol.tools import function_record
 from smolcli.text.chat_template import ChatTemplate
 from smolcli.text.detokenizer import TextDecoder
@@ -271,8 +271,8 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as exc:
+        values = parse_json(_read_text(path))
+    except ValueError as exc:
         raise ModelError(f"{path} is not valid JSON: {exc}") from exc
     if not isinstance(values, dict):
         raise ModelError(f"{path} does not contain a JSON object")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from smolcli.protocol.json_text import parse_json
 from smolcli.protocol.tools import function_record
 from smolcli.types import Message, ToolCall, ToolCallDelta, ToolMode, Tools
 
@@ -53,8 +54,8 @@ def _compact(arguments: str) -> str:
 def parsed_arguments(arguments: str) -> Any:
     """The value of a call's arguments; text that is not JSON is returned as it is."""
     try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
+        return parse_json(arguments)
+    except ValueError:
         return arguments
 
 

@@ -3,7 +3,6 @@
 They are safetensors files or, if the model was quantized, a GGUF file as it came.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from smolcli.engine.dtypes import FLOAT_DTYPES, numpy_dtype
 from smolcli.engine.quantized import Weight, Weights, formats_of
 from smolcli.errors import ModelError
 from smolcli.weights import gguf_weights
+from smolcli.weights.store import shard_names
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -110,11 +110,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / gguf_weights.FILE]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-            return [folder / str(name) for name in sorted(names)]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
-            raise ModelError(f"{index} is not a valid checkpoint index: {exc}") from exc
+        return [folder / name for name in shard_names(index)]
     whole = folder / "model.safetensors"
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 

@@ -16,6 +16,7 @@ from smolcli.engine.config import LlamaConfig
 from smolcli.engine.dtypes import FLOAT_DTYPES, numpy_dtype
 from smolcli.engine.quantized import BLOCK_FORMATS, Array, QuantizedMatrix, Weight
 from smolcli.errors import ModelError
+from smolcli.protocol.json_text import parse_json
 
 FILE = "model.gguf"
 INDEX = "model.gguf.index.json"
@@ -92,11 +93,11 @@ def load(folder: Path, config: LlamaConfig) -> dict[str, Weight]:
 def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / INDEX
     try:
-        tensors = json.loads(path.read_text("utf-8"))["tensors"]
+        tensors = parse_json(path.read_text("utf-8"))["tensors"]
         for entry in tensors.values():
             if not (str(entry["type"]) and tuple(entry["shape"]) and int(entry["offset"]) >= 0):
                 raise ValueError(f"invalid entry {entry}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
         raise ModelError(f"{path} is damaged: {exc}; remove the model and pull it again") from exc
     return dict(tensors)
 

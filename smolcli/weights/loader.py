@@ -1,6 +1,5 @@
 """Loads a model directory into a model that the engine can run."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.quantized import Formats, Weights, as_array
 from smolcli.errors import ModelError
+from smolcli.protocol.json_text import parse_json
 from smolcli.settings import EngineSettings, ResolvedDtype
 from smolcli.weights.checkpoint import load_weights, weight_formats
 from smolcli.weights.packed import packed_weights
@@ -172,8 +172,8 @@ def _eos_ids(folder: Path, values: dict[str, Any]) -> frozenset[int]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as exc:
+        values = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
         raise ModelError(f"cannot read {path}: {exc}") from exc
     if not isinstance(values, dict):
         raise ModelError(f"{path} does not contain a JSON object")

@@ -26,6 +26,7 @@ from smolcli.engine.native.bindings import Array, Kernels
 from smolcli.engine.native.packing import pack_into, packed_layout
 from smolcli.engine.quantized import Formats
 from smolcli.errors import ModelError
+from smolcli.protocol.json_text import parse_json
 from smolcli.weights.checkpoint import load_weights, weight_files
 from smolcli.weights.store import ModelFiles, locked_scratch, sha256_of
 
@@ -203,7 +204,7 @@ def _record_path(path: Path) -> Path:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(_record_path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = parse_json(_record_path(path).read_text("utf-8"))
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

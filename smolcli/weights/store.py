@@ -14,6 +14,7 @@ from typing import Any
 
 from smolcli import settings
 from smolcli.errors import ModelError, ModelNotFound, error_reason
+from smolcli.protocol.json_text import parse_json
 
 RECORD = "smol.json"
 GGUF_FILES = ("model.gguf", "model.gguf.index.json")  # weights as they came, and where they are
@@ -52,11 +53,21 @@ def missing_file(folder: Path) -> str | None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return None if any(folder.glob("*.safetensors")) else "model.safetensors"
-    try:
-        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as exc:
-        raise ModelError(f"{index} is not a valid checkpoint index: {exc}") from exc
+    shards = shard_names(index)
     return next((shard for shard in shards if not (folder / shard).is_file()), None)
+
+
+def shard_names(index: Path) -> list[str]:
+    """The sorted names of the files that make up a sharded checkpoint.
+
+    Raises:
+        ModelError: the index is malformed or cannot be read.
+    """
+    try:
+        names = set(parse_json(index.read_text("utf-8"))["weight_map"].values())
+        return [str(name) for name in sorted(names)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
+        raise ModelError(f"{index} is not a valid checkpoint index: {exc}") from exc
 
 
 def sha256_of(*paths: Path) -> str:
@@ -79,9 +90,9 @@ def stored(name: str) -> ModelFiles | None:
     """The model stored under `name`; None if the store has no complete one."""
     folder = models_folder() / _folder_name(name)
     try:
-        values = json.loads((folder / RECORD).read_text("utf-8"))
+        values = parse_json((folder / RECORD).read_text("utf-8"))
         found = ModelFiles(values["model"], folder, values["revision"], values["source"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return found if missing_file(folder) is None else None
 
@@ -215,8 +226,8 @@ def remove(entry: StoreEntry) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """What `install` recorded about the model in `folder`; empty if there is no valid record."""
     try:
-        values = json.loads((folder / RECORD).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = parse_json((folder / RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 

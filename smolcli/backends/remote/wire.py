@@ -8,8 +8,8 @@ from typing import Any, TypeGuard
 
 from smolcli.backends.base import incomplete_json
 from smolcli.errors import QueryError
+from smolcli.protocol.json_text import load_json, parse_json
 from smolcli.protocol.query import format_fields
-from smolcli.protocol.strict_json import load_json
 from smolcli.protocol.text_completions import entries_of
 from smolcli.protocol.tools import message_record, tool_fields, with_call_ids
 from smolcli.types import (
@@ -204,11 +204,11 @@ def parse_batch(data: bytes, queries: list[Query], dialect: Dialect) -> list[Res
         MalformedAnswer: the body does not hold one response for each query.
     """
     try:
-        body = json.loads(data)  # lenient, so that one bad response does not affect the others
+        body = parse_json(data)  # lenient, so that one bad response does not affect the others
         records = body["responses"]
         if not isinstance(records, list) or len(records) != len(queries):
             raise ValueError
-    except (ValueError, LookupError, TypeError, RecursionError) as exc:
+    except (ValueError, LookupError, TypeError) as exc:
         message = f"the answer does not have the responses of {len(queries)} queries"
         raise MalformedAnswer(message) from exc
     pairs = zip(records, queries, strict=True)
@@ -414,8 +414,8 @@ def _logprobs(value: object) -> list[dict[str, Any]] | None:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(text)
+    except ValueError:
         return False
     return True
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from smolcli.cli.options import option, read_text, require_utf8
 from smolcli.errors import QueryError, UsageError, error_reason
-from smolcli.protocol.strict_json import load_json
+from smolcli.protocol.json_text import load_json
 from smolcli.settings import DEFAULT_SEED, OPENAI_TEMPERATURE, QueryDefaults
 from smolcli.types import AnswerFormat, Sampling
 

@@ -48,12 +48,8 @@ class BufferCache:
     def max_length(self, num_bytes: int) -> int:
         """See `interfaces.KVCache`."""
         panel = self._kernels.panel
-        most = (
-            num_bytes
-            // self._config.kv_cache_bytes(panel, self._kernels.cache_dtype.itemsize)
-            * panel
-        )
-        return min(most, self._config.max_positions)
+        panel_bytes = self._config.kv_cache_bytes(panel, self._kernels.cache_dtype.itemsize)
+        return min(num_bytes // panel_bytes * panel, self._config.max_positions)
 
     def allocate(self, sequence: Sequence) -> None:
         """See `interfaces.KVCache`; the rest of the buffer stays uninitialized."""

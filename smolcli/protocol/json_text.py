@@ -1,4 +1,4 @@
-"""Strict JSON: no duplicate keys, NaN, infinities, lone surrogates or excessive nesting."""
+"""Parsing of JSON text: strictly what users write, and leniently what programs have written."""
 
 import json
 import math
@@ -46,6 +46,14 @@ def load_json(text: bytes) -> object:
             reason = f"Exceeds the limit of {max_digits:,} digits for an integer"
         _reject_json(reason, exc)
     return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON as `json.loads` does, but report excessive nesting as a ValueError, too."""
+    try:
+        return json.loads(text)
+    except RecursionError as exc:
+        raise ValueError("nested too deeply") from exc
 
 
 def _reject_json(reason: str, cause: Exception) -> NoReturn:
