@@ -553,7 +553,7 @@ def _check_table_name(settings: RunSettings, table: Path) -> None:
     name, rows = settings.table_name, settings.rows
     is_input = any(_is_same(table, file.path) for file in Inputs.of(settings).files)
     if is_input and reads_table(table, rows.query, rows.table, name):
-        raise UsageError(f"the table {name!r} is read; choose another --output-table")
+        raise UsageError(f"this run reads the table {name!r}; choose another --output-table")
 
 
 def _is_same(path: Path, other: Path) -> bool:

@@ -960,7 +960,7 @@ INLINE void update_softmax(int rows, const Task *task, int first, int block, int
         for (int v = 1; v < num_vecs; v++)
             partial[r] = select_lanes(scores[v] > partial[r], scores[v], partial[r]);
     }
-    /* Of all rows at once: the reduction over the lanes of a row is one over vectors of rows. */
+    /* Transposed, a reduction over the lanes of each row is one over vectors, for all rows at once. */
     transpose_square(partial, lanes);
     vec old = *(const loose *)(state->highest + first), highest = old;
     for (int i = 0; i < WIDTH; i++) highest = select_lanes(lanes[i] > highest, lanes[i], highest);
