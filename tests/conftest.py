@@ -93,14 +93,21 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 @pytest.fixture(autouse=True)
-def _closed_logs() -> Iterator[None]:
-    """Undo the logging setup of a finished command, whose stderr has been closed."""
+def _logging_restored() -> Iterator[None]:
+    """Undo the logging setup of a finished command, whose stderr has been closed.
+
+    Otherwise a server's access log could end up there, or in the stderr of a later command.
+    """
+    loggers = logging.root.manager.loggerDict
+    levels = {
+        name: log.level for name, log in list(loggers.items()) if isinstance(log, logging.Logger)
+    }
     yield
-    root = logging.getLogger()
-    for handler in [h for h in root.handlers if type(h) is logging.StreamHandler]:
-        root.removeHandler(handler)
-    for name in ("batch", "weights", "backends"):
-        logging.getLogger(f"smolcli.{name}").setLevel(logging.NOTSET)
+    for handler in [h for h in logging.root.handlers if type(h) is logging.StreamHandler]:
+        logging.root.removeHandler(handler)
+    for name, log in list(loggers.items()):
+        if isinstance(log, logging.Logger):
+            log.setLevel(levels.get(name, logging.NOTSET))
 
 
 @pytest.fixture(scope="session")
