@@ -204,6 +204,34 @@ def test_a_cached_prefix_changes_no_token(pair: Any, max_step_tokens: int) -> No
     assert cache.num_hit_tokens > cache.num_lookup_tokens // 2
 
 
+def test_a_prompt_is_stored_after_its_first_token_has_been_handed_out(model: Model) -> None:
+    """Copying it once delayed the first token."""
+    prompt = list(range(20, 20 + 5 * BLOCK_TOKENS))
+    engine = Engine(model, 2, 64 * MEGABYTE, prefix_cache_bytes=MEGABYTE)
+    cache = engine.kv_cache.prefix_cache
+    first, second = greedy(prompt, 8), greedy(prompt, 8)
+    engine.add(first)
+    assert engine.step() == [first]
+    assert cache.num_blocks == 0
+    engine.add(second)
+    engine.step()
+    assert cache.num_blocks == 5
+    assert second.num_reused == 4 * BLOCK_TOKENS, "a prompt of the very next step finds it"
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 8])
+def test_a_prompt_is_stored_even_if_its_answer_ends_at_once(
+    model: Model, max_new_tokens: int
+) -> None:
+    engine = Engine(model, 2, 64 * MEGABYTE, prefix_cache_bytes=MEGABYTE)
+    sequence = greedy(list(range(20, 20 + 5 * BLOCK_TOKENS)), max_new_tokens)
+    engine.add(sequence)
+    engine.step()
+    engine.stop(sequence)
+    assert engine.kv_cache.prefix_cache.num_blocks == 5
+    assert engine.kv_cache.num_sequences == 0
+
+
 def scored(prompt: list[int], max_new_tokens: int = 0, top: int = 2) -> Sequence:
     return Sequence(prompt, Sampling(max_new_tokens=max_new_tokens), top_prompt_logprobs=top)
 

@@ -51,6 +51,7 @@ class Engine:
         self.max_length = self.kv_cache.max_length(kv_cache_bytes)
         self.num_steps = 0
         self.speculation = speculation
+        self._prefilled: dict[Sequence, None] = {}  # not in the prefix cache yet, in order
         self._vocab_size = model.config.vocab_size
 
     @property
@@ -101,6 +102,7 @@ class Engine:
             BackendError: the step failed for every sequence, and so did a trivial sequence of the
                 engine's own.
         """
+        self._store_prompts()
         if verified := [s for s in self.scheduler.running if s.verified]:
             self._append_verified(verified)
             return verified
@@ -173,7 +175,7 @@ class Engine:
             item.sequence.num_cached = item.stop
             item.sequence.prompt_logprobs += scores
             if item.completes and not item.sequence.is_decoding:
-                self.kv_cache.store_prefix(item.sequence)
+                self._prefilled[item.sequence] = None
             if item.completes and not item.sequence.wants_token:
                 item.sequence.finish_reason = FinishReason.LENGTH
         for item, _ in ready:
@@ -231,8 +233,22 @@ class Engine:
             with suppress(Exception):  # the memory of a lost GPU cannot be freed
                 self.kv_cache.free(trivial)
 
+    def _store_prompts(self) -> None:
+        """Copy prompts to the prefix cache: one step late, so that no first token waits for it."""
+        prefilled, self._prefilled = self._prefilled, {}
+        for sequence in prefilled:
+            self._store_prefix(sequence)
+
+    def _store_prefix(self, sequence: Sequence) -> None:
+        if sequence.error is None:
+            with suppress(RuntimeError, MemoryError):  # out of memory: it is only a cache
+                self.kv_cache.store_prefix(sequence)
+
     def _retire(self) -> None:
         for sequence in self.scheduler.retire():
+            if sequence in self._prefilled:
+                del self._prefilled[sequence]
+                self._store_prefix(sequence)
             self.kv_cache.free(sequence)
             if self.speculation is not None:
                 self.speculation.forget(sequence)
