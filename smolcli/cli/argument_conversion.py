@@ -2,14 +2,23 @@
 
 Typer converts every value with pydantic, whose import takes longer than anything else that a short
 command does. Text, numbers, choices and absent values need no help. Everything else, invalid values
-included, is still left to Typer, which also words the errors.
+included, is still left to Typer.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
+import typer
 from typer.core import TyperCommand
+
+from smolcli.cli.option_sources import (
+    InvalidValue,
+    add_sources,
+    as_usage_error,
+    reject_blank_lists,
+)
+from smolcli.errors import SmolError
 
 WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 DECIMAL_NUMBER = re.compile(r"-?[0-9]{1,15}(\.[0-9]{1,15})?")
@@ -20,11 +29,26 @@ class NotPlain(Exception):
 
 
 class SmolCommand(TyperCommand):
-    """A command that converts plain values itself."""
+    """A command that converts plain values itself, and whose errors say where a value was set."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters, those that Typer adds included."""
         return convert_plain_values(super().get_params(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            rest = super().parse_args(ctx, args)
+        except InvalidValue as exc:
+            raise as_usage_error(exc, ctx) from exc
+        reject_blank_lists(ctx)
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SmolError as exc:
+            add_sources(exc, ctx)
+            raise
 
 
 def convert_plain_values(parameters: list[Any]) -> list[Any]:
@@ -51,13 +75,20 @@ class PlainConversion:
         return self
 
     def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Convert a value; called by Typer."""
+        """Convert a value; called by Typer.
+
+        Raises:
+            InvalidValue: Typer rejects the value.
+        """
         if value is None:
             return () if param.multiple or param.nargs == -1 else None
         try:
             return plain_value(value, param.type_descriptor.annotation, param.min, param.max)
         except NotPlain:
-            return self._typer_conversion().coerce(value, param=param, ctx=ctx)
+            try:
+                return self._typer_conversion().coerce(value, param=param, ctx=ctx)
+            except typer.BadParameter as exc:
+                raise InvalidValue(value, param, exc.message) from exc
 
 
 def plain_value(value: Any, annotation: Any, low: float | None, high: float | None) -> Any:

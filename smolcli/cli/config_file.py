@@ -6,6 +6,8 @@ from typing import Any
 
 import typer
 
+from smolcli.cli.argument_conversion import convert_plain_values
+from smolcli.cli.option_sources import InvalidValue
 from smolcli.errors import UsageError, closest, error_reason
 
 
@@ -62,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _options(command: Any) -> dict[str, Any]:
     """The parameters of a command that have an environment variable, by flag name."""
-    parameters = [p for p in command.params if p.envvar]
+    parameters = [p for p in convert_plain_values(command.params) if p.envvar]
     return {p.opts[0].removeprefix("--"): p for p in parameters}
 
 
@@ -85,6 +87,6 @@ def _validated(option: Any, value: Any, ctx: typer.Context, path: Path) -> Any:
         raise UsageError(f"{path}: {key} takes one value, not a list")
     try:
         option.process_value(ctx, text)
-    except typer.BadParameter as exc:
-        raise UsageError(f"{path}: {key} = {value!r}: {exc.message}") from exc
+    except InvalidValue as exc:
+        raise UsageError(f"{path}: {key} {exc.message}") from exc
     return text

@@ -18,6 +18,7 @@ from smolcli import __version__
 from smolcli.cli.argument_conversion import SmolCommand, convert_plain_values
 from smolcli.cli.config_file import find_config, load_config
 from smolcli.cli.exit_codes import ExitCode
+from smolcli.cli.option_sources import add_sources
 from smolcli.cli.terminal import replace_closed_streams
 from smolcli.errors import SmolError, UsageError, error_reason
 
@@ -87,6 +88,7 @@ class SmolGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except SmolError as exc:
+            add_sources(exc, ctx)  # for SMOL_CONFIG
             typer.echo(f"smol: {exc}", err=True)
             is_usage = isinstance(exc, UsageError)
             raise typer.Exit(ExitCode.USAGE if is_usage else ExitCode.FAILED) from exc

@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from smolcli.cli.argument_conversion import SmolCommand
 from smolcli.cli.exit_codes import ExitCode
 from smolcli.cli.options import AsJson
 from smolcli.cli.options.engine import StoredModel, StoredModels
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 @app.command(
     "list",
+    cls=SmolCommand,
     epilog="[bold]smol models list[/bold]\n\n"
     "[bold]smol models list --json[/bold] prints names, sizes, sources and revisions as JSON.",
 )
@@ -46,7 +48,9 @@ def list_models(as_json: AsJson = False) -> None:
         typer.echo("the model store is empty; smol pull downloads a model", err=True)
 
 
-@app.command(epilog="[bold]smol models show HuggingFaceTB/SmolLM2-135M-Instruct[/bold]")
+@app.command(
+    cls=SmolCommand, epilog="[bold]smol models show HuggingFaceTB/SmolLM2-135M-Instruct[/bold]"
+)
 def show(model: StoredModel) -> None:
     """Show where a model came from and verify its checksums."""
     from smolcli.weights.packed import packed_files
@@ -64,7 +68,11 @@ def show(model: StoredModel) -> None:
     raise typer.Exit(ExitCode.FAILED if damage else ExitCode.OK)
 
 
-@app.command("rm", epilog="[bold]smol models rm HuggingFaceTB/SmolLM2-135M-Instruct[/bold]")
+@app.command(
+    "rm",
+    cls=SmolCommand,
+    epilog="[bold]smol models rm HuggingFaceTB/SmolLM2-135M-Instruct[/bold]",
+)
 def remove_models(models: StoredModels) -> None:
     """Remove models and their packed weights from the model store."""
     from smolcli.text.vocabulary_index import remove_index

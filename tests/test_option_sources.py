@@ -1,0 +1,97 @@
+"""Errors about options say whether a flag, the environment or the config file set the value."""
+
+from pathlib import Path
+
+import pytest
+from test_cli import smol
+
+CONCURRENCY = "the environment variable {} must be an integer of at least 1, not {!r}"
+
+
+@pytest.mark.parametrize("value", ["many", "0", "1.5"])
+@pytest.mark.parametrize("variable", ["HOSTING_MAX_CONCURRENCY", "SMOL_MAX_CONCURRENCY"])
+def test_invalid_variable_is_named_with_its_value_and_what_is_allowed(
+    variable: str, value: str
+) -> None:
+    """The error was about --max-concurrency and listed both variables."""
+    done = smol("ask", "Hi", env={variable: value})
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == f"smol: {CONCURRENCY.format(variable, value)}\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"),
+    [
+        ("SMOL_DTYPE", "fp8", "one of auto, float32, bfloat16, int8"),
+        ("SMOL_SPECULATION", "perhaps", "true or false"),
+        ("SMOL_TEMPERATURE", "hot", "a number"),
+        ("SMOL_TOP_K", "1.5", "an integer"),
+        ("SMOL_RETRY_FOR", "nan", "a number of at least 0"),
+        ("SMOL_THREADS", "2000", "an integer from 0 to 1024"),
+        ("SMOL_JSON", "maybe", "true or false"),
+    ],
+)
+def test_every_kind_of_option_says_what_it_accepts(variable: str, value: str, allowed: str) -> None:
+    done = smol("ask", "Hi", env={variable: value})
+    assert done.exit_code == 2
+    assert done.stderr == (
+        f"smol: the environment variable {variable} must be {allowed}, not {value!r}\n"
+    )
+
+
+def test_invalid_flag_says_what_it_accepts() -> None:
+    done = smol("ask", "Hi", "--threads", "two")
+    assert done.exit_code == 2
+    assert done.stderr == "smol: --threads must be an integer from 0 to 1024, not 'two'\n"
+
+
+def test_commands_of_a_group_report_variables_as_well() -> None:
+    done = smol("models", "list", env={"SMOL_JSON": "maybe"})
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "the environment variable SMOL_JSON must be true or false, not 'maybe'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "variable", "value"),
+    [
+        (("ask", "Hi"), "SMOL_TEMPERATURE", "-1"),
+        (("ask", "Hi"), "SMOL_VIA", "foo"),
+        (("ask", "Hi"), "SMOL_CHAT_TEMPLATE", "/missing/file"),
+        (("ask", "Hi"), "SMOL_CONFIG", "/missing/file"),
+        (("ask", "Hi"), "SMOL_MODEL", "/missing/file"),
+        (("bench",), "SMOL_SIZES", "1,x"),
+        (("serve",), "SMOL_CORS_ORIGIN", "example.org"),
+    ],
+)
+def test_values_that_are_rejected_later_are_traced_to_their_variable(
+    args: tuple[str, ...], variable: str, value: str
+) -> None:
+    done = smol(*args, backend=None, env={variable: value})
+    assert done.exit_code in (1, 2)
+    assert f"({variable}={value!r} in the environment)" in done.stderr
+
+
+def test_values_that_are_rejected_later_are_traced_to_the_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text("temperature = -1\n")
+    done = smol("--config", path, "ask", "Hi")
+    assert done.exit_code == 2
+    assert f"(temperature='-1' in {path})" in done.stderr
+    done = smol("--config", path, "ask", "Hi", "--temperature", "-2")
+    assert str(path) not in done.stderr
+
+
+def test_api_keys_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("")
+    env = {"SMOL_UPSTREAM_API_KEY": "secret\x01", "SMOL_UPSTREAM": "http://127.0.0.1:9"}
+    done = smol("serve", "--port", "0", backend=None, env=env)
+    assert done.exit_code != 0
+    assert "secret" not in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["SMOL_API_KEY", "SMOL_UPSTREAM"])
+def test_repeatable_variable_must_not_be_blank(variable: str) -> None:
+    """A blank SMOL_API_KEY started a server that was open to anyone."""
+    done = smol("serve", env={variable: " "})
+    assert done.exit_code == 2
+    assert f"the environment variable {variable} must not be blank" in done.stderr
