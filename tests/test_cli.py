@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from fakes import DyingBackend, EchoBackend
 from typer.testing import CliRunner, Result
 
@@ -210,7 +211,30 @@ def test_every_option_has_an_environment_variable() -> None:
         help_text = smol(command, "--help", env={"COLUMNS": "200"}).output
         flags = [line.split()[1] for line in help_text.splitlines() if line.startswith("│ --")]
         for flag in set(flags) - {"--help"}:
-            assert f"SMOL_{flag[2:].upper().replace('-', '_')}" in help_text
+            name = flag[2:].upper().replace("-", "_")
+            assert f"SMOL_{name}" in help_text or f"SMOL_{command.upper()}_{name}" in help_text
+
+
+def test_a_variable_means_the_same_in_every_command() -> None:
+    """SMOL_JSON was a flag for `smol ask` and the name of a file for `smol bench`."""
+    group: Any = typer.main.get_command(app)
+    commands = [*group.commands.values(), *group.commands["models"].commands.values()]
+    meanings: dict[str, set[tuple[object, ...]]] = {}
+    for parameter in (p for command in commands for p in command.params if p.envvar):
+        variables = parameter.envvar
+        for variable in [variables] if isinstance(variables, str) else variables:
+            meaning = parameter.type_descriptor.annotation, parameter.multiple, parameter.help
+            meanings.setdefault(variable, set()).add(meaning)
+    ambiguous = {variable for variable, found in meanings.items() if len(found) > 1}
+    # the keys that a server accepts and clients send; the same name with and without a flag
+    assert ambiguous == {"SMOL_API_KEY", "SMOL_MODEL"}
+
+
+def test_an_output_in_the_environment_is_not_that_of_a_report(queries: Path) -> None:
+    variables = {"SMOL_OUTPUT": str(queries.with_name("out.jsonl"))}
+    assert smol("run", queries, env=variables).exit_code == 0
+    assert smol("report", variables["SMOL_OUTPUT"], env=variables).exit_code == 0
+    assert queries.with_name("out.report.html").exists()
 
 
 def test_limit_extra_fields_and_timings(queries: Path) -> None:

@@ -70,6 +70,15 @@ def test_a_flag_of_the_file_can_be_turned_off(tmp_path: Path) -> None:
     assert "timings" in output.read_text()
 
 
+def test_top_level_key_does_not_apply_to_an_option_with_another_meaning(tmp_path: Path) -> None:
+    """`json = true` made `smol bench` write its measurements to a file named True."""
+    path = tmp_path / "c.toml"
+    path.write_text('json = true\nprompt-file = "template"\n')
+    assert seen_by_backend("--config", path, "ask", "Hi").queries_seen
+    path.write_text('[bench]\njson = "out.json"\nsizes = "x"\n')
+    assert "--sizes must be" in smol("--config", path, "bench").stderr
+
+
 def test_environment_variable_names_the_file(config: Path) -> None:
     seen = seen_by_backend("ask", "Hi", env={"SMOL_CONFIG": str(config)})
     assert seen.settings_seen.threads == 2

@@ -339,6 +339,16 @@ def test_ask_via_a_server(service: RunningServer) -> None:
     assert gone.stderr.startswith("smol: http://127.0.0.1:9 cannot be reached")
 
 
+def test_ask_via_a_server_sends_the_first_of_the_keys_in_the_environment(tiny_folder: Path) -> None:
+    """SMOL_API_KEY="one two" was two keys to the server and a single one to its clients."""
+    keys = ("first", "second")
+    with serving(open_local, tiny_engine(tiny_folder), api_keys=keys) as server:
+        asked = ["ask", "What?", "--max-new-tokens", "2", "--via", server.url, "--retry-for", "0"]
+        for value, exit_code in (("first second", 0), ("second", 0), ("third first", 1)):
+            done = CliRunner().invoke(app, asked, env={"SMOL_API_KEY": value})
+            assert done.exit_code == exit_code, done.stderr
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from smolcli.cli.main import app
+from smolcli.cli.options import variable_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 HEAD = """\
@@ -26,7 +27,10 @@ TAIL = """\
 A flag overrides its environment variable, which overrides the config file, which overrides the
 default. The environment variable is `SMOL_` followed by the flag in capitals:
 `SMOL_MAX_NEW_TOKENS=128` for `--max-new-tokens 128`, `SMOL_DEDUPE=false` for `--no-dedupe`. The
-values of a repeatable option are separated by spaces.
+values of a repeatable option are separated by spaces. An option whose flag means something else in
+another command has the variable named in its description, and is not set by a key at the top level
+of the config file. `SMOL_API_KEY` holds the API keys of a server: `smol serve` accepts all of them,
+clients send the first.
 
 The config file is the one that `--config` or `SMOL_CONFIG` names; otherwise `config.toml` in the
 user's configuration directory: `~/.config/smol` (or `$XDG_CONFIG_HOME/smol`) on Linux,
@@ -167,8 +171,10 @@ def _row(option: Any) -> str:
     flags = ", ".join(f"`{flag}`" for flag in [*option.opts, *option.secondary_opts])
     variables = option.envvar or []
     variables = [variables] if isinstance(variables, str) else variables
-    beside = [v for v in variables if v != f"SMOL_{option.opts[0][2:].upper().replace('-', '_')}"]
-    extra = f" Also `{'`, `'.join(beside)}`." if beside else ""
+    usual = variable_of(option.opts[0])
+    beside = [variable for variable in variables if variable != usual]
+    label = "Also" if usual in variables else "Variable:"
+    extra = f" {label} `{'`, `'.join(beside)}`." if beside else ""
     is_bare = option.default is None or option.default is False
     default = "" if is_bare else f"`{option.default}`"
     text = f"{option.help or ''}{extra}".replace("|", "\\|")

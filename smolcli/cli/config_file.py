@@ -8,6 +8,7 @@ import typer
 
 from smolcli.cli.argument_conversion import convert_plain_values
 from smolcli.cli.option_sources import InvalidValue
+from smolcli.cli.options import variable_of
 from smolcli.errors import UsageError, closest, error_reason
 
 
@@ -20,8 +21,9 @@ def find_config(given: Path | None) -> Path | None:
 def load_config(path: Path, ctx: typer.Context) -> dict[str, dict[str, Any]]:
     """Read a config file into option defaults for each command.
 
-    Top-level keys apply to every command that has the option; a table applies to the command of
-    the same name. Keys are flags without the leading dashes, values are what the flag takes.
+    Top-level keys apply to every command that has the option with its usual meaning and variable;
+    a table applies to the command of the same name. Keys are flags without the leading dashes,
+    values are what the flag takes.
 
     Args:
         path: a TOML file.
@@ -39,13 +41,14 @@ def load_config(path: Path, ctx: typer.Context) -> dict[str, dict[str, Any]]:
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     shared = {key: value for key, value in values.items() if key not in tables}
     _reject_unknown(tables, [n for n in options if options[n]], f"{path}: unknown command")
-    _reject_unknown(shared, {k for known in options.values() for k in known},
+    _reject_unknown(shared, {k for known in options.values() for k in known if _is_usual(known[k])},
                     f"{path}: unknown option")  # fmt: skip
     defaults = {}
     for name, known in options.items():
         own = tables.get(name, {})
         _reject_unknown(own, known, f"{path}: smol {name} has no option")
-        given = {key: value for key, value in shared.items() if key in known} | own
+        usual = {k: v for k, v in shared.items() if k in known and _is_usual(known[k])}
+        given = usual | own
         defaults[name] = {known[k].name: _validated(known[k], v, ctx, path)
                           for k, v in given.items()}  # fmt: skip
     return defaults
@@ -66,6 +69,12 @@ def _options(command: Any) -> dict[str, Any]:
     """The parameters of a command that have an environment variable, by flag name."""
     parameters = [p for p in convert_plain_values(command.params) if p.envvar]
     return {p.opts[0].removeprefix("--"): p for p in parameters}
+
+
+def _is_usual(option: Any) -> bool:
+    """Whether an option means what its flag means in other commands."""
+    variables = [option.envvar] if isinstance(option.envvar, str) else option.envvar
+    return variable_of(option.opts[0]) in variables
 
 
 def _reject_unknown(given: Iterable[str], known: Iterable[str], message: str) -> None:

@@ -42,6 +42,7 @@ PromptFile = Annotated[
         "--prompt-file",
         metavar="FILE",
         help="Read the question from a file, in UTF-8. Text from stdin is appended to it.",
+        variable="SMOL_ASK_PROMPT_FILE",
     ),
 ]
 

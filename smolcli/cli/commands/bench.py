@@ -52,7 +52,12 @@ class BenchOptions:
     ] = 3
     json: Annotated[
         Path | None,
-        _bench("--json", metavar="FILE", help="Write all measurements to this file as JSON."),
+        _bench(
+            "--json",
+            metavar="FILE",
+            help="Write all measurements to this file as JSON.",
+            variable="SMOL_BENCH_JSON",
+        ),
     ] = None
     plot: Annotated[
         Path | None,

@@ -31,6 +31,7 @@ Output = Annotated[
         metavar="FILE",
         help="Where to write the report; - for stdout. Default: the name of RESULTS with the "
         "extension .report.html.",
+        variable="SMOL_REPORT_OUTPUT",
     ),
 ]
 Png = Annotated[

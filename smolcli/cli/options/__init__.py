@@ -51,12 +51,18 @@ def read_text(name: str, path: Path) -> str:
         raise UsageError(f"{name} {path}: the file is not UTF-8") from exc
 
 
+def variable_of(flag: str) -> str:
+    """The environment variable that a flag usually has."""
+    return f"SMOL_{flag.removeprefix('--').replace('-', '_').upper()}"
+
+
 def option(
     *flags: str,
     help: str,
     metavar: str | None = None,
     panel: str = "Options",
     alias: str | None = None,
+    variable: str | None = None,
     min: int | None = None,
     max: int | None = None,
     completion: Callable[[str], list[str]] | None = None,
@@ -69,11 +75,12 @@ def option(
         metavar: placeholder for the value in the help; by default its type.
         panel: heading that the help lists the option under.
         alias: another environment variable that sets the option.
+        variable: the variable to use instead, if the flag means something else in another command.
         min: smallest valid value.
         max: largest valid value.
         completion: returns completions of a partial value for the shell.
     """
-    variable = f"SMOL_{flags[0].partition('/')[0].removeprefix('--').replace('-', '_').upper()}"
+    variable = variable or variable_of(flags[0].partition("/")[0])
     return typer.Option(
         *flags,
         help=help,

@@ -54,7 +54,10 @@ class ViaOptions:
 
     def settings(self, ctx: typer.Context, engine: EngineSettings) -> RemoteSettings | None:
         """The remote settings that these options stand for; None without servers."""
-        return _settings(ctx, self.via, self.api_key, self.upstream_api, self.retry_for, engine)
+        api_key = self.api_key
+        if api_key and _source(ctx, "api_key") == "ENVIRONMENT":  # may list the keys of smol serve
+            api_key = next(iter(api_key.split()), None)
+        return _settings(ctx, self.via, api_key, self.upstream_api, self.retry_for, engine)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,5 +191,9 @@ def _settings(
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
     """Whether a parameter was set by its option, environment variable or the config file."""
+    return _source(ctx, name) not in (None, "DEFAULT")
+
+
+def _source(ctx: typer.Context, name: str) -> str | None:
     source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+    return None if source is None else source.name
