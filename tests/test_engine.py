@@ -18,6 +18,7 @@ from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Batch, Head, Hidden, Masks, Model
 from smolcli.engine.prefix_cache import BLOCK_TOKENS
 from smolcli.engine.sequence import Sequence
+from smolcli.engine.speculation import Speculation
 from smolcli.errors import BackendError, ModelError, PromptTooLong, QueryError
 from smolcli.types import FinishReason, Sampling
 from smolcli.weights.loader import load_config
@@ -230,6 +231,57 @@ def test_a_prompt_is_stored_even_if_its_answer_ends_at_once(
     engine.stop(sequence)
     assert engine.kv_cache.prefix_cache.num_blocks == 5
     assert engine.kv_cache.num_sequences == 0
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_the_next_turn_of_a_chat_reuses_the_answer(native_model: Model, drafts: bool) -> None:
+    """Only prompts were cached once, so that each turn computed the answer before it again.
+
+    Keys and values have the same bits, whether their token was generated, drafted or prefilled.
+    """
+
+    def ask(prompt: list[int]) -> Sequence:
+        return Sequence(
+            prompt,
+            Sampling(max_new_tokens=30, ignore_eos=True),
+            is_interactive=True,
+            top_logprobs=None if drafts else 3,
+        )
+
+    speculation = Speculation() if drafts else None
+    engine = Engine(native_model, 4, 64 * MEGABYTE, MEGABYTE, speculation=speculation)
+    prompt = list(range(20, 50)) * 2
+    for turn in range(3):
+        sequence, alone = ask(prompt), ask(prompt)
+        generate(engine, [sequence])
+        generate(Engine(native_model, 1, 64 * MEGABYTE), [alone])
+        assert (sequence.output_ids, sequence.logprobs) == (alone.output_ids, alone.logprobs)
+        num_computed = turn and len(prompt) - 7  # the new message, and the last token before it
+        assert num_computed - BLOCK_TOKENS < sequence.num_reused <= num_computed
+        prompt = [*sequence.token_ids, *range(60 + turn, 66 + turn)]
+
+
+@pytest.mark.parametrize("num_steps", range(1, 6))
+def test_a_cancelled_chat_leaves_only_computed_tokens_in_the_cache(
+    native_model: Model, num_steps: int
+) -> None:
+    prompt = list(range(20, 50))
+    engine = Engine(native_model, 4, 64 * MEGABYTE, MEGABYTE, max_step_tokens=10)
+    cancelled = Sequence(prompt, Sampling(max_new_tokens=30, ignore_eos=True), is_interactive=True)
+    engine.add(cancelled)
+    for _ in range(num_steps):
+        engine.step()
+    engine.stop(cancelled)
+    following = [*cancelled.token_ids, 7, 8, 9, 10, 11]
+    answers = generate(engine, [greedy(following)])
+    assert answers == generate(Engine(native_model, 1, 64 * MEGABYTE), [greedy(following)])
+
+
+def test_answers_of_batch_work_stay_out_of_the_prefix_cache(native_model: Model) -> None:
+    """No prompt continues them; they would evict prompts."""
+    engine = Engine(native_model, 4, 64 * MEGABYTE, MEGABYTE)
+    generate(engine, [greedy(list(range(20, 20 + 3 * BLOCK_TOKENS)))])
+    assert engine.kv_cache.prefix_cache.num_blocks == 3
 
 
 def scored(prompt: list[int], max_new_tokens: int = 0, top: int = 2) -> Sequence:

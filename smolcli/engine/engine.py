@@ -246,8 +246,10 @@ class Engine:
 
     def _retire(self) -> None:
         for sequence in self.scheduler.retire():
-            if sequence in self._prefilled:
-                del self._prefilled[sequence]
+            # The answer of a chat is part of the prompt that follows it.
+            is_chat = sequence.is_interactive and sequence.is_decoding
+            if is_chat or sequence in self._prefilled:
+                self._prefilled.pop(sequence, None)
                 self._store_prefix(sequence)
             self.kv_cache.free(sequence)
             if self.speculation is not None:

@@ -88,7 +88,7 @@ class KVCache(Protocol):
         ...
 
     def store_prefix(self, sequence: Sequence) -> None:
-        """Copy a fully computed prompt to the prefix cache."""
+        """Copy a computed prompt to the prefix cache, and the answer to it if the cache can."""
         ...
 
     def ensure_capacity(self, sequence: Sequence) -> None:

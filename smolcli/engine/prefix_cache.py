@@ -1,4 +1,4 @@
-"""Keys and values of earlier prompts, reused by prompts that start with the same tokens.
+"""Keys and values of earlier prompts and answers, reused by prompts that start with their tokens.
 
 Prompts are cut into blocks, and a block is identified by its tokens and all tokens before it, as in
 vLLM's automatic prefix caching (Kwon et al. 2023, arXiv:2309.06180). The blocks form a tree. Only
@@ -77,23 +77,23 @@ class PrefixCache(Generic[KV]):
         self.num_lookup_tokens += len(prompt_ids)
         return [block.data for block in path if block.data is not None]
 
-    def insert(self, prompt_ids: list[int], copy_block: Callable[[int, int], KV]) -> None:
-        """Add the blocks of a computed prompt, from the start and as many as fit.
+    def insert(self, token_ids: list[int], copy_block: Callable[[int, int], KV]) -> None:
+        """Add the blocks of computed tokens, from the start and as many as fit.
 
         Args:
-            prompt_ids: the prompt.
+            token_ids: a prompt, or a prompt and its answer.
             copy_block: copies the keys and values of the tokens from the first index up to the
                 second.
         """
-        path = self._find(prompt_ids)
+        path = self._find(token_ids)
         tail = path[-1] if path else self._root
         first_stop = (len(path) + 1) * BLOCK_TOKENS
-        for stop in range(first_stop, len(prompt_ids) + 1, BLOCK_TOKENS):
+        for stop in range(first_stop, len(token_ids) + 1, BLOCK_TOKENS):
             if not self._make_room(keep=tail):
                 self._age += 1
                 break
             start = stop - BLOCK_TOKENS
-            tokens = tuple(prompt_ids[start:stop])
+            tokens = tuple(token_ids[start:stop])
             block = Block(tokens, copy_block(start, stop), tail)
             self._touch(block)
             tail.children[tokens] = block

@@ -137,11 +137,14 @@ class Sequence:
 
     @property
     def reusable_ids(self) -> list[int]:
-        """The part of the prompt that may come from the prefix cache.
+        """What may come from the prefix cache: the prompt. Later, what may be added to it.
 
-        It is empty if the prompt is scored: the cache holds no hidden states.
+        While decoding, that includes the answer as far as it has keys and values. It is empty if
+        the prompt is scored: the cache holds no hidden states.
         """
-        return self.prompt_ids if self.top_prompt_logprobs is None else []
+        if self.top_prompt_logprobs is not None:
+            return []
+        return self.token_ids[: self.num_cached] if self.is_decoding else self.prompt_ids
 
     @property
     def is_finished(self) -> bool:

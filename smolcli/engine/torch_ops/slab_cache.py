@@ -180,9 +180,10 @@ class SlabCache:
         self._storage[sequence] = buffer
 
     def store_prefix(self, sequence: Sequence) -> None:
-        """See `interfaces.KVCache`; the prompt must still be in its buffer."""
+        """See `interfaces.KVCache`; does nothing once the prompt has left its buffer."""
         buffer = self._storage[sequence]
-        assert isinstance(buffer, PromptBuffer)
+        if not isinstance(buffer, PromptBuffer):
+            return
         data = buffer.data
         self.prefix_cache.insert(
             sequence.reusable_ids, lambda start, stop: data[..., start:stop, :].clone()
