@@ -12,6 +12,7 @@ from waitress.server import create_server
 
 from smolcli.server.channel import (
     IDLE_TIMEOUT_S,
+    LINGER_TIMEOUT_S,
     RECEIVE_TIMEOUT_S,
     SEND_TIMEOUT_S,
     TRANSFER_RATE,
@@ -104,3 +105,14 @@ def test_a_pipelined_request_gets_its_full_time(connection: Connection) -> None:
     connection.channel.service()
     assert not connection.is_closed_at(served + RECEIVE_TIMEOUT_S - 0.01)
     assert connection.is_closed_at(time.monotonic() + RECEIVE_TIMEOUT_S)
+
+
+def test_a_client_of_a_rejected_request_has_time_to_send_its_body(connection: Connection) -> None:
+    """It had 10 s, after which its connection was reset and the response was lost."""
+    connection.send(b"POST /5 HTTP/1.1\r\nHost: x\r\nContent-Length: 1e9\r\n\r\n")
+    connection.channel.service()
+    before = time.monotonic()
+    connection.channel.handle_write()
+    connection.send(b"x" * 1000)
+    assert not connection.is_closed_at(before + 30)
+    assert connection.is_closed_at(time.monotonic() + LINGER_TIMEOUT_S + 0.01)
