@@ -1,14 +1,8 @@
 """Drives the chat page of a server process in Chromium."""
 
 import json
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S = 60.0
@@ -48,31 +42,6 @@ new MutationObserver((_, observer) => {
   else stop.dispatchEvent(press);
 }).observe(document.body, { subtree: true, childList: true, characterData: true });
 """
-
-
-@contextmanager
-def serving(model: Path, *options: str) -> Iterator[str]:
-    """Start a server process, wait until it is ready, and yield its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "smolcli", "serve", "--model", str(model), "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
-    with subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL) as process:
-        try:
-            until(lambda: process.poll() is not None or is_ready(url))
-            assert process.poll() is None
-            yield url
-        finally:
-            process.terminate()
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def until(condition: Callable[[], object]) -> None:

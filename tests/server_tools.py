@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -169,9 +170,14 @@ def eventually(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> N
 class Process:
     """A `smol serve` process."""
 
-    popen: subprocess.Popen[str]
+    popen: subprocess.Popen[bytes]
     url: str
-    stderr: str  # up to the line that says it is ready
+    log: Path
+
+    @property
+    def stderr(self) -> str:
+        """What it has written to stderr so far."""
+        return self.log.read_text("utf-8")
 
     def signal(self, number: signal.Signals) -> None:
         self.popen.send_signal(number)
@@ -183,27 +189,35 @@ class Process:
         return httpx2.post(f"{self.url}/chat", json=value, timeout=TIMEOUT_S, verify=False)
 
     def wait(self) -> tuple[int, str]:
-        """Wait for the process; returns its exit code and the rest of its stderr."""
-        _, stderr = self.popen.communicate(timeout=TIMEOUT_S)
-        return self.popen.returncode, stderr
+        """Wait for the process; returns its exit code and its stderr."""
+        return self.popen.wait(TIMEOUT_S), self.stderr
 
 
 @contextmanager
 def serve_process(*args: str) -> Iterator[Process]:
-    """Start `smol serve` on a free port and wait until it is ready."""
+    """Start `smol serve` on a free port and wait until it is ready.
+
+    Its stderr is a file: once a pipe that nobody reads was full, the server would wait forever.
+    """
     command = [sys.executable, "-m", "smolcli", "serve", "--port", "0", "--threads", "1", *args]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as popen:
-        assert popen.stderr is not None
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        (Path(folder) / "stderr").open("wb") as log,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment) as popen,
+    ):
+        process = Process(popen, "", Path(log.name))
+
+        def is_ready() -> bool:
+            has_exited = popen.poll() is not None
+            match = re.search(r'ready at (http://[\w.:]+)[\s"]', process.stderr)
+            process.url = match[1] if match else ""
+            assert match or not has_exited, f"the server exited: {process.stderr}"
+            return bool(match)
+
         try:
-            stderr = ""
-            while not (match := re.search(r"ready at (http://[\w.:]+)", stderr)):
-                line = popen.stderr.readline()
-                assert line, f"the server exited: {stderr}"
-                stderr += line
-            yield Process(popen, match[1], stderr)
+            eventually(is_ready)
+            yield process
         finally:
             popen.kill()
 

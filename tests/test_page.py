@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import server_tools
-from page_driver import CHROMIUM_FLAGS, SPY, STOP_SOON, Page, serving, until
-from server_tools import FaultyBackend, eventually, tiny_engine
+from page_driver import CHROMIUM_FLAGS, SPY, STOP_SOON, Page, until
+from server_tools import FaultyBackend, eventually, serve_process, serving, tiny_engine
 
 import smolcli
 
@@ -38,8 +37,8 @@ def test_files_load_nothing_external_and_never_render_untrusted_html(path: Path)
 
 @pytest.fixture(scope="module")
 def url(tiny_folder: Path) -> Iterator[str]:
-    with serving(tiny_folder) as url:
-        yield url
+    with serve_process("--model", str(tiny_folder)) as process:
+        yield process.url
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ def test_shift_enter_adds_a_line_and_markup_stays_text(page: Page) -> None:
 @pytest.mark.parametrize("how", ["click", "Escape"])
 def test_stop_ends_the_answer_and_frees_the_slot(browser: Any, tiny_folder: Path, how: str) -> None:
     faulty = FaultyBackend(delay_s=0.1)  # the complete answer would take 25 s
-    with server_tools.serving(faulty.open, tiny_engine(tiny_folder)) as running:
+    with serving(faulty.open, tiny_engine(tiny_folder)) as running:
         page = Page(browser)
         page.open(running.url, max_tokens="")
         page.script(STOP_SOON, how)
@@ -272,9 +271,9 @@ def test_many_rows_are_paginated(page: Page) -> None:
 
 @browser_test
 def test_the_page_asks_for_the_api_key(browser: Any, tiny_folder: Path) -> None:
-    with serving(tiny_folder, "--api-key", KEY) as url:
+    with serve_process("--model", str(tiny_folder), "--api-key", KEY) as process:
         page = Page(browser)
-        page.open(url)
+        page.open(process.url)
         until(lambda: page.text("key-why") == "The server requires an API key.")
         page.type("key", "wrong", "\ue007")
         until(lambda: page.text("key-why") == "The server rejected this key.")

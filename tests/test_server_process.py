@@ -189,7 +189,6 @@ def test_listening_on_all_interfaces_without_a_key_logs_a_warning(
         "--model", str(tiny_folder), "--host", "0.0.0.0", "--log-format", "json"
     ) as process:
         assert process.ask(query()).status_code == 401
-        lines = [json.loads(line) for line in process.stderr.splitlines()]
-        assert [line["level"] for line in lines] == ["info"] * len(lines)
         process.popen.terminate()
-        process.wait()
+        lines = [json.loads(line) for line in process.wait()[1].splitlines()]
+        assert [line["level"] for line in lines] == ["info"] * len(lines)
