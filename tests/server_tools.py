@@ -51,19 +51,31 @@ def model_variant(folder: Path, target: Path, template: str | None = None) -> Pa
 
 
 class FaultyModel:
-    """The tiny model with a delay in every step, which can be made to fail."""
+    """The tiny model with a delay in every step, which can be held or made to fail."""
 
     def __init__(self, folder: Path, delay_s: float) -> None:
         self._model = load_model(folder, "float32")
-        self._delay_s = delay_s
+        self._may_step = threading.Event()
+        self._may_step.set()
+        self.delay_s = delay_s
         self.is_broken = False
         self.poison_id: int | None = None  # every step with this token in its input fails
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Finish no step for the duration of the context, so that no query is answered."""
+        self._may_step.clear()
+        try:
+            yield
+        finally:
+            self._may_step.set()
+
     def forward(self, batch: Batch) -> Hidden:
-        time.sleep(self._delay_s)
+        time.sleep(self.delay_s)
+        self._may_step.wait()
         if self.is_broken or self.poison_id in batch.token_ids.tolist():
             raise RuntimeError("the test broke the model")
         return self._model.forward(batch)

@@ -71,39 +71,42 @@ def test_new_connections_are_accepted_without_a_pause(
 
 def test_exactly_the_queries_above_the_limit_are_rejected(tiny_folder: Path) -> None:
     """Exactly as many concurrent queries are admitted as the queue holds."""
-    faulty = FaultyBackend(delay_s=0.02)
+    faulty = FaultyBackend()
     with serving(
         faulty.open, tiny_engine(tiny_folder), max_queue=10, max_batch_queries=6
     ) as server:
-        ready = server.client.get("/ready")
         barrier = threading.Barrier(40)
 
         def ask(number: int) -> tuple[int, str]:
             barrier.wait()
-            response = server.ask(chat_id=str(number), max_new_tokens=60)
+            response = server.ask(chat_id=str(number))
             body = response.json()
             assert body.get("chat_id", str(number)) == str(number)
             assert 2 <= int(response.headers.get("Retry-After", 2)) <= 60
             return response.status_code, body.get("error_code", "answered")
 
         with ThreadPoolExecutor(40) as pool:
-            outcomes = Counter(pool.map(ask, range(40)))
-        assert ready.status_code == 200
+            with faulty.models[0].held():
+                asked = [pool.submit(ask, number) for number in range(40)]
+                eventually(lambda: sum(each.done() for each in asked) >= 30)
+            outcomes = Counter(each.result() for each in asked)
         assert outcomes == {(200, "answered"): 10, (503, "overloaded"): 30}
 
 
 def test_a_batch_is_admitted_whole_or_not_at_all(tiny_folder: Path) -> None:
-    faulty = FaultyBackend(delay_s=0.02)
+    faulty = FaultyBackend()
     with serving(
         faulty.open, tiny_engine(tiny_folder), max_queue=10, max_batch_queries=8
     ) as server:
-        batch = {"queries": [query(max_new_tokens=60)] * 6}
-        with ThreadPoolExecutor(1) as pool:
-            first = pool.submit(server.post, "/chat/batched", batch)
-            eventually(lambda: faulty.num_queries == 6)
-            assert server.post("/chat/batched", batch).status_code == 503
-            assert server.post("/generate_batch", {"queries": [query()] * 4}).status_code == 200
-            assert first.result().status_code == 200
+        batch = {"queries": [query()] * 6}
+        with ThreadPoolExecutor(2) as pool:
+            with faulty.models[0].held():
+                first = pool.submit(server.post, "/chat/batched", batch)
+                eventually(lambda: faulty.num_queries == 6)
+                assert server.post("/chat/batched", batch).status_code == 503
+                rest = pool.submit(server.post, "/generate_batch", {"queries": [query()] * 4})
+                eventually(lambda: faulty.num_queries == 10)
+            assert [each.result().status_code for each in (first, rest)] == [200, 200]
         too_many = server.post("/chat/batched", {"queries": [query()] * 9})
         assert too_many.status_code == 413
         assert too_many.json()["error_code"] == "too_large"
@@ -193,16 +196,17 @@ def test_rejected_clients_retry_at_different_times() -> None:
 
 
 def test_a_full_server_is_not_ready(tiny_folder: Path) -> None:
-    faulty = FaultyBackend(delay_s=0.02)
+    faulty = FaultyBackend()
     with (
         serving(faulty.open, tiny_engine(tiny_folder), max_queue=1, max_batch_queries=1) as server,
         ThreadPoolExecutor(1) as pool,
     ):
-        asked = pool.submit(server.ask, max_new_tokens=60)
-        eventually(lambda: faulty.num_queries == 1)
-        full = server.client.get("/ready")
-        assert (full.status_code, full.json()) == (503, {"status": "full"})
-        assert server.client.get("/health").json() == {"status": "ok"}
+        with faulty.models[0].held():
+            asked = pool.submit(server.ask)
+            eventually(lambda: faulty.num_queries == 1)
+            full = server.client.get("/ready")
+            assert (full.status_code, full.json()) == (503, {"status": "full"})
+            assert server.client.get("/health").json() == {"status": "ok"}
         assert asked.result().status_code == 200
 
 

@@ -193,11 +193,16 @@ def test_a_gateway_passes_the_request_id_on() -> None:
 def test_metrics_report_running_and_waiting_queries(tiny_folder: Path) -> None:
     faulty = FaultyBackend(delay_s=0.02)
     with serving(faulty.open, tiny_engine(tiny_folder)) as server, ThreadPoolExecutor(1) as pool:
-        batch = {"queries": [query(max_new_tokens=40)] * 10}
-        batch_response = pool.submit(server.post, "/chat/batched", batch)
-        eventually(lambda: "smol_requests_running 8.0" in server.client.get("/metrics").text)
-        assert "smol_requests_waiting 2.0" in server.client.get("/metrics").text
-        batch_response.result()
+        batch = {"queries": [query(max_new_tokens=400, repetition_penalty=1.3)] * 10}
+        response = pool.submit(server.post, "/chat/batched", batch)
+        eventually(lambda: faulty.backends[0].health().num_running == 8)
+        with faulty.models[0].held():
+            eventually(lambda: faulty.num_queries == 10)
+            samples = metrics(server)
+        assert samples["smol_requests_running",] == 8
+        assert samples["smol_requests_waiting",] == 2
+        faulty.models[0].delay_s = 0.0
+        assert response.result().status_code == 200
 
 
 def test_each_request_logs_one_line_without_prompts(server: RunningServer) -> None:
