@@ -42,6 +42,13 @@ new MutationObserver((_, observer) => {
   else stop.dispatchEvent(press);
 }).observe(document.body, { subtree: true, childList: true, characterData: true });
 """
+# Records every text of an element.
+WATCH = """
+const element = document.querySelector(arguments[0]);
+window.seen = [];
+new MutationObserver(() => seen.push(element.textContent))
+  .observe(element, { subtree: true, childList: true, characterData: true });
+"""
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -101,6 +108,13 @@ class Page:
         """Answer the next request to `path` in place of the server."""
         text = body if isinstance(body, str) else json.dumps(body)
         self.script("canned.push([...arguments])", path, status, headers, text)
+
+    def watch(self, selector: str) -> None:
+        """Record what an element shows from now on, however briefly; see `seen`."""
+        self.script(WATCH, selector)
+
+    def seen(self) -> list[str]:
+        return list(self.script("return seen"))
 
     def paste(self, *lines: str) -> None:
         self.find("batch-tab").click()

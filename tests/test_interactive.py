@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import DyingBackend, EchoBackend
-from server_tools import serving, tiny_engine
+from server_tools import TIMEOUT_S, eventually, serving, tiny_engine
 from test_cli import REPOSITORY, Seen, process, smol
 
 from smolcli.backends.base import OnText
@@ -32,9 +35,14 @@ def turns_of(query: Query) -> list[str]:
     return [t.content if t.role != "system" else f"system: {t.content}" for t in query.messages]
 
 
-def talk(backend: EchoBackend, *lines: str, max_new_tokens: int = 256) -> tuple[str, list[str]]:
-    """Run a session; returns the printed answers and the notices."""
-    shown: list[str] = []
+def talk(
+    backend: EchoBackend,
+    *lines: str,
+    max_new_tokens: int = 256,
+    shown: list[str] | None = None,
+) -> tuple[str, list[str]]:
+    """Run a session that prints to `shown`; returns the printed text and the notices."""
+    shown = [] if shown is None else shown
     said: list[str] = []
     conversation = Conversation(QueryDefaults(Sampling(max_new_tokens=max_new_tokens)))
     InteractiveChat(backend, conversation, shown.append, said.append, is_interactive=True).run(
@@ -128,10 +136,15 @@ def test_unanswered_question_is_not_kept() -> None:
 
 
 class Interrupted(EchoBackend):
-    """Streams one word, then the user presses Ctrl-C; answers the next question."""
+    """Streams one word, then the user presses Ctrl-C; answers the next question.
 
-    def __init__(self) -> None:
+    Args:
+        is_shown: whether the user sees the word.
+    """
+
+    def __init__(self, is_shown: Callable[[], bool]) -> None:
         super().__init__()
+        self.is_shown = is_shown
         self.futures: list[Future[Result]] = []
         self.queries: list[Query] = []
 
@@ -144,14 +157,20 @@ class Interrupted(EchoBackend):
         assert on_text is not None
         on_text("Once")
         self.futures.append(Future())
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        threading.Thread(target=self.interrupt).start()
         return self.futures[0]
+
+    def interrupt(self) -> None:
+        eventually(self.is_shown)
+        time.sleep(0.1)  # so that the session waits for the next word
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_interrupt_stops_only_the_answer() -> None:
-    backend = Interrupted()
-    shown, said = talk(backend, "A story.", "Go on.")
+    pieces: list[str] = []
+    backend = Interrupted(lambda: bool(pieces))
+    shown, said = talk(backend, "A story.", "Go on.", shown=pieces)
     assert shown == "Once\nGo on. (0)\n"
     assert said == ["stopped"]
     assert backend.futures[0].cancelled()
@@ -160,7 +179,11 @@ def test_interrupt_stops_only_the_answer() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_interrupt_ends_a_piped_session() -> None:
-    done = smol("chat", backend=lambda settings: Interrupted(), input="A story.\nGo on.\n")
+    def is_shown() -> bool:
+        stdout: Any = sys.stdout  # the command's, in memory
+        return b"Once" in stdout.buffer.getvalue()
+
+    done = smol("chat", backend=lambda _: Interrupted(is_shown), input="A story.\nGo on.\n")
     assert (done.exit_code, done.stdout) == (130, "Once")
 
 
@@ -200,7 +223,7 @@ def test_on_a_terminal(tiny_folder: Path, tmp_path: Path) -> None:
         os.write(ours, b"Hxi\x1b[D\x7f\r")  # an arrow to the left, and backspace
         shown += until(ours, "truncated") + until(ours, READS)
         os.write(ours, b"\x04")
-        assert running.wait(30) == 0
+        assert running.wait(TIMEOUT_S) == 0
     os.close(ours)
     history = (tmp_path / "chat_history").read_text()
     assert history.splitlines()[-1] == "+Hi"

@@ -133,11 +133,22 @@ def test_many_threads_can_submit(backend: LocalBackend) -> None:
     assert [f.result(WAIT_S).response for f in futures] == expected * 4  # type: ignore[attr-defined]
 
 
-def test_cancelling_frees_the_slot(backend: LocalBackend) -> None:
-    started = threading.Event()
-    long = backend.submit(query(max_new_tokens=400), lambda _: started.set())
+def cancel_after_the_first_piece(backend: LocalBackend, query: Query) -> None:
+    """Cancel a query while its answer is being generated; the engine waits for that."""
+    started, cancelled = threading.Event(), threading.Event()
+
+    def wait_for_cancellation(_: str) -> None:
+        started.set()
+        cancelled.wait(WAIT_S)
+
+    future = backend.submit(query, wait_for_cancellation)
     assert started.wait(WAIT_S)
-    assert long.cancel()
+    assert future.cancel()
+    cancelled.set()
+
+
+def test_cancelling_frees_the_slot(backend: LocalBackend) -> None:
+    cancel_after_the_first_piece(backend, query(max_new_tokens=400))
     answer(backend, query())
     health = backend.health()
     assert (health.is_alive, health.num_running, health.num_waiting) == (True, 0, 0)
@@ -148,10 +159,7 @@ def test_tokens_of_cancelled_queries_are_counted(backend: LocalBackend) -> None:
     counters = backend.counters()
     assert counters.prompt_tokens == first.prompt_tokens
     assert counters.generated_tokens == first.completion_tokens
-    started = threading.Event()
-    long = backend.submit(query(max_new_tokens=400), lambda _: started.set())
-    assert started.wait(WAIT_S)
-    assert long.cancel()
+    cancel_after_the_first_piece(backend, query(max_new_tokens=400))
     second = answer(backend, query()).usage
     cancelled = backend.counters().generated_tokens - 2 * second.completion_tokens
     assert 1 <= cancelled < 400

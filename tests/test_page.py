@@ -81,8 +81,10 @@ def test_chat_streams_and_keeps_the_conversation(page: Page) -> None:
     (body,) = page.sent("v1/chat/completions")
     assert [m["role"] for m in body["messages"]] == ["user", "assistant"] * 2 + ["user"]
     assert body["messages"][1]["content"] == first
+    page.watch("article .copy")
     page.driver.find_element("css selector", "article .copy").click()
-    until(lambda: page.texts("article .copy")[0] == "Copied")
+    until(page.seen)
+    assert page.seen()[0] == "Copied"
     page.find("new-chat").click()
     assert page.texts("article") == []
     assert page.is_shown("welcome")
@@ -138,7 +140,7 @@ def test_stop_ends_the_answer_and_frees_the_slot(browser: Any, tiny_folder: Path
         assert page.texts("article .note") == ["stopped"]
         eventually(lambda: faulty.num_queries == 0)
         cancelled = 'smol_request_errors_total{code="cancelled"} 1.0'
-        assert cancelled in running.client.get("/metrics").text
+        eventually(lambda: cancelled in running.client.get("/metrics").text)
         page.driver.get("about:blank")
 
 
@@ -229,9 +231,9 @@ def test_batch_retries_a_busy_server_and_isolates_rejected_queries(page: Page) -
     page.paste(
         query(1, "Hi"), '{"chat_id":"twice","chat_id":"2","user_prompt":"x"}', query(3, "Hi")
     )
-    page.find("run").click()
-    until(lambda: page.text("trouble") == "full Retrying in 1 s.")
-    until(lambda: page.is_shown("run"))
+    page.watch("#trouble")
+    page.run()
+    assert "full Retrying in 1 s." in page.seen()
     assert page.texts("#rows code") == ["invalid_json"]
     assert page.texts("#rows tr:nth-child(2) .answer")[0].startswith("invalid_json")
     assert page.text("counts") == "3 of 3 done · 1 error"

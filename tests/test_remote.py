@@ -62,11 +62,13 @@ def turns(*texts: str) -> tuple[Message, ...]:
     return tuple(map(Message, cycle(("user", "assistant")), texts))
 
 
-def answers(backend: RemoteBackend, queries: list[Query]) -> list[Result]:
+def answers(
+    backend: RemoteBackend, queries: list[Query], *, is_interactive: bool = False
+) -> list[Result]:
     """Submit queries so that they arrive together, however slow this thread is."""
     all_submitted = threading.Event()
     backend._loop.call_soon_threadsafe(all_submitted.wait, TIMEOUT_S)
-    futures = [backend.submit(query) for query in queries]
+    futures = [backend.submit(query, is_interactive=is_interactive) for query in queries]
     all_submitted.set()
     return [future.result(TIMEOUT_S) for future in futures]
 
@@ -322,6 +324,7 @@ class TestFailures:
         with legacy_host(delay_s=0.5) as host, remote(host.url, timeout_s=0.1) as backend:
             with pytest.raises(BackendError, match="did not respond in time"):
                 backend.submit(query()).result(TIMEOUT_S)
+            eventually(lambda: host.bodies != [])
             assert len(host.bodies) == 1
 
     def test_a_server_that_goes_down_and_comes_back(self) -> None:
@@ -432,8 +435,7 @@ class TestFailures:
                 answers(backend, [query(str(n)) for n in range(10)])
                 sizes = [len(host.bodies[0][1]["queries"]) for host in (one, other)]
                 assert sizes == [5, 5]
-                first = [backend.submit(query("a"), is_interactive=True) for _ in range(4)]
-                [f.result(TIMEOUT_S) for f in first]
+                answers(backend, [query("a")] * 4, is_interactive=True)
                 assert [host.paths[1:] for host in (one, other)] == [["/chat"] * 2] * 2
 
     def test_queries_of_a_failing_server_are_retried_on_another(self) -> None:
