@@ -20,7 +20,7 @@ from smolcli.cli.commands.serve import ServeOptions
 from smolcli.cli.main import app
 from smolcli.settings import EngineSettings, QueryDefaults
 
-LONG = query(max_new_tokens=200, repetition_penalty=1.3)
+LONG = query(max_new_tokens=400, repetition_penalty=1.3)
 signals = pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 
 
