@@ -117,15 +117,37 @@ static float *vector(int matrix, int size, float offset) {
     return values;
 }
 
+/* What the keys and values of a layer cannot exceed; see kv_limits in packing.py. */
+static float *make_limits(int layer, const float *norm) {
+    enum { SIZE = KV_HEADS * DIM };
+    float *limits = aligned(2 * SIZE * sizeof *limits);
+    for (int i = 0; i < 2 * SIZE; i++) {
+        float square = 0;
+        for (int column = 0; column < HIDDEN; column++) {
+            float weight = weight_at(10 * layer + 1, HEADS * DIM + i, column) * norm[column];
+            square += weight * weight;
+        }
+        limits[i] = sqrtf(HIDDEN * square) * 1.02f;
+    }
+    for (int i = 0; i < SIZE; i++) {
+        float *pair = limits + i / DIM * DIM + i % (DIM / 2);
+        if (i % DIM < DIM / 2) pair[0] = pair[DIM / 2] = hypotf(pair[0], pair[DIM / 2]);
+    }
+    return limits;
+}
+
 static Model make_model(Format format) {
     static Layer layers[LAYERS];
-    for (int i = 0; i < LAYERS; i++)
+    for (int i = 0; i < LAYERS; i++) {
+        const float *norm = vector(10 * i + 5, HIDDEN, 1);
         layers[i] = (Layer){pack(10 * i + 1, (HEADS + 2 * KV_HEADS) * DIM, HIDDEN, DIM / 2, format),
                             pack(10 * i + 2, HIDDEN, HEADS * DIM, 0, format),
                             pack(10 * i + 3, 2 * INTERMEDIATE, HIDDEN, INTERMEDIATE, format),
                             pack(10 * i + 4, HIDDEN, INTERMEDIATE, 0, format),
-                            vector(10 * i + 5, HIDDEN, 1),
-                            vector(10 * i + 6, HIDDEN, 1)};
+                            norm,
+                            vector(10 * i + 6, HIDDEN, 1),
+                            make_limits(i, norm)};
+    }
     Matrix embed = pack(100, VOCAB, HIDDEN, 0, format);
     Model model = {.num_layers = LAYERS, .hidden = HIDDEN, .intermediate = INTERMEDIATE,
                    .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM, .vocab = VOCAB,

@@ -32,7 +32,13 @@ from smolcli.engine.native.bindings import (
     load_kernels,
 )
 from smolcli.engine.native.model import NativeModel
-from smolcli.engine.native.packing import interleave, pack_into, packed_layout, split_heads
+from smolcli.engine.native.packing import (
+    interleave,
+    kv_limits,
+    pack_into,
+    packed_layout,
+    split_heads,
+)
 from smolcli.engine.quantized import (
     BLOCK_FORMATS,
     GROUP,
@@ -341,6 +347,54 @@ def test_the_kv_cache_of_integer_products_has_16_bits(tiny_folder: Path) -> None
     assert cache.bytes_needed(sequence) == model.config.kv_cache_bytes(sequence.max_tokens, 2)
 
 
+@pytest.mark.parametrize("sharpness", [0, 1, 8])
+def test_attention_in_integers_is_close_to_that_in_float32(
+    sharpness: float, tiny_folder: Path
+) -> None:
+    """Over many blocks of keys, whether queries attend to all of them or to a few."""
+    config = replace(tiny_config(tiny_folder), num_layers=1)
+    weights = random_weights(config)
+    weights["layers.0.self_attn.q_proj.weight"] *= sharpness
+    prompt = random.Random(4).choices(range(70), k=400)
+    found, expected = (
+        hidden_states(NativeModel(config, weights, native_kernels(dtype)), prompt)
+        for dtype in ("int8", "float32")
+    )
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
+
+
+def test_no_key_or_value_exceeds_its_limit(tiny_folder: Path) -> None:
+    """Inputs along the weights of a channel reach the limits, and no others exceed them."""
+    config = tiny_config(tiny_folder)
+    shape = (config.num_kv_heads * config.head_dim, config.hidden_size)
+    source = np.random.default_rng(5)
+    keys, values = source.standard_normal((2, *shape)).astype(np.float32)
+    norm = source.standard_normal(config.hidden_size).astype(np.float32)
+    key_limits, value_limits = kv_limits(keys, values, norm, config).reshape(2, -1)
+    inputs = np.concatenate([keys * norm, values * norm, source.standard_normal(shape)])
+    inputs /= np.sqrt(np.square(inputs).mean(axis=1, keepdims=True))
+    reached = np.abs(inputs * norm @ values.T).max(axis=0)
+    assert (reached <= value_limits).all()
+    assert (reached > 0.97 * value_limits).all()
+    halves = (inputs * norm @ keys.T).reshape(len(inputs), -1, 2, config.head_dim // 2)
+    rotated = np.hypot(halves[:, :, 0], halves[:, :, 1]).max(axis=0)  # at the worst position
+    limits = key_limits.reshape(-1, 2, config.head_dim // 2)
+    assert (rotated[:, None] <= limits).all()
+    assert (rotated[:, None] > 0.5 * limits).all()
+
+
+def test_a_channel_of_zeros_has_no_scale_but_works(tiny_folder: Path) -> None:
+    config = tiny_config(tiny_folder)
+    weights = random_weights(config)
+    weights["layers.1.self_attn.k_proj.weight"][:] = 0
+    weights["layers.1.self_attn.v_proj.weight"][3] = 0
+    found, expected = (
+        hidden_states(NativeModel(config, weights, native_kernels(dtype)), [5, 6, 7])
+        for dtype in ("int8", "float32")
+    )
+    assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("stored", [None, "Q4_K", "Q5_K", "Q6_K"])
 def test_int8_quantizes_other_matrices(stored: str | None, tiny_folder: Path) -> None:
     """Also those that are packed together from different formats; norms stay as they are."""
@@ -455,10 +509,11 @@ def test_batch_size_and_threads_change_no_bit(
             assert np.array_equal(np.concatenate(rows), expected), (num_threads, size)
 
 
-def test_splitting_a_prompt_changes_no_bit(kernels: Kernels, tiny_folder: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_splitting_a_prompt_changes_no_bit(dtype: ResolvedDtype, tiny_folder: Path) -> None:
     """A long prompt computed at once, in chunks, and token by token, across blocks of keys."""
     config = tiny_config(tiny_folder)
-    model = NativeModel(config, random_weights(config), kernels, 2)
+    model = NativeModel(config, random_weights(config), native_kernels(dtype), 2)
     source = random.Random(3)
     prompt = source.choices(range(70), k=211)
     expected = hidden_states(model, prompt)

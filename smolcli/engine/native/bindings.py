@@ -43,7 +43,7 @@ class LayerStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, MatrixStruct) for name in ("qkv", "out", "gate_up", "down")),
-        *((name, c_void_p) for name in ("input_norm", "mlp_norm")),
+        *((name, c_void_p) for name in ("input_norm", "mlp_norm", "kv_limits")),
     ]
 
 
@@ -109,7 +109,8 @@ class Kernels:
         task_rows: maximum number of query rows of one KV head in an attention task.
         weight_dtype: of packed weights that are not quantized.
         dtype: of activations.
-        cache_dtype: of the KV cache: `dtype`, but float16 for float32 with integer products.
+        has_integer_attention: whether attention is computed in integers, too; see int8_attention.h.
+        cache_dtype: of the KV cache: `dtype`, or int16 for attention in integers.
 
     Raises:
         KernelError: the library does not match these bindings.
@@ -125,8 +126,8 @@ class Kernels:
         has_bf16_weights, has_bf16_products = (c_int32 * 2).in_dll(opened, "smol_formats")
         self.weight_dtype = numpy_dtype("bfloat16" if has_bf16_weights else "float32")
         self.dtype = numpy_dtype("bfloat16" if has_bf16_products else "float32")
-        has_half_cache = bool(integers) and not has_bf16_products
-        self.cache_dtype = numpy_dtype("float16") if has_half_cache else self.dtype
+        self.has_integer_attention = bool(integers) and not has_bf16_products
+        self.cache_dtype = np.dtype(np.int16) if self.has_integer_attention else self.dtype
         *sizes, self.expanded_bytes, self.best_bytes = (c_int32 * 7).in_dll(
             opened, "smol_struct_sizes"
         )

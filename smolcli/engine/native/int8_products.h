@@ -83,7 +83,15 @@ INLINE void store_codes(Format format, int integers, ivec codes, char *to) {
     }
 }
 
-INLINE ivec larger_of(ivec a, ivec b) { return (ivec)select_lanes(a > b, (vec)a, (vec)b); }
+INLINE ivec larger_of(ivec a, ivec b) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (ivec)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && WIDTH == 8
+    return (ivec)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#else
+    return (ivec)select_lanes(a > b, (vec)a, (vec)b);
+#endif
+}
 
 INLINE int32_t largest_lane(ivec value) {
     value = larger_of(value, SHUFFLE_EIGHTS(value, 4, 5, 6, 7, 0, 1, 2, 3));

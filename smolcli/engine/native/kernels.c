@@ -6,7 +6,7 @@
                     quantized weights are rounded to bfloat16 as they are expanded
      BF16_PRODUCTS  activations and the KV cache are bfloat16 too, multiplied by the CPU's
                     bfloat16 instructions; otherwise they and the arithmetic are float32, except
-                    that the KV cache is float16 if products are of integers
+                    that attention is computed in integers if products are (int8_attention.h)
 
    All matrices are packed into panels of PANEL output columns, so that a step reads each weight once,
    in order. Softmax, norms and the residual stream are float32 in every format.
@@ -109,6 +109,7 @@ typedef struct {
 typedef struct {
     Matrix qkv, out, gate_up, down;
     const float *input_norm, *mlp_norm;
+    const float *kv_limits; /* (2, kv_heads, D), what no key or value exceeds; for attention in integers */
 } Layer;
 
 typedef struct {
@@ -122,8 +123,8 @@ typedef struct {
 } Model;
 
 /* Consecutive rows of the step: tokens of one sequence, starting at position `start`.
-   cache is (2, layers, kv_heads, length, D), keys first, elements or float16; length is a multiple of
-   PANEL. */
+   cache is (2, layers, kv_heads, length, D), keys first, elements or integers of 16 bits; length is a
+   multiple of PANEL. */
 typedef struct {
     int32_t first_row, num_rows, start, length;
     char *cache;
@@ -205,6 +206,28 @@ INLINE vec broadcast_lane(lane value) { return (vec)((uvec){} + value); }
 
 INLINE vec select_lanes(ivec mask, vec yes, vec no) {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
+}
+
+/* The larger of each two lanes; of a NaN and a number, either. */
+INLINE vec max_of(vec a, vec b) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__) && WIDTH == 8
+    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return select_lanes(a > b, a, b);
+#endif
+}
+
+/* The smaller of each two lanes; of a number and a NaN, either. */
+INLINE vec min_of(vec a, vec b) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__) && WIDTH == 8
+    return (vec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return select_lanes(a < b, a, b);
+#endif
 }
 
 /* a * b + c, rounded once. */
@@ -340,7 +363,7 @@ INLINE vec exp2_of(vec x) {
     const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     const uint32_t to_exponent = 127 - 0x4b400000u; /* from the bits of an integer plus `round` */
     ivec is_small = x < -126.0f;
-    vec bounded = select_lanes(is_small, broadcast(-126.0f), x);
+    vec bounded = max_of(broadcast(-126.0f), x);
     vec shifted = bounded + round, fraction = bounded - (shifted - round);
     vec p = broadcast(1.535336188e-4f);
     p = fma_of(p, fraction, broadcast(1.339887440e-3f));
@@ -682,6 +705,258 @@ INLINE void inverse_rms(const Space *space, int hidden, float eps, const Tile *t
     }
 }
 
+/* ---- Attention ----
+
+   softmax(q @ k.T) @ v in blocks of KEY_BLOCK keys with an online softmax (FlashAttention-2, Dao 2023,
+   arXiv:2307.08691). Blocks begin at multiples of KEY_BLOCK from position 0 in every step, so a query's
+   sums have the same order alone, in a batch, and however its prompt is split into chunks. A key that a
+   query must not see has the weight 0, which leaves its sums unchanged.
+
+   Each block prefetches the one after it, in the same task or the next, because prefetching by the CPU
+   stops at the end of each page: 4 KiB, or 16 keys of 64 float32 values. */
+
+/* Whether attention is computed in integers: where products are, and CPUs have no instructions for bfloat16. */
+INLINE int has_integer_attention(const Model *model) { return !BF16_PRODUCTS && model->integers; }
+
+INLINE int cached_bytes(int in_integers) { return in_integers ? 2 : sizeof(elem); }
+
+/* What no key or value of a KV head exceeds, (D,). */
+INLINE const float *kv_limits(const Model *model, int layer, int is_value, int kv_head) {
+    return model->layers[layer].kv_limits + (is_value * model->num_kv_heads + kv_head) * model->head_dim;
+}
+
+/* Up to TASK_ROWS query rows of one sequence and one KV head, sorted by `visible`. */
+typedef struct {
+    const char *keys, *values; /* (length, D), elements or integers */
+    const char *next_keys, *next_values; /* of the following task, to prefetch */
+    const float *key_limits, *value_limits; /* (D,), for integers */
+    int num_keys, num_rows, dim;
+    const elem *queries[TASK_ROWS]; /* (D,) each */
+    elem *out[TASK_ROWS];           /* (D,) each */
+    int visible[TASK_ROWS];         /* number of keys that the row attends to */
+} Task;
+
+/* The state of the online softmax, and scratch for one block. Rows of the larger arrays follow each other
+   without gaps: at distances of powers of two they would compete for the same sets of the cache. */
+typedef struct {
+    vec keys[KEY_BLOCK / WIDTH * MAX_HEAD_DIM]; /* (key groups, lanes): a lane of WIDTH keys each */
+    vec sums[TASK_ROWS * MAX_HEAD_DIM / WIDTH]; /* (rows, D / WIDTH), of weighted values */
+    vec weights[WIDTH][KEY_BLOCK / WIDTH];      /* of a tile of rows, the rest is padding */
+    float highest[TASK_ROWS + WIDTH], total[TASK_ROWS + WIDTH]; /* score, sum of weights */
+    lane queries[TASK_ROWS * MAX_HEAD_DIM / 2]; /* (rows, D / 2) pairs of integers */
+    float scale[TASK_ROWS + WIDTH];             /* of scores that are integers */
+} Attention;
+
+/* Transposes WIDTH rows of WIDTH lanes. */
+INLINE void transpose_square(const vec rows[], vec out[]) {
+#define SHUFFLE __builtin_shufflevector
+#if WIDTH == 8
+    vec quads[2][4]; /* columns c and c + 4 of rows 0 to 3 or 4 to 7 */
+    for (int g = 0; g < 2; g++) {
+        vec a = rows[4 * g], b = rows[4 * g + 1], c = rows[4 * g + 2], d = rows[4 * g + 3];
+        vec ab = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), ab2 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+        vec cd = SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), cd2 = SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+        quads[g][0] = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13);
+        quads[g][1] = SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+        quads[g][2] = SHUFFLE(ab2, cd2, 0, 1, 8, 9, 4, 5, 12, 13);
+        quads[g][3] = SHUFFLE(ab2, cd2, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    for (int c = 0; c < 4; c++) {
+        out[c] = SHUFFLE(quads[0][c], quads[1][c], 0, 1, 2, 3, 8, 9, 10, 11);
+        out[c + 4] = SHUFFLE(quads[0][c], quads[1][c], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+#else
+    vec quads[4][4]; /* columns c, c + 4, c + 8, c + 12 of rows 4 * g to 4 * g + 3 */
+    for (int g = 0; g < 4; g++) {
+        vec a = rows[4 * g], b = rows[4 * g + 1], c = rows[4 * g + 2], d = rows[4 * g + 3];
+#define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define LOW_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+        vec ab = SHUFFLE(a, b, LOW), ab2 = SHUFFLE(a, b, HIGH);
+        vec cd = SHUFFLE(c, d, LOW), cd2 = SHUFFLE(c, d, HIGH);
+        quads[g][0] = SHUFFLE(ab, cd, LOW_PAIRS), quads[g][1] = SHUFFLE(ab, cd, HIGH_PAIRS);
+        quads[g][2] = SHUFFLE(ab2, cd2, LOW_PAIRS), quads[g][3] = SHUFFLE(ab2, cd2, HIGH_PAIRS);
+    }
+#define LOW_HALVES 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_HALVES 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define EVEN_QUARTERS 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define ODD_QUARTERS 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+    for (int c = 0; c < 4; c++) {
+        vec low = SHUFFLE(quads[0][c], quads[1][c], LOW_HALVES);
+        vec low_2 = SHUFFLE(quads[2][c], quads[3][c], LOW_HALVES);
+        vec high = SHUFFLE(quads[0][c], quads[1][c], HIGH_HALVES);
+        vec high_2 = SHUFFLE(quads[2][c], quads[3][c], HIGH_HALVES);
+        out[c] = SHUFFLE(low, low_2, EVEN_QUARTERS), out[c + 4] = SHUFFLE(low, low_2, ODD_QUARTERS);
+        out[c + 8] = SHUFFLE(high, high_2, EVEN_QUARTERS);
+        out[c + 12] = SHUFFLE(high, high_2, ODD_QUARTERS);
+    }
+#endif
+}
+
+/* Transposes the keys of a block, PANEL keys of `depth` lanes at a time; the last ones may be
+   uninitialized. Prefetches as many of the block that is computed next. */
+INLINE void transpose_keys(const char *keys, const char *next, int num_keys, int depth, Attention *state) {
+    int row_bytes = depth * sizeof(lane);
+    for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group++)
+        for (int k = 0; k < depth; k += WIDTH) {
+            int64_t from = (int64_t)group * WIDTH * row_bytes + k * sizeof(lane);
+            vec rows[WIDTH];
+            for (int i = 0; i < WIDTH; i++) rows[i] = *(const loose *)(keys + from + i * row_bytes);
+            transpose_square(rows, state->keys + group * depth + k);
+            prefetch(next + from, WIDTH * sizeof(vec));
+        }
+}
+
+/* Scores of `rows` queries, from row `first` of the task, for a block of keys. */
+INLINE void score(int rows, const Task *task, int first, int num_keys, int depth, Attention *state) {
+    for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group += 2) {
+        const vec *keys = state->keys + group * depth;
+        vec sum[TILE_ROWS][2];
+        for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
+        for (int k = 0; k < depth; k++)
+            for (int r = 0; r < rows; r++) {
+                vec query = broadcast_lane(((const lane *)task->queries[first + r])[k]);
+                sum[r][0] = dot(sum[r][0], keys[k], query);
+                sum[r][1] = dot(sum[r][1], keys[depth + k], query);
+            }
+        for (int r = 0; r < rows; r++) {
+            state->weights[r][group] = sum[r][0];
+            state->weights[r][group + 1] = sum[r][1];
+        }
+    }
+}
+
+/* Replaces the scores of `rows` rows, from row `first` of the task, by weights, 2^(score - highest so far),
+   and computes the factors that rescale the rows' sums so far. Keys start at position `block`. */
+INLINE void update_softmax(int rows, const Task *task, int first, int block, int num_keys, Attention *state,
+                           float shrink[]) {
+    int num_vecs = (num_keys + WIDTH - 1) / WIDTH;
+    vec partial[WIDTH], lanes[WIDTH];
+    ivec lane_ids = {};
+    for (int i = 0; i < WIDTH; i++) lane_ids[i] = i;
+    for (int r = rows; r < WIDTH; r++) partial[r] = (vec){};
+    for (int r = 0; r < rows; r++) {
+        vec *scores = state->weights[r];
+        int visible = task->visible[first + r] - block;
+        for (int v = visible < 0 ? 0 : visible / WIDTH; v < num_vecs; v++)
+            scores[v] = select_lanes(lane_ids + v * WIDTH < visible, scores[v], broadcast(-INFINITY));
+        partial[r] = scores[0];
+        for (int v = 1; v < num_vecs; v++)
+            partial[r] = max_of(scores[v], partial[r]);
+    }
+    /* Transposed, a reduction over the lanes of each row is one over vectors, for all rows at once. */
+    transpose_square(partial, lanes);
+    vec old = *(const loose *)(state->highest + first), highest = old;
+    for (int i = 0; i < WIDTH; i++) highest = max_of(lanes[i], highest);
+    vec factor = exp2_of(old - highest);
+    for (int r = 0; r < rows; r++) {
+        vec *weights = state->weights[r];
+        partial[r] = weights[0] = exp2_of(weights[0] - highest[r]);
+        for (int v = 1; v < num_vecs; v++) {
+            weights[v] = exp2_of(weights[v] - highest[r]);
+            partial[r] += weights[v];
+        }
+    }
+    transpose_square(partial, lanes);
+    vec sum = lanes[0];
+    for (int i = 1; i < WIDTH; i++) sum += lanes[i];
+    vec total = *(const loose *)(state->total + first) * factor + sum;
+    for (int r = 0; r < rows; r++) {
+        state->highest[first + r] = highest[r], state->total[first + r] = total[r];
+        shrink[r] = factor[r];
+    }
+}
+
+/* sums = sums * shrink + weights @ values, for `rows` rows and `vecs` vectors of D from `at` on. Prefetches
+   as many values of the next block. */
+INLINE void weighted_sum(int rows, int vecs, const char *values, const char *next, int num_keys, int dim,
+                         int at, const vec (*weights)[KEY_BLOCK / WIDTH], const float shrink[], vec *sums) {
+    vec acc[TILE_ROWS][4];
+    int vec_bytes = WIDTH * sizeof(elem);
+    sums += at;
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vecs; v++) acc[r][v] = sums[r * (dim / WIDTH) + v] * shrink[r];
+    for (int s = 0; s < num_keys; s++) {
+        vec value[4];
+        int64_t from = ((int64_t)s * (dim / WIDTH) + at) * vec_bytes;
+        for (int v = 0; v < vecs; v++) value[v] = load((const elem *)(values + from) + v * WIDTH);
+        prefetch(next + from, vecs * vec_bytes);
+        for (int r = 0; r < rows; r++) {
+            vec weight = broadcast(((const float *)weights[r])[s]);
+            for (int v = 0; v < vecs; v++) acc[r][v] = fma_of(value[v], weight, acc[r][v]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vecs; v++) sums[r * (dim / WIDTH) + v] = acc[r][v];
+}
+
+/* Adds the weighted values of a block to the sums of `rows` rows, from row `first` of the task. */
+INLINE void add_values(int rows, const Task *task, int first, const char *values, const char *next,
+                       int num_keys, const float shrink[], Attention *state) {
+    const vec(*weights)[KEY_BLOCK / WIDTH] = (const vec(*)[KEY_BLOCK / WIDTH])state->weights;
+    int at = 0, num_vecs = task->dim / WIDTH; /* an even number */
+    vec *sums = state->sums + first * num_vecs;
+    if (rows <= FEW_ROWS)
+        for (; at + 4 <= num_vecs; at += 4)
+            weighted_sum(rows, 4, values, next, num_keys, task->dim, at, weights, shrink, sums);
+    for (; at < num_vecs; at += 2)
+        weighted_sum(rows, 2, values, next, num_keys, task->dim, at, weights, shrink, sums);
+}
+
+#include "int8_attention.h"
+
+/* Attention of a tile of rows to one block of keys and values. */
+INLINE void attend_block(int in_integers, int rows, const Task *task, int first, int block, int num_keys,
+                         const char *values, const char *next_values, Attention *state) {
+    float shrink[TILE_ROWS], grow[TILE_ROWS];
+    if (in_integers) {
+        score_in_integers(rows, task, first, num_keys, state);
+        weigh_in_integers(rows, task, first, block, num_keys, state, shrink, grow);
+        add_integer_values(rows, task, first, values, next_values, num_keys, shrink, grow, state);
+    } else {
+        score(rows, task, first, num_keys, task->dim / ELEMS, state);
+        update_softmax(rows, task, first, block, num_keys, state, shrink);
+        add_values(rows, task, first, values, next_values, num_keys, shrink, state);
+    }
+}
+
+INLINE void attend_task(int in_integers, const Task *task) {
+    Attention state;
+    int num_vecs = task->dim / WIDTH, row_bytes = task->dim * cached_bytes(in_integers);
+    for (int r = 0; r < TASK_ROWS + WIDTH; r++) state.highest[r] = -INFINITY, state.total[r] = 0;
+    for (int i = 0; i < task->num_rows * num_vecs; i++) state.sums[i] = (vec){};
+    if (in_integers) round_queries(task, &state);
+    for (int block = 0; block < task->num_keys; block += KEY_BLOCK) {
+        int num_keys = min_int(KEY_BLOCK, task->num_keys - block);
+        int is_last = block + num_keys == task->num_keys;
+        int64_t at = (int64_t)block * row_bytes, next = at + KEY_BLOCK * row_bytes;
+        const char *next_keys = is_last ? task->next_keys : task->keys + next;
+        const char *next_values = is_last ? task->next_values : task->values + next;
+        transpose_keys(task->keys + at, next_keys, num_keys, row_bytes / sizeof(lane), &state);
+        for (int first = 0; first < task->num_rows; first += TILE_ROWS) {
+            int rows = min_int(TILE_ROWS, task->num_rows - first);
+            int seen = min_int(num_keys, task->visible[first + rows - 1] - block);
+            if (seen > 0) /* below the diagonal */
+                FOR_ROWS(rows, attend_block(in_integers, ROWS, task, first, block, seen, task->values + at,
+                                            next_values, &state))
+        }
+        /* The next task begins with a whole block. */
+        int begun = num_keys * row_bytes, rest = KEY_BLOCK * row_bytes - begun;
+        prefetch(next_keys + begun, rest);
+        prefetch(next_values + begun, rest);
+    }
+    for (int r = 0; r < task->num_rows; r++)
+        for (int v = 0; v < num_vecs; v++) {
+            vec value = state.sums[r * num_vecs + v] * (1.0f / state.total[r]);
+            if (in_integers) value *= value_scales(task, v);
+            store(task->out[r] + v * WIDTH, value);
+        }
+}
+
+static void attend_in_elements(const Task *task) { attend_task(0, task); }
+static void attend_in_integers(const Task *task) { attend_task(1, task); }
+
 /* ---- The operations of a step; see `step_items` for their order. ---- */
 
 /* A forward pass. */
@@ -741,10 +1016,6 @@ static void embed(const Step *step, int row) {
     }
 }
 
-/* Whether the KV cache is float16: where products of integers are less exact than that anyway, and elements
-   are not of 16 bits already. */
-INLINE int has_half_cache(const Model *model) { return !BF16_PRODUCTS && model->integers; }
-
 /* Applies the rotary embedding to one row of a q, k and v tile; stores queries in the buffer, and keys
    and values in the KV cache.
 
@@ -772,13 +1043,16 @@ INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first
     }
     int is_value = head >= heads + model->num_kv_heads, kv_head = (head - heads) % model->num_kv_heads;
     int64_t plane = (int64_t)is_value * model->num_layers + layer;
-    int64_t at = ((plane * model->num_kv_heads + kv_head) * span->length + position) * dim + i;
-    if (has_half_cache(model)) {
-        store_half((uint16_t *)span->cache + at, first);
-        store_half((uint16_t *)span->cache + at + half, second);
+    int64_t offset = (plane * model->num_kv_heads + kv_head) * span->length * dim;
+    if (has_integer_attention(model)) {
+        int16_t *codes = (int16_t *)span->cache + offset;
+        const float *limits = kv_limits(model, layer, is_value, kv_head);
+        store_codes_of(is_value, codes, position, dim, i, limits, first);
+        store_codes_of(is_value, codes, position, dim, half + i, limits, second);
     } else {
-        store((elem *)span->cache + at, first);
-        store((elem *)span->cache + at + half, second);
+        elem *to = (elem *)span->cache + offset + position * dim + i;
+        store(to, first);
+        store(to + half, second);
     }
 }
 
@@ -820,256 +1094,19 @@ static void activate(const Step *step, const Product *product, int item, int wor
     inverse_rms(step->space, model->hidden, model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++) {
         vec gate = tile.acc[r][0] * scale[r], up = tile.acc[r][1] * scale[r], exponent = gate * -LOG2_E;
-        exponent = select_lanes(exponent > 127.0f, broadcast(127.0f), exponent);
+        exponent = min_of(broadcast(127.0f), exponent);
         int64_t row = tile.first_row + r;
         store(step->space->act + row * model->intermediate + tile.panel * WIDTH,
               gate / (exp2_of(exponent) + 1.0f) * up);
     }
 }
 
-/* ---- Attention ----
-
-   softmax(q @ k.T) @ v in blocks of KEY_BLOCK keys with an online softmax (FlashAttention-2, Dao 2023,
-   arXiv:2307.08691). Blocks begin at multiples of KEY_BLOCK from position 0 in every step, so a query's
-   sums have the same order alone, in a batch, and however its prompt is split into chunks. A key that a
-   query must not see has the weight 0, which leaves its sums unchanged.
-
-   Each block prefetches the one after it, in the same task or the next, because prefetching by the CPU
-   stops at the end of each page: 4 KiB, or 16 keys of 64 float32 values. */
-
-/* Up to TASK_ROWS query rows of one sequence and one KV head, sorted by `visible`. */
-typedef struct {
-    const char *keys, *values; /* (length, D), elements or float16 */
-    const char *next_keys, *next_values; /* of the following task, to prefetch */
-    int num_keys, num_rows, dim;
-    const elem *queries[TASK_ROWS]; /* (D,) each */
-    elem *out[TASK_ROWS];           /* (D,) each */
-    int visible[TASK_ROWS];         /* number of keys that the row attends to */
-} Task;
-
-/* The state of the online softmax, and scratch for one block. Rows of the larger arrays follow each other
-   without gaps: at distances of powers of two they would compete for the same sets of the cache. */
-typedef struct {
-    vec keys[KEY_BLOCK / WIDTH * MAX_HEAD_DIM]; /* (key groups, lanes): a lane of WIDTH keys each */
-    vec sums[TASK_ROWS * MAX_HEAD_DIM / WIDTH]; /* (rows, D / WIDTH), of weighted values */
-    vec weights[WIDTH][KEY_BLOCK / WIDTH];      /* of a tile of rows, the rest is padding */
-    float highest[TASK_ROWS + WIDTH], total[TASK_ROWS + WIDTH]; /* score, sum of weights */
-} Attention;
-
-/* Transposes WIDTH rows of WIDTH lanes. */
-INLINE void transpose_square(const vec rows[], vec out[]) {
-#define SHUFFLE __builtin_shufflevector
-#if WIDTH == 8
-    vec quads[2][4]; /* columns c and c + 4 of rows 0 to 3 or 4 to 7 */
-    for (int g = 0; g < 2; g++) {
-        vec a = rows[4 * g], b = rows[4 * g + 1], c = rows[4 * g + 2], d = rows[4 * g + 3];
-        vec ab = SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13), ab2 = SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
-        vec cd = SHUFFLE(c, d, 0, 8, 1, 9, 4, 12, 5, 13), cd2 = SHUFFLE(c, d, 2, 10, 3, 11, 6, 14, 7, 15);
-        quads[g][0] = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13);
-        quads[g][1] = SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
-        quads[g][2] = SHUFFLE(ab2, cd2, 0, 1, 8, 9, 4, 5, 12, 13);
-        quads[g][3] = SHUFFLE(ab2, cd2, 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-    for (int c = 0; c < 4; c++) {
-        out[c] = SHUFFLE(quads[0][c], quads[1][c], 0, 1, 2, 3, 8, 9, 10, 11);
-        out[c + 4] = SHUFFLE(quads[0][c], quads[1][c], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-#else
-    vec quads[4][4]; /* columns c, c + 4, c + 8, c + 12 of rows 4 * g to 4 * g + 3 */
-    for (int g = 0; g < 4; g++) {
-        vec a = rows[4 * g], b = rows[4 * g + 1], c = rows[4 * g + 2], d = rows[4 * g + 3];
-#define LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
-#define HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
-#define LOW_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define HIGH_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-        vec ab = SHUFFLE(a, b, LOW), ab2 = SHUFFLE(a, b, HIGH);
-        vec cd = SHUFFLE(c, d, LOW), cd2 = SHUFFLE(c, d, HIGH);
-        quads[g][0] = SHUFFLE(ab, cd, LOW_PAIRS), quads[g][1] = SHUFFLE(ab, cd, HIGH_PAIRS);
-        quads[g][2] = SHUFFLE(ab2, cd2, LOW_PAIRS), quads[g][3] = SHUFFLE(ab2, cd2, HIGH_PAIRS);
-    }
-#define LOW_HALVES 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HIGH_HALVES 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define EVEN_QUARTERS 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
-#define ODD_QUARTERS 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
-    for (int c = 0; c < 4; c++) {
-        vec low = SHUFFLE(quads[0][c], quads[1][c], LOW_HALVES);
-        vec low_2 = SHUFFLE(quads[2][c], quads[3][c], LOW_HALVES);
-        vec high = SHUFFLE(quads[0][c], quads[1][c], HIGH_HALVES);
-        vec high_2 = SHUFFLE(quads[2][c], quads[3][c], HIGH_HALVES);
-        out[c] = SHUFFLE(low, low_2, EVEN_QUARTERS), out[c + 4] = SHUFFLE(low, low_2, ODD_QUARTERS);
-        out[c + 8] = SHUFFLE(high, high_2, EVEN_QUARTERS);
-        out[c + 12] = SHUFFLE(high, high_2, ODD_QUARTERS);
-    }
-#endif
-}
-
-INLINE int cached_bytes(int is_half) { return is_half ? 2 : sizeof(elem); }
-
-/* Transposes the keys of a block, PANEL keys at a time; the last ones may be uninitialized. Prefetches
-   as many of the block that is computed next. */
-INLINE void transpose_keys(int is_half, const char *keys, const char *next, int num_keys, int dim,
-                           Attention *state) {
-    int depth = dim / ELEMS, row_bytes = dim * cached_bytes(is_half), lane_bytes = is_half ? 2 : 4;
-    for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group++)
-        for (int k = 0; k < depth; k += WIDTH) {
-            const char *from = keys + (int64_t)group * WIDTH * row_bytes + k * lane_bytes;
-            vec rows[WIDTH];
-            for (int i = 0; i < WIDTH; i++) {
-                const char *row = from + i * row_bytes;
-                rows[i] = is_half ? load_half(row) : *(const loose *)row;
-            }
-            transpose_square(rows, state->keys + group * depth + k);
-            prefetch(next + ((int64_t)group * depth + k) * WIDTH * lane_bytes, WIDTH * WIDTH * lane_bytes);
-        }
-}
-
-/* Scores of `rows` queries, from row `first` of the task, for a block of keys. */
-INLINE void score(int rows, const Task *task, int first, int num_keys, int depth, Attention *state) {
-    for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group += 2) {
-        const vec *keys = state->keys + group * depth;
-        vec sum[TILE_ROWS][2];
-        for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
-        for (int k = 0; k < depth; k++)
-            for (int r = 0; r < rows; r++) {
-                vec query = broadcast_lane(((const lane *)task->queries[first + r])[k]);
-                sum[r][0] = dot(sum[r][0], keys[k], query);
-                sum[r][1] = dot(sum[r][1], keys[depth + k], query);
-            }
-        for (int r = 0; r < rows; r++) {
-            state->weights[r][group] = sum[r][0];
-            state->weights[r][group + 1] = sum[r][1];
-        }
-    }
-}
-
-/* Replaces the scores of `rows` rows, from row `first` of the task, by weights, 2^(score - highest so far),
-   and computes the factors that rescale the rows' sums so far. Keys start at position `block`. */
-INLINE void update_softmax(int rows, const Task *task, int first, int block, int num_keys, Attention *state,
-                           float shrink[]) {
-    int num_vecs = (num_keys + WIDTH - 1) / WIDTH;
-    vec partial[WIDTH], lanes[WIDTH];
-    ivec lane_ids = {};
-    for (int i = 0; i < WIDTH; i++) lane_ids[i] = i;
-    for (int r = rows; r < WIDTH; r++) partial[r] = (vec){};
-    for (int r = 0; r < rows; r++) {
-        vec *scores = state->weights[r];
-        int visible = task->visible[first + r] - block;
-        for (int v = visible < 0 ? 0 : visible / WIDTH; v < num_vecs; v++)
-            scores[v] = select_lanes(lane_ids + v * WIDTH < visible, scores[v], broadcast(-INFINITY));
-        partial[r] = scores[0];
-        for (int v = 1; v < num_vecs; v++)
-            partial[r] = select_lanes(scores[v] > partial[r], scores[v], partial[r]);
-    }
-    /* Transposed, a reduction over the lanes of each row is one over vectors, for all rows at once. */
-    transpose_square(partial, lanes);
-    vec old = *(const loose *)(state->highest + first), highest = old;
-    for (int i = 0; i < WIDTH; i++) highest = select_lanes(lanes[i] > highest, lanes[i], highest);
-    vec factor = exp2_of(old - highest);
-    for (int r = 0; r < rows; r++) {
-        vec *weights = state->weights[r];
-        partial[r] = weights[0] = exp2_of(weights[0] - highest[r]);
-        for (int v = 1; v < num_vecs; v++) {
-            weights[v] = exp2_of(weights[v] - highest[r]);
-            partial[r] += weights[v];
-        }
-    }
-    transpose_square(partial, lanes);
-    vec sum = lanes[0];
-    for (int i = 1; i < WIDTH; i++) sum += lanes[i];
-    vec total = *(const loose *)(state->total + first) * factor + sum;
-    for (int r = 0; r < rows; r++) {
-        state->highest[first + r] = highest[r], state->total[first + r] = total[r];
-        shrink[r] = factor[r];
-    }
-}
-
-/* sums = sums * shrink + weights @ values, for `rows` rows and `vecs` vectors of D from `at` on. Prefetches
-   as many values of the next block. */
-INLINE void weighted_sum(int is_half, int rows, int vecs, const char *values, const char *next,
-                         int num_keys, int dim, int at, const vec (*weights)[KEY_BLOCK / WIDTH],
-                         const float shrink[], vec *sums) {
-    vec acc[TILE_ROWS][4];
-    int vec_bytes = WIDTH * cached_bytes(is_half);
-    sums += at;
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vecs; v++) acc[r][v] = sums[r * (dim / WIDTH) + v] * shrink[r];
-    for (int s = 0; s < num_keys; s++) {
-        vec value[4];
-        int64_t from = ((int64_t)s * (dim / WIDTH) + at) * vec_bytes;
-        for (int v = 0; v < vecs; v++) {
-            const char *cached = values + from + v * vec_bytes;
-            value[v] = is_half ? load_half(cached) : load((const elem *)cached);
-        }
-        prefetch(next + from, vecs * vec_bytes);
-        for (int r = 0; r < rows; r++) {
-            vec weight = broadcast(((const float *)weights[r])[s]);
-            for (int v = 0; v < vecs; v++) acc[r][v] = fma_of(value[v], weight, acc[r][v]);
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vecs; v++) sums[r * (dim / WIDTH) + v] = acc[r][v];
-}
-
-/* Adds the weighted values of a block to the sums of `rows` rows, from row `first` of the task. */
-INLINE void add_values(int is_half, int rows, const Task *task, int first, const char *values,
-                       const char *next, int num_keys, const float shrink[], Attention *state) {
-    const vec(*weights)[KEY_BLOCK / WIDTH] = (const vec(*)[KEY_BLOCK / WIDTH])state->weights;
-    int at = 0, num_vecs = task->dim / WIDTH; /* an even number */
-    vec *sums = state->sums + first * num_vecs;
-    if (rows <= FEW_ROWS)
-        for (; at + 4 <= num_vecs; at += 4)
-            weighted_sum(is_half, rows, 4, values, next, num_keys, task->dim, at, weights, shrink, sums);
-    for (; at < num_vecs; at += 2)
-        weighted_sum(is_half, rows, 2, values, next, num_keys, task->dim, at, weights, shrink, sums);
-}
-
-/* Attention of a tile of rows to one block of keys and values. */
-INLINE void attend_block(int is_half, int rows, const Task *task, int first, int block, int num_keys,
-                         const char *next_values, Attention *state) {
-    float shrink[TILE_ROWS];
-    const char *values = task->values + (int64_t)block * task->dim * cached_bytes(is_half);
-    score(rows, task, first, num_keys, task->dim / ELEMS, state);
-    update_softmax(rows, task, first, block, num_keys, state, shrink);
-    add_values(is_half, rows, task, first, values, next_values, num_keys, shrink, state);
-}
-
-INLINE void attend_task(int is_half, const Task *task) {
-    Attention state;
-    int num_vecs = task->dim / WIDTH, row_bytes = task->dim * cached_bytes(is_half);
-    for (int r = 0; r < TASK_ROWS + WIDTH; r++) state.highest[r] = -INFINITY, state.total[r] = 0;
-    for (int i = 0; i < task->num_rows * num_vecs; i++) state.sums[i] = (vec){};
-    for (int block = 0; block < task->num_keys; block += KEY_BLOCK) {
-        int num_keys = min_int(KEY_BLOCK, task->num_keys - block);
-        int is_last = block + num_keys == task->num_keys;
-        int64_t at = (int64_t)block * row_bytes, next = at + KEY_BLOCK * row_bytes;
-        const char *next_keys = is_last ? task->next_keys : task->keys + next;
-        const char *next_values = is_last ? task->next_values : task->values + next;
-        transpose_keys(is_half, task->keys + at, next_keys, num_keys, task->dim, &state);
-        for (int first = 0; first < task->num_rows; first += TILE_ROWS) {
-            int rows = min_int(TILE_ROWS, task->num_rows - first);
-            int seen = min_int(num_keys, task->visible[first + rows - 1] - block);
-            if (seen > 0) /* below the diagonal */
-                FOR_ROWS(rows, attend_block(is_half, ROWS, task, first, block, seen, next_values, &state))
-        }
-        /* The next task begins with a whole block. */
-        int begun = num_keys * row_bytes, rest = KEY_BLOCK * row_bytes - begun;
-        prefetch(next_keys + begun, rest);
-        prefetch(next_values + begun, rest);
-    }
-    for (int r = 0; r < task->num_rows; r++)
-        for (int v = 0; v < num_vecs; v++)
-            store(task->out[r] + v * WIDTH, state.sums[r * num_vecs + v] * (1.0f / state.total[r]));
-}
-
-static void attend_elements(const Task *task) { attend_task(0, task); }
-static void attend_halves(const Task *task) { attend_task(1, task); }
-
 /* The keys or values of a plane of the KV cache that the task of an item attends to. */
 INLINE const char *plane_of(const Step *step, const int32_t *task, int64_t plane, int item) {
     const Model *model = step->model;
     const Span *span = step->batch->spans + task[0];
     int64_t head = plane * model->num_kv_heads + item % model->num_kv_heads;
-    return span->cache + head * span->length * model->head_dim * cached_bytes(has_half_cache(model));
+    return span->cache + head * span->length * model->head_dim * cached_bytes(has_integer_attention(model));
 }
 
 /* Attention of the rows of a task over one KV head; `item` selects both. */
@@ -1088,6 +1125,10 @@ static void attend(const Step *step, int layer, int item) {
                  .next_values = plane_of(step, next, values, next_item),
                  .num_keys = span->start + which[2],
                  .dim = dim};
+    if (has_integer_attention(model)) {
+        task.key_limits = kv_limits(model, layer, 0, head);
+        task.value_limits = kv_limits(model, layer, 1, head);
+    }
     for (int row = which[1]; row < which[2]; row++)
         for (int h = head * group; h < (head + 1) * group; h++) {
             int64_t from = span->first_row + row, to = which[3] + row - which[1];
@@ -1095,7 +1136,7 @@ static void attend(const Step *step, int layer, int item) {
             task.out[task.num_rows] = step->space->attended + (to * heads + h) * dim;
             task.visible[task.num_rows++] = span->start + row + 1;
         }
-    (has_half_cache(model) ? attend_halves : attend_elements)(&task);
+    (has_integer_attention(model) ? attend_in_integers : attend_in_elements)(&task);
 }
 
 /* ---- The forward pass ---- */

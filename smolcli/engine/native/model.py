@@ -198,9 +198,9 @@ def _model_struct(
     tensors, start = layout.tensors, address(packed)
     at = {name: start + tensor.offset for name, tensor in tensors.items()}
 
-    def field(name: str, kind: type) -> int | MatrixStruct:
+    def field(name: str, kind: type) -> int | MatrixStruct | None:
         if kind is not MatrixStruct:
-            return at[name]
+            return at.get(name)  # only attention in integers has limits
         return MatrixStruct(at[name], FORMATS.index(tensors[name].format))
 
     layers = (LayerStruct * config.num_layers)(

@@ -35,6 +35,8 @@ from smolcli.engine.quantized import (
 DENSE = "dense"
 INTEGER_FORMATS = ("Q4_0", "Q4_1", "Q8_0")  # of matrices that are multiplied in integers
 REQUANTIZED = "Q8_0"  # what integer products make of other matrices
+ROUNDING_MARGIN = 1.02  # inputs and weights are rounded before they are multiplied
+SMALLEST_LIMIT = 1e-30  # of keys and values that are always 0
 NOT_QUANTIZED: Formats = MappingProxyType({})
 
 
@@ -78,7 +80,7 @@ def packed_layout(
         formats: the formats of the checkpoint's tensors; those without one are not quantized.
     """
     tensors, offset = {}, 0
-    for name, shape in _tensors(config):
+    for name, shape in _tensors(config, kernels):
         tensors[name] = tensor = _packed_tensor(name, shape, offset, kernels, formats)
         offset += tensor.num_bytes + -tensor.num_bytes % ALIGNMENT
     return PackedLayout(tensors, offset)
@@ -88,7 +90,7 @@ def _packed_tensor(
     name: str, shape: tuple[int, ...], offset: int, kernels: Kernels, formats: Formats
 ) -> PackedTensor:
     parts = _sources(name)
-    if len(shape) == 1 or not parts:
+    if len(shape) != 2 or not parts:
         return PackedTensor(offset, shape, FLOAT32)
     out_features, in_features = shape
     num_panels = -(-out_features // kernels.panel)
@@ -122,6 +124,9 @@ def pack_into(buffer: Array, config: LlamaConfig, weights: Weights, kernels: Ker
         parts = [weights[part] for part in _sources(name)]
         if not parts:
             out[:] = rotary_table(config, kind)
+        elif kind == "kv_limits":
+            keys, values, norm = map(as_array, parts)
+            out[:] = kv_limits(keys, values, norm, config)
         elif len(tensor.shape) == 1:
             out[:] = as_array(parts[0])
         elif tensor.format == DENSE:
@@ -146,6 +151,29 @@ def rotary_table(config: LlamaConfig, kind: str) -> Array:
     angles = rotary_angles(config)
     table: Array = np.cos(angles) if kind == "cos" else np.sin(angles)
     return table
+
+
+def kv_limits(keys: Array, values: Array, norm: Array, config: LlamaConfig) -> Array:
+    """What the keys and values of a layer cannot exceed, whatever its input is.
+
+    The root mean square of normed inputs is 1, so their product with the weights of a channel is
+    at most that of the lengths of both. The rotary embedding rotates pairs of channels.
+
+    Args:
+        keys: weights of the key projection, (kv_heads * D, H).
+        values: weights of the value projection, (kv_heads * D, H).
+        norm: weights of the norm in front of them, (H,).
+        config: the model's shape.
+
+    Returns:
+        (2, kv_heads, D) float32, keys first.
+    """
+    length = np.float32(math.sqrt(config.hidden_size) * ROUNDING_MARGIN)
+    lengths = [np.linalg.norm(weight * norm, axis=1) for weight in (keys, values)]
+    limits = np.array(lengths, np.float32).reshape(2, config.num_kv_heads, config.head_dim) * length
+    pairs = limits[0].reshape(-1, 2, config.head_dim // 2)
+    pairs[:] = np.hypot(pairs[:, :1], pairs[:, 1:])
+    return np.maximum(limits, SMALLEST_LIMIT)
 
 
 def interleave(first: Array, second: Array, width: int) -> Array:
@@ -174,6 +202,7 @@ _SOURCES = {
     "down": ("mlp.down_proj",),
     "input_norm": ("input_layernorm",),
     "mlp_norm": ("post_attention_layernorm",),
+    "kv_limits": ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm"),
 }
 
 
@@ -183,13 +212,15 @@ def _sources(name: str) -> list[str]:
     return [f"{prefix}{dot}{part}.weight" for part in _SOURCES.get(kind, ())]
 
 
-def _tensors(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _tensors(config: LlamaConfig, kernels: Kernels) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of all tensors in order of use; matrices are (out, in)."""
     hidden, inner = config.hidden_size, config.num_heads * config.head_dim
     yield "embed", (config.vocab_size, hidden)
     for index in range(config.num_layers):
         layer = f"layers.{index}."
         yield f"{layer}input_norm", (hidden,)
+        if kernels.has_integer_attention:
+            yield f"{layer}kv_limits", (2, config.num_kv_heads, config.head_dim)
         yield f"{layer}qkv", (inner + 2 * config.num_kv_heads * config.head_dim, hidden)
         yield f"{layer}out", (hidden, inner)
         yield f"{layer}mlp_norm", (hidden,)
