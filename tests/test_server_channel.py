@@ -1,10 +1,12 @@
 """Connection timeouts: how long an idle or slow client may hold a connection."""
 
+import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from server_tools import http
@@ -18,8 +20,18 @@ from smolcli.server.channel import (
     TRANSFER_RATE,
     Channel,
 )
+from smolcli.server.service import SEND_HEADERS
 
 HALF = b"POST /chat HTTP/1.1\r\nHost: x\r\nX-Slow:"
+
+
+class Recorder(Channel):
+    """Records what is sent at once."""
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        num_sent = super().send(data, do_close)
+        self.__dict__.setdefault("sent", []).append(bytes(data)[:num_sent])
+        return num_sent
 
 
 @dataclass
@@ -46,15 +58,46 @@ def connection() -> Iterator[Connection]:
         socket.create_connection(listener.getsockname()) as client,
     ):
         accepted, address = listener.accept()
-        channel = Channel(server, accepted, address, server.adj, map={})
+        channel = Recorder(server, accepted, address, server.adj, map={})
         yield Connection(channel, client)
         channel.handle_close()
 
 
-def answer(environ: dict[str, str], start_response: Callable[..., object]) -> list[bytes]:
-    body = b"x" * int(environ["PATH_INFO"][1:])
+def answer(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
+    if (path := environ["PATH_INFO"]).startswith("/stream"):
+        start_response("200 OK", [])
+        if path == "/stream/headers":
+            environ[SEND_HEADERS]()
+        return iter([b"first", b"second"])
+    body = b"x" * int(path[1:])
     start_response("200 OK", [("Content-Length", str(len(body)))])
-    return [body]
+    return [body or b"excess"]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/3", [b"HTTP/1.1 200 OK.*\r\n\r\nxxx"]),
+        ("/0", [b"HTTP/1.1 200 OK.*\r\n\r\n"]),
+        ("/stream", [b"HTTP/1.1 200 OK.*\r\n\r\n5\r\nfirst\r\n", b"6\r\nsecond\r\n"]),
+        (
+            "/stream/headers",
+            [b"HTTP/1.1 200 OK.*\r\n\r\n", b"5\r\nfirst\r\n", b"6\r\nsecond\r\n"],
+        ),
+    ],
+)
+def test_headers_are_sent_together_with_the_first_piece(
+    connection: Connection, path: str, expected: list[bytes]
+) -> None:
+    """Waitress sends them by themselves, which wakes the client twice."""
+    connection.send(http(path, b"", method="GET"))
+    connection.channel.service()
+    sent = vars(connection.channel)["sent"]
+    if path.startswith("/stream"):
+        assert sent.pop() == b"0\r\n\r\n"
+    assert len(sent) == len(expected)
+    for piece, pattern in zip(sent, expected, strict=True):
+        assert re.fullmatch(pattern, piece, re.DOTALL)
 
 
 def later() -> float:

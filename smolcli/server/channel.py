@@ -146,6 +146,7 @@ class Parser(HTTPRequestParser):
 class Task(WSGITask):
     """Runs the application for one request."""
 
+    channel: "Channel"
     request: Any  # wrong in the stubs
 
     def execute(self) -> None:
@@ -156,6 +157,14 @@ class Task(WSGITask):
         except BaseException as exc:
             # For example a Rust panic. Waitress would leave the connection open without a response.
             raise RuntimeError(f"{type(exc).__name__} while sending a response") from exc
+
+    def write(self, data: bytes) -> None:
+        """Send data, and before its first piece the headers, both at once."""
+        is_sent = self.has_body and self.content_length != 0
+        if data and is_sent and not self.wrote_header:
+            self.channel.unsent = self.build_response_header()
+            self.wrote_header = True
+        super().write(data)
 
     def get_environment(self) -> dict[str, Any]:
         environ: dict[str, Any] = super().get_environment()
@@ -204,6 +213,7 @@ class Channel(HTTPChannel):
     _num_sent = 0  # bytes since the last request was served
     _is_rejected = False  # whether to close the connection, because a request was malformed
     _lingering_since: float | None = None  # when its response was sent, if it was
+    unsent = b""  # headers to send together with the next data
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -238,6 +248,12 @@ class Channel(HTTPChannel):
                 self.socket.shutdown(socket.SHUT_WR)
             except OSError:
                 self.will_close = True
+
+    def write_soon(self, data: Any) -> int:
+        if self.unsent:
+            data, self.unsent = self.unsent + data, b""
+        num_bytes: int = super().write_soon(data)
+        return num_bytes
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         num_sent: int = super().send(data, do_close)

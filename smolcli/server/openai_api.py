@@ -14,7 +14,7 @@ from smolcli.protocol.prompt import split_answers
 from smolcli.protocol.tools import delta_record
 from smolcli.server.errors import error_body, error_response, result_error
 from smolcli.server.service import Service, json_response, read_json
-from smolcli.server.sse import DONE, Event, event_lines, sse_line, stream_response
+from smolcli.server.sse import DONE, Event, event_lines, joined, sse_line, stream_response
 from smolcli.types import Result, TextPiece, ToolCallDelta, whole_calls
 
 
@@ -88,9 +88,9 @@ class CompletionStream:
         Args:
             events: pieces and results of the answers, and None now and then.
         """
-        for index in range(self._completion.query.n):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
-        yield from event_lines(events, self._event, self._end)
+        start = {"role": "assistant", "content": ""}
+        starts = [self._chunk(index, start) for index in range(self._completion.query.n)]
+        yield from joined("".join(starts), event_lines(events, self._event, self._end))
 
     def _event(self, index: int, event: str | Result) -> str:
         if isinstance(event, str):

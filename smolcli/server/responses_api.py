@@ -15,7 +15,7 @@ from smolcli.protocol.responses import (
 )
 from smolcli.server.errors import HttpError, error_response, result_error
 from smolcli.server.service import Service, json_response, read_json, to_json
-from smolcli.server.sse import Event, event_lines, stream_response
+from smolcli.server.sse import Event, event_lines, joined, stream_response
 from smolcli.types import ErrorCode, Result
 
 
@@ -53,8 +53,7 @@ def _lines(stream: ResponseEvents, events: Iterator[Event]) -> Iterator[str]:
     def render(_: int, event: str | Result) -> str:
         return _events(stream.end(event) if isinstance(event, Result) else stream.piece(event))
 
-    yield _events(stream.start())
-    yield from event_lines(events, render)
+    return joined(_events(stream.start()), event_lines(events, render))
 
 
 def _events(values: list[dict[str, Any]]) -> str:

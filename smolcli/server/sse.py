@@ -57,6 +57,8 @@ def event_lines(
 ) -> Iterator[str]:
     """The lines of events, with comments during silence; an error is the last one.
 
+    Also yields "" several times a second while there is nothing to send.
+
     Args:
         events: yields None several times a second while nothing happens.
         render: formats a piece or a result of an answer.
@@ -70,6 +72,7 @@ def event_lines(
             elif time.monotonic() - sent_at >= KEEP_ALIVE_S:
                 yield KEEP_ALIVE
             else:
+                yield ""
                 continue
             sent_at = time.monotonic()
             if event is not None and isinstance(event[1], Result) and event[1].is_error:
@@ -78,6 +81,12 @@ def event_lines(
         return  # the client disconnected
     if end is not None:
         yield end()
+
+
+def joined(start: str, lines: Iterator[str]) -> Iterator[str]:
+    """Lines after a start that is sent together with the first of them."""
+    yield start + next(lines, "")
+    yield from lines
 
 
 def _first_event(events: Iterator[Event]) -> Event:
