@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 from flask import Flask, Response
@@ -35,13 +36,16 @@ class Application(Flask):
 
     def _canonical(self, path: str) -> str:
         path = re.sub("/{2,}", "/", path).rstrip("/") or "/"
-        for rule in self.url_map.iter_rules():
-            start, has_parameter, _ = rule.rule.partition("<")
-            if start.startswith(f"{OPENAI_PREFIX}/"):
-                start = start.removeprefix(OPENAI_PREFIX)
-                if path.startswith(start) if has_parameter else path == start:
-                    return OPENAI_PREFIX + path
-        return path
+        paths, starts = self._unprefixed
+        return OPENAI_PREFIX + path if path in paths or path.startswith(starts) else path
+
+    @cached_property
+    def _unprefixed(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """OpenAI's paths without their prefix, and how those with parameters start."""
+        rules = [rule.rule for rule in self.url_map.iter_rules()]
+        openai = [r.removeprefix(OPENAI_PREFIX) for r in rules if r.startswith(f"{OPENAI_PREFIX}/")]
+        starts = tuple(rule.partition("<")[0] for rule in openai if "<" in rule)
+        return frozenset(rule for rule in openai if "<" not in rule), starts
 
     def dispatch_request(self) -> ResponseReturnValue:
         try:

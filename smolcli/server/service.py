@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -133,7 +134,7 @@ class Service:
     def model_names(self) -> tuple[str, ...]:
         """The names that clients use for the model, the preferred one first."""
         own = self.loader.identity().get("model", self.settings.engine.model)
-        return self.settings.model_names or (model_name(own),)
+        return self.settings.model_names or (_name_of(own),)
 
     def check_model(self, name: str) -> None:
         """Check that the model is served under a name.
@@ -195,6 +196,12 @@ class Service:
             self.metrics.count_result(result)
 
         return observe
+
+
+@cache
+def _name_of(model: str) -> str:
+    """See `model_name`. It looks at the file system, which requests need not repeat."""
+    return model_name(model)
 
 
 def read_json() -> object:
