@@ -106,16 +106,16 @@ class PromptEncoder:
         """The prompt's text, with aliases for the control tokens that the template wrote."""
         text = render(messages, tools)
         hide = self._private_letters(text)
-        show = {ord(private): letter for letter, private in hide.items()}
         substitution = Substitution({ord(letter): private for letter, private in hide.items()})
         turns = [substitution.message(turn) for turn in messages]
         safe, control = self._aliased(render(turns, substitution.tools(tools)))
-        safe = safe.translate(show)
         plain, plain_control = self._aliased(text)
         # A template that looks at contents, for example to cut off a part, may render the hidden
         # ones differently. The plain rendering counts unless contents added control tokens to it.
         contents = _contents(messages, tools)
-        return plain if plain_control == control and not self._occur_in(contents) else safe
+        if plain_control == control and not self._occur_in(contents):
+            return plain
+        return safe.translate({ord(private): letter for letter, private in hide.items()})
 
     def _aliased(self, text: str) -> tuple[str, list[str]]:
         """Replace control tokens by their aliases; also returns the control tokens, in order."""
