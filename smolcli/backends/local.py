@@ -54,6 +54,7 @@ from smolcli.weights.store import ModelFiles
 from smolcli.weights.stored_prefix import StoredPrefix
 
 MAX_TOKENIZING_THREADS = 128  # more never help, and a process may not be able to start them
+RECEIVE_S = 0.0002  # for another thread to get the GIL; it keeps it until it has sent its data
 STUCK_AFTER_S = 60.0  # far longer than any step takes
 
 logger = logging.getLogger(__name__)
@@ -200,6 +201,7 @@ class LocalBackend:
         self._gone: BackendError | None = None
         self._is_closed = False
         self._stepped_at = 0.0
+        self._has_new_stream = False
         self._num_prompt_tokens = self._num_generated_tokens = 0
         self._submitted: SimpleQueue[LocalQuery | None] = SimpleQueue()
         self._tokenizing: list[threading.Thread] = []
@@ -368,11 +370,22 @@ class LocalBackend:
                 if self._engine.has_work:
                     for sequence in self._engine.step():
                         self._deliver(sequence)
+                    self._let_receivers_run()
         except BaseException as exc:  # a Rust panic is not an Exception
             reason = exc if isinstance(exc, BackendError) else BackendError(internal_error(exc))
             logger.error("the engine stopped: %s", reason)
             self._give_up(reason)
         self._fail_all()
+
+    def _let_receivers_run(self) -> None:
+        """After the first token of a stream, let its receiver send it before the next step.
+
+        The receiver would otherwise wait for the GIL until the step begins, and then compete with
+        the threads that compute it.
+        """
+        if self._has_new_stream:
+            self._has_new_stream = False
+            time.sleep(RECEIVE_S)
 
     def _give_up(self, reason: BackendError) -> None:
         with self._lock:
@@ -415,6 +428,7 @@ class LocalBackend:
             pending.first_token_at = time.perf_counter()
             self._num_prompt_tokens += len(sequence.prompt_ids)
             text = pending.echoed
+            self._has_new_stream |= pending.is_interactive and pending.on_text is not None
         if sequence.is_decoding:
             self._num_generated_tokens += 1
             text += self._push(pending, sequence)
