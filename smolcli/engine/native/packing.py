@@ -170,7 +170,8 @@ def kv_limits(keys: Array, values: Array, norm: Array, config: LlamaConfig) -> A
     """
     length = np.float32(math.sqrt(config.hidden_size) * ROUNDING_MARGIN)
     lengths = [np.linalg.norm(weight * norm, axis=1) for weight in (keys, values)]
-    limits = np.array(lengths, np.float32).reshape(2, config.num_kv_heads, config.head_dim) * length
+    shape = (2, config.num_kv_heads, config.head_dim)
+    limits: Array = length * np.array(lengths, np.float32).reshape(shape)
     pairs = limits[0].reshape(-1, 2, config.head_dim // 2)
     pairs[:] = np.hypot(pairs[:, :1], pairs[:, 1:])
     return np.maximum(limits, SMALLEST_LIMIT)
