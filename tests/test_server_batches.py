@@ -622,6 +622,30 @@ def test_deleting_a_file_again_is_not_found(tmp_path: Path) -> None:
         assert caught.value.status == 404
 
 
+def test_content_of_a_file_that_is_being_deleted_is_whole_or_not_found(tmp_path: Path) -> None:
+    """A deletion between looking up a file and opening it was answered with 507."""
+    data = b"x" * 100_000
+    with batch_server(tmp_path) as (server, client):
+        for _ in range(20):
+            url = f"{server.url}/v1/files/{upload(client, data)}"
+            answers: list[tuple[int, bool]] = []
+
+            def read(url: str, answers: list[tuple[int, bool]]) -> None:
+                with httpx2.Client(verify=False, timeout=TIMEOUT_S) as http:
+                    while not answers or answers[-1][0] == 200:
+                        response = http.get(f"{url}/content")
+                        answers.append((response.status_code, response.content == data))
+
+            readers = [threading.Thread(target=read, args=(url, answers)) for _ in range(4)]
+            for reader in readers:
+                reader.start()
+            eventually(lambda answers=answers: len(answers) > 4)  # type: ignore[misc]
+            assert server.client.delete(url).status_code == 200
+            for reader in readers:
+                reader.join()
+            assert set(answers) == {(200, True), (404, False)}
+
+
 def test_old_files_and_batches_are_removed(tmp_path: Path) -> None:
     with batch_server(tmp_path) as (_, client):
         done = reach(client, create(client, [line("a")]))

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from logging import getLogger
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, BinaryIO, ClassVar, Literal, TypeVar, get_args
 
 from filelock import FileLock, Timeout
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -330,6 +330,19 @@ class BatchStore:
             sync_folder(self._files_folder)
             self._files[record.id] = record
         return record
+
+    def open_content(self, file_id: str) -> tuple[StoredFile, BinaryIO]:
+        """Open a file, which then stays readable if it is deleted.
+
+        Raises:
+            HttpError: 404 if it does not exist.
+            RunError: it cannot be read.
+        """
+        with self._lock:
+            if (record := self.file(file_id)) is None:
+                raise no_file(file_id, "file_id")
+            with _storing():
+                return record, self.content_path(file_id).open("rb")
 
     def content_path(self, file_id: str) -> Path:
         """Where the content of a file is; the id must come from a record."""

@@ -1,6 +1,7 @@
 """OpenAI's API for files and batches: /v1/files and /v1/batches."""
 
 import logging
+import os
 import re
 import threading
 from collections import Counter
@@ -200,10 +201,10 @@ def _add_file_routes(routes: Blueprint, api: BatchApi) -> None:
     @routes.get("/files/<file_id>/content")
     def get_content(file_id: str) -> Response:
         store, _ = api.open()
-        file = _file(api, file_id)
         with _storage():
-            return send_file(
-                store.content_path(file.id).absolute(),
+            file, content = store.open_content(file_id)
+            response = send_file(
+                content,
                 "application/octet-stream",
                 as_attachment=True,
                 download_name=file.filename,
@@ -211,6 +212,8 @@ def _add_file_routes(routes: Blueprint, api: BatchApi) -> None:
                 etag=False,
                 max_age=0,
             )
+            response.content_length = os.fstat(content.fileno()).st_size
+            return response
 
     @routes.delete("/files/<file_id>")
     def delete_file(file_id: str) -> Response:
