@@ -622,6 +622,47 @@ def test_deleting_a_file_again_is_not_found(tmp_path: Path) -> None:
         assert caught.value.status == 404
 
 
+def test_one_file_that_cannot_be_deleted_does_not_keep_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sweep ended at the first one, every time."""
+    with closing(BatchStore(BatchApiSettings(tmp_path))) as store:
+        stuck, kept = stored(store, b"{}"), stored(store, b"{}")
+        expired = stored(store, b"{}")
+    for file in (stuck, expired):
+        change_record(tmp_path / "files" / f"{file.id}.json", expires_at=1)
+    with closing(BatchStore(BatchApiSettings(tmp_path))) as store:
+        store.content_path(stuck.id).unlink()
+        store.content_path(stuck.id).mkdir()
+        store.sweep()
+        assert [stuck.id in record.message for record in caplog.records] == [True]
+        assert not store.content_path(expired.id).exists()
+        assert [file.id for file in store.files()] == [kept.id]
+        store.content_path(stuck.id).rmdir()
+        store.sweep()
+        assert store.used_bytes == len(b"{}")
+    assert {path.name for path in (tmp_path / "files").iterdir()} == {kept.id, f"{kept.id}.json"}
+
+
+def test_record_that_cannot_be_deleted_does_not_keep_its_file(tmp_path: Path) -> None:
+    """The file had no content any more, but was still listed, and its content answered 507."""
+    with closing(BatchStore(BatchApiSettings(tmp_path))) as store:
+        file = stored(store, b"{}")
+        record = tmp_path / "files" / f"{file.id}.json"
+        record.unlink()
+        record.mkdir()
+        store.delete_file(file.id)
+        assert store.files() == []
+        assert store.used_bytes == 0
+
+
+def test_remains_that_cannot_be_deleted_do_not_disable_the_store(tmp_path: Path) -> None:
+    """A network file system keeps files that were open as .nfs..., which cannot be deleted."""
+    (tmp_path / "files" / ".nfs1").mkdir(parents=True)
+    with batch_server(tmp_path) as (_, client):
+        assert reach(client, create(client, [line("a")])).status == "completed"
+
+
 def test_content_of_a_file_that_is_being_deleted_is_whole_or_not_found(tmp_path: Path) -> None:
     """A deletion between looking up a file and opening it was answered with 507."""
     data = b"x" * 100_000

@@ -379,9 +379,9 @@ class BatchStore:
 
     def _remove_file(self, file_id: str) -> None:
         with _storing():
-            self.content_path(file_id).unlink(missing_ok=True)  # first: see the module
-            self._record_path(self._files_folder, file_id).unlink(missing_ok=True)
+            self.content_path(file_id).unlink(missing_ok=True)
         self._used_bytes -= self._files.pop(file_id).num_bytes
+        _discard(self._record_path(self._files_folder, file_id))  # means nothing without content
 
     def _user_of(self, file_id: str) -> Batch | None:
         users = (b for b in self._batches.values() if b.input_file_id == file_id and b.is_open)
@@ -498,19 +498,20 @@ class BatchStore:
     def sweep(self) -> None:
         """Delete expired files, and batches that finished longer ago than the retention.
 
-        Raises:
-            RunError: one cannot be deleted.
+        What cannot be deleted is reported and kept for the next time.
         """
         now = time.time()
         with self._lock:
             for file in list(self._files.values()):
                 if file.expires_at <= now and not self._user_of(file.id):
-                    self._remove_file(file.id)
+                    try:
+                        self._remove_file(file.id)
+                    except RunError as exc:
+                        logger.warning("cannot delete an expired file: %s", exc)
             for batch in list(self._batches.values()):
                 ended_at = max(batch.reached_at.values(), default=0)
-                if not batch.is_open and ended_at + self.settings.retention_s <= now:
-                    with _storing():
-                        self._record_path(self._batches_folder, batch.id).unlink(missing_ok=True)
+                is_old = not batch.is_open and ended_at + self.settings.retention_s <= now
+                if is_old and _discard(self._record_path(self._batches_folder, batch.id)):
                     del self._batches[batch.id]
 
     # The folder
@@ -534,13 +535,13 @@ class BatchStore:
     def _load(self) -> None:
         with _storing():
             for path in self._files_folder.glob(".*"):  # of interrupted uploads
-                path.unlink()
+                _discard(path)
             for path, file in _records(self._files_folder, StoredFile):
                 content = self.content_path(file.id)
                 if content.is_file():
                     self._files[file.id] = replace(file, num_bytes=content.stat().st_size)
                 else:
-                    path.unlink()
+                    _discard(path)
             for _, batch in _records(self._batches_folder, Batch):
                 self._batches[batch.id] = batch
             records: list[StoredFile | Batch] = [*self._files.values(), *self._batches.values()]
@@ -551,7 +552,7 @@ class BatchStore:
             for folder in self._batches_folder.iterdir():
                 owner = self._batches.get(folder.name)
                 if folder.is_dir() and owner is not None and not owner.is_open:
-                    shutil.rmtree(folder)  # the results have been published
+                    shutil.rmtree(folder, ignore_errors=True)  # the results have been published
                 elif folder.is_dir():
                     sizes = (path.stat().st_size for path in folder.iterdir())
                     self._result_bytes[folder.name] = sum(sizes)
@@ -611,6 +612,16 @@ def _records(folder: Path, kind: type[R]) -> Iterator[tuple[Path, R]]:
             logger.warning("ignoring %s, which is damaged: %s", path, reason)
             continue
         yield path, record
+
+
+def _discard(path: Path) -> bool:
+    """Delete a file that is no longer needed; returns whether it is gone."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        logger.warning("cannot delete %s: %s", path, error_reason(exc))
+        return False
+    return True
 
 
 @contextmanager

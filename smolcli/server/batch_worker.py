@@ -307,10 +307,7 @@ class BatchWorker:
     def _sweep(self) -> None:
         if (now := time.monotonic()) >= self._next_sweep_s:
             self._next_sweep_s = now + SWEEP_INTERVAL_S
-            try:
-                self._store.sweep()
-            except RunError as exc:
-                logger.warning("cannot delete expired files: %s", exc)
+            self._store.sweep()
 
     def _validate(self, batch: Batch) -> None:
         check = FileCheck(batch.endpoint, self._store.settings.max_requests, self._check_model)
