@@ -773,6 +773,69 @@ def test_a_kill_while_results_are_published_loses_nothing(tmp_path: Path, num_mo
     assert not folder.exists()
 
 
+class CountingBackend(EchoBackend):
+    """Counts the queries that it answers, without the server's warm-up query."""
+
+    num_answered = 0
+
+    def answer(self, query: Query) -> Result:
+        self.num_answered += query != WARM_UP
+        return echo(query)
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_batch_whose_status_cannot_be_stored_is_finished_later(
+    tmp_path: Path, is_restarted: bool
+) -> None:
+    """It was reported as completed, but ran again after a restart, with other result files."""
+    record, kept = tmp_path / "batches" / "x", tmp_path / "kept.json"
+    held, running = hold(tmp_path)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(2)])
+        eventually(lambda: len(held.futures) >= 2)
+        record = record.with_name(f"{batch.id}.json")
+        record.rename(kept)
+        record.mkdir()  # as root, no permission is missing
+        release(held, 2)
+        eventually(lambda: "storage" in str(waits_for(client, batch)))
+        assert str(tmp_path) not in str(waits_for(client, batch))
+        unfinished = client.batches.retrieve(batch.id)
+        assert (unfinished.status, counts(unfinished)) == ("in_progress", (2, 2, 0))
+        assert [file.id for file in client.files.list()] == [batch.input_file_id]
+        if not is_restarted:
+            record.rmdir()
+            kept.rename(record)
+            assert reach(client, batch).status == "completed"
+    if is_restarted:
+        record.rmdir()
+        kept.rename(record)
+    backend = CountingBackend()
+    with batch_server(tmp_path, lambda: backend) as (_, client):
+        done = reach(client, batch)
+        assert (done.status, counts(done)) == ("completed", (2, 2, 0))
+        assert done.usage is not None
+        assert done.usage.total_tokens == unfinished.usage.total_tokens
+        assert [each["custom_id"] for each in records(client, done.output_file_id)] == names(2)
+        assert backend.num_answered == 0
+        assert len(client.files.list().data) == 2
+
+
+def test_results_that_cannot_be_published_are_kept_until_they_can(tmp_path: Path) -> None:
+    """The batch failed and its complete results were deleted."""
+    held, running = hold(tmp_path)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(2)])
+        eventually(lambda: len(held.futures) >= 2)
+        (tmp_path / "files").rename(tmp_path / "moved")
+        release(held, 2)
+        eventually(lambda: "storage" in str(waits_for(client, batch)))
+        assert client.batches.retrieve(batch.id).status in ("in_progress", "finalizing")
+        (tmp_path / "moved").rename(tmp_path / "files")
+        done = reach(client, batch)
+        assert (done.status, counts(done)) == ("completed", (2, 2, 0))
+        assert [each["custom_id"] for each in records(client, done.output_file_id)] == names(2)
+
+
 def test_a_gateway_answers_batches_with_its_upstream(tmp_path: Path) -> None:
     with (
         serving(lambda _: EchoBackend(EngineSettings(model="m")), EngineSettings()) as service,

@@ -424,23 +424,31 @@ class BatchStore:
         with self._lock:
             return sorted(self._batches.values(), key=lambda batch: batch.created_ns)
 
-    def update(self, batch_id: str, change: Callable[[Batch], Batch]) -> Batch:
+    def update(
+        self, batch_id: str, change: Callable[[Batch], Batch], *, must_store: bool = False
+    ) -> Batch:
         """Change a batch.
-
-        If the change cannot be stored, it holds until the server stops.
 
         Args:
             batch_id: of the batch.
             change: maps the current batch to the changed one.
+            must_store: whether a change that cannot be stored is not made; otherwise it holds
+                until the server stops.
+
+        Raises:
+            RunError: the change cannot be stored, but must be.
         """
         with self._lock:
             old = self._batches[batch_id]
-            new = self._batches[batch_id] = change(old)
+            new = change(old)
             if new != old:
                 try:
                     self._save(self._batches_folder, new)
                 except RunError as exc:
+                    if must_store:
+                        raise
                     logger.error("batch %s: %s", batch_id, exc)
+            self._batches[batch_id] = new
         return new
 
     def results_folder(self, batch_id: str) -> Path:

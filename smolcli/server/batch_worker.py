@@ -165,17 +165,19 @@ class RunningBatch:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """A batch's wait for another backend or other settings.
+    """A batch's wait for another backend, other settings or the disk.
 
     Args:
         reason: what it waits for.
         duration_s: how long, in seconds; twice as long as its previous wait.
         until: when to try it again, as a time of `time.monotonic` in seconds.
+        is_storage: whether its results or its record could not be stored.
     """
 
     reason: str
     duration_s: float
     until: float
+    is_storage: bool = False
 
 
 class BatchWorker:
@@ -249,6 +251,7 @@ class BatchWorker:
 
         with self._lock:
             batch = self._store.update(batch_id, change)
+            self._waits.pop(batch_id, None)
             if batch.status == "cancelling":
                 self._interrupt(batch_id, "cancelled")
         self.wake()
@@ -262,10 +265,12 @@ class BatchWorker:
     def waits_for(self, batch: Batch) -> str | None:
         """What a batch waits for, for people; None if it does not wait."""
         running = self._running
-        if batch.status != "in_progress" or (running is not None and running.id == batch.id):
+        if not batch.is_open or (running is not None and running.id == batch.id):
             return None
         if wait := self._waits.get(batch.id):
             return wait.reason
+        if batch.status != "in_progress":
+            return None
         if not self._loader.is_ready:
             return "the model"
         return None if running is None else f"batch {running.id}"
@@ -284,7 +289,8 @@ class BatchWorker:
         while not self._stopping.is_set():
             self._wake_checker.clear()
             for batch in self._store.batches():
-                if batch.is_open and not self._stopping.is_set():
+                is_due = batch.is_open and not self._is_waiting_for_storage(batch)
+                if is_due and not self._stopping.is_set():
                     self._guarded(batch, self._check)
             self._sweep()
             self._wake_checker.wait(POLL_S)
@@ -344,11 +350,9 @@ class BatchWorker:
         """The first batch that can be run now."""
         if not self._loader.is_ready:
             return None
-        now = time.monotonic()
         for batch in self._store.batches():
-            wait = self._waits.get(batch.id)
             is_next = batch.status == "in_progress" and batch.ending is None
-            if is_next and (wait is None or wait.until <= now):
+            if is_next and not self._is_waiting(batch):
                 return batch
         return None
 
@@ -365,7 +369,9 @@ class BatchWorker:
             backend.stop("shutdown")
         try:
             try:
-                run_file(self._run_settings(batch, folder), lambda _: backend, progress)
+                statistics = run_file(
+                    self._run_settings(batch, folder), lambda _: backend, progress
+                )
             finally:
                 self._store.update(batch.id, running.with_counts)
         except SettingsChanged as exc:
@@ -373,6 +379,7 @@ class BatchWorker:
         except BackendError as exc:
             self._stopped(batch, backend.stop_reason, exc)
         else:
+            self._store.update(batch.id, lambda old: _with_totals(old, statistics))
             self._end(batch, "completed")
         finally:
             with self._lock:
@@ -399,13 +406,24 @@ class BatchWorker:
         elif not self._stopping.is_set():
             self._wait(batch, f"the model ({exc})")
 
-    def _wait(self, batch: Batch, reason: str) -> None:
-        """Try a batch again later, because it needs another backend or other settings."""
+    def _wait(self, batch: Batch, reason: str, *, is_storage: bool = False) -> None:
+        """Try a batch again later, because it needs another backend, other settings or the disk."""
         last = self._waits.get(batch.id)
         duration_s = MIN_RETRY_S if last is None else min(2 * last.duration_s, MAX_RETRY_S)
-        self._waits[batch.id] = Wait(reason, duration_s, time.monotonic() + duration_s)
+        self._waits[batch.id] = Wait(
+            reason, duration_s, time.monotonic() + duration_s, is_storage=is_storage
+        )
         if last is None or last.reason != reason:
             logger.warning("batch %s waits for %s", batch.id, reason)
+
+    def _is_waiting(self, batch: Batch) -> bool:
+        wait = self._waits.get(batch.id)
+        return wait is not None and time.monotonic() < wait.until
+
+    def _is_waiting_for_storage(self, batch: Batch) -> bool:
+        """Whether it is too early to try again to end a batch."""
+        wait = self._waits.get(batch.id)
+        return wait is not None and wait.is_storage and self._is_waiting(batch)
 
     def _count_results(self, batch: Batch, folder: Path) -> None:
         self._store.count_results(batch.id, (folder / OUTPUT).stat().st_size)
@@ -451,7 +469,8 @@ class BatchWorker:
     def _end(self, batch: Batch, ending: Ending, errors: tuple[BatchError, ...] = ()) -> None:
         """Publish the results of a batch and give it its final status.
 
-        Every step can be repeated, so that a kill between any two of them loses nothing.
+        Every step can be repeated, so that a kill between any two of them loses nothing. If one
+        fails because of the disk, the batch is ended later, and its results are kept until then.
         """
 
         def begin(old: Batch) -> Batch:
@@ -470,9 +489,17 @@ class BatchWorker:
             current = self._store.batch(batch.id)
             if current is None or not current.is_open:
                 return
-            batch = self._store.update(batch.id, begin)
-            self._publish(batch)
-            batch = self._store.update(batch.id, self._finished)
+            try:
+                batch = self._store.update(batch.id, begin, must_store=True)
+                self._publish(batch)
+                batch = self._store.update(batch.id, self._finished, must_store=True)
+            except InputError:
+                raise
+            except (RunError, OSError) as exc:
+                logger.debug("batch %s: %s", batch.id, exc)
+                reason = error_reason(exc.__cause__ or exc)
+                self._wait(batch, f"the server's storage ({reason})", is_storage=True)
+                return
             self._forget(batch.id)
         assert batch.ending is not None
         self._metrics.count_batch(batch.ending)
@@ -537,6 +564,17 @@ class BatchWorker:
             "failed": batch.num_failed,
         }
         logger.info("batch %s %s", batch.id, batch.status, extra={"fields": fields})
+
+
+def _with_totals(batch: Batch, statistics: RunStatistics) -> Batch:
+    """The record of a batch with the counts of its complete results."""
+    return replace(
+        batch,
+        num_completed=statistics.num_answered,
+        num_failed=statistics.num_lines - statistics.num_answered,
+        prompt_tokens=statistics.prompt_tokens,
+        completion_tokens=statistics.completion_tokens,
+    )
 
 
 def _client_error(exc: SmolError) -> BatchError:
