@@ -98,6 +98,28 @@ def test_malformed_framing_gets_400_and_closes_the_connection(
 
 
 @pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /v1/models HTTP/1.1\nHost: x\n\n",
+        b"GET /v1/models HTTP/1.1\n",
+        b"GET /v1/models\n",
+        b"GET /v1/models HTTP/1.1\rHost: x\r\r",
+        b"\r\nGET /v1/models HTTP/1.1\r\nHost: x\n\n",
+        raw("/v1/models", "Host: x", "Transfer-Encoding: chunked", body=b"2\n{}\n0\n\n"),
+        raw("/v1/models", "Host: x", "Transfer-Encoding: chunked", body=b"0\r\nX: y\n\n"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 1000])
+def test_lines_that_do_not_end_in_cr_lf_are_rejected_at_once(
+    server: RunningServer, data: bytes, size: int
+) -> None:
+    """The server waited for a CR LF until the request timed out."""
+    reply = exchange(server, *(data[i : i + size] for i in range(0, len(data), size)))
+    assert (reply.status, reply.is_closed) == (400, True)
+    assert "lines must end in CR LF" in reply.body["error"]["message"]
+
+
+@pytest.mark.parametrize(
     "line",
     [
         "GET http://[ HTTP/1.1",

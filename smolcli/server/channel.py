@@ -41,6 +41,7 @@ TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 UPLOAD_PATHS = ("/v1/files", "/files")
 
+_LINE_END = re.compile(rb"[\r\n]")
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%:\[\]-]*", re.ASCII)
 
 
@@ -81,6 +82,10 @@ class Parser(HTTPRequestParser):
         if not self.completed and self.header_plus.startswith(TLS_HANDSHAKE):
             self.error = BadRequest("the server speaks HTTP, not HTTPS")
             self.completed = True
+        if not self.completed and _has_bare_line_end(self._unfinished_lines()):
+            self._read_target(self.header_plus)
+            self.error = BadRequest("lines must end in CR LF")  # as RFC 9112 allows
+            self.completed = True
         if self.error is not None and self.error.code == TOO_LARGE and self._is_unauthorized:
             self.error = Unauthorized("")
         if self.error is None and self.chunked and self._has_long_framing():
@@ -91,6 +96,16 @@ class Parser(HTTPRequestParser):
             if self.error.code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
                 self._read_target(self.header_plus + data)
         return num_consumed
+
+    def _unfinished_lines(self) -> bytes:
+        """What was received of headers, of a line between chunks or of trailers.
+
+        Waitress waits for their end, which is a CR LF.
+        """
+        if not self.headers_finished:
+            return self.header_plus.lstrip()
+        body: Any = self.body_rcv
+        return body.control_line + body.trailer if self.chunked else b""
 
     def parse_header(self, header_plus: bytes) -> None:
         self._read_target(header_plus)
@@ -137,10 +152,17 @@ class Parser(HTTPRequestParser):
     def _read_target(self, header: bytes) -> None:
         """Read method and path before anything that can fail, so that errors can report them."""
         with suppress(ParsingError, ValueError):
-            first_line: Any = header.partition(b"\r\n")[0].rstrip()
+            first_line: Any = _LINE_END.split(header.lstrip(), 1)[0].rstrip()
             command, uri, _ = crack_first_line(first_line)
             if uri:
                 self.command, self.path = command.decode("latin-1"), split_uri(uri)[2]  # type: ignore[assignment]  # wrong in the stubs
+
+
+def _has_bare_line_end(data: bytes) -> bool:
+    """Whether a CR or an LF stands alone; a CR at the very end may be half of a CR LF."""
+    num_pairs = data.count(b"\r\n")
+    num_returns = data.count(b"\r") - data.endswith(b"\r")
+    return max(num_returns, data.count(b"\n")) > num_pairs
 
 
 class Task(WSGITask):
