@@ -85,8 +85,14 @@ def test_a_failed_query_ends_the_benchmark() -> None:
         (("--sizes", "1,x"), 2, "--sizes must be a comma-separated list"),
         (("--prompts", "0"), 2, "--prompts must be a comma-separated list"),
         (("--peers", "nothing"), 1, "nothing does not contain the output"),
+        (("--json", "missing/b.json"), 2, "cannot write missing/b.json: it is a directory, or"),
+        (("--plot", "."), 2, "cannot write .: it is a directory, or"),
+        (("--plot", "b.txt"), 2, "--plot b.txt: unknown format; use a .svg or .png file"),
+        (("--json", "b.svg", "--plot", "b.svg"), 2, "--json and --plot name the same file"),
     ],
 )
-def test_invalid_options_are_usage_errors(args: tuple[str, str], code: int, sentence: str) -> None:
+def test_invalid_options_are_usage_errors(args: tuple[str, ...], code: int, sentence: str) -> None:
+    """Before anything is measured: files that could not be written cost all measurements."""
     done = CliRunner().invoke(app, ["bench", *args], obj=EchoBackend)
     assert (done.exit_code, sentence in done.stderr) == (code, True), done.stderr
+    assert done.stdout == ""

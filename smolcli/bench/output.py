@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smolcli.bench.measure import Reading, medians
-from smolcli.errors import InputError, RunError, error_reason
+from smolcli.errors import InputError, RunError, UsageError, error_reason
 from smolcli.protocol.json_text import parse_json
 
 TITLES = {
@@ -101,18 +101,47 @@ def _table(readings: Sequence[Reading]) -> Table:
     return shown
 
 
+def check_targets(json_path: Path | None, plot_path: Path | None) -> None:
+    """Reject files that cannot be written before minutes of measuring are lost on them.
+
+    Args:
+        json_path: for the measurements, if any.
+        plot_path: for the plot, if any.
+
+    Raises:
+        UsageError: a file cannot be written, or matplotlib cannot write its format.
+        RunError: matplotlib is not installed.
+    """
+    for path in filter(None, (json_path, plot_path)):
+        if path.is_dir() or not path.parent.is_dir():
+            raise UsageError(
+                f"cannot write {path}: it is a directory, or its parent directory does not exist"
+            )
+    if plot_path is None:
+        return
+    if plot_path == json_path:
+        raise UsageError("--json and --plot name the same file")
+    formats = _figure_class()().canvas.get_supported_filetypes()
+    if plot_path.suffix.removeprefix(".").lower() not in formats:
+        raise UsageError(f"--plot {plot_path}: unknown format; use a .svg or .png file")
+
+
+def _figure_class() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise RunError("a plot needs matplotlib: pip install 'smolcli[report]'") from exc
+    return Figure
+
+
 def plot(all_readings: Sequence[Reading], path: Path) -> None:
     """Plot tokens per second over batch size, and for the real questions, as .svg or .png.
 
     Raises:
         RunError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise RunError("a plot needs matplotlib: pip install 'smolcli[report]'") from exc
     readings = medians(all_readings)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = _figure_class()(figsize=(9, 3.6), layout="constrained")
     lines, bars = figure.subplots(1, 2)
     for system in dict.fromkeys(r.system for r in readings):
         batches = [r for r in readings if (r.system, r.work) == (system, "batch")]

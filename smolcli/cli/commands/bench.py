@@ -87,10 +87,11 @@ def bench(
     *, ctx: typer.Context, options: BenchOptions, engine: EngineOptions, remote: ViaOptions
 ) -> None:
     """Measure prompt processing and generation throughput on this machine."""
-    from smolcli.bench.output import plot, print_table, read_peers, write_json
+    from smolcli.bench.output import check_targets, plot, print_table, read_peers, write_json
     from smolcli.bench.session import Session
 
     log_to_stderr(is_quiet=True)
+    check_targets(options.json, options.plot)
     plan, peers = options.plan(), read_peers(options.peers) if options.peers else []
     settings = engine.settings()
     session = Session(settings, ctx.obj or backend_opener(remote.settings(ctx, settings)), plan)
