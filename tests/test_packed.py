@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -173,7 +174,7 @@ def test_packed_weights_are_listed_shown_and_removed(
 def test_the_shared_start_of_prompts_is_computed_once(files: ModelFiles, kernels: Kernels) -> None:
     """The next process finds its keys and values in the prefix cache, and answers with equal bits.
 
-    Damaged ones, and those of another build of the kernels, are computed anew.
+    Damaged ones, and those of another build or with other blocks, are computed anew.
     """
     config = load_config(files.folder)
     weights = pack(files, kernels)
@@ -203,6 +204,10 @@ def test_the_shared_start_of_prompts_is_computed_once(files: ModelFiles, kernels
     (path,) = packed.packed_folder().glob("*.kv")
     intact = path.read_bytes()
     path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    assert answer() == (first, 0, False)
+    assert path.read_bytes() == intact
+    body = intact[4:].replace(b'"block_tokens": 2', b'"block_tokens": 4')
+    path.write_bytes(zlib.crc32(body).to_bytes(4, "little") + body)
     assert answer() == (first, 0, False)
     assert path.read_bytes() == intact
     kernels.source += "-2"

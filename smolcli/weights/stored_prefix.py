@@ -48,7 +48,7 @@ class StoredPrefix:
             if zlib.crc32(packed[4:]) != int.from_bytes(packed[:4], "little"):
                 return
             record = json.loads(head)
-            if record["source"] != self._source:
+            if record["source"] != self._source or record["block_tokens"] != BLOCK_TOKENS:
                 return
             blocks = np.frombuffer(data, self._dtype).reshape(-1, *self._shape)
         except (OSError, ValueError, KeyError, TypeError):
@@ -67,7 +67,8 @@ class StoredPrefix:
         if not blocks or not self._weights.exists():
             return
         ids = list(token_ids)[: len(blocks) * BLOCK_TOKENS]
-        head = json.dumps({"source": self._source, "token_ids": ids}).encode()
+        record = {"source": self._source, "block_tokens": BLOCK_TOKENS, "token_ids": ids}
+        head = json.dumps(record).encode()
         body = head + b"\n" + np.stack(blocks).tobytes()
         with suppress(OSError):
             write_atomically(self._path, zlib.crc32(body).to_bytes(4, "little") + body)
