@@ -106,6 +106,8 @@ def test_file_in_the_users_config_directory_is_found(tmp_path: Path) -> None:
         ("max-batch-size = -1", "max-batch-size must be an integer of at least 0, not '-1'"),
         ('dtype = "float16"', "dtype must be one of auto, float32, bfloat16, int8, not 'float16'"),
         ('dedupe = "perhaps"', "dedupe must be true or false, not 'perhaps'"),
+        ('schema = "a\\u0000b"', "schema must not contain a null character"),
+        ('via = ["http://a", "\\u0000"]', "via must not contain a null character"),
         ('model = ["a", "b"]', "model takes one value, not a list"),
         ("threads = x", "is not valid TOML: Invalid value (at line 1, column 11)"),
         ("\udcff", "is not valid TOML"),

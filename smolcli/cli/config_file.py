@@ -94,6 +94,8 @@ def _validated(option: Any, value: Any, ctx: typer.Context, path: Path) -> Any:
     key = option.opts[0].removeprefix("--")
     if isinstance(text, list) and not option.multiple:
         raise UsageError(f"{path}: {key} takes one value, not a list")
+    if any("\0" in item for item in ([text] if isinstance(text, str) else text)):
+        raise UsageError(f"{path}: {key} must not contain a null character")  # as flags cannot
     try:
         option.process_value(ctx, text)
     except InvalidValue as exc:
