@@ -206,7 +206,8 @@ class TestSurface:
             assert known == [service.client.get("/v1/models").json()["data"][0]["id"]]
             assert front.client.get("/").status_code == 200
             assert "smol_generation_tokens_total" in front.client.get("/metrics").text
-            assert httpx2.post(f"{front.url}/chat", json=query()).status_code == 401
+            del front.client.headers["Authorization"]
+            assert front.ask().status_code == 401
 
     def test_streams(self, service: RunningServer) -> None:
         model = service.client.get("/v1/models").json()["data"][0]["id"]
@@ -368,8 +369,8 @@ def test_contradictory_options_are_usage_errors(args: tuple[str, ...], tmp_path:
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_gateway_uses_little_memory_and_no_torch() -> None:
     with legacy_host() as host, serve_process("--upstream", host.url) as front:
-        eventually(lambda: httpx2.get(f"{front.url}/ready").status_code == 200)
-        assert httpx2.post(f"{front.url}/chat", json=query()).status_code == 200
+        eventually(lambda: front.get("/ready").status_code == 200)
+        assert front.ask(query()).status_code == 200
         status = Path(f"/proc/{front.popen.pid}/status").read_text()
         resident = next(line for line in status.splitlines() if line.startswith("VmRSS"))
         assert int(resident.split()[1]) < 100_000

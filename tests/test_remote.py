@@ -656,7 +656,7 @@ class TestOpenAI:
         with listening(changing_server()) as url, closing(gateway(url)) as backend:
             eventually(lambda: backend.identity().get("model") == "old")
             assert backend.submit(query(), is_interactive=True).result(TIMEOUT_S).response == "old"
-            httpx2.post(f"{url}/change")
+            httpx2.post(f"{url}/change", timeout=TIMEOUT_S)
             assert backend.submit(query(), is_interactive=True).result(TIMEOUT_S).response == "new"
             assert backend.identity()["model"] == "new"
 

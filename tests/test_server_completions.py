@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from hypothesis import given
@@ -141,11 +140,11 @@ def test_chat_completions_report_prompt_log_probabilities(
     server: RunningServer, tiny_folder: Path
 ) -> None:
     body = {"model": tiny_folder.name, "messages": [{"role": "user", "content": "Hi"}]}
-    url = f"{server.url}/v1/chat/completions"
-    answer = httpx2.post(url, json=body | {"prompt_logprobs": 0, "max_tokens": 2}).json()
+    path = "/v1/chat/completions"
+    answer = server.post(path, body | {"prompt_logprobs": 0, "max_tokens": 2}).json()
     assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
-    assert "prompt_logprobs" not in httpx2.post(url, json=body | {"max_tokens": 2}).json()
-    refused = httpx2.post(url, json=body | {"prompt_logprobs": 0, "stream": True})
+    assert "prompt_logprobs" not in server.post(path, body | {"max_tokens": 2}).json()
+    refused = server.post(path, body | {"prompt_logprobs": 0, "stream": True})
     assert refused.json()["error"]["param"] == "prompt_logprobs"
 
 
@@ -186,7 +185,7 @@ def test_what_is_not_supported_is_rejected_by_name(
 
 
 def test_a_request_for_embeddings_is_told_why_there_are_none(server: RunningServer) -> None:
-    answer = httpx2.post(f"{server.url}/v1/embeddings", json={"model": "m", "input": "x"})
+    answer = server.post("/v1/embeddings", {"model": "m", "input": "x"})
     assert answer.status_code == 404
     assert "not trained for retrieval" in answer.json()["error"]["message"]
 
@@ -246,26 +245,26 @@ def test_a_gateway_passes_text_completions_on(server: RunningServer, api: Any) -
     remote = RemoteSettings((server.url,), api=api, retry_s=0.5)
     with serving(lambda _: open_gateway(remote), EngineSettings(), is_gateway=True) as running:
 
-        def post(url: str, **options: Any) -> Any:
-            model = httpx2.get(f"{url}/v1/models").json()["data"][0]["id"]
+        def post(to: RunningServer, **options: Any) -> Any:
+            model = to.client.get("/v1/models").json()["data"][0]["id"]
             body = {"model": model, "prompt": [PROMPT, OTHER], "max_tokens": 6} | options
-            return httpx2.post(f"{url}/v1/completions", json=body, timeout=60)
+            return to.post("/v1/completions", body)
 
         for options in ({"echo": True}, {"logprobs": 1}, {"n": 2, "temperature": 1, "seed": 3}):
-            there, here = (post(each.url, **options).json() for each in (server, running))
+            there, here = (post(each, **options).json() for each in (server, running))
             assert there["choices"] == here["choices"]
             for usage in (there["usage"], here["usage"]):
                 usage.pop("prompt_tokens_details", None)
             assert there["usage"] == here["usage"]
-        streamed = post(running.url, stream=True, logprobs=0).text.split("\n\n")
+        streamed = post(running, stream=True, logprobs=0).text.split("\n\n")
         chunks = [json.loads(line.removeprefix("data: ")) for line in streamed[:-2]]
         texts = ["", ""]
         for choice in (choice for chunk in chunks for choice in chunk["choices"]):
             texts[choice["index"]] += choice["text"]
-        assert texts == [choice["text"] for choice in post(server.url).json()["choices"]]
-        scored = post(running.url, prompt_logprobs=1)
+        assert texts == [choice["text"] for choice in post(server).json()["choices"]]
+        scored = post(running, prompt_logprobs=1)
         if api == "smol":
-            assert scored.json()["choices"] == post(server.url, prompt_logprobs=1).json()["choices"]
+            assert scored.json()["choices"] == post(server, prompt_logprobs=1).json()["choices"]
         else:
             assert "does not support prompt_logprobs" in scored.json()["error"]["message"]
 
