@@ -186,6 +186,17 @@ def test_run_over_a_database_resumes(shop: sqlite3.Connection) -> None:
         answer(job)
 
 
+def test_a_run_that_fails_closes_the_database(shop: sqlite3.Connection) -> None:
+    """It stayed open, and locked, for as long as the error was referenced."""
+    shop.executemany("INSERT INTO reviews (review) VALUES (?)", [("good",)] * 1000)
+    job = RunSettings(Path("shop.db"), Path("out.jsonl"), rows=RowSettings(TEMPLATE))
+    with pytest.raises(BackendError) as failed:
+        answer(job, lambda settings: DyingBackend(1, window=1))
+    shop.execute("PRAGMA busy_timeout = 0")
+    shop.execute("DROP TABLE reviews")
+    assert str(failed.value) == "the engine died"
+
+
 def test_only_changed_rows_end_a_run(shop: sqlite3.Connection) -> None:
     """Other programs may write to other tables meanwhile; the size of the file does not count."""
     select = RowSettings(TEMPLATE, query="SELECT * FROM reviews ORDER BY id")

@@ -398,11 +398,18 @@ class Run:
     def _append_results(
         self, backend: Backend, writer: ResultWriter, progress: RunProgress
     ) -> None:
-        reader = self._read_queries(self._remaining_rows(), self.journal.ids)
+        rows = self._remaining_rows()
+        reader = self._read_queries(rows, self.journal.ids)
         info = self._run_info(backend)
-        items = read_ahead(reader) if is_stream(self.settings.input) else reader
-        statistics = self.journal.statistics
-        with self._shown(progress, statistics), closing(self._answers(items, backend)) as results:
+        items: Iterable[Query | Result | None] = reader
+        with ExitStack() as stack:
+            if is_stream(self.settings.input):
+                items = read_ahead(reader)  # on a thread that may be blocked in it
+            else:
+                stack.enter_context(closing(rows))
+            statistics = self.journal.statistics
+            stack.enter_context(self._shown(progress, statistics))
+            results = stack.enter_context(closing(self._answers(items, backend)))
             for result in results:
                 writer.write(reader.format.for_run(info).record(result))
                 statistics.add(result)
@@ -415,10 +422,12 @@ class Run:
         for entry in self._entries():
             if entry.line not in retried:
                 statistics.add(entry.result)
-        reader = self._read_queries(self._rows(), ChatIds())
+        rows = self._rows()
+        reader = self._read_queries(rows, ChatIds())
         format = reader.format.for_run(self._run_info(backend))
         items = (item for item in reader if item.line in retried)
         with (
+            closing(rows),
             self._shown(progress, statistics),
             closing(self._answers(items, backend)) as results,
             replacing_lines(self.settings.output) as file,
@@ -467,15 +476,15 @@ class Run:
                     raise BackendError(f"{where} was not answered: {result.error}")
                 yield result
 
-    def _rows(self) -> Iterator[Row]:
-        return islice(self.scan.inputs.read(), self.settings.limit)
+    def _rows(self, after: int = 0, num_done: int = 0) -> Generator[Row]:
+        """Rows after a number, up to the limit; close it, so that no input stays open."""
+        limit = self.settings.limit
+        with closing(self.scan.inputs.read(after)) as rows:
+            yield from islice(rows, None if limit is None else max(limit - num_done, 0))
 
-    def _remaining_rows(self) -> Iterator[Row]:
+    def _remaining_rows(self) -> Generator[Row]:
         """Rows after the last one that has a result; the journal has all before it."""
-        journal = self.journal
-        limit, num_done = self.settings.limit, journal.statistics.num_lines
-        num_left = None if limit is None else max(limit - num_done, 0)
-        return islice(self.scan.inputs.read(journal.last_line), num_left)
+        return self._rows(self.journal.last_line, self.journal.statistics.num_lines)
 
     def _read_queries(
         self, rows: Iterable[Row], ids: ChatIds, is_for_model: bool = True

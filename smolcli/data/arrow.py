@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ _DAY_S = 86_400
 
 def read_arrow(
     path: Path, kind: ArrowKind, choose: Callable[[Sequence[str]], list[str]]
-) -> Iterator[Row]:
+) -> Generator[Row]:
     """Yield the rows, numbered from 1, with their values as JSON values (see `arrow_to_json`).
 
     Args:

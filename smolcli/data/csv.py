@@ -2,7 +2,7 @@
 
 import csv
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def read_csv(
     path: Path,
     delimiter: str,
     choose: Callable[[Sequence[str]], list[str]],
-) -> Iterator[Row]:
+) -> Generator[Row]:
     """Yield the rows below the header, numbered by the line on which they begin.
 
     After an invalid row, reading continues with the line after the row's first one. Empty cells are

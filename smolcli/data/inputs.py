@@ -2,8 +2,8 @@
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -64,7 +64,7 @@ class Inputs:
         file, line = place_of(number)
         return f"line {line} of {self.files[file].name}"
 
-    def read(self, after: int = 0) -> Iterator[Row]:
+    def read(self, after: int = 0) -> Generator[Row]:
         """Yield the rows of all files; see `read_rows`.
 
         Args:
@@ -76,8 +76,9 @@ class Inputs:
         first, line = place_of(after)
         for index, file in enumerate(self.files[first:], start=first):
             start = line if index == first else 0
-            for row in rows_of(file, self.rows, start, id_prefix=f"{file.name}:"):
-                yield replace(row, number=row_number(index, row.number))
+            with closing(rows_of(file, self.rows, start, id_prefix=f"{file.name}:")) as rows:
+                for row in rows:
+                    yield replace(row, number=row_number(index, row.number))
 
     def numbers(self) -> Iterator[int]:
         """The numbers of the rows that `read` yields; see `row_numbers`."""
@@ -89,7 +90,7 @@ class Inputs:
 
 def rows_of(
     file: InputFile, settings: RowSettings, after: int = 0, id_prefix: str = ""
-) -> Iterator[Row]:
+) -> Generator[Row]:
     """`read_rows` of an input file, with its name in errors."""
     with _errors_of(file):
         yield from read_rows(file.path, settings, after, id_prefix)

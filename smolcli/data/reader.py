@@ -1,8 +1,8 @@
 """Reads the rows of any input as query fields."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from io import BufferedIOBase
 from pathlib import Path
@@ -101,15 +101,15 @@ def read_rows(
             yield from map(mapper.query, rows) if settings.maps_rows else rows
             return
         try:
-            table = _read_table(source, settings, mapper.choose)
-            yield from map(mapper.query_of_cells, (row for row in table if row.number > after))
+            with closing(_read_table(source, settings, mapper.choose)) as table:
+                yield from map(mapper.query_of_cells, (row for row in table if row.number > after))
         except UsageError as exc:
             raise UsageError(f"{path}: {exc}") from exc
 
 
 def _read_table(
     source: _Input, settings: RowSettings, choose: Callable[[Sequence[str]], list[str]]
-) -> Iterator[Row]:
+) -> Generator[Row]:
     match source.kind:
         case "parquet" | "arrow":
             return read_arrow(source.path, source.kind, choose)

@@ -2,7 +2,7 @@
 
 import math
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def read_sqlite(
     query: str | None,
     table: str | None,
     choose: Callable[[Sequence[str]], list[str]],
-) -> Iterator[Row]:
+) -> Generator[Row]:
     """Yield the rows of a query or a table, numbered from 1, with their values as JSON values.
 
     Args:
