@@ -6,7 +6,7 @@
                                   instructions of integer products, as numbered in int8_products.h
      driver stress STEPS SEED     many steps over changing sequences and teams, beside busy and
                                   sleeping threads; a sequence must get the same bits in all of them.
-                                  A long run may be split over seeds
+                                  A long run may be split over seeds; even ones compute in integers
 
    Weights are exact in bfloat16 and in all quantized formats, and do not depend on the layout, so all
    builds compute the same model from matrices in any format, by its number in kernels.c. */
@@ -277,7 +277,7 @@ int main(int argc, char **argv) {
     run = aligned(sizeof *run);
     int is_stress = argc == 4 && strcmp(argv[1], "stress") == 0;
     run->model = make_model(is_stress ? Q4_1 : argc > 2 ? atoi(argv[2]) : DENSE);
-    run->model.integers = !is_stress && argc > 3 ? atoi(argv[3]) : 0;
+    run->model.integers = argc <= 3 ? 0 : is_stress ? (atoi(argv[3]) % 2 ? 0 : PAIRWISE) : atoi(argv[3]);
     run->space = make_space();
     for (int s = 0; s < NUM_SEQUENCES; s++)
         run->caches[s] = aligned((size_t)2 * LAYERS * KV_HEADS * LENGTH * DIM * sizeof(elem));

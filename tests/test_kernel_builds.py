@@ -129,7 +129,11 @@ def test_wide_vectors_agree_with_narrow_ones(
     assert relative_error(found, expected) < tolerance
 
 
-def test_any_team_gives_the_same_bits(driver: Path) -> None:
-    """Teams of 1, 2, 3 and 5 threads that come and go beside threads that take their cores."""
-    done = subprocess.run([driver, "stress", "100", "1"], capture_output=True, text=True)
-    assert done.stdout == "seed 1: 100 steps, 0 wrong\n"
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_team_gives_the_same_bits(seed: int, driver: Path) -> None:
+    """Teams of 1, 2, 3 and 5 threads that come and go beside threads that take their cores.
+
+    Seed 1 computes in float32, seed 2 in integers.
+    """
+    done = subprocess.run([driver, "stress", "60", str(seed)], capture_output=True, text=True)
+    assert done.stdout == f"seed {seed}: 60 steps, 0 wrong\n"
