@@ -237,6 +237,18 @@ def test_an_output_in_the_environment_is_not_that_of_a_report(queries: Path) -> 
     assert queries.with_name("out.report.html").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the directory")
+def test_current_directory_that_was_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error was about writing to stdout."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = smol("serve", "--port", "0", "--batch-dir", "relative")
+    assert (done.exit_code, done.stderr) == (1, "smol: the current directory no longer exists\n")
+
+
 def test_limit_extra_fields_and_timings(queries: Path) -> None:
     queries.write_bytes(b'{"chat_id": "1", "user_prompt": "Hi", "colour": "red"}\n' + BAD)
     args = ("--limit", 1, "--extra-fields", "keep", "--timings", "-o", queries.with_name("out"))

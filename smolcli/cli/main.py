@@ -96,6 +96,9 @@ class SmolGroup(TyperGroup):
             typer.echo("smol: interrupted", err=True)
             raise typer.Exit(ExitCode.INTERRUPTED) from exc
         except OSError as exc:
+            if isinstance(exc, FileNotFoundError) and exc.filename is None:  # from os.getcwd
+                typer.echo("smol: the current directory no longer exists", err=True)
+                raise typer.Exit(ExitCode.FAILED) from exc
             if not _concerns_stdout(exc) or isinstance(exc, BrokenPipeError):
                 raise  # a broken pipe ends the process silently: the reader is gone
             _report_stdout(exc)
