@@ -167,6 +167,7 @@ static Space make_space(void) {
     space.act = aligned(MAX_ROWS * INTERMEDIATE * 4);
     space.expanded_stride = sizeof(Expanded) + MAX_COLUMNS * PANEL * 4;
     space.expanded = aligned(MAX_THREADS_USED * space.expanded_stride);
+    space.rows = aligned(10 * MAX_ROWS * sizeof(int32_t));
     space.rounded = aligned(MAX_ROWS * (MAX_COLUMNS / GROUP) * rounded_bytes(Q8_0));
     return space;
 }
@@ -183,27 +184,16 @@ typedef struct {
    present: bit s is set if sequence s takes part. The values of the others stay as they are. */
 static void step(Run *run, Team *team, unsigned present) {
     Span spans[NUM_SEQUENCES];
-    int32_t tokens[MAX_ROWS], span_of_row[MAX_ROWS], ids[NUM_SEQUENCES];
-    int32_t tasks[4 * MAX_ROWS], last_tasks[4 * NUM_SEQUENCES], hidden_rows[NUM_SEQUENCES];
+    int32_t tokens[MAX_ROWS], ids[NUM_SEQUENCES];
     float hidden[NUM_SEQUENCES][HIDDEN];
-    int rows = 0, num_tasks = 0, count = 0, size = TASK_ROWS / (HEADS / KV_HEADS);
+    int rows = 0, count = 0;
     for (int s = 0; s < NUM_SEQUENCES; s++) {
         if (!(present >> s & 1)) continue;
         int length = PROMPT_LENGTHS[s];
-        spans[count] = (Span){rows, length, 0, LENGTH, (char *)run->caches[s]};
-        for (int first = 0; first < length; first += size) {
-            int32_t task[4] = {count, first, min_int(first + size, length), rows + first};
-            memcpy(tasks + 4 * num_tasks++, task, sizeof task);
-        }
-        int32_t last_task[4] = {count, length - 1, length, count};
-        memcpy(last_tasks + 4 * count, last_task, sizeof last_task);
-        hidden_rows[count] = rows + length - 1;
-        for (int i = 0; i < length; i++, rows++)
-            tokens[rows] = hash_of(7, s, i) % VOCAB, span_of_row[rows] = count;
-        count++;
+        spans[count++] = (Span){rows, length, 1, 0, LENGTH, 0, (char *)run->caches[s]};
+        for (int i = 0; i < length; i++) tokens[rows++] = hash_of(7, s, i) % VOCAB;
     }
-    Batch batch = {tokens, span_of_row, spans, hidden_rows, hidden[0], {tasks, num_tasks, 0},
-                   {last_tasks, count, 0}, rows, count};
+    Batch batch = {tokens, spans, hidden[0], count, rows, count, 0};
     if (smol_forward(team, &run->model, &batch, &run->space)) abort();
     Best *best = aligned(sizeof *best * NUM_SEQUENCES * team_num_threads(team));
     if (smol_best(team, &run->model, hidden[0], count, NULL, &run->space, best, ids)) abort();

@@ -578,9 +578,12 @@ def test_unwanted_hidden_states_change_no_others(kernels: Kernels, tiny_folder: 
     for sequence in sequences:
         cache.allocate(sequence)
     batch = cache.make_batch([ScheduledSequence(s, 0, len(s.token_ids)) for s in sequences])
-    whole = model.forward(replace(batch, num_hidden=np.array([60, 3, 40])))
-    few = model.forward(replace(batch, num_hidden=np.array([2, 0, 37])))
-    none = model.forward(replace(batch, num_hidden=np.zeros(3, int)))
+    batch.spans["num_hidden"] = 60, 3, 40
+    whole = model.forward(batch)
+    batch.spans["num_hidden"] = 2, 0, 37
+    few = model.forward(batch)
+    batch.spans["num_hidden"] = 0
+    none = model.forward(batch)
     assert whole.shape == (103, model.config.hidden_size)
     assert np.array_equal(few, np.concatenate([whole[58:60], whole[66:]]))
     assert len(none) == 0

@@ -25,8 +25,10 @@ SPAN = np.dtype(
     [
         ("first_row", np.int32),
         ("num_rows", np.int32),
+        ("num_hidden", np.int32),
         ("start", np.int32),
         ("length", np.int32),
+        ("padding", np.int32),
         ("cache", np.uint64),
     ]
 )
@@ -60,20 +62,12 @@ class ModelStruct(ctypes.Structure):
     ]
 
 
-class TasksStruct(ctypes.Structure):
-    """A list of attention tasks."""
-
-    _fields_ = [("list", c_void_p), ("number", c_int32), ("padding", c_int32)]
-
-
 class BatchStruct(ctypes.Structure):
-    """The rows of a step, and which of them have their hidden states returned."""
+    """The rows of a step, and their hidden states."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("token_ids", "span_of_row", "spans")),
-        *((name, c_void_p) for name in ("hidden_rows", "hidden")),
-        *((name, TasksStruct) for name in ("tasks", "last_tasks")),
-        *((name, c_int32) for name in ("num_rows", "num_hidden")),
+        *((name, c_void_p) for name in ("token_ids", "spans", "hidden")),
+        *((name, c_int32) for name in ("num_spans", "num_rows", "num_hidden", "padding")),
     ]
 
 
@@ -86,6 +80,7 @@ class SpaceStruct(ctypes.Structure):
         ("expanded", c_void_p),
         ("expanded_stride", c_int64),
         ("rounded", c_void_p),
+        ("rows", c_void_p),
     ]
 
 

@@ -12,11 +12,10 @@ from smolcli.engine.sequence import ScheduledSequence, Sequence
 
 @dataclass(frozen=True, slots=True)
 class NativeBatch:
-    """The T tokens of one step, and which of them have their hidden states returned."""
+    """The T tokens of one step."""
 
     token_ids: Array  # (T,), int32
-    spans: Array  # (sequences,), SPAN
-    num_hidden: Array  # (sequences,), the number of such tokens at the end of each span
+    spans: Array  # (sequences,), SPAN; also says which hidden states are wanted
 
 
 class BufferCache:
@@ -82,14 +81,13 @@ class BufferCache:
     def make_batch(self, items: list[ScheduledSequence]) -> NativeBatch:
         """See `interfaces.KVCache`."""
         ids = [token_id for item in items for token_id in item.token_ids]
-        ends = np.cumsum([item.num_rows for item in items])
-        spans = np.empty(len(items), SPAN)
-        for index, (end, item) in enumerate(zip(ends, items, strict=True)):
-            num_rows, buffer = item.num_rows, self._buffers[item.sequence]
-            at = address(buffer)
-            spans[index] = (end - num_rows, num_rows, item.start, buffer.shape[3], at)
-        num_hidden = np.array([item.num_hidden for item in items])
-        return NativeBatch(np.array(ids, np.int32), spans, num_hidden)
+        spans, first_row = [], 0
+        for item in items:
+            buffer = self._buffers[item.sequence]
+            place = (item.start, buffer.shape[3], 0, address(buffer))
+            spans.append((first_row, item.num_rows, item.num_hidden, *place))
+            first_row += item.num_rows
+        return NativeBatch(np.array(ids, np.int32), np.array(spans, SPAN))
 
     def free(self, sequence: Sequence) -> None:
         """See `interfaces.KVCache`."""

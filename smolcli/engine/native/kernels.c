@@ -122,31 +122,22 @@ typedef struct {
     const float *cos, *sin; /* (positions, D / 2) */
 } Model;
 
-/* Consecutive rows of the step: tokens of one sequence, starting at position `start`.
+/* Consecutive rows of the step: tokens of one sequence, starting at position `start`. Hidden states are wanted
+   of the last `num_hidden` of them.
    cache is (2, layers, kv_heads, length, D), keys first, elements or integers of 16 bits; length is a
    multiple of PANEL. */
 typedef struct {
-    int32_t first_row, num_rows, start, length;
+    int32_t first_row, num_rows, num_hidden, start, length, padding;
     char *cache;
 } Span;
 
-/* A list of attention tasks, (number, 4): the span, the first and the end row of the task in the span, and
-   the row of `attended` for its first one. A task has at most TASK_ROWS rows, one per token and query head
-   of a KV head. */
-typedef struct {
-    const int32_t *list;
-    int32_t number, padding;
-} Tasks;
-
 /* The R rows of a step, and the N rows whose hidden states are wanted: all that the last layer computes
-   beyond its keys and values. These are the last rows of some spans, in order. */
+   beyond its keys and values. */
 typedef struct {
-    const int32_t *token_ids, *span_of_row; /* (R,) */
-    const Span *spans;
-    const int32_t *hidden_rows; /* (N,) */
-    float *hidden;              /* (N, H), the result */
-    Tasks tasks, last_tasks;    /* of all rows; of the wanted ones in the last layer */
-    int32_t num_rows, num_hidden;
+    const int32_t *token_ids; /* (R,) */
+    const Span *spans;        /* in the order of their rows */
+    float *hidden;            /* (N, H), the result */
+    int32_t num_spans, num_rows, num_hidden, padding;
 } Batch;
 
 /* Buffers for the activations of R rows. */
@@ -161,6 +152,7 @@ typedef struct {
     char *expanded;         /* (threads, expanded_stride), an Expanded for each thread; 0 at first */
     int64_t expanded_stride; /* bytes, a multiple of ALIGNMENT */
     char *rounded;           /* (groups, R), the inputs of a product of integers; see int8_products.h */
+    int32_t *rows;           /* (10, R), for a Step */
 } Space;
 
 /* The panel of a quantized matrix that a thread has expanded last. */
@@ -959,17 +951,57 @@ static void attend_in_integers(const Task *task) { attend_task(1, task); }
 
 /* ---- The operations of a step; see `step_items` for their order. ---- */
 
+/* A list of attention tasks, (number, 4): the span, the first and the end row of the task in the span, and
+   the row of `attended` for its first one. A task has at most TASK_ROWS rows, one per token and query head
+   of a KV head. */
+typedef struct {
+    int32_t *list;
+    int number;
+} Tasks;
+
 /* A forward pass. */
 typedef struct {
     const Model *model;
     const Batch *batch;
     const Space *space;
+    int32_t *span_of_row; /* (R,) */
+    int32_t *hidden_rows; /* (N,), the wanted rows */
+    Tasks tasks, last_tasks; /* of all rows; of the wanted ones in the last layer */
 } Step;
+
+/* Adds the tasks for the rows of a span from `first` on. */
+static void add_tasks(Tasks *tasks, const Step *step, int number, int first, int attended_row) {
+    int size = TASK_ROWS / (step->model->num_heads / step->model->num_kv_heads);
+    int num_rows = step->batch->spans[number].num_rows;
+    for (int row = first; row < num_rows; row += size) {
+        int32_t *task = tasks->list + 4 * tasks->number++;
+        task[0] = number, task[1] = row, task[2] = min_int(row + size, num_rows);
+        task[3] = attended_row + row - first;
+    }
+}
+
+static Step plan_step(const Model *model, const Batch *batch, const Space *space) {
+    int64_t rows = batch->num_rows;
+    Step step = {.model = model, .batch = batch, .space = space};
+    step.span_of_row = space->rows, step.hidden_rows = space->rows + rows;
+    step.tasks.list = space->rows + 2 * rows, step.last_tasks.list = space->rows + 6 * rows;
+    for (int s = 0, hidden = 0; s < batch->num_spans; s++) {
+        const Span *span = batch->spans + s;
+        int first_hidden = span->num_rows - span->num_hidden;
+        add_tasks(&step.tasks, &step, s, 0, span->first_row);
+        add_tasks(&step.last_tasks, &step, s, first_hidden, hidden);
+        for (int row = 0; row < span->num_rows; row++) {
+            step.span_of_row[span->first_row + row] = s;
+            if (row >= first_hidden) step.hidden_rows[hidden++] = span->first_row + row;
+        }
+    }
+    return step;
+}
 
 INLINE int is_last_layer(const Step *step, int layer) { return layer + 1 == step->model->num_layers; }
 
 INLINE Tasks tasks_of(const Step *step, int layer) {
-    return is_last_layer(step, layer) ? step->batch->last_tasks : step->batch->tasks;
+    return is_last_layer(step, layer) ? step->last_tasks : step->tasks;
 }
 
 INLINE void embed_dense(const void *panel, int column, int features, float *x) {
@@ -1023,7 +1055,7 @@ static void embed(const Step *step, int row) {
    which the rotation combines. */
 INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first, vec second) {
     const Model *model = step->model;
-    const Span *span = step->batch->spans + step->batch->span_of_row[row];
+    const Span *span = step->batch->spans + step->span_of_row[row];
     int dim = model->head_dim, half = dim / 2, heads = model->num_heads;
     int head = panel / (dim / PANEL), i = panel % (dim / PANEL) * WIDTH;
     int64_t position = span->start + row - span->first_row;
@@ -1199,7 +1231,7 @@ static void compute_step(const void *work, int op, int item, int worker) {
     int is_end = is_last_layer(step, number);
     const float *next_norm = is_end ? model->norm : layer[1].input_norm;
     float *x = step->space->x, *to = is_end ? step->batch->hidden : x;
-    const int32_t *wanted = is_end ? step->batch->hidden_rows : NULL;
+    const int32_t *wanted = is_end ? step->hidden_rows : NULL;
     Product product = layer_product(step, number, kind);
     if (is_rounding(kind)) {
         round_inputs(&product, item);
@@ -1230,7 +1262,7 @@ static int has_aligned_weights(const Model *model) {
 EXPORT int smol_forward(Team *team, const Model *model, const Batch *batch, const Space *space) {
     if (!has_aligned_weights(model)) return MISALIGNED;
     static const Program program = {step_items, compute_step};
-    Step step = {model, batch, space};
+    Step step = plan_step(model, batch, space);
     return team_run(team, &program, &step);
 }
 

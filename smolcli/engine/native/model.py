@@ -23,7 +23,6 @@ from smolcli.engine.native.bindings import (
     MatrixStruct,
     ModelStruct,
     SpaceStruct,
-    TasksStruct,
     ThreadTeam,
     address,
     aligned_empty,
@@ -146,49 +145,19 @@ class NativeModel:
         num_rows, spans = len(batch.token_ids), batch.spans
         if num_rows > self._space.num_rows:
             self._space = Space(self.config, self._kernels, num_rows, self._expanded)
-        counts, num_hidden = spans["num_rows"], batch.num_hidden
-        span_of_row = np.repeat(np.arange(len(spans), dtype=np.int32), counts)
-        hidden_starts = np.cumsum(num_hidden) - num_hidden
-        skipped = spans["first_row"] + counts - num_hidden - hidden_starts
-        hidden_rows = np.arange(num_hidden.sum()) + np.repeat(skipped, num_hidden)
-        hidden_rows = hidden_rows.astype(np.int32)
-        hidden = np.empty((len(hidden_rows), self.config.hidden_size), np.float32)
-        tasks = self._tasks(np.zeros_like(counts), counts, spans["first_row"])
-        last_tasks = self._tasks(counts - num_hidden, counts, hidden_starts)
+        num_hidden = int(spans["num_hidden"].sum())
+        hidden = np.empty((num_hidden, self.config.hidden_size), np.float32)
         struct = BatchStruct(
             token_ids=address(batch.token_ids),
-            span_of_row=address(span_of_row),
             spans=address(spans),
-            hidden_rows=address(hidden_rows),
             hidden=address(hidden),
-            tasks=TasksStruct(address(tasks), len(tasks)),
-            last_tasks=TasksStruct(address(last_tasks), len(last_tasks)),
+            num_spans=len(spans),
             num_rows=num_rows,
-            num_hidden=len(hidden_rows),
+            num_hidden=num_hidden,
         )
         space = ctypes.byref(self._space.struct)
         self._team.forward(self._struct, ctypes.byref(struct), space)
         return hidden
-
-    def _tasks(self, starts: Array, ends: Array, first_rows: Array) -> Array:
-        """The attention tasks for a range of rows of each span.
-
-        Args:
-            starts: the first row of each span that attends, (sequences,).
-            ends: where its rows end.
-            first_rows: the row of the results for the first one.
-
-        Returns:
-            (tasks, 4), int32: span, first row, end row, and row of the results.
-        """
-        size = self._kernels.task_rows // self.config.group_size
-        counts = -(-(ends - starts) // size)
-        span = np.repeat(np.arange(len(counts)), counts)
-        number = np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)
-        start = starts[span] + number * size
-        end = np.minimum(start + size, ends[span])
-        tasks = np.stack([span, start, end, first_rows[span] + number * size], axis=1)
-        return np.ascontiguousarray(tasks, np.int32)
 
 
 def _model_struct(
@@ -275,7 +244,8 @@ class Space:
             name: aligned_empty((num_rows, size), kernels.dtype) for name, size in widths.items()
         }
         rounded = rounded_inputs(kernels, num_rows, max(widths.values()))
-        self._kept = (squares, elements, expanded, rounded)  # the structure points to them
+        rows = aligned_empty((10, num_rows), np.dtype(np.int32))
+        self._kept = (squares, elements, expanded, rounded, rows)  # the structure points to them
         self.struct = SpaceStruct(
             x=address(self.x),
             squares=address(squares),
@@ -283,5 +253,6 @@ class Space:
             expanded=address(expanded),
             expanded_stride=expanded.shape[1],
             rounded=address(rounded),
+            rows=address(rows),
             **{name: address(array) for name, array in elements.items()},
         )
