@@ -866,9 +866,9 @@ def serve_batches(folder: Path, model: Path) -> Iterator[tuple[Process, openai.O
 
 def test_a_batch_survives_kill_9_and_sigterm(tmp_path: Path, deep_folder: Path) -> None:
     """Nothing is answered twice or lost, and no written answer changes."""
-    number = 60
+    number = 120
     with serve_batches(tmp_path, deep_folder) as (process, client):
-        batch = create(client, [line(name, max_tokens=20) for name in names(number)])
+        batch = create(client, [line(name, max_tokens=30) for name in names(number)])
         eventually(lambda: len(answered(tmp_path, batch)) >= 3)
         process.signal(signal.SIGKILL)
         process.wait()
