@@ -167,7 +167,6 @@ static Space make_space(void) {
     space.act = aligned(MAX_ROWS * INTERMEDIATE * 4);
     space.expanded_stride = sizeof(Expanded) + MAX_COLUMNS * PANEL * 4;
     space.expanded = aligned(MAX_THREADS_USED * space.expanded_stride);
-    space.rows = aligned(10 * MAX_ROWS * sizeof(int32_t));
     space.rounded = aligned(MAX_ROWS * (MAX_COLUMNS / GROUP) * rounded_bytes(Q8_0));
     return space;
 }
@@ -184,7 +183,7 @@ typedef struct {
    present: bit s is set if sequence s takes part. The values of the others stay as they are. */
 static void step(Run *run, Team *team, unsigned present) {
     Span spans[NUM_SEQUENCES];
-    int32_t tokens[MAX_ROWS], ids[NUM_SEQUENCES];
+    int32_t tokens[MAX_ROWS], ids[NUM_SEQUENCES], plan[10 * MAX_ROWS];
     float hidden[NUM_SEQUENCES][HIDDEN];
     int rows = 0, count = 0;
     for (int s = 0; s < NUM_SEQUENCES; s++) {
@@ -193,7 +192,7 @@ static void step(Run *run, Team *team, unsigned present) {
         spans[count++] = (Span){rows, length, 1, 0, LENGTH, 0, (char *)run->caches[s]};
         for (int i = 0; i < length; i++) tokens[rows++] = hash_of(7, s, i) % VOCAB;
     }
-    Batch batch = {tokens, spans, hidden[0], count, rows, count, 0};
+    Batch batch = {tokens, spans, hidden[0], plan, count, rows, count, 0};
     if (smol_forward(team, &run->model, &batch, &run->space)) abort();
     Best *best = aligned(sizeof *best * NUM_SEQUENCES * team_num_threads(team));
     if (smol_best(team, &run->model, hidden[0], count, NULL, &run->space, best, ids)) abort();

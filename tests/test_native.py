@@ -626,6 +626,25 @@ def test_a_single_nan_logit_is_an_error(kernels: Kernels, tiny_folder: Path) -> 
         model.head.best(np.ones((1, config.hidden_size), np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_an_earlier_token_that_is_nan_is_noticed(dtype: ResolvedDtype, tiny_folder: Path) -> None:
+    """Integers cannot be NaN, so attention in integers once ignored such a token."""
+    config = tiny_config(tiny_folder)
+    weights: dict[str, Weight] = dict(quantized_weights(config, "Q4_1"))
+    embedding = weights["embed_tokens.weight"]
+    assert isinstance(embedding, QuantizedMatrix)
+    offsets = embedding.offsets.copy()
+    offsets[1] = np.nan
+    damaged = QuantizedMatrix.of("Q4_1", embedding.scales, embedding.codes, offsets)
+    model = NativeModel(config, {**weights, "embed_tokens.weight": damaged}, native_kernels(dtype))
+    assert np.isfinite(hidden_states(model, [2, 4, 3])).all()
+    if native_kernels(dtype).has_integer_attention:
+        with pytest.raises(FloatingPointError, match="keys or values that are not finite"):
+            hidden_states(model, [2, 1, 3])
+    else:
+        assert np.isnan(hidden_states(model, [2, 1, 3])).all()
+
+
 def test_a_nan_score_is_an_error(kernels: Kernels, tiny_folder: Path) -> None:
     """exp(NaN) was once 0, so that a key with NaN was left out of the softmax."""
     config = tiny_config(tiny_folder)

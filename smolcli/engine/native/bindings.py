@@ -17,6 +17,7 @@ FLOAT32 = np.dtype(np.float32)
 ALIGNMENT = 64  # bytes; of weights and scratch space: a cache line, and the widest vector
 FORMATS = ("dense", *BLOCK_FORMATS)  # of packed matrices, as numbered in kernels.c
 PAIRWISE, BYTEWISE = 1, 2  # instructions of integer products, as numbered in int8_products.h
+NOT_FINITE = 4  # a status of smol_forward
 ROUNDED_BYTES = 80  # at most, of a group of inputs of an integer product
 
 Array = np.ndarray[Any, Any]
@@ -66,7 +67,7 @@ class BatchStruct(ctypes.Structure):
     """The rows of a step, and their hidden states."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("token_ids", "spans", "hidden")),
+        *((name, c_void_p) for name in ("token_ids", "spans", "hidden", "plan")),
         *((name, c_int32) for name in ("num_spans", "num_rows", "num_hidden", "padding")),
     ]
 
@@ -80,7 +81,6 @@ class SpaceStruct(ctypes.Structure):
         ("expanded", c_void_p),
         ("expanded_stride", c_int64),
         ("rounded", c_void_p),
-        ("rows", c_void_p),
     ]
 
 
@@ -243,6 +243,8 @@ class ThreadTeam:
             self._start()
         status = function(self._handle, *arguments)
         if status:
+            if status == NOT_FINITE:
+                raise FloatingPointError("the model computed keys or values that are not finite")
             reasons = {
                 1: "the process was forked",
                 2: "the team is in use by another thread",

@@ -16,6 +16,7 @@ enum {
     VALUE_LEVELS = 16383, /* KEY_BLOCK * MAX_WEIGHT * VALUE_LEVELS < 2^31 */
     MAX_WEIGHT = 2048,
     LOWEST_EXPONENT = -40, /* of a weight that is rounded */
+    INFINITY_BITS = 0x7f800000,
     HIDDEN_SCORE = -(1 << 30), /* of keys that a query must not see: less than any other */
 #if defined(__aarch64__)
     TILE_VECS = 1 /* vectors of a tile whose sums fit into registers; sums of products are twice as long */
@@ -49,19 +50,22 @@ INLINE void store_shorts(void *to, ivec first, ivec second) {
 #endif
 }
 
-/* Stores keys or values of WIDTH channels from `channel` on. `plane` are those of one KV head. */
-INLINE void store_codes_of(int is_value, int16_t *plane, int64_t position, int dim, int channel,
+/* Stores keys or values of WIDTH channels from `channel` on; returns whether they are finite. `plane` are
+   those of one KV head. */
+INLINE int store_codes_of(int is_value, int16_t *plane, int64_t position, int dim, int channel,
                            const float *limits, vec values) {
     int levels = is_value ? VALUE_LEVELS : KEY_LEVELS;
     vec scaled = values * ((float)levels / *(const loose *)(limits + channel));
     scaled = min_of(broadcast(levels), max_of(broadcast(-levels), scaled));
     shorts_of_vec codes = __builtin_convertvector(nearest(scaled), shorts_of_vec);
+    int is_finite = largest_of(1, &values) < INFINITY_BITS;
     if (!is_value) {
         *(shorts_of_vec *)(plane + position * dim + channel) = codes;
-        return;
+        return is_finite;
     }
     int16_t *to = plane + (position - position % 2) * dim + 2 * channel + position % 2;
     for (int i = 0; i < WIDTH; i++) to[2 * i] = codes[i];
+    return is_finite;
 }
 
 /* ---- Scores ---- */

@@ -9,7 +9,8 @@
                     that attention is computed in integers if products are (int8_attention.h)
 
    All matrices are packed into panels of PANEL output columns, so that a step reads each weight once,
-   in order. Softmax, norms and the residual stream are float32 in every format.
+   in order. Softmax, norms and the residual stream are float32 in every format, but attention in integers
+   rounds the weights of the softmax.
 
    Quantized matrices keep the integers and scales of their GGUF file. Their weights are expanded in
    registers if the step has few rows, otherwise once per panel into a buffer that stays in the cache.
@@ -19,8 +20,8 @@
    the compiler must not fuse any others (-ffp-contract=off), so all tile heights round identically.
 
    Dimensions in comments: R rows (tokens) of the step, H hidden size, I intermediate size, D head
-   dimension. "Elements" are the values of activations and the KV cache, bfloat16 or float32; a "lane" is
-   4 bytes of them. */
+   dimension. "Elements" are the values of activations and, unless attention is in integers, of the KV cache:
+   bfloat16 or float32; a "lane" is 4 bytes of them. */
 
 #include <math.h>
 #include <stdint.h>
@@ -124,8 +125,8 @@ typedef struct {
 
 /* Consecutive rows of the step: tokens of one sequence, starting at position `start`. Hidden states are wanted
    of the last `num_hidden` of them.
-   cache is (2, layers, kv_heads, length, D), keys first, elements or integers of 16 bits; length is a
-   multiple of PANEL. */
+   cache is (2, layers, kv_heads, length, D), keys first, elements or integers of 16 bits (int8_attention.h);
+   length is a multiple of PANEL. */
 typedef struct {
     int32_t first_row, num_rows, num_hidden, start, length, padding;
     char *cache;
@@ -137,6 +138,7 @@ typedef struct {
     const int32_t *token_ids; /* (R,) */
     const Span *spans;        /* in the order of their rows */
     float *hidden;            /* (N, H), the result */
+    int32_t *plan;            /* (10, R), scratch for a Step */
     int32_t num_spans, num_rows, num_hidden, padding;
 } Batch;
 
@@ -152,7 +154,6 @@ typedef struct {
     char *expanded;         /* (threads, expanded_stride), an Expanded for each thread; 0 at first */
     int64_t expanded_stride; /* bytes, a multiple of ALIGNMENT */
     char *rounded;           /* (groups, R), the inputs of a product of integers; see int8_products.h */
-    int32_t *rows;           /* (10, R), for a Step */
 } Space;
 
 /* The panel of a quantized matrix that a thread has expanded last. */
@@ -176,7 +177,7 @@ EXPORT const int32_t smol_struct_sizes[7] = {sizeof(Layer), sizeof(Model),    si
                                              sizeof(Space), sizeof(Expanded), sizeof(Best)};
 
 /* Return values of the exported functions; the first three are those of TeamStatus. */
-enum { OK = TEAM_OK, FORKED = TEAM_FORKED, BUSY = TEAM_BUSY, MISALIGNED = 3 };
+enum { OK = TEAM_OK, FORKED = TEAM_FORKED, BUSY = TEAM_BUSY, MISALIGNED = 3, NOT_FINITE = 4 };
 
 /* ---- Vectors ---- */
 
@@ -321,26 +322,6 @@ INLINE vec load_half(const void *from) {
         out.parts[i] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from + i));
 #endif
     return out.whole;
-#endif
-}
-
-/* Rounds to the nearest float16, ties to even. */
-INLINE void store_half(void *to, vec value) {
-#if defined(__AVX512F__) && WIDTH == 16
-    _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__aarch64__)
-    union {
-        vec whole;
-        float32x4_t parts[WIDTH / 4];
-    } in = {value};
-    for (int i = 0; i < WIDTH / 4; i++) vst1_f16((float16_t *)to + 4 * i, vcvt_f16_f32(in.parts[i]));
-#else
-    union {
-        vec whole;
-        __m256 parts[WIDTH / 8];
-    } in = {value};
-    for (int i = 0; i < WIDTH / 8; i++)
-        _mm_storeu_si128((__m128i *)to + i, _mm256_cvtps_ph(in.parts[i], _MM_FROUND_TO_NEAREST_INT));
 #endif
 }
 
@@ -967,6 +948,7 @@ typedef struct {
     int32_t *span_of_row; /* (R,) */
     int32_t *hidden_rows; /* (N,), the wanted rows */
     Tasks tasks, last_tasks; /* of all rows; of the wanted ones in the last layer */
+    int *has_bad_codes;      /* set if a key or value is not finite, which integers cannot express */
 } Step;
 
 /* Adds the tasks for the rows of a span from `first` on. */
@@ -983,8 +965,8 @@ static void add_tasks(Tasks *tasks, const Step *step, int number, int first, int
 static Step plan_step(const Model *model, const Batch *batch, const Space *space) {
     int64_t rows = batch->num_rows;
     Step step = {.model = model, .batch = batch, .space = space};
-    step.span_of_row = space->rows, step.hidden_rows = space->rows + rows;
-    step.tasks.list = space->rows + 2 * rows, step.last_tasks.list = space->rows + 6 * rows;
+    step.span_of_row = batch->plan, step.hidden_rows = batch->plan + rows;
+    step.tasks.list = batch->plan + 2 * rows, step.last_tasks.list = batch->plan + 6 * rows;
     for (int s = 0, hidden = 0; s < batch->num_spans; s++) {
         const Span *span = batch->spans + s;
         int first_hidden = span->num_rows - span->num_hidden;
@@ -1079,8 +1061,9 @@ INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first
     if (has_integer_attention(model)) {
         int16_t *codes = (int16_t *)span->cache + offset;
         const float *limits = kv_limits(model, layer, is_value, kv_head);
-        store_codes_of(is_value, codes, position, dim, i, limits, first);
-        store_codes_of(is_value, codes, position, dim, half + i, limits, second);
+        int is_finite = store_codes_of(is_value, codes, position, dim, i, limits, first) &
+                        store_codes_of(is_value, codes, position, dim, half + i, limits, second);
+        if (!is_finite) __atomic_store_n(step->has_bad_codes, 1, __ATOMIC_RELAXED);
     } else {
         elem *to = (elem *)span->cache + offset + position * dim + i;
         store(to, first);
@@ -1263,7 +1246,10 @@ EXPORT int smol_forward(Team *team, const Model *model, const Batch *batch, cons
     if (!has_aligned_weights(model)) return MISALIGNED;
     static const Program program = {step_items, compute_step};
     Step step = plan_step(model, batch, space);
-    return team_run(team, &program, &step);
+    int has_bad_codes = 0;
+    step.has_bad_codes = &has_bad_codes;
+    int status = team_run(team, &program, &step);
+    return status == OK && has_bad_codes ? NOT_FINITE : status;
 }
 
 /* ---- The head ---- */

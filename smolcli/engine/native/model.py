@@ -141,16 +141,22 @@ class NativeModel:
         return BufferCache(self.config, self._kernels, prefix_cache_bytes)
 
     def forward(self, batch: NativeBatch) -> Array:
-        """See `interfaces.Model`; float32."""
+        """See `interfaces.Model`; float32.
+
+        Raises:
+            FloatingPointError: keys or values for attention in integers are not finite.
+        """
         num_rows, spans = len(batch.token_ids), batch.spans
         if num_rows > self._space.num_rows:
             self._space = Space(self.config, self._kernels, num_rows, self._expanded)
         num_hidden = int(spans["num_hidden"].sum())
         hidden = np.empty((num_hidden, self.config.hidden_size), np.float32)
+        plan = np.empty((10, num_rows), np.int32)
         struct = BatchStruct(
             token_ids=address(batch.token_ids),
             spans=address(spans),
             hidden=address(hidden),
+            plan=address(plan),
             num_spans=len(spans),
             num_rows=num_rows,
             num_hidden=num_hidden,
@@ -244,8 +250,7 @@ class Space:
             name: aligned_empty((num_rows, size), kernels.dtype) for name, size in widths.items()
         }
         rounded = rounded_inputs(kernels, num_rows, max(widths.values()))
-        rows = aligned_empty((10, num_rows), np.dtype(np.int32))
-        self._kept = (squares, elements, expanded, rounded, rows)  # the structure points to them
+        self._kept = (squares, elements, expanded, rounded)  # the structure points to them
         self.struct = SpaceStruct(
             x=address(self.x),
             squares=address(squares),
@@ -253,6 +258,5 @@ class Space:
             expanded=address(expanded),
             expanded_stride=expanded.shape[1],
             rounded=address(rounded),
-            rows=address(rows),
             **{name: address(array) for name, array in elements.items()},
         )
