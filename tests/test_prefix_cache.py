@@ -57,6 +57,19 @@ def test_leaves_are_evicted_before_the_blocks_they_extend() -> None:
     assert ask(cache, prompt_of(0, 40)) == 24, "the end made room, the start is still found"
 
 
+def test_blocks_before_a_failed_copy_can_be_evicted() -> None:
+    cache = make_cache(40)
+
+    def copy(start: int, stop: int) -> list[int]:
+        if start >= 20:
+            raise MemoryError
+        return prompt_of(0, stop)
+
+    with pytest.raises(MemoryError):
+        cache.insert(prompt_of(0, 40), copy)
+    assert [ask(cache, prompt_of(100, 41)) for _ in range(3)][-1] == 40
+
+
 def test_what_is_shared_survives_one_long_document() -> None:
     """A prompt longer than the cache once evicted everything."""
     cache = make_cache(80)

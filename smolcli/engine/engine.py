@@ -234,7 +234,10 @@ class Engine:
                 self.kv_cache.free(trivial)
 
     def _store_prompts(self) -> None:
-        """Copy prompts to the prefix cache: one step late, so that no first token waits for it."""
+        """Copy prompts to the prefix cache: one step late, so that first tokens do not wait for it.
+
+        Those that end their answer do: `_retire` copies the prompt before the memory is freed.
+        """
         prefilled, self._prefilled = self._prefilled, {}
         for sequence in prefilled:
             self._store_prefix(sequence)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-# On average, half a token per prompt is computed again; blocks of 1 take longer to copy.
+# On average, half a token per prompt is computed again; blocks of 1 would take longer to copy. An
+# even number, because the native kernels may store the values of two tokens side by side.
 BLOCK_TOKENS = 2
 MAX_HITS = 64  # bounds how long a prefix that is no longer used outlives newer ones
 
@@ -89,18 +90,20 @@ class PrefixCache(Generic[KV]):
         path = self._find(token_ids)
         tail = path[-1] if path else self._root
         first_stop = (len(path) + 1) * BLOCK_TOKENS
-        for stop in range(first_stop, len(token_ids) + 1, BLOCK_TOKENS):
-            if not self._make_room(keep=tail):
-                self._age += 1
-                break
-            start = stop - BLOCK_TOKENS
-            tokens = tuple(token_ids[start:stop])
-            block = Block(tokens, copy_block(start, stop), tail)
-            self._touch(block)
-            tail.children[tokens] = block
-            tail = block
-            self.num_blocks += 1
-        self._push_if_leaf(tail)
+        try:
+            for stop in range(first_stop, len(token_ids) + 1, BLOCK_TOKENS):
+                if not self._make_room(keep=tail):
+                    self._age += 1
+                    break
+                start = stop - BLOCK_TOKENS
+                tokens = tuple(token_ids[start:stop])
+                block = Block(tokens, copy_block(start, stop), tail)
+                self._touch(block)
+                tail.children[tokens] = block
+                tail = block
+                self.num_blocks += 1
+        finally:  # copying may have failed
+            self._push_if_leaf(tail)
 
     def _find(self, token_ids: list[int]) -> list[Block[KV]]:
         path: list[Block[KV]] = []
