@@ -6,6 +6,7 @@ import pytest
 from test_cli import smol
 
 CONCURRENCY = "the environment variable {} must be an integer of at least 1, not {!r}"
+CONFLICT = ("--batch-dir", "batches", "--no-batches")  # so that no server starts
 
 
 @pytest.mark.parametrize("value", ["many", "0", "1.5"])
@@ -89,9 +90,34 @@ def test_api_keys_are_not_shown(tmp_path: Path) -> None:
     assert "secret" not in done.stderr
 
 
-@pytest.mark.parametrize("variable", ["SMOL_API_KEY", "SMOL_UPSTREAM"])
-def test_repeatable_variable_must_not_be_blank(variable: str) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SMOL_API_KEY", ""),
+        ("SMOL_API_KEY", " "),
+        ("SMOL_API_KEY_FILE", ""),
+        ("SMOL_UPSTREAM", " "),
+    ],
+)
+def test_repeatable_or_key_variable_must_not_be_blank(variable: str, value: str) -> None:
     """A blank SMOL_API_KEY started a server that was open to anyone."""
-    done = smol("serve", env={variable: " "})
+    done = smol("serve", *CONFLICT, env={variable: value})
     assert done.exit_code == 2
     assert f"the environment variable {variable} must not be blank" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"SMOL_API_KEY": "", "SMOL_API_KEY_FILE": "keys"},
+        {"SMOL_API_KEY": "key", "SMOL_API_KEY_FILE": ""},
+        {"SMOL_UPSTREAM": "", "SMOL_CORS_ORIGIN": "", "SMOL_SERVED_MODEL_NAME": ""},
+    ],
+)
+def test_empty_variable_means_unset_unless_it_opens_the_server(
+    env: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("keys").write_text("key\n")
+    done = smol("serve", *CONFLICT, env=env)
+    assert done.stderr == "smol: --batch-dir and --no-batches cannot be combined\n"

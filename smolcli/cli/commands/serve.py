@@ -1,6 +1,7 @@
 """`smol serve`: the HTTP server."""
 
 import functools
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from smolcli.cli.options import option, require_utf8, with_option_groups
+from smolcli.cli.options import option, require_utf8, variable_of, with_option_groups
 from smolcli.cli.options.backend import UpstreamOptions, backend_opener
 from smolcli.cli.options.engine import Dedupe, EngineOptions
 from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
@@ -144,6 +145,8 @@ class ServeOptions:
             keys += _read_keys(self.api_key_file)
         if not all(keys):
             raise UsageError("--api-key must not be empty")
+        if not keys:
+            _reject_empty_key_variables()
         names = tuple(dict.fromkeys(self.served_model_name or ()))
         for name in names:
             require_utf8("--served-model-name", name)
@@ -294,6 +297,20 @@ def _open_gateway(remote: RemoteSettings, settings: EngineSettings) -> "Backend"
     from smolcli.backends.remote.backend import open_gateway
 
     return open_gateway(remote)
+
+
+def _reject_empty_key_variables() -> None:
+    """Reject variables for API keys that are empty, which usually means unset.
+
+    Raises:
+        UsageError: naming the variable.
+    """
+    for variable in map(variable_of, ("--api-key", "--api-key-file")):
+        if variable in os.environ:
+            raise UsageError(
+                f"the environment variable {variable} must not be blank; "
+                "unset it to serve without API keys"
+            )
 
 
 def _read_keys(path: Path) -> list[str]:
