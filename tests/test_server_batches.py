@@ -1,5 +1,6 @@
 """/v1/files and /v1/batches, driven by the official OpenAI client."""
 
+import errno
 import json
 import os
 import signal
@@ -30,7 +31,7 @@ from test_gateway import gateway
 
 from smolcli.backends.base import Backend, OnText
 from smolcli.backends.local import open_local
-from smolcli.errors import UsageError
+from smolcli.errors import BackendError, UsageError
 from smolcli.server.batch_store import BatchStore, StoredFile
 from smolcli.server.errors import HttpError
 from smolcli.server.service import WARM_UP
@@ -366,6 +367,10 @@ def test_a_finished_batch_cannot_be_cancelled(client: openai.OpenAI) -> None:
     done = reach(client, create(client, [line("a")]))
     with pytest.raises(openai.BadRequestError, match="it is completed already"):
         client.batches.cancel(done.id)
+
+
+def is_final(client: openai.OpenAI, batch: Batch) -> bool:
+    return client.batches.retrieve(batch.id).status in FINAL
 
 
 def waits_for(client: openai.OpenAI, batch: Batch) -> object:
@@ -714,8 +719,8 @@ def test_a_failing_disk_fails_the_batch_but_not_the_server(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on resources")
-def test_a_full_disk_fails_the_batch_and_keeps_its_answers(tmp_path: Path) -> None:
-    """The process may not write larger files for a while, as if the disk were full."""
+def test_a_disk_error_fails_the_batch_and_keeps_its_answers(tmp_path: Path) -> None:
+    """The process may not write larger files for a while."""
     import resource
 
     lines = [line(name) for name in names(200)]
@@ -743,6 +748,44 @@ def test_a_full_disk_fails_the_batch_and_keeps_its_answers(tmp_path: Path) -> No
         assert counts(failed) == (200, len(answers), 0)
         assert reach(client, create(client, lines)).status == "completed"
         assert server.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_batch_on_a_full_disk_waits_and_keeps_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    """It failed if its record still fit on the disk, and otherwise ran again, but the log said
+    that it had failed."""
+    fsync, is_full = os.fsync, threading.Event()
+    is_full.set()
+
+    def sync(fd: int) -> None:
+        for output in (tmp_path / "batches").glob("*/output.jsonl"):
+            is_output = os.path.samestat(os.fstat(fd), output.stat())
+            if is_output and output.stat().st_size and is_full.is_set():
+                raise OSError(code, os.strerror(code))
+        fsync(fd)
+
+    monkeypatch.setattr("os.fsync", sync)
+    held, running = hold(tmp_path)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(3)])
+        release(held, 2)
+        eventually(lambda: len(answered(tmp_path, batch)) == 2)
+        held.futures[2].set_exception(BackendError("the backend is gone"))
+        reason = f"the server's storage ({os.strerror(code)})"
+        eventually(lambda: waits_for(client, batch) == reason or is_final(client, batch))
+        waiting = client.batches.retrieve(batch.id)
+        assert (waiting.status, counts(waiting)) == ("in_progress", (3, 2, 0))
+        is_full.clear()
+        eventually(lambda: len(held.futures) == 4)
+        held.futures[3].set_result(Result("r2", "answer 2", line=3))
+        done = reach(client, batch)
+        assert (done.status, counts(done)) == ("completed", (3, 3, 0))
+        assert [each["custom_id"] for each in records(client, done.output_file_id)] == names(3)
+    messages = [record.message for record in caplog.records if batch.id in record.message]
+    assert f"batch {batch.id} waits for {reason}" in messages
+    assert not any("failed" in message for message in messages)
 
 
 @pytest.mark.parametrize("num_moved", [0, 1, 2])

@@ -4,6 +4,7 @@ One thread runs one batch at a time, in order of creation. A second one validate
 ends those that are cancelled or have expired, so that neither waits for a long batch.
 """
 
+import errno
 import json
 import logging
 import threading
@@ -416,6 +417,11 @@ class BatchWorker:
         if last is None or last.reason != reason:
             logger.warning("batch %s waits for %s", batch.id, reason)
 
+    def _wait_for_storage(self, batch: Batch, exc: Exception) -> None:
+        logger.debug("batch %s: %s", batch.id, exc)
+        reason = error_reason(exc.__cause__ or exc)
+        self._wait(batch, f"the server's storage ({reason})", is_storage=True)
+
     def _is_waiting(self, batch: Batch) -> bool:
         wait = self._waits.get(batch.id)
         return wait is not None and time.monotonic() < wait.until
@@ -431,17 +437,20 @@ class BatchWorker:
     # Both threads
 
     def _guarded(self, batch: Batch, work: Callable[[Batch], None]) -> None:
-        """Do work for a batch; whatever goes wrong is that batch's failure."""
+        """Do work for a batch; whatever goes wrong, except for a full disk, is its failure."""
         try:
             work(batch)
         except HttpError as exc:
-            logger.error("batch %s failed: %s", batch.id, exc)
+            logger.error("batch %s: %s", batch.id, exc)
             self._fail(batch, BatchError(exc.code, str(exc)))
         except (RunError, UsageError) as exc:
-            logger.error("batch %s failed: %s", batch.id, exc)
+            if _is_storage_full(exc):
+                self._wait_for_storage(batch, exc)
+                return
+            logger.error("batch %s: %s", batch.id, exc)
             self._fail(batch, _client_error(exc))
         except BaseException as exc:  # including a Rust panic, which is not an Exception
-            logger.error("batch %s failed", batch.id, exc_info=exc)
+            logger.error("batch %s: internal error", batch.id, exc_info=exc)
             self._fail(
                 batch,
                 BatchError(ErrorCode.INTERNAL, "internal error; see the server log for details"),
@@ -453,7 +462,7 @@ class BatchWorker:
             self._end(batch, "failed", (error,))
         except Exception as exc:
             logger.error("batch %s: cannot publish its results: %s", batch.id, exc)
-            self._store.update(
+            batch = self._store.update(
                 batch.id,
                 lambda old: replace(
                     old,
@@ -465,6 +474,7 @@ class BatchWorker:
             )
             self._forget(batch.id)
             self._metrics.count_batch("failed")
+            self._report(batch)
 
     def _end(self, batch: Batch, ending: Ending, errors: tuple[BatchError, ...] = ()) -> None:
         """Publish the results of a batch and give it its final status.
@@ -496,9 +506,7 @@ class BatchWorker:
             except InputError:
                 raise
             except (RunError, OSError) as exc:
-                logger.debug("batch %s: %s", batch.id, exc)
-                reason = error_reason(exc.__cause__ or exc)
-                self._wait(batch, f"the server's storage ({reason})", is_storage=True)
+                self._wait_for_storage(batch, exc)
                 return
             self._forget(batch.id)
         assert batch.ending is not None
@@ -575,6 +583,12 @@ def _with_totals(batch: Batch, statistics: RunStatistics) -> Batch:
         prompt_tokens=statistics.prompt_tokens,
         completion_tokens=statistics.completion_tokens,
     )
+
+
+def _is_storage_full(exc: SmolError) -> bool:
+    """Whether the disk is full or read-only, so that a later attempt may succeed."""
+    cause = exc.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def _client_error(exc: SmolError) -> BatchError:
