@@ -421,6 +421,27 @@ def test_an_expired_batch_keeps_its_answers_and_lists_the_rest(tmp_path: Path) -
         ]
 
 
+def test_expired_batch_waits_for_an_input_that_cannot_be_read(tmp_path: Path) -> None:
+    """It failed, and the requests without an answer were not listed."""
+    held, running = hold(tmp_path)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(3)])
+        release(held, 2)
+        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (3, 2, 0))
+    change_record(tmp_path / "batches" / f"{batch.id}.json", expires_at=1)
+    content, kept = tmp_path / "files" / batch.input_file_id, tmp_path / "kept"
+    content.rename(kept)
+    content.mkdir()  # as root, no permission is missing
+    with batch_server(tmp_path) as (_, client):
+        eventually(lambda: "storage" in str(waits_for(client, batch)) or is_final(client, batch))
+        content.rmdir()
+        kept.rename(content)
+        expired = reach(client, batch)
+        assert (expired.status, counts(expired)) == ("expired", (3, 2, 0))
+        assert [each["custom_id"] for each in records(client, expired.output_file_id)] == names(2)
+        assert [each["custom_id"] for each in records(client, expired.error_file_id)] == ["r2"]
+
+
 def change_record(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
 

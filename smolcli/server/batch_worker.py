@@ -503,9 +503,9 @@ class BatchWorker:
                 batch = self._store.update(batch.id, begin, must_store=True)
                 self._publish(batch)
                 batch = self._store.update(batch.id, self._finished, must_store=True)
-            except InputError:
-                raise
             except (RunError, OSError) as exc:
+                if isinstance(exc, InputError) and not isinstance(exc.__cause__, OSError):
+                    raise  # the input itself is damaged
                 self._wait_for_storage(batch, exc)
                 return
             self._forget(batch.id)
