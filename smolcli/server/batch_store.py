@@ -161,7 +161,7 @@ class Upload:
         self._path = path
         self._is_kept = False
         self.num_bytes = 0
-        with _storing():
+        with _trying_to("store"):
             self._file = path.open("xb")
 
     def write(self, data: bytes) -> int:
@@ -173,7 +173,7 @@ class Upload:
         """
         self._store.reserve(len(data), self.num_bytes)
         self.num_bytes += len(data)
-        with _storing():
+        with _trying_to("store"):
             return self._file.write(data)
 
     def seek(self, offset: int) -> None:
@@ -181,7 +181,7 @@ class Upload:
 
     def head(self, num_bytes: int) -> bytes:
         """The first bytes."""
-        with _storing():
+        with _trying_to("store"):
             self._file.flush()
             with self._path.open("rb") as file:
                 return file.read(num_bytes)
@@ -198,7 +198,7 @@ class Upload:
             HttpError: 413 if the store has too many files.
             RunError: the disk is full or cannot be written.
         """
-        with _storing():
+        with _trying_to("store"):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -314,7 +314,7 @@ class BatchStore:
         """
         now_ns = self._now_ns()
         lifetime_s = self.settings.retention_s if lifetime_s is None else lifetime_s
-        with self._lock, _storing():
+        with self._lock, _trying_to("store"):
             if len(self._files) >= MAX_FILES and purpose == "batch":
                 raise _quota_exceeded(f"this server has {MAX_FILES:,} files, which is the limit")
             record = StoredFile(
@@ -341,7 +341,7 @@ class BatchStore:
         with self._lock:
             if (record := self.file(file_id)) is None:
                 raise no_file(file_id, "file_id")
-            with _storing():
+            with _trying_to("read"):
                 return record, self.content_path(file_id).open("rb")
 
     def content_path(self, file_id: str) -> Path:
@@ -378,7 +378,7 @@ class BatchStore:
             self._remove_file(file_id)
 
     def _remove_file(self, file_id: str) -> None:
-        with _storing():
+        with _trying_to("delete"):
             self.content_path(file_id).unlink(missing_ok=True)
         self._used_bytes -= self._files.pop(file_id).num_bytes
         _discard(self._record_path(self._files_folder, file_id))  # means nothing without content
@@ -458,7 +458,7 @@ class BatchStore:
             RunError: it cannot be created.
         """
         folder = self._batches_folder / batch_id
-        with _storing():
+        with _trying_to("store"):
             folder.mkdir(mode=0o700, exist_ok=True)
         return folder
 
@@ -491,7 +491,7 @@ class BatchStore:
         Raises:
             RunError: it cannot be moved.
         """
-        with self._lock, _storing():
+        with self._lock, _trying_to("store"):
             if path.exists():
                 num_old = self._files[file_id].num_bytes if file_id in self._files else 0
                 record = self.add_file(
@@ -506,7 +506,8 @@ class BatchStore:
     def sweep(self) -> None:
         """Delete expired files, and batches that finished longer ago than the retention.
 
-        What cannot be deleted is reported and kept for the next time.
+        What cannot be deleted is reported and kept for the next time, except for the record of a
+        file whose content is gone, which the next start of the store deletes.
         """
         now = time.time()
         with self._lock:
@@ -515,7 +516,7 @@ class BatchStore:
                     try:
                         self._remove_file(file.id)
                     except RunError as exc:
-                        logger.warning("cannot delete an expired file: %s", exc)
+                        logger.warning("%s", exc)
             for batch in list(self._batches.values()):
                 ended_at = max(batch.reached_at.values(), default=0)
                 is_old = not batch.is_open and ended_at + self.settings.retention_s <= now
@@ -541,7 +542,7 @@ class BatchStore:
             ) from exc
 
     def _load(self) -> None:
-        with _storing():
+        with _trying_to("read"):
             for path in self._files_folder.glob(".*"):  # of interrupted uploads
                 _discard(path)
             for path, file in _records(self._files_folder, StoredFile):
@@ -633,10 +634,10 @@ def _discard(path: Path) -> bool:
 
 
 @contextmanager
-def _storing() -> Iterator[None]:
-    """Raise errors of the disk as ours."""
+def _trying_to(verb: str) -> Iterator[None]:
+    """Raise errors of the disk as ours, which say what failed."""
     try:
         yield
     except OSError as exc:
         where = f" {exc.filename}" if exc.filename else ""
-        raise RunError(f"cannot store{where}: {error_reason(exc)}") from exc
+        raise RunError(f"cannot {verb}{where}: {error_reason(exc)}") from exc
