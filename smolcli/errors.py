@@ -16,6 +16,7 @@ SmolError
 
 import errno
 import os
+import re
 from collections.abc import Iterable
 
 from smolcli.types import ErrorCode
@@ -101,6 +102,18 @@ class HubUnreachable(ModelError):
 
 class BackendError(RunError):
     """The backend that computes the answers is gone."""
+
+
+_CREDENTIALS = re.compile(r"(?<![^\s'\"])(?:([^\s'\"]*?://)\S*@|[^\s'\"]*:\S*@)")
+
+
+def without_credentials(text: str) -> str:
+    """Text to show, with `***` in place of user names and passwords in URLs.
+
+    In a malformed URL, these may contain a slash or lack a scheme before them, so everything up to
+    the last @ is hidden.
+    """
+    return _CREDENTIALS.sub(r"\1***@", text)
 
 
 def error_reason(exc: BaseException) -> str:

@@ -90,6 +90,36 @@ def test_api_keys_are_not_shown() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("http://me:secret@host:x", "http://***@host:x"),
+        ("http://me:secret/1@host", "http://***@host"),
+        ("ftp://secret@host", "ftp://***@host"),
+        ("me:secret@host", "***@host"),
+        ("http://me:secret@[::1", "http://***@[::1"),
+        ("http://me:secret@host?a=b", "http://***@host?a=b"),
+        (f"http://me:{'secret' * 20}@host:x", "http://***@host:x"),
+        ("http://a:secret@host http://a:secret@host", "http://***@host http://***@host"),
+    ],
+)
+@pytest.mark.parametrize("place", ["variable", "config file"])
+def test_passwords_in_urls_are_not_shown(
+    value: str, shown: str, place: str, tmp_path: Path
+) -> None:
+    """Errors about a URL quoted it, and so did their notes."""
+    path = tmp_path / "c.toml"
+    path.write_text(f"via = {value.split()}\n" if place == "config file" else "")
+    env = {"SMOL_VIA": value} if place == "variable" else {}
+    done = smol("--config", path, "ask", "Hi", backend=None, env=env)
+    assert done.exit_code == 2
+    assert "secret" not in done.stderr
+    if place == "variable":
+        assert f"(SMOL_VIA={shown!r} in the environment)" in done.stderr
+    else:
+        assert f"(via={shown.split()} in {path})" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("variable", "value"),
     [
         ("SMOL_API_KEY", ""),

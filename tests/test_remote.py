@@ -401,6 +401,8 @@ class TestFailures:
             open_remote(RemoteSettings(("http://me:secret@127.0.0.1:9/a@b",), retry_s=0))
         with pytest.raises(UsageError, match=r"^the API key for the servers contains control"):
             open_remote(RemoteSettings(("http://127.0.0.1:9",), api_key="a\nb"))
+        unanswered = Upstream("http://me:secret@host", httpx2.AsyncClient())
+        assert unanswered.reason == "http://host has not answered yet"
 
     def test_an_api_key_may_be_any_text(self, tiny_folder: Path) -> None:
         with serving(open_local, tiny_engine(tiny_folder), api_keys=("schlüssel",)) as server:

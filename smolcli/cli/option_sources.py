@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 
 import typer
 
-from smolcli.errors import SmolError, UsageError
+from smolcli.errors import SmolError, UsageError, without_credentials
 
 _MAX_SHOWN = 100  # characters of a value
 _SECRETS = frozenset({"api_key", "upstream_api_key"})
@@ -106,7 +106,7 @@ def _is_about(message: str, option: Any, ctx: Any) -> bool:
     values = values if isinstance(values, list | tuple) else [values]
     return any(
         repr(text) in message or (os.sep in text and text in message)
-        for text in (str(value) for value in values if value not in (None, ""))
+        for text in (without_credentials(str(v)) for v in values if v not in (None, ""))
     )
 
 
@@ -117,7 +117,7 @@ def _variable(option: Any) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = without_credentials(repr(value))
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 

@@ -71,7 +71,7 @@ class Upstream:
         self.is_checked = False  # whether the first health check is over
         self.is_permanently_unusable = False  # retrying will not help
         self.unhealthy_since = time.monotonic()
-        self.reason = f"{url} has not answered yet"
+        self.reason = f"{self.url} has not answered yet"
         self.became_unhealthy = asyncio.Event()  # wakes the health check
         self._client = client
         self._address = url
