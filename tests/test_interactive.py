@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
@@ -156,20 +155,24 @@ class Interrupted(EchoBackend):
             return super().submit(query, on_text)
         assert on_text is not None
         on_text("Once")
+        on_text("")  # once the session prints it, the word is part of the answer
         self.futures.append(Future())
         threading.Thread(target=self.interrupt).start()
         return self.futures[0]
 
     def interrupt(self) -> None:
-        eventually(self.is_shown)
-        time.sleep(0.1)  # so that the session waits for the next word
-        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            eventually(self.is_shown)
+        except AssertionError as exc:
+            self.futures[0].set_exception(exc)  # else the session would wait forever
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_interrupt_stops_only_the_answer() -> None:
     pieces: list[str] = []
-    backend = Interrupted(lambda: bool(pieces))
+    backend = Interrupted(lambda: len(pieces) == 2)
     shown, said = talk(backend, "A story.", "Go on.", shown=pieces)
     assert shown == "Once\nGo on. (0)\n"
     assert said == ["stopped"]
