@@ -134,5 +134,8 @@ class Model(Protocol):
 
         Returns:
             (N, hidden_size), in the order of the batch's items and their tokens.
+
+        Raises:
+            FloatingPointError: keys or values are not finite, if they cannot express that.
         """
         ...
