@@ -127,9 +127,9 @@ INLINE ivec integer_weights(ivec below, ivec lowest, vec scale) {
     return nearest((vec)((ivec)p + ((ivec)shifted << 23)));
 }
 
-/* Replaces the scores of `rows` rows, from row `first` of the task, by weights of 16 bits relative to the row's highest
-   score in the block. `grow` are the factors that make them relative to the highest score so far, `shrink`
-   those that rescale the rows' sums so far. Keys start at position `block`. */
+/* Replaces the scores of `rows` rows, from row `first` of the task, by weights of 16 bits, relative to the
+   row's highest score in the block. `grow` are the factors that make them relative to the highest score so
+   far, `shrink` those that rescale the rows' sums so far. Keys start at position `block`. */
 INLINE void weigh_in_integers(int rows, const Task *task, int first, int block, int num_keys,
                               Attention *state, float shrink[], float grow[]) {
     int num_vecs = (num_keys + PANEL - 1) / PANEL * 2;
