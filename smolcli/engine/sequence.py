@@ -137,14 +137,19 @@ class Sequence:
 
     @property
     def reusable_ids(self) -> list[int]:
-        """What may come from the prefix cache: the prompt. Later, what may be added to it.
+        """The part of the prompt that may come from the prefix cache.
 
-        While decoding, that includes the answer as far as it has keys and values. It is empty if
-        the prompt is scored: the cache holds no hidden states.
+        It is empty if the prompt is scored: the cache holds no hidden states.
         """
-        if self.top_prompt_logprobs is not None:
-            return []
-        return self.token_ids[: self.num_cached] if self.is_decoding else self.prompt_ids
+        return self.prompt_ids if self.top_prompt_logprobs is None else []
+
+    @property
+    def storable_ids(self) -> list[int]:
+        """The tokens that may be added to the prefix cache: all that have keys and values.
+
+        It is empty if the prompt is scored.
+        """
+        return self.token_ids[: self.num_cached] if self.top_prompt_logprobs is None else []
 
     @property
     def is_finished(self) -> bool:

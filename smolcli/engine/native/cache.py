@@ -67,7 +67,7 @@ class BufferCache:
         """See `interfaces.KVCache`."""
         buffer = self._buffers[sequence]
         self.prefix_cache.insert(
-            sequence.reusable_ids, lambda start, stop: buffer[..., start:stop, :].copy()
+            sequence.storable_ids, lambda start, stop: buffer[..., start:stop, :].copy()
         )
 
     def ensure_capacity(self, sequence: Sequence) -> None:

@@ -186,7 +186,7 @@ class SlabCache:
             return
         data = buffer.data
         self.prefix_cache.insert(
-            sequence.reusable_ids, lambda start, stop: data[..., start:stop, :].clone()
+            sequence.storable_ids, lambda start, stop: data[..., start:stop, :].clone()
         )
 
     def ensure_capacity(self, sequence: Sequence) -> None:
