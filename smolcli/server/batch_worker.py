@@ -153,15 +153,8 @@ class RunningBatch:
 
     def with_counts(self, batch: Batch) -> Batch:
         """The record of this batch with the counts of this moment."""
-        if (statistics := self.progress.statistics) is None:
-            return batch
-        return replace(
-            batch,
-            num_completed=statistics.num_answered,
-            num_failed=statistics.num_failed,
-            prompt_tokens=statistics.prompt_tokens,
-            completion_tokens=statistics.completion_tokens,
-        )
+        statistics = self.progress.statistics
+        return batch if statistics is None else _counted(batch, statistics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +373,7 @@ class BatchWorker:
         except BackendError as exc:
             self._stopped(batch, backend.stop_reason, exc)
         else:
-            self._store.update(batch.id, lambda old: _with_totals(old, statistics))
+            self._store.update(batch.id, lambda old: _counted(old, statistics))
             self._end(batch, "completed")
         finally:
             with self._lock:
@@ -574,8 +567,8 @@ class BatchWorker:
         logger.info("batch %s %s", batch.id, batch.status, extra={"fields": fields})
 
 
-def _with_totals(batch: Batch, statistics: RunStatistics) -> Batch:
-    """The record of a batch with the counts of its complete results."""
+def _counted(batch: Batch, statistics: RunStatistics | StatisticsCollector) -> Batch:
+    """The record of a batch with the counts of its results, complete or so far."""
     return replace(
         batch,
         num_completed=statistics.num_answered,
