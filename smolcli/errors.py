@@ -153,8 +153,8 @@ def cannot_write(path: object, exc: OSError) -> RunError:
     """The error for a file that cannot be written, with what to do about it if that is known.
 
     Args:
-        path: of the file.
-        exc: why.
+        path: the file.
+        exc: why it cannot be written.
     """
     hint = _WRITE_HINTS.get(exc.errno or 0)
     return RunError(f"cannot write {path}: {error_reason(exc)}{f'; {hint}' if hint else ''}")

@@ -187,8 +187,8 @@ class LLM:
 
         Args:
             prompts: a string, a list of messages with `role` and `content`, or a list of these.
-            system_prompt: for prompts without a system message; by default the model's own.
-            seed: of sampling. Each prompt of a list samples from the seed and its position.
+            system_prompt: system prompt for prompts without one; by default the model's own.
+            seed: sampling seed; by default random. Prompts of a list also differ by position.
             schema: JSON Schema that the answers must follow, as a dict or a pydantic model.
             options: see `SamplingOptions`.
 
@@ -347,8 +347,8 @@ class LLM:
             overwrite: whether to replace an existing output.
             retry_errors: whether to answer only the failed lines of a finished output again.
             timings: whether to add timings to the results.
-            system_prompt: for queries without one.
-            seed: of sampling; by default a new one, which a resumed run keeps.
+            system_prompt: system prompt for queries without one.
+            seed: sampling seed; by default a random one, which a resumed run keeps.
             schema: as for `chat`.
             options: defaults for queries that do not set these fields: how tokens are sampled, but
                 not `stop`, `include_stop_str_in_output`, `bad_words`, `n`, log probabilities and
@@ -440,10 +440,10 @@ def _defaults(
 
     Args:
         system_prompt: default system prompt.
-        seed: drawn at random if None.
+        seed: sampling seed; random if None.
         schema: schema of every answer, if any.
         options: query fields.
-        for_file: whether the options become defaults of a file's queries.
+        for_file: whether the options become defaults for the queries of a file.
 
     Raises:
         QueryError: an option is invalid.

@@ -50,7 +50,7 @@ class QueryDefaults:
 
     Args:
         sampling: sampling parameters; its seed is the run's seed.
-        system_prompt: of queries without one.
+        system_prompt: system prompt for queries without one.
         extra_fields: whether unknown fields are errors, ignored, or kept as metadata.
         format: what answers are constrained to.
         several_temperature: temperature of an OpenAI request for several answers.
@@ -70,8 +70,8 @@ class EngineSettings:
     Args:
         model: a name on the Hugging Face Hub, a local directory or a .gguf file.
         dtype: data type to compute in; auto chooses the fastest that is as exact as the weights.
-        device: cpu, cuda, cuda:1 and so on; auto is the CPU.
-        threads: number of CPU threads; 0 is one per available core.
+        device: cpu, cuda, cuda:1 and so on; auto means the CPU.
+        threads: number of CPU threads; 0 means one per available core.
         max_batch_size: maximum number of queries to generate at once; 0 chooses for the machine.
         max_concurrency: number of threads that tokenize or, with remote servers, of concurrent
             requests to each.
@@ -79,7 +79,7 @@ class EngineSettings:
         prefix_cache_mb: size of the prefix cache in MiB; 0 disables it, None chooses for the
             machine.
         speculation: whether to draft tokens while one query runs alone.
-        chat_template: source of a template that replaces the model's own; "" keeps that.
+        chat_template: source of a template to use instead of the model's own; "" for none.
     """
 
     model: str = DEFAULT_MODEL
@@ -111,8 +111,8 @@ class RemoteSettings:
     """Upstream servers that compute the answers.
 
     Args:
-        urls: of the servers.
-        api: their API; auto detects it.
+        urls: the servers' base URLs.
+        api: the API that they implement; auto detects it.
         api_key: sent as a bearer token.
         model: the model they must serve; None accepts any.
         dtype: the dtype they must use; auto accepts any.
@@ -136,9 +136,9 @@ class RaySettings:
     """Where Ray workers run.
 
     Args:
-        address: of a running cluster; None starts a local one.
+        address: address of a running cluster; None starts a local one.
         workers: number of workers; 0 means one per GPU, or one per node without GPUs.
-        gpus_per_worker: may be fractional.
+        gpus_per_worker: number of GPUs per worker; may be fractional.
     """
 
     address: str | None = None
@@ -155,9 +155,9 @@ class RowSettings:
         id_column: the column with the ids; None uses `chat_id` if present, otherwise the row
             number.
         fields: columns to copy to the metadata of the result, or ALL_FIELDS.
-        input_format: what the input is; auto detects it from the file name and the content.
-        encoding: of the text; None is UTF-8, or UTF-16 or UTF-32 if it is detected.
-        delimiter: between the cells of a CSV file; None detects it from the first rows.
+        input_format: format of the input; auto detects it from the file name and the content.
+        encoding: text encoding; None means UTF-8, or UTF-16 or UTF-32 if detected.
+        delimiter: delimiter of a CSV file; None detects it from the first rows.
         truncate_prompt: cut prompts that leave no room for their answer.
         query: SQL query for the rows of an SQLite database.
         table: table of an SQLite database; None reads the only one.
@@ -184,8 +184,8 @@ class InputFile:
     """One of several inputs.
 
     Args:
-        name: as the results show it.
-        path: of the file, or of a local copy of a remote one.
+        name: the file's name in the results.
+        path: path of the file, or of the local copy of a remote one.
     """
 
     name: str
@@ -201,8 +201,8 @@ class RunSettings:
         output: the results as JSON lines, or `-` for stdout.
         defaults: values for the fields that queries leave out.
         engine: the model and its resources.
-        seed: the run's seed; None draws one, or keeps that of the run to resume.
-        limit: number of rows to answer; None is all.
+        seed: the run's seed; None picks one at random, or keeps that of the run to resume.
+        limit: maximum number of rows to answer; None for all.
         errors: where failed lines go; None leaves them in the output.
         retry_errors: answer only the failed lines of a finished output.
         overwrite: discard an existing output.
@@ -210,10 +210,10 @@ class RunSettings:
         rows: how rows become queries.
         table: the table made from the results at the end, such as a CSV file or an SQLite
             database; None for none.
-        table_name: of the table in an SQLite database.
+        table_name: name of the table in an SQLite database.
         files: the input files, if results carry the names of their files; () otherwise.
-        input_name: of a single input, for messages and the manifest; None is its path.
-        model_name: the name of the model in answers in OpenAI's format; None is its own.
+        input_name: name of a single input in messages and the manifest; None means its path.
+        model_name: name of the model in answers in OpenAI's format; None means its own.
     """
 
     input: Path
@@ -254,14 +254,14 @@ class BatchApiSettings:
     """What /v1/files and /v1/batches may store.
 
     Args:
-        folder: where files and batches are.
+        folder: the directory of files and batches.
         is_required: whether the server must not start without the folder.
-        max_file_bytes: the largest file.
-        max_total_bytes: all files and results together; a quarter is kept for results.
-        max_requests: the most requests in a file.
-        max_open: the most unfinished batches.
+        max_file_bytes: maximum size of a file.
+        max_total_bytes: maximum size of all files and results; a quarter is reserved for results.
+        max_requests: maximum number of requests in a file.
+        max_open: maximum number of unfinished batches.
         retention_s: how long files and finished batches are kept, in seconds.
-        seed: the seed of every batch; None draws one for each.
+        seed: the seed of every batch; None picks one at random for each.
     """
 
     folder: Path
@@ -283,18 +283,18 @@ class ServerSettings:
         port: port to listen on; 0 picks a free one.
         defaults: values for the fields that queries leave out.
         engine: the model and its resources.
-        api_keys: one of them must be sent by clients; () accepts every client.
+        api_keys: keys of which clients must send one; () accepts every client.
         cors_origins: web origins that browsers may send requests from.
-        max_body_bytes: the largest body of a request.
-        max_batch_queries: the most queries in a request.
-        max_queue: the most unfinished queries; requests beyond it are rejected.
+        max_body_bytes: maximum size of a request body.
+        max_batch_queries: maximum number of queries in a request.
+        max_queue: maximum number of unfinished queries; requests beyond it are rejected.
         request_timeout_s: time limit for a request, in seconds.
         drain_timeout_s: how long a stopping server may take to finish requests, in seconds.
         is_gateway: whether queries are forwarded to upstream servers.
         log_prompts: whether the access log includes prompts.
-        model_names: names that clients use for the model; () is its own.
+        model_names: names that clients use for the model; () means its own.
         accepts_any_model: whether clients may use any other name as well.
-        batches: what may be stored; None rejects files and batches.
+        batches: settings of /v1/files and /v1/batches; None turns both off.
     """
 
     host: str = "127.0.0.1"

@@ -76,13 +76,13 @@ class Sampling:
         max_new_tokens: token limit, the end token included.
         temperature: 0 is greedy decoding.
         top_p: sample from the most probable tokens whose probabilities add up to this.
-        top_k: sample from this many of the most probable tokens; 0 is all.
+        top_k: sample from this many of the most probable tokens; 0 means all.
         repetition_penalty: above 1, tokens that occurred before become less probable.
-        seed: of the random numbers of this answer.
+        seed: seed of this answer's random numbers.
         min_p: exclude tokens less probable than this fraction of the most probable one.
         presence_penalty: subtracted from the logit of every token that the answer contains.
         frequency_penalty: subtracted once for each time that the answer contains the token.
-        logit_bias: (token id, number to add to its logit).
+        logit_bias: pairs of a token id and a number to add to its logit.
         min_tokens: number of tokens before the answer may end.
         ignore_eos: continue after the model's end tokens.
         stop_token_ids: further tokens that end the answer.
@@ -131,7 +131,7 @@ class ToolCall:
 
     Args:
         id: names the call in the message that carries its result.
-        name: of the function.
+        name: the function's name.
         arguments: JSON text, as in OpenAI's API.
     """
 
@@ -151,7 +151,7 @@ class ToolCallDelta:
 
     Args:
         index: position of the call in the answer.
-        name: of the function, in the call's first piece; empty in others.
+        name: the function's name, in the call's first piece; empty in others.
         arguments: the next characters of the arguments.
     """
 
@@ -168,7 +168,7 @@ class Message:
         role: system, user, assistant or tool.
         content: its text; the result of a function if the role is tool.
         tool_calls: the assistant's calls.
-        tool_call_id: which call the message is the result of.
+        tool_call_id: id of the call whose result the message holds.
     """
 
     role: str
@@ -196,7 +196,7 @@ class Function:
 
     Args:
         name: letters, digits, underscores and dashes.
-        description: for the model.
+        description: tells the model what the function does.
         parameters: a JSON Schema of the arguments, as text; "" if the function takes none.
         is_strict: OpenAI's `strict`, for upstream servers; arguments always follow the schema here.
     """
@@ -214,7 +214,7 @@ class Tools:
     Args:
         functions: at least one.
         mode: whether an answer may or must call functions.
-        allowed: names of the functions that may be called; () is all of them.
+        allowed: names of the functions that may be called; () allows all.
         is_parallel: whether one answer may hold several calls.
     """
 
@@ -235,9 +235,9 @@ class TextPiece(str):
     """A piece of an answer's text, with what belongs to it.
 
     Attributes:
-        logprobs: log probabilities of tokens, if the query wants them. All pieces together carry
-            the first entries of the result's `logprobs`; tokens whose text is not final yet may be
-            among them.
+        logprobs: log probabilities of tokens, if requested. All pieces together carry the first
+            entries of the result's `logprobs`; tokens whose text is not final yet may be among
+            them.
         calls: pieces of function calls; the text is empty then, as a rule.
     """
 
@@ -299,17 +299,17 @@ class Query:
     """One validated query, with every default filled in.
 
     Args:
-        chat_id: its id.
+        chat_id: the query's id.
         messages: the conversation, a system prompt included; () if there is a raw prompt instead.
         sampling: how tokens are sampled.
         stop: strings that end the answer.
         include_stop: whether the answer contains what ended it, a stop string or stop token.
         bad_words: texts whose tokens must not occur in the answer in sequence.
-        format: what the answer is constrained to; None is any text.
+        format: what the answer is constrained to; None allows any text.
         continues: whether the answer continues the last message, which is then the assistant's.
         accepts_partial: whether an answer that ends before it matches its format is not an error,
             as in OpenAI's API.
-        tools: functions that the answer may call; None is none.
+        tools: functions that the answer may call, if any.
         n: number of answers.
         top_logprobs: alternatives to report for each token; None for no log probabilities.
         raw_prompt: text or token ids that the model continues, without the chat template.
@@ -317,7 +317,7 @@ class Query:
         prompt_logprobs: like `top_logprobs`, for the tokens of the prompt.
         metadata: echoed in the result.
         line: its line number; None over HTTP.
-        request_id: of the HTTP request that it came with, passed on to an upstream server.
+        request_id: id of its HTTP request, which is passed on to upstream servers.
     """
 
     chat_id: str
@@ -380,8 +380,8 @@ class Usage:
     """Token counts of one query.
 
     Args:
-        prompt_tokens: of the prompt.
-        completion_tokens: of the answers, the end tokens included.
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens of the answers, end tokens included.
         cached_tokens: of the prompt, found in the prefix cache; None if unknown. They depend on
             earlier queries, so that they are not part of a result's record.
     """
@@ -422,7 +422,7 @@ class Result:
     """The outcome of one query: an answer, or an error in its place.
 
     Args:
-        chat_id: of the query; None if it could not be read.
+        chat_id: the query's id; None if it could not be read.
         response: the text of the answer, None if it consists of calls; of an error, the text before
             it, if any.
         finish_reason: why it ended; None if an upstream server did not say.
@@ -437,8 +437,8 @@ class Result:
         error: human-readable message; None if there is an answer.
         error_code: the kind of error.
         field: the field that is wrong, if any.
-        metadata: of the query.
-        line: of the query.
+        metadata: the query's metadata.
+        line: the query's line number.
         timings: when things happened.
         is_deduplicated: whether it is the answer to an equal query, so that nothing was generated.
     """

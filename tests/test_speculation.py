@@ -27,7 +27,7 @@ class Guesses(Speculation):
 
     Args:
         answers: what each prompt is answered with.
-        seed: of lengths and wrong tokens.
+        seed: seed of the lengths and the wrong tokens.
         wrong: the probability that a drafted token is wrong.
     """
 

@@ -40,7 +40,7 @@ def measure(url: str, route: str, tokenizer: str, num_requests: int) -> Any:
     """Run guidellm once; returns its report.
 
     Args:
-        url: of the server.
+        url: the server's base URL.
         route: that answers the requests.
         tokenizer: folder of the model.
         num_requests: how many requests to send.

@@ -248,9 +248,9 @@ class Run:
     """An input, an output, and what the output holds so far.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
         scan: facts about the input.
-        seed: the seed: given, drawn, or from the manifest.
+        seed: the run's seed: given, picked at random, or from the manifest.
         created: `created` of answers in OpenAI's format, in seconds since the epoch.
         run_id: part of the ids of answers in OpenAI's format.
         journal: the results that the output holds.

@@ -51,7 +51,7 @@ class PromptTruncation:
         window. If the rest is too long even without that text, the query stays as it is.
 
         Args:
-            query: of the row.
+            query: the row's query.
             row: knows the fields of a prompt that was rendered from a template.
 
         Returns:

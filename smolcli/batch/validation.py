@@ -56,7 +56,7 @@ def prompt_fits(folder: Path, chat_template: str = "") -> CheckQuery:
     """A check that prompts leave the model room for a new token, if they want one.
 
     Args:
-        folder: of the model.
+        folder: the model directory.
         chat_template: see `EngineSettings`.
     """
     chat, longest = ChatTokenizer.load(folder, chat_template), context_length(folder)

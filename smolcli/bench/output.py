@@ -105,8 +105,8 @@ def check_targets(json_path: Path | None, plot_path: Path | None) -> None:
     """Reject files that cannot be written before minutes of measuring are lost on them.
 
     Args:
-        json_path: for the measurements, if any.
-        plot_path: for the plot, if any.
+        json_path: file for the measurements, if any.
+        plot_path: file for the plot, if any.
 
     Raises:
         UsageError: a file cannot be written, or matplotlib cannot write its format.

@@ -23,7 +23,7 @@ class Session:
     which would compete with those of another thread.
 
     Args:
-        settings: of the backend.
+        settings: the backend's settings.
         open_backend: opens the backend.
         plan: what to measure.
     """

@@ -41,7 +41,7 @@ class TransformersPeer:
     """A model loaded by transformers.
 
     Args:
-        identity: of the backend to compare with; its `model`, `dtype`, `device` and `threads`.
+        identity: identity of the backend to compare with: `model`, `dtype`, `device`, `threads`.
             transformers computes in float32 if the dtype is int8.
 
     Raises:

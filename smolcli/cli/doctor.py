@@ -32,7 +32,7 @@ class Finding:
     """The outcome of one check.
 
     Args:
-        name: of the check.
+        name: the check's name.
         detail: what was found.
         remedy: how to fix a problem; None if there is none.
         is_fatal: whether the problem prevents every run.
@@ -55,7 +55,7 @@ def examine(settings: EngineSettings, config: Path | None) -> Iterator[Finding]:
     """Check everything that a run with these settings needs or can use.
 
     Args:
-        settings: of the run.
+        settings: the run's engine settings.
         config: path of the config file, if any.
     """
     yield Finding(
@@ -75,7 +75,7 @@ def required_packages(requirements: Iterable[str]) -> Finding:
     """Whether packages are installed in supported versions; those for GPUs may be missing.
 
     Args:
-        requirements: as in the metadata of a package. Those with a marker are ignored.
+        requirements: as in a package's metadata. Those with a marker are ignored.
     """
     from packaging.requirements import Requirement
 

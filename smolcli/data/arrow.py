@@ -29,7 +29,7 @@ def read_arrow(
 
     Args:
         path: the file: Parquet, or Arrow's file or stream format.
-        kind: which of them it is.
+        kind: whether it is Parquet or Arrow.
         choose: selects the columns to read from the names of all of them.
 
     Raises:
@@ -155,7 +155,7 @@ def arrow_to_json(array: Any) -> list[Any]:
     and bytes that are UTF-8. A map is an object with its keys as text.
 
     Args:
-        array: of any Arrow type.
+        array: an array of any Arrow type.
 
     Returns:
         A list as long as the array. A value that has no JSON form is a QueryError.

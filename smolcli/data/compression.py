@@ -24,8 +24,8 @@ class Codec:
     """One compression format.
 
     Args:
-        name: as users know it.
-        suffix: of the names of its files.
+        name: the format's name in messages.
+        suffix: suffix of its file names.
         magic: the first bytes of its files.
         open: wraps a binary file in one that yields its decompressed bytes, across concatenated
             members.

@@ -28,9 +28,9 @@ def read_csv(
     because most programs that write such files never quote.
 
     Args:
-        file: to read from, in UTF-8.
-        path: its name, for errors.
-        delimiter: between two cells.
+        file: the file, in UTF-8.
+        path: the file's path, for error messages.
+        delimiter: separates two cells.
         choose: selects the columns to read from the names of all of them.
 
     Raises:

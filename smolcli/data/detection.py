@@ -66,7 +66,7 @@ class Sample:
     """The first lines of a file, read only as far as the decision needs.
 
     Args:
-        file: to read from; `head` is what was consumed.
+        file: the file to read; `head` is what has been consumed.
     """
 
     def __init__(self, file: io.BufferedIOBase) -> None:
@@ -98,10 +98,10 @@ def detect_kind(
     then invalid lines.
 
     Args:
-        sample: of the file.
+        sample: the beginning of the file.
         path: its name; a .txt file that is not JSON has one prompt per line.
         input_format: the value of `--input-format`.
-        columns: that options name, so that a .txt file may be a table.
+        columns: columns that options name; if there are any, a .txt file may be a table.
 
     Raises:
         UsageError: the format is not supported.

@@ -32,7 +32,7 @@ class Inputs:
     their line numbers.
 
     Args:
-        files: in order.
+        files: the files, in order.
         rows: how rows become queries.
         is_several: whether results carry the name of their file.
     """

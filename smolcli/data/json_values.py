@@ -25,8 +25,8 @@ def json_values(file: BufferedIOBase, path: Path) -> Iterator[Line]:
     be separated by commas. A file that begins with a record separator is split at each of them.
 
     Args:
-        file: to read from.
-        path: its name, for errors.
+        file: the file to read.
+        path: its path, for error messages.
 
     Raises:
         InputError: the file cannot be read, ends inside a value, or continues after its array.

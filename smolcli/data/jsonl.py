@@ -57,8 +57,8 @@ def nonblank_lines(file: BufferedIOBase, path: Path) -> Iterator[Line]:
     """Yield the lines of an open file that are not blank, without their ends.
 
     Args:
-        file: to read from.
-        path: its name, for errors.
+        file: the file to read.
+        path: its path, for error messages.
 
     Raises:
         InputError: the file cannot be read to its end.

@@ -210,7 +210,7 @@ class RowMapper:
 
     Args:
         settings: which columns are the prompt, the id and the metadata.
-        id_prefix: of the ids that are made from row numbers.
+        id_prefix: prefix for ids that are made from row numbers.
 
     Raises:
         UsageError: the prompt is not a template.

@@ -77,7 +77,7 @@ def read_rows(
         path: the file, or `-` for stdin.
         settings: how it is read, and how rows become queries.
         after: skip rows up to this number.
-        id_prefix: of the ids that are made from row numbers.
+        id_prefix: prefix for ids that are made from row numbers.
 
     Raises:
         UsageError: the format is not supported, or the input lacks a column that `settings`

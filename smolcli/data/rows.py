@@ -14,7 +14,7 @@ class LongestField:
     """The longest field of a templated prompt, which is cut if the prompt is too long.
 
     Args:
-        text: of the field.
+        text: the field's text.
         render: returns the prompt with another text in its place.
     """
 
@@ -45,7 +45,7 @@ def row_of_values(number: int, values: dict[str, Any]) -> Row:
     """A row of a table.
 
     Args:
-        number: of the row.
+        number: the row's number.
         values: the JSON value of each column; a QueryError is the error of the row.
     """
     for name, value in values.items():

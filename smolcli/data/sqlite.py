@@ -254,8 +254,8 @@ def _connected(
     """Open a database without implicit transactions, and translate its errors.
 
     Args:
-        path: of the database.
-        mode: SQLite's: ro, rw or rwc.
+        path: the database.
+        mode: SQLite's open mode: ro, rw or rwc.
         kind: the error to raise.
         failed: what could not be done, for the message.
     """

@@ -37,8 +37,8 @@ def journal_path(output: Path, table_name: str = RESULTS_TABLE) -> Path:
     """Where a run writes its results: next to a table, otherwise to the output itself.
 
     Args:
-        output: of the run.
-        table_name: of the table, if `output` is a database.
+        output: the run's output.
+        table_name: name of the table, if `output` is a database.
 
     Raises:
         UsageError: for a compressed table.
@@ -61,7 +61,7 @@ def check_table(
 
     Args:
         table: the file to write.
-        name: of the table, if the file is a database.
+        name: name of the table, if the file is a database.
         journal: the results that it is made from.
         fields: columns of the input to copy.
         overwrite: whether an existing file may be replaced.
@@ -92,7 +92,7 @@ def write_table(journal: Path, table: Path, name: str, fields: Sequence[str]) ->
     Args:
         journal: the results.
         table: the file to write; a symbolic link stays one.
-        name: of the table, if the file is a database.
+        name: name of the table, if the file is a database.
         fields: columns of the input to copy.
 
     Raises:

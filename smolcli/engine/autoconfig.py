@@ -33,19 +33,19 @@ class ResolvedConfig:
 
     Args:
         device: cpu, cuda or cuda:N.
-        dtype: to compute in.
+        dtype: the dtype to compute in.
         kernels: the native kernels; None if torch computes: on a GPU, or if the kernels cannot run
             the model on this CPU.
         unsupported_reason: why `kernels` is None; "" if it is not.
         threads: number of CPU threads.
-        max_batch_size: the most sequences that run at once.
+        max_batch_size: maximum number of sequences that run at once.
         speculates: whether to draft tokens; only with native kernels, which are batch-invariant,
             so that drafts leave answers unchanged.
         kv_cache_bytes: memory for the keys and values of running sequences.
         prefix_cache_bytes: memory for the prefix cache.
         memory_bytes: the device's memory.
         needed_bytes: estimate of what the engine occupies when every slot is in use.
-        formats: of the checkpoint's matrices, as far as they are known.
+        formats: dtype or quantized format of each of the checkpoint's matrices, if known.
     """
 
     device: str

@@ -22,10 +22,10 @@ class Engine:
 
     Args:
         model: computes hidden states and logits.
-        max_batch_size: the most sequences that run at once; a few more if some are interactive.
+        max_batch_size: maximum number of running sequences; interactive ones have a few more slots.
         kv_cache_bytes: memory for the keys and values of running sequences.
         prefix_cache_bytes: memory for the prefix cache; 0 disables it.
-        max_step_tokens: the most tokens to compute in one step.
+        max_step_tokens: maximum number of tokens to compute in one step.
         speculation: drafts tokens; None drafts none. Answers stay the same
             if the model is batch-invariant.
     """
@@ -202,7 +202,7 @@ class Engine:
         Args:
             item: what was computed.
             hidden: the hidden states of the step.
-            end: where those of the item end.
+            end: index after the item's last hidden state.
         """
         sequence = item.sequence
         if sequence.top_prompt_logprobs is None or sequence.is_decoding:

@@ -26,11 +26,11 @@ class BlockFormat:
     """What a block consists of: its scale, its offset, and its integers.
 
     Args:
-        bits: of an integer, 4 or 8.
-        zero: subtracted from the integers.
+        bits: bits per integer, 4 or 8.
+        zero: zero point, which is subtracted from the integers.
         has_offsets: whether there is an offset.
         number: the dtype of the scale and the offset.
-        size: input features of a block.
+        size: input features per block.
     """
 
     bits: int
@@ -173,7 +173,7 @@ def quantized_as(format: str, weight: Weight) -> QuantizedMatrix:
     """A matrix in a format: itself if it has that format, without loss if that is possible.
 
     Args:
-        format: of the result. Any matrix can be rounded to "Q8_0"; for others, see `common_format`.
+        format: the result's format: "Q8_0", or one that `common_format` returns.
         weight: (out_features, in_features); in_features is a multiple of GROUP.
     """
     if isinstance(weight, QuantizedMatrix) and weight.format == format:

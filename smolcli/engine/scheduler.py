@@ -29,8 +29,8 @@ class Scheduler:
       In those, prompts of batch sequences get at least half of the prefill tokens.
 
     Args:
-        max_batch_size: the most sequences that run at once, without the extra interactive slots.
-        max_step_tokens: the most tokens per step; bounds how long a prompt delays other sequences.
+        max_batch_size: maximum number of running sequences, not counting the interactive reserve.
+        max_step_tokens: maximum tokens per step; bounds how long a prompt delays other sequences.
         kv_cache_bytes: memory that running sequences may reserve.
         bytes_needed: the memory that a sequence reserves.
         allocate: called before a prompt's first chunk is planned; may set `num_cached`.

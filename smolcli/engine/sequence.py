@@ -65,7 +65,7 @@ class Sequence:
     Attributes:
         token_filter: set by the engine if the settings exclude tokens.
         token_ids: the prompt and the answer so far.
-        max_tokens: the most tokens of both together.
+        max_tokens: maximum number of tokens of both together.
         num_cached: how many of `token_ids`, from the start, have keys and values in the KV cache.
         num_reused: how many of those came from the prefix cache.
         finish_reason: why the answer ended; None if it has not.

@@ -195,11 +195,11 @@ class Completion:
     """A chat completion request, and the JSON of its responses.
 
     Args:
-        query: what is asked.
+        query: the query to answer.
         model: the requested model.
         is_stream: whether to stream the answers.
         includes_usage: whether a stream ends with the usage.
-        created: in seconds since 1970.
+        created: creation time in seconds since 1970.
     """
 
     query: Query
@@ -222,10 +222,10 @@ class Completion:
         """One chunk of a streamed answer.
 
         Args:
-            index: of the answer.
-            delta: what is new in its message.
-            logprobs: entries of tokens since its last chunk.
-            finish_reason: why it ended, in its last chunk.
+            index: the answer's index.
+            delta: the new part of its message.
+            logprobs: entries for the tokens since its previous chunk.
+            finish_reason: why the answer ended; only in its last chunk.
         """
         choice = {
             "index": index,
@@ -281,7 +281,7 @@ def parse_completion(
     Args:
         value: the parsed JSON body.
         defaults: values for the parameters that it leaves out.
-        chat_id: of the query.
+        chat_id: id for the query.
         line: the line number that the query carries.
         default_model: the model's name if the body has none.
 

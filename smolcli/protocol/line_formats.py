@@ -80,7 +80,7 @@ class LineFormat(ABC):
 
         Args:
             value: the JSON value of the line, or the bytes of one that is not valid JSON.
-            line: its number.
+            line: the line's number.
         """
 
     @abstractmethod
@@ -153,7 +153,7 @@ class BareFormat(SmolFormat):
     """Lines of messages, prompts or conversations without ids; the results are smol's own.
 
     Args:
-        id_prefix: of the ids that are made from line numbers.
+        id_prefix: prefix for ids that are made from line numbers.
     """
 
     id_prefix: str = ""

@@ -16,7 +16,7 @@ def row_number(file: int, line: int) -> int:
     """The number of a line among the rows of several files.
 
     Args:
-        file: position of the file, from 0.
+        file: position of the file, counted from 0.
         line: line number in the file.
     """
     return file * ROWS_PER_FILE + line
@@ -34,9 +34,9 @@ class ManyFilesFormat(LineFormat):
     A line number that a method receives or returns is a `row_number`.
 
     Args:
-        names: of the files, in order.
-        formats: of the files.
-        positions: of the files, by name.
+        names: the files' names, in order.
+        formats: the format of each file.
+        positions: the position of each file, by name.
     """
 
     names: tuple[str, ...] = ()

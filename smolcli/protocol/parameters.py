@@ -38,8 +38,8 @@ def _parameter_error(exc: ValidationError, model: type[BaseModel]) -> QueryError
     """The error for the first invalid parameter; unknown parameters come first.
 
     Args:
-        exc: what validation raised.
-        model: of the whole object.
+        exc: the error that validation raised.
+        model: describes the whole object.
     """
     errors = exc.errors(include_url=False, include_context=False)
     top = [f for f in errors if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or errors
@@ -83,7 +83,7 @@ def _place(model: type[BaseModel], location: Sequence[int | str]) -> Place:
     """Where an error is.
 
     Args:
-        model: of the whole object.
+        model: describes the whole object.
         location: as pydantic reports it, with labels for the types of unions.
     """
     steps = [step for step in location if step != "[key]"]
@@ -122,8 +122,8 @@ def invalid_parameter(name: str, model: type[BaseModel], path: str | None = None
     """The error for a parameter whose value its description does not allow.
 
     Args:
-        name: of the parameter.
-        model: of the whole object.
+        name: the parameter's name.
+        model: describes the whole object.
         path: where in the parameter the error is; by default the parameter itself.
     """
     path = path or name

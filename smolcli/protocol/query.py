@@ -104,7 +104,7 @@ def at_most_one(names: Sequence[str], absent: list[Any]) -> list[dict[str, Any]]
     """Rules that at most one of several members is present.
 
     Args:
-        names: of the members.
+        names: the members' names.
         absent: the values that count as absent.
     """
     empty = {"enum": absent}
@@ -354,7 +354,7 @@ def zero_tokens_rule(name: str) -> dict[str, Any]:
     """The rule that a query which generates nothing echoes or scores its prompt.
 
     Args:
-        name: of the field with the number of tokens to generate.
+        name: the field that holds the number of tokens to generate.
     """
     return {"anyOf": [{"properties": {name: {"not": {"const": 0}}}}, _ECHOES, _SCORES]}
 

@@ -257,10 +257,10 @@ class ResponseRequest:
     """A request, and the JSON of its responses.
 
     Args:
-        query: what is asked.
+        query: the query to answer.
         fields: the parameters, some of which the response repeats.
         model: the requested model.
-        created: in seconds since 1970.
+        created: creation time in seconds since 1970.
     """
 
     query: Query
@@ -330,9 +330,9 @@ class ResponseRequest:
         """The output item of the answer's text.
 
         Args:
-            text: of the answer.
-            status: of the item.
-            logprobs: of the text's tokens, if requested.
+            text: the text so far.
+            status: the item's status.
+            logprobs: log probabilities of the text's tokens, if requested.
         """
         return {
             "id": f"msg_{self.query.chat_id.removeprefix('resp_')}",
@@ -347,9 +347,9 @@ class ResponseRequest:
 
         Args:
             index: position of the call in the answer.
-            name: of the function.
-            arguments: JSON text, so far.
-            status: of the item.
+            name: the function's name.
+            arguments: the JSON text so far.
+            status: the item's status.
         """
         return {
             "id": f"fc_{index}_{self.query.chat_id.removeprefix('resp_')}",
@@ -407,7 +407,7 @@ def parse_response_request(
     Args:
         value: the parsed JSON body.
         defaults: values for the parameters that it leaves out.
-        response_id: of the response.
+        response_id: the response's id.
         default_model: the model's name if the body has none.
 
     Raises:
@@ -512,7 +512,7 @@ class ResponseEvents:
     """The events of one stream, in the order and shape that the official clients parse.
 
     Args:
-        request: what was asked.
+        request: the request that the stream answers.
     """
 
     def __init__(self, request: ResponseRequest) -> None:

@@ -102,13 +102,13 @@ class TextCompletion:
     """A request for text completions, and the JSON of its responses.
 
     Args:
-        id: of the response.
+        id: the response's id.
         queries: one for each choice, all choices of a prompt in sequence.
         num_choices: number of choices for each prompt.
         model: the requested model.
         is_stream: whether to stream the choices.
         includes_usage: whether a stream ends with the usage.
-        created: in seconds since 1970.
+        created: creation time in seconds since 1970.
     """
 
     id: str
@@ -138,10 +138,10 @@ class TextCompletion:
         """One chunk of a streamed choice.
 
         Args:
-            index: of the choice.
-            text: the piece of its text.
-            logprobs: from `TextLogprobs`.
-            finish_reason: passed with the last chunk.
+            index: the choice's index.
+            text: the next piece of its text.
+            logprobs: the piece's log probabilities, as `TextLogprobs.add` returns them.
+            finish_reason: why the choice ended; only in its last chunk.
         """
         choice = {
             "index": index,
@@ -247,7 +247,7 @@ def parse_text_line(value: object, defaults: QueryDefaults, chat_id: str, line: 
     Args:
         value: the parsed JSON body.
         defaults: values for the parameters that it leaves out.
-        chat_id: of the query.
+        chat_id: id for the query.
         line: the line number that the query carries.
 
     Raises:

@@ -189,10 +189,10 @@ def check_calls(
     """Check that the members of a message that concern calls fit its role.
 
     Args:
-        role: of the message.
+        role: the message's role.
         calls: its `tool_calls`.
         call_id: its `tool_call_id`.
-        path: of the message.
+        path: the message's path in the request.
 
     Raises:
         QueryError: they do not.

@@ -58,7 +58,7 @@ def call_id(query: Query, index: int, answer: int = 0) -> str:
     """The id of a call: the same in every run, and different in every turn of a conversation.
 
     Args:
-        query: what was asked.
+        query: the query that the answer belongs to.
         index: position of the call in its answer.
         answer: position of the answer, if several were requested.
     """
@@ -89,7 +89,7 @@ def delta_record(delta: ToolCallDelta, query: Query, answer: int) -> dict[str, A
 
     Args:
         delta: the piece.
-        query: what was asked.
+        query: the query that the answer belongs to.
         answer: position of the answer, if several were requested.
     """
     if not delta.name:

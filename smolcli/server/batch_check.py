@@ -23,9 +23,9 @@ class FileCheck:
     """Checks the lines of one file.
 
     Args:
-        endpoint: of the batch.
-        max_requests: the most requests in a file.
-        check_model: raises HttpError if the model is not served under a name.
+        endpoint: the batch's endpoint, which every request must use.
+        max_requests: maximum number of requests in a file.
+        check_model: raises HttpError if the server does not use this name for its model.
     """
 
     def __init__(

@@ -85,14 +85,14 @@ class Batch:
     """A batch, as recorded; times without a unit are in seconds since 1970.
 
     Args:
-        id: of the batch.
+        id: the batch's id.
         input_file_id: the file of requests.
-        endpoint: of all its requests.
+        endpoint: the endpoint of all its requests.
         completion_window: as requested.
         expires_at: when unfinished requests are given up.
         created_ns: when it was created, in nanoseconds.
         metadata: as requested.
-        output_lifetime_s: how long its result files are kept; None is the store's retention.
+        output_lifetime_s: how long its result files are kept; None means the store's retention.
         status: as clients see it.
         ending: the final status, once the results are being published.
         reached_at: when it reached each status.
@@ -100,8 +100,8 @@ class Batch:
         num_requests: requests in the file; 0 until they are counted.
         num_completed: requests that were answered.
         num_failed: requests that failed.
-        prompt_tokens: of all answers.
-        completion_tokens: of all answers.
+        prompt_tokens: prompt tokens of all answers.
+        completion_tokens: completion tokens of all answers.
         errors: why it failed.
         output_file_id: the answers, once `ending` is known and if there are any.
         error_file_id: the failed requests, likewise.
@@ -152,8 +152,8 @@ class Upload:
     The caller must call `close`, which discards the file unless it was kept.
 
     Args:
-        store: that keeps it.
-        path: of its content until then.
+        store: the store to add the file to.
+        path: where its content is until then.
     """
 
     def __init__(self, store: "BatchStore", path: Path) -> None:
@@ -192,7 +192,7 @@ class Upload:
         Args:
             filename: its name, for people.
             purpose: what it is for.
-            lifetime_s: how long to keep it; None is the store's retention.
+            lifetime_s: how long to keep it; None means the store's retention.
 
         Raises:
             HttpError: 413 if the store has too many files.
@@ -265,8 +265,8 @@ class BatchStore:
         """Count bytes towards the quota.
 
         Args:
-            num_bytes: to count.
-            num_before: counted for the same file before.
+            num_bytes: number of bytes to count.
+            num_before: number of bytes already counted for the same file.
 
         Raises:
             HttpError: 413 if the file or the store becomes too large.
@@ -302,11 +302,11 @@ class BatchStore:
         """Move a file into the store; its size counts towards the quota already.
 
         Args:
-            path: of the file, in the store's folder.
+            path: the file, which is in the store's folder.
             filename: its name, for people.
             purpose: what it is for.
             file_id: its id; None creates one.
-            lifetime_s: how long to keep it; None is the store's retention.
+            lifetime_s: how long to keep it; None means the store's retention.
 
         Raises:
             HttpError: 413 if there are too many files.
@@ -430,7 +430,7 @@ class BatchStore:
         """Change a batch.
 
         Args:
-            batch_id: of the batch.
+            batch_id: the batch's id.
             change: maps the current batch to the changed one.
             must_store: whether a change that cannot be stored is not made; otherwise it holds
                 until the server stops.
@@ -483,9 +483,9 @@ class BatchStore:
         """Move a file of results to the files that clients can read; may be repeated.
 
         Args:
-            batch: that it belongs to.
-            path: of the results; a missing one has been moved before.
-            file_id: of the new file.
+            batch: the batch that it belongs to.
+            path: the file of results; if it is missing, it has already been moved.
+            file_id: id for the new file.
             filename: its name, for people.
 
         Raises:

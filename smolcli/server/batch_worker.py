@@ -63,7 +63,7 @@ class SharedBackend(BackendWrapper):
     """The server's backend as that of one batch: closing it leaves the server's own open.
 
     Args:
-        backend: of the server.
+        backend: the server's backend.
         observe: called with each result.
     """
 
@@ -178,11 +178,11 @@ class BatchWorker:
     """Validates, answers and ends the batches of a store.
 
     Args:
-        store: of the batches.
-        settings: of the server.
+        store: the store of the batches.
+        settings: the server's settings.
         loader: opens the server's backend.
-        metrics: of the server.
-        check_model: raises HttpError if the model is not served under a name.
+        metrics: the server's metrics.
+        check_model: raises HttpError if the server does not use this name for its model.
     """
 
     def __init__(

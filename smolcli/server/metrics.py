@@ -71,7 +71,7 @@ class BatchCollector(Collector):
     """Reports the state of /v1/batches.
 
     Args:
-        totals: returns it.
+        totals: returns the state.
     """
 
     def __init__(self, totals: Callable[[], BatchTotals]) -> None:

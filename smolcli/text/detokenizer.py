@@ -99,7 +99,7 @@ class Detokenizer:
     Args:
         decoder: a new decoder.
         stop: strings that end the answer.
-        marker: ends the text but not the answer; "" is none.
+        marker: ends the text but not the answer; "" for no marker.
         include_stop: whether the text includes the stop string.
         keeps_space: whether surrounding white space is part of the text, as in the continuation of
             a raw prompt.

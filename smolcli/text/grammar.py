@@ -91,9 +91,9 @@ class GrammarSpec:
     """What the grammar of an answer is compiled from.
 
     Args:
-        format: of its text; None for any text.
-        tools: functions that it may call.
-        syntax: how it calls them.
+        format: format of the answer's text; None allows any text.
+        tools: functions that the answer may call.
+        syntax: how the model writes calls.
     """
 
     format: AnswerFormat | None = None

@@ -160,7 +160,7 @@ class Substitution:
     """Substitutes characters in all texts that come from a query, but not in JSON's own syntax.
 
     Args:
-        table: for `str.translate`.
+        table: translation table for `str.translate`.
     """
 
     def __init__(self, table: Mapping[int, str]) -> None:

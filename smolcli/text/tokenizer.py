@@ -67,7 +67,7 @@ class ChatTokenizer:
 
         Args:
             folder: the model directory.
-            template_source: of a template that replaces the model's own.
+            template_source: chat template to use instead of the model's own; "" for none.
             starts_fast: whether to load only the tokens that the first texts need. The index for
                 this is written at the first start.
 

@@ -116,7 +116,7 @@ def template_message(message: Message, names: Mapping[str, str]) -> dict[str, An
 
     Args:
         message: the message.
-        names: of the functions that were called, by the id of the call.
+        names: the name of the called function for each call id.
     """
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:

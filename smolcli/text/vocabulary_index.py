@@ -69,7 +69,7 @@ class IndexedTokenizer:
     Thread-safe once the tokens have been added.
 
     Args:
-        index: of the tokenizer.
+        index: the tokenizer's index.
         source: its tokenizer.json.
     """
 

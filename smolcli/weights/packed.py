@@ -40,7 +40,7 @@ class PackedFile:
     """One file of packed weights.
 
     Args:
-        path: where it is.
+        path: its path.
         model: name of the model.
         kernels: the kernel library that reads it, such as "x86-64-v3-bfloat16".
         num_bytes: its size.

@@ -63,7 +63,7 @@ def connect(cluster: RaySettings, settings: EngineSettings) -> None:
     """Join the cluster at the given address, or start one on this machine.
 
     Args:
-        cluster: where the cluster is.
+        cluster: how to reach the cluster.
         settings: the workers' settings, which determine the size of a local cluster.
 
     Raises:

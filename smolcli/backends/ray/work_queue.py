@@ -95,7 +95,7 @@ class WorkQueue:
 
         Args:
             load: what the worker holds.
-            max_held: the most queries that it may hold.
+            max_held: maximum number of queries that it may hold.
 
         Returns:
             As many queries as make its load equal to that of the other workers.

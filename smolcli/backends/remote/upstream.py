@@ -156,10 +156,10 @@ class Upstream:
         """Send JSON; the body of the response is still to be read.
 
         Args:
-            path: of the route.
+            path: the route's path.
             body: JSON value to send.
             request_id: sent as X-Request-Id unless empty.
-            accept: media types that the response may have.
+            accept: media types that the response may have, as in the Accept header.
 
         Raises:
             Unavailable: the connection failed.

@@ -130,8 +130,8 @@ class ServeOptions:
         """The server settings that these options stand for.
 
         Args:
-            defaults: for queries that leave fields out.
-            engine: of the model that answers.
+            defaults: values for fields that queries leave out.
+            engine: settings of the model that answers.
 
         Raises:
             UsageError: an option is invalid, or two contradict each other.

@@ -124,7 +124,7 @@ class GenerationOptions:
 
     @property
     def given_seed(self) -> int | None:
-        """The seed; None if one has to be drawn."""
+        """The seed; None picks one at random."""
         return None if self.seed == DEFAULT_SEED else self.seed
 
     def query_defaults(
@@ -142,7 +142,7 @@ class GenerationOptions:
             UsageError: a value is invalid; the message names the option.
         """
         system_prompt = self._system_prompt()
-        seed = _drawn_seed() if self.given_seed is None else self.given_seed
+        seed = _random_seed() if self.given_seed is None else self.given_seed
         several = OPENAI_TEMPERATURE if self.temperature is None else self.temperature
         return QueryDefaults(
             sampling=replace(self._sampling(), seed=seed),
@@ -174,7 +174,7 @@ class GenerationOptions:
         return read_text("--system-file", self.system_file)
 
 
-def _drawn_seed() -> int:
+def _random_seed() -> int:
     """A random seed below 2**31. The modules `random` and `secrets` take long to import."""
     return int.from_bytes(os.urandom(4), "little") >> 1
 

@@ -102,10 +102,10 @@ class Kernels:
         width: float32 values per vector.
         panel: output columns per panel of packed weights.
         task_rows: maximum number of query rows of one KV head in an attention task.
-        weight_dtype: of packed weights that are not quantized.
-        dtype: of activations.
-        has_integer_attention: whether attention is computed in integers, too; see int8_attention.h.
-        cache_dtype: of the KV cache: `dtype`, or int16 for attention in integers.
+        weight_dtype: dtype of packed weights that are not quantized.
+        dtype: dtype of activations.
+        has_integer_attention: whether attention is computed in integers; see int8_attention.h.
+        cache_dtype: dtype of the KV cache: `dtype`, or int16 for attention in integers.
 
     Raises:
         KernelError: the library does not match these bindings.

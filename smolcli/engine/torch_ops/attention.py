@@ -53,7 +53,7 @@ class SlabSpan:
         first: index of the first row.
         positions: (R,), positions of the new tokens.
         stored_in: (R,), rows that the new keys and values are written to.
-        max_context: the most positions that any row attends to.
+        max_context: maximum number of positions that a row attends to.
     """
 
     def __init__(

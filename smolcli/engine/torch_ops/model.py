@@ -40,7 +40,7 @@ class TorchHead:
     Args:
         weight: (vocab_size, hidden_size).
         norm: (hidden_size,), weight of the final norm.
-        eps: of the norm.
+        eps: added to the mean square in the norm.
     """
 
     def __init__(self, weight: Tensor, norm: Tensor, eps: float) -> None:
