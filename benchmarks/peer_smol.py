@@ -10,6 +10,7 @@ from peer_record import add_options, measure
 
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
+from smolcli.engine.speculation import Speculation
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message, Sampling
@@ -24,6 +25,9 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--speculation", action="store_true", help="draft tokens with 1 slot, as smol does"
+    )
     add_options(parser)
     args = parser.parse_args()
     folder = resolve(args.model).folder
@@ -33,6 +37,7 @@ def main() -> None:
     engine = Engine(model, args.slots, 1 << 30, config.prefix_cache_bytes)
 
     def answer_all(prompts: list[list[int]], limit: int) -> int:
+        engine.speculation = Speculation() if args.speculation else None  # forgets earlier turns
         sampling = Sampling(max_new_tokens=limit, ignore_eos=args.ignore_eos)
         sequences = [Sequence(ids, sampling) for ids in prompts]
         for sequence in sequences:

@@ -10,7 +10,7 @@ from kernel_tools import Endless, load
 from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Head, Hidden, Masks, Model
 from smolcli.engine.sequence import Sequence
-from smolcli.engine.speculation import MAX_DRAFT_TOKENS, Drafter, Speculation, draft_length
+from smolcli.engine.speculation import MAX_DRAFT_TOKENS, NgramIndex, Speculation, draft_length
 from smolcli.types import FinishReason, Sampling
 
 MEGABYTE = 1 << 20
@@ -171,22 +171,56 @@ def test_a_step_that_fails_with_drafts_is_repeated_without(
     assert narrow.num_failures > 10
 
 
+def indexed(*token_ids: list[int]) -> NgramIndex:
+    index = NgramIndex()
+    for ids in token_ids:
+        index.add(ids, 0)
+    return index
+
+
+def guessed(index: NgramIndex, token_ids: list[int], num_tokens: int) -> list[int]:
+    return [guess.token for guess in index.guesses(token_ids, num_tokens)]
+
+
 def test_the_longest_match_is_drafted() -> None:
-    drafter, token_ids = Drafter(), [1, 2, 3, 4, 9, 3, 5, 1, 2, 3]
-    assert drafter.look_up(token_ids) > 0
-    assert drafter.draft(token_ids, 5) == (4, 9, 3, 5, 1)
+    token_ids = [1, 2, 3, 4, 9, 3, 5, 1, 2, 3]
+    assert guessed(indexed(token_ids), token_ids, 5) == [4, 9, 3, 5, 1]
 
 
 def test_a_draft_that_reaches_the_newest_token_repeats() -> None:
-    drafter, token_ids = Drafter(), [8, 6, 7, 6, 7]
-    assert drafter.look_up(token_ids) > 0
-    assert drafter.draft(token_ids, 5) == (6, 7, 6, 7, 6)
+    token_ids = [8, 6, 7, 6, 7]
+    assert guessed(indexed(token_ids), token_ids, 5) == [6, 7, 6, 7, 6]
 
 
 def test_nothing_is_drafted_without_a_match() -> None:
-    drafter = Drafter()
-    assert drafter.look_up([1, 2, 3, 4]) == 0
-    assert drafter.draft([1, 2, 3, 4], 3) == ()
+    assert guessed(indexed([1, 2, 3, 4]), [1, 2, 3, 4], 3) == []
+
+
+def test_what_followed_last_is_drafted_also_from_other_sequences() -> None:
+    index = indexed([1, 2, 3], [9, 1, 2, 4, 5])
+    assert guessed(index, [7, 8, 1, 2], 3) == [4, 5]
+
+
+def test_the_index_forgets_the_oldest_ngrams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smolcli.engine.speculation.MAX_NGRAMS", 40)
+    index = indexed([1, 2, 3], *([10 * i, 10 * i + 1, 10 * i + 2] for i in range(1, 30)))
+    assert guessed(index, [1, 2], 1) == []
+    assert guessed(index, [280, 281], 1) == [282]
+
+
+def test_an_answer_is_drafted_from_an_equal_one_before(model: Model) -> None:
+    """The second of two equal prompts needs fewer steps, also after a batch in between."""
+    engine = Engine(model, 4, 64 * MEGABYTE, speculation=Speculation())
+
+    def num_steps(*prompts: int) -> int:
+        before = engine.num_steps
+        sampling = Sampling(max_new_tokens=32, ignore_eos=True)
+        generate(engine, [Sequence([prompt, 31, 32], sampling) for prompt in prompts])
+        return engine.num_steps - before
+
+    first = num_steps(20)
+    num_steps(21, 22)
+    assert num_steps(20) < first / 2
 
 
 def test_draft_lengths_follow_the_accuracy_of_earlier_drafts() -> None:
@@ -198,7 +232,7 @@ def test_draft_lengths_follow_the_accuracy_of_earlier_drafts() -> None:
         return speculation.drafts([sequence])[0]
 
     lengths = []
-    for _ in range(12):
+    for _ in range(30):
         lengths.append(len(drafted := draft()))
         sequence.token_ids += drafted
         sequence.token_ids.append(sequence.token_ids[-4])
@@ -215,9 +249,11 @@ def test_draft_lengths_follow_the_accuracy_of_earlier_drafts() -> None:
 
 
 def test_longer_drafts_need_better_guesses() -> None:
-    lengths = [draft_length(acceptance / 100) for acceptance in range(101)]
+    lengths = [draft_length([percent / 100] * MAX_DRAFT_TOKENS) for percent in range(101)]
     assert lengths == sorted(lengths)
-    assert (lengths[0], lengths[19], lengths[25], lengths[100]) == (0, 0, 1, MAX_DRAFT_TOKENS)
+    assert (lengths[0], lengths[9], lengths[12], lengths[100]) == (0, 0, 1, MAX_DRAFT_TOKENS)
+    assert draft_length([0.05, 1.0, 1.0, 1.0]) == 0
+    assert draft_length([0.9, 0.05, 1.0, 1.0]) == 1
 
 
 def test_a_draft_leaves_room_for_the_token_after_it() -> None:

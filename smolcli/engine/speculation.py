@@ -1,110 +1,98 @@
-"""Speculative decoding by prompt lookup: drafts come from the sequence's own tokens.
+"""Speculative decoding by n-gram lookup: drafts come from the tokens that were seen before.
 
-Answers often repeat what their prompt or they themselves already contain. The newest tokens are
-looked up among the earlier ones, and what followed there is the draft (prompt lookup, Saxena 2023).
-The drafted tokens are computed in the same step as the newest token, as further rows, and each row
-is sampled as usual. As long as the sampled token equals the drafted one, the next row is what the
-next step would have computed (Leviathan et al. 2023, arXiv:2211.17192). On batch-invariant kernels
-it has the same bits, so drafts never change an answer. They only cost time if they are wrong.
+Answers often repeat what their prompt, earlier answers or they themselves contain. The newest
+tokens are looked up among the earlier ones of all sequences, and what followed there is the draft
+(prompt lookup, Saxena 2023). The drafted tokens are computed in the same step as the newest token,
+as further rows, and each row is sampled as usual. As long as the sampled token equals the drafted
+one, the next row is what the next step would have computed (Leviathan et al. 2023,
+arXiv:2211.17192). On batch-invariant kernels it has the same bits, so drafts never change an
+answer. They only cost time if they are wrong.
 
-How many tokens to draft follows from how often the drafts of the sequence were right: a row is
-added if it raises the number of tokens expected per unit of time.
+How many tokens to draft follows from how often drafts were right: a row is added if it raises the
+number of tokens expected per unit of time.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from smolcli.engine.sequence import Sequence
 
 MAX_DRAFT_TOKENS = 8
-ROW_COST = 0.2  # of a further row, where a step over one row costs 1; measured: 0.04 to 0.35
-NGRAM_LENGTHS = (3, 2, 1)  # how many tokens to look up; the longest match wins
-FIRST_ACCEPTANCE = 0.5
-LEARNING_RATE = 0.2  # weight of the newest observation in the estimated acceptance
+# Costs of drafted rows, where a step over one row costs 1; measured: 0.01 to 0.12, 0.05 to 0.35.
+FIRST_ROW_COST = 0.1
+FURTHER_ROW_COST = 0.25
+NGRAM_LENGTHS = (8, 4, 2, 1)  # how many tokens to look up; the longest match wins
+MAX_NGRAMS = 1 << 15  # in each of two generations, about 5 MB
+FIRST_ACCEPTANCE = 0.3
+LEARNING_RATE = 0.1  # weight of the newest observation in the estimated acceptance
 
 
-@dataclass(eq=False, slots=True)
-class Match:
-    """An earlier occurrence of a sequence's newest tokens.
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A token that may come next.
 
     Args:
-        length: number of tokens that match.
-        source: index of the token that followed them there.
-        target: index of the token that follows now.
-        num_guessed: number of tokens to compare with what actually follows.
+        token: what followed the newest tokens before.
+        length: how many of them matched.
     """
 
+    token: int
     length: int
-    source: int
-    target: int
-    num_guessed: int = 1
 
 
-class Drafter:
-    """Drafts the next tokens of one sequence.
+class NgramIndex:
+    """What last followed each n-gram.
 
-    It keeps the last position of every n-gram, and for each length of a match the estimated
-    probability that the next token of a draft is right.
+    Once `MAX_NGRAMS` are held, they become the older generation, and the one before is forgotten.
     """
 
     def __init__(self) -> None:
-        self._followers: dict[tuple[int, ...], int] = {}  # index of the token after each n-gram
-        self._num_indexed = 0
-        self._acceptance = dict.fromkeys(NGRAM_LENGTHS, FIRST_ACCEPTANCE)
-        self._match: Match | None = None
+        self._newer: dict[tuple[int, ...], int] = {}
+        self._older: dict[tuple[int, ...], int] = {}
 
-    def look_up(self, token_ids: list[int]) -> float:
-        """Find an earlier occurrence of the newest tokens, and learn from the previous one.
-
-        Args:
-            token_ids: the prompt and the answer so far; extends those of the previous call.
-
-        Returns:
-            The probability that a token of the draft is right if those before it are; 0 if nothing
-            matches.
-        """
-        self._learn(token_ids)
-        end = len(token_ids)
-        for index in range(self._num_indexed, end):  # what each token follows
+    def add(self, token_ids: list[int], start: int) -> None:
+        """Remember what each of the tokens from index `start` on follows."""
+        for index in range(start, len(token_ids)):
             for length in NGRAM_LENGTHS:
                 if index >= length:
-                    self._followers[tuple(token_ids[index - length : index])] = index
-        self._num_indexed = end
-        self._match = None
-        for length in NGRAM_LENGTHS:
-            source = self._followers.get(tuple(token_ids[-length:])) if end >= length else None
-            if source is not None:
-                self._match = Match(length, source, end)
-                return self._acceptance[length]
-        return 0.0
+                    self._newer[tuple(token_ids[index - length : index])] = token_ids[index]
+            if len(self._newer) >= MAX_NGRAMS:
+                self._newer, self._older = {}, self._newer
 
-    def draft(self, token_ids: list[int], num_tokens: int) -> tuple[int, ...]:
-        """The tokens that followed the match that `look_up` found.
+    def guesses(self, token_ids: list[int], num_tokens: int) -> list[Guess]:
+        """What may follow, each guess after the ones before it.
 
         Args:
-            token_ids: as for `look_up`.
-            num_tokens: how many; a draft that reaches the newest token goes on with its own start.
+            token_ids: the tokens so far.
+            num_tokens: the most guesses to make; fewer if nothing matches.
         """
-        if self._match is None or not num_tokens:
-            return ()
-        self._match.num_guessed = num_tokens
-        return _followers(token_ids, self._match, num_tokens)
+        newest = token_ids[-max(NGRAM_LENGTHS) :]
+        guesses: list[Guess] = []
+        while len(guesses) < num_tokens and (guess := self._guess(newest)):
+            guesses.append(guess)
+            newest.append(guess.token)
+        return guesses
 
-    def _learn(self, token_ids: list[int]) -> None:
-        """Compare the previous draft, or its first token if there was none, with what followed."""
-        match = self._match
-        if match is None:
-            return
-        guesses = _followers(token_ids, match, match.num_guessed)
-        for guess, token in zip(guesses, token_ids[match.target :], strict=False):
-            estimate = self._acceptance[match.length]
-            self._acceptance[match.length] += LEARNING_RATE * ((guess == token) - estimate)
-            if guess != token:
-                break
+    def _guess(self, newest: list[int]) -> Guess | None:
+        for length in NGRAM_LENGTHS:
+            ngram = tuple(newest[-length:])
+            token = self._newer.get(ngram, self._older.get(ngram))
+            if token is not None:
+                return Guess(token, length)
+        return None
 
 
-def _followers(token_ids: list[int], match: Match, num_tokens: int) -> tuple[int, ...]:
-    period = match.target - match.source
-    return tuple(token_ids[match.source + offset % period] for offset in range(num_tokens))
+@dataclass(slots=True)
+class Progress:
+    """What is known about a sequence.
+
+    Args:
+        num_indexed: how many of its tokens are in the index.
+        guesses: to compare with the tokens that follow those.
+    """
+
+    num_indexed: int = 0
+    guesses: list[Guess] = field(default_factory=list)
 
 
 class Speculation:
@@ -117,7 +105,9 @@ class Speculation:
     def __init__(self) -> None:
         self.num_drafted = 0
         self.num_accepted = 0
-        self._drafters: dict[Sequence, Drafter] = {}
+        self._index = NgramIndex()
+        self._acceptance = dict.fromkeys(NGRAM_LENGTHS, FIRST_ACCEPTANCE)
+        self._progress: dict[Sequence, Progress] = {}
 
     def drafts(self, sequences: list[Sequence]) -> list[tuple[int, ...]]:
         """Draft tokens for sequences that are decoded in one step.
@@ -133,29 +123,43 @@ class Speculation:
         return [self._draft(sequence) for sequence in sequences]
 
     def forget(self, sequence: Sequence) -> None:
-        """Free what is kept for a sequence that has ended."""
-        self._drafters.pop(sequence, None)
+        """Free what is kept for a sequence that has ended, except its tokens."""
+        self._progress.pop(sequence, None)
 
     def _draft(self, sequence: Sequence) -> tuple[int, ...]:
-        if sequence not in self._drafters:
-            self._drafters[sequence] = Drafter()
-        drafter = self._drafters[sequence]
-        acceptance = drafter.look_up(sequence.token_ids)
-        room = sequence.max_tokens - len(sequence.token_ids) - 1
-        num_tokens = min(draft_length(acceptance), room)
-        self.num_drafted += num_tokens
-        return drafter.draft(sequence.token_ids, num_tokens)
+        token_ids = sequence.token_ids
+        progress = self._progress.setdefault(sequence, Progress())
+        self._learn(progress.guesses, token_ids[progress.num_indexed :])
+        self._index.add(token_ids, progress.num_indexed)
+        progress.num_indexed = len(token_ids)
+        guesses = self._index.guesses(token_ids, MAX_DRAFT_TOKENS)
+        room = sequence.max_tokens - len(token_ids) - 1
+        length = min(draft_length(self._acceptance[guess.length] for guess in guesses), room)
+        progress.guesses = guesses[: max(length, 1)]  # learns from the first one in any case
+        self.num_drafted += length
+        return tuple(guess.token for guess in guesses[:length])
+
+    def _learn(self, guesses: list[Guess], token_ids: list[int]) -> None:
+        """Compare guesses with what followed, up to the first that was wrong."""
+        for guess, token in zip(guesses, token_ids, strict=False):
+            estimate = self._acceptance[guess.length]
+            self._acceptance[guess.length] += LEARNING_RATE * ((guess.token == token) - estimate)
+            if guess.token != token:
+                break
 
 
-def draft_length(acceptance: float) -> int:
+def draft_length(acceptances: Iterable[float]) -> int:
     """The number of draft tokens that yields the most tokens per unit of time.
 
     Args:
-        acceptance: the probability that a token is right if those before it are.
+        acceptances: for each guess, the probability that it is right if those before it are.
     """
-    length, expected, chance = 0, 1.0, acceptance
-    while length < MAX_DRAFT_TOKENS and chance * (1 + ROW_COST * length) > expected * ROW_COST:
-        length += 1
-        expected += chance
+    best, best_rate = 0, 1.0
+    expected, cost, chance = 1.0, 1 + FIRST_ROW_COST, 1.0
+    for length, acceptance in enumerate(acceptances, 1):
         chance *= acceptance
-    return length
+        expected += chance
+        if expected / cost > best_rate:
+            best, best_rate = length, expected / cost
+        cost += FURTHER_ROW_COST
+    return best

@@ -121,9 +121,9 @@ class EngineOptions:
         bool,
         _engine(
             "--speculation/--no-speculation",
-            help="While a single query runs, draft tokens from its prompt and its answer so far, "
-            "and keep those that the model confirms. This makes greedy answers faster and does not "
-            "change them.",
+            help="While a single query runs, draft tokens from its prompt and from the answers so "
+            "far, and keep those that the model confirms. This makes greedy answers faster and "
+            "does not change them.",
         ),
     ] = _DEFAULTS.speculation
 
