@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +91,19 @@ def test_two_builds_give_the_same_bytes(wheel: Path, tmp_path: Path) -> None:
     again = [path for path in libraries if path.name != library_path(CPU_LIBRARY, "linux").name]
     assert len(again) == len(libraries) - 1
     assert build_wheel(tmp_path / "second", again).read_bytes() == wheel.read_bytes()
+
+
+def test_source_archive_has_all_that_the_readme_and_the_tests_use(tmp_path: Path) -> None:
+    """Without constraints.txt, the Makefile and docs/, neither works there."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        *("Makefile", "constraints.txt", "Dockerfile", "deploy/compose.yaml", "mkdocs.yml"),
+        *("docs/reference.md", "smolcli/engine/native/team.h", "tests/kernel_driver.c"),
+    } <= names
+    assert not any(name.endswith(".so") for name in names)
 
 
 @pytest.fixture(scope="module")
