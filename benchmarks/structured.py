@@ -25,8 +25,9 @@ from smolcli.backends.local import LocalBackend, open_local
 from smolcli.batch.pipeline import answer_all
 from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
+from smolcli.protocol.answer_formats import schema_format
 from smolcli.protocol.json_text import load_json
-from smolcli.protocol.query import parse_query, schema_format
+from smolcli.protocol.query import parse_query
 from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults
 from smolcli.text.grammar import GrammarCompiler, GrammarSpec
 from smolcli.text.tokenizer import ChatTokenizer

@@ -448,7 +448,8 @@ def _defaults(
     Raises:
         QueryError: an option is invalid.
     """
-    from smolcli.protocol.query import parse_query, schema_format
+    from smolcli.protocol.answer_formats import schema_format
+    from smolcli.protocol.query import parse_query
     from smolcli.text.grammar import check_format
 
     own = {name: value for name, value in options.items() if value is not None}
@@ -471,7 +472,7 @@ def _defaults(
 def _json_schema(schema: Any) -> dict[str, Any]:
     if isinstance(schema, dict):
         return schema
-    from smolcli.protocol.query import model_schema
+    from smolcli.protocol.answer_formats import model_schema
 
     return model_schema(schema)
 

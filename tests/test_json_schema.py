@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from smolcli.errors import QueryError
-from smolcli.protocol.query import model_schema, schema_format
+from smolcli.protocol.answer_formats import model_schema, schema_format
 from smolcli.text.grammar import GrammarSpec, check_format, to_grammar
 from smolcli.text.json_schema import rewrite_schema
 

@@ -32,7 +32,7 @@ from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
 from smolcli.backends.remote.wire import Dialect, MalformedAnswer, load_object, parse_record
 from smolcli.cli.main import app
 from smolcli.errors import BackendError, UsageError
-from smolcli.protocol.query import JSON_OBJECT, schema_format
+from smolcli.protocol.answer_formats import JSON_OBJECT, schema_format
 from smolcli.settings import DEFAULT_MODEL, QueryDefaults, RemoteSettings
 from smolcli.types import (
     AnswerFormat,

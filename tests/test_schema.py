@@ -14,21 +14,14 @@ from openai.types.chat import ParsedChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 
 from smolcli.errors import PromptTooLong, QueryError
+from smolcli.protocol.answer_formats import JSON_OBJECT, format_fields, schema_format
 from smolcli.protocol.chat_completions import CompletionFields, parse_completion
 from smolcli.protocol.fields import LOGIT_BIAS, NOT_BLANK
 from smolcli.protocol.json_text import load_json
 from smolcli.protocol.openai import error_code, error_object
 from smolcli.protocol.parameters import validated
 from smolcli.protocol.prompt import prompt_query
-from smolcli.protocol.query import (
-    FIELDS,
-    JSON_OBJECT,
-    QueryFields,
-    chat_id_of,
-    format_fields,
-    parse_query,
-    schema_format,
-)
+from smolcli.protocol.query import FIELDS, QueryFields, chat_id_of, parse_query
 from smolcli.protocol.responses import ResponsesFields
 from smolcli.settings import QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling

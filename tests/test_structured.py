@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from smolcli.backends.local import LocalBackend, open_local
-from smolcli.protocol.query import JSON_OBJECT, schema_format
+from smolcli.protocol.answer_formats import JSON_OBJECT, schema_format
 from smolcli.settings import EngineSettings
 from smolcli.text.grammar import GrammarCompiler, GrammarSpec
 from smolcli.text.tokenizer import ChatTokenizer

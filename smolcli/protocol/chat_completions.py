@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from smolcli.errors import QueryError
+from smolcli.protocol.field_rules import forbid_violations
 from smolcli.protocol.fields import (
     EMPTY,
     MAX_LOGPROBS,
@@ -36,10 +37,7 @@ from smolcli.protocol.openai import (
     usage_fields,
 )
 from smolcli.protocol.parameters import invalid_parameter, validated
-from smolcli.protocol.query import (
-    forbid_violations,
-    parse_query,
-)
+from smolcli.protocol.query import parse_query
 from smolcli.protocol.tool_fields import (
     CHOICE_DESCRIPTION,
     TOOLS_DESCRIPTION,

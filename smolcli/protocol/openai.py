@@ -7,6 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from smolcli.errors import QueryError
+from smolcli.protocol.answer_formats import (
+    CHOICES_DESCRIPTION,
+    FORMAT_DESCRIPTION,
+    FORMAT_FIELDS,
+    STRUCTURED_DESCRIPTION,
+    ResponseFormat,
+    SchemaOrText,
+    StructuredOutputs,
+)
+from smolcli.protocol.field_rules import at_most_one, combination_rules
 from smolcli.protocol.fields import (
     ALLOWED_TOKEN_IDS,
     BAD_WORDS,
@@ -44,17 +54,6 @@ from smolcli.protocol.fields import (
     TopP,
 )
 from smolcli.protocol.parameters import invalid_parameter
-from smolcli.protocol.query import (
-    CHOICES_DESCRIPTION,
-    FORMAT_DESCRIPTION,
-    FORMAT_FIELDS,
-    STRUCTURED_DESCRIPTION,
-    ResponseFormat,
-    SchemaOrText,
-    StructuredOutputs,
-    at_most_one,
-    combinations,
-)
 from smolcli.settings import QueryDefaults
 from smolcli.types import ErrorCode, Usage
 
@@ -100,7 +99,7 @@ OTHER_FORMAT_FIELDS = {
 }
 
 SHARED_COMBINATIONS: list[Any] = [
-    *combinations(list(EMPTY), True),
+    *combination_rules(list(EMPTY), default_temperature=True),
     *at_most_one((*FORMAT_FIELDS, *OTHER_FORMAT_FIELDS), list(EMPTY)),
 ]
 

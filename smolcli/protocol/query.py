@@ -1,35 +1,36 @@
-"""The fields of a query, and its parser: JSON text to `Query`.
+"""The fields of a query, and its parser: a JSON value to `Query`.
 
-The pydantic models here are the only description of a query: they parse it, and /openapi.json is
+The pydantic models are the only description of a query: they parse it, and /openapi.json is
 generated from them.
 """
 
-import json
-from collections.abc import Sequence
-from itertools import combinations as combinations_of
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    TypeAdapter,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smolcli.errors import QueryError
+from smolcli.protocol.answer_formats import (
+    CHOICES_DESCRIPTION,
+    FORMAT_DESCRIPTION,
+    FORMAT_FIELDS,
+    STRUCTURED_DESCRIPTION,
+    ResponseFormat,
+    StructuredOutputs,
+    answer_format,
+)
+from smolcli.protocol.field_rules import (
+    ECHOES,
+    at_most_one,
+    combination_rules,
+    forbid_violations,
+    zero_tokens_rule,
+)
 from smolcli.protocol.fields import (
     ALLOWED_TOKEN_IDS,
     BAD_WORDS,
-    EMPTY,
     FLAG,
     LOGIT_BIAS,
     MAX_ANSWERS,
-    MAX_CHOICES,
     MAX_LOGPROBS,
     MIN_P,
     MIN_TOKENS,
@@ -42,7 +43,6 @@ from smolcli.protocol.fields import (
     ChatId,
     Choices,
     Flag,
-    Lenient,
     LogitBias,
     MinP,
     NumAnswers,
@@ -60,9 +60,8 @@ from smolcli.protocol.fields import (
     TopP,
     decimal_id,
     did_you_mean,
-    is_empty,
 )
-from smolcli.protocol.json_text import load_json, shorten
+from smolcli.protocol.json_text import shorten
 from smolcli.protocol.parameters import json_path
 from smolcli.protocol.prompt import derived_seed, with_system_prompt
 from smolcli.protocol.tool_fields import (
@@ -77,249 +76,13 @@ from smolcli.protocol.tool_fields import (
     parse_tools,
 )
 from smolcli.settings import DEFAULT_SEED, QueryDefaults
-from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
-
-JSON_OBJECT = '{"type": "object"}'
-SCHEMA_NAME = "answer"  # OpenAI's format requires a name
+from smolcli.types import ErrorCode, Message, Query, Sampling
 
 SAMPLING_FIELDS = (
     *("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "min_p"),
     *("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "ignore_eos"),
     *("stop_token_ids", "allowed_token_ids"),
 )
-
-
-# Rules between fields as JSON Schemas.
-
-
-def forbid_violations(rules: list[dict[str, Any]]) -> dict[str, Any]:
-    """A JSON Schema of which all rules hold.
-
-    Equivalent to `allOf`, but some test data generators expand the product of its alternatives.
-    """
-    return {"not": {"anyOf": [{"not": rule} for rule in rules]}}
-
-
-def at_most_one(names: Sequence[str], absent: list[Any]) -> list[dict[str, Any]]:
-    """Rules that at most one of several members is present.
-
-    Args:
-        names: the members' names.
-        absent: the values that count as absent.
-    """
-    empty = {"enum": absent}
-    return [
-        {"anyOf": [{"properties": {one: empty}}, {"properties": {other: empty}}]}
-        for one, other in combinations_of(names, 2)
-    ]
-
-
-# Answer formats.
-
-FORMAT_FIELDS = ("response_format", "choices", "structured_outputs")
-_STRUCTURES = ("json", "regex", "choice", "grammar", "json_object")
-_WITHOUT_EFFECT = {
-    *("disable_fallback", "disable_any_whitespace", "disable_additional_properties", "backend"),
-}
-
-
-class JsonSchemaFields(Lenient):
-    """A schema in OpenAI's format; only the schema itself has an effect."""
-
-    name: Text = SCHEMA_NAME
-    description: Text | None = None
-    strict: Flag | None = None
-    definition: dict[str, Any] = Field(alias="schema", description="a JSON Schema")
-
-
-class TextFormat(Lenient):
-    """Any text."""
-
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Lenient):
-    """Any JSON object, or one that conforms to a schema, as in llama.cpp's API."""
-
-    type: Literal["json_object"]
-    definition: dict[str, Any] | None = Field(None, alias="schema", description="a JSON Schema")
-
-
-class JsonSchemaFormat(Lenient):
-    """JSON that conforms to a schema."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchemaFields
-
-
-class FlatJsonSchemaFormat(Lenient):
-    """JSON that conforms to a schema, as in llama.cpp and OpenAI's Responses API.
-
-    Only the schema itself has an effect.
-    """
-
-    type: Literal["json_schema"]
-    definition: dict[str, Any] = Field(alias="schema", description="a JSON Schema")
-    name: Text | None = None
-    description: Text | None = None
-    strict: Flag | None = None
-
-
-def _format_tag(value: object) -> str | None:
-    """The type of a format; "flat" for a schema without a wrapper."""
-    if isinstance(value, BaseModel):
-        value = value.model_dump(by_alias=True)
-    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-        return None
-    is_flat = value.get("schema") is not None and is_empty(value.get("json_schema"))
-    return "flat" if is_flat and value["type"] == "json_schema" else value["type"]
-
-
-ResponseFormat = Annotated[
-    Annotated[TextFormat, Tag("text")]
-    | Annotated[JsonObjectFormat, Tag("json_object")]
-    | Annotated[JsonSchemaFormat, Tag("json_schema")]
-    | Annotated[FlatJsonSchemaFormat, Tag("flat")],
-    Discriminator(_format_tag),
-]
-
-
-def _schema_of_text(value: object) -> object:
-    """A JSON Schema that is given as text, parsed."""
-    if not isinstance(value, str) or not value:
-        return value
-    try:
-        return load_json(value.encode())
-    except QueryError as exc:
-        raise ValueError("not JSON") from exc
-
-
-# /openapi.json does not mention text, because JSON Schema cannot say that it is JSON.
-SchemaOrText = Annotated[
-    dict[str, Any], BeforeValidator(_schema_of_text, json_schema_input_type=dict[str, Any])
-]
-
-
-class StructuredOutputs(Lenient):
-    """An answer format in vLLM's shape: at most one of the first five members."""
-
-    model_config = ConfigDict(
-        json_schema_extra=forbid_violations(at_most_one(_STRUCTURES, [*EMPTY, False]))
-    )
-
-    definition: SchemaOrText | None = Field(
-        None, alias="json", description="a JSON Schema, also as text"
-    )
-    regex: Text | None = Field(None, description="a string")
-    choice: Choices | None = Field(None, description="a list of strings")
-    grammar: Text | None = Field(None, description="a string")
-    json_object: Flag | None = Field(None, description="true or false")
-    disable_fallback: Flag | None = Field(None, description="true or false; it has no effect")
-    disable_any_whitespace: Flag | None = Field(None, description="true or false; it has no effect")
-    disable_additional_properties: Literal[False] | None = Field(None, description="false")
-    backend: Text | None = Field(None, description="a string; it has no effect")
-
-    @model_validator(mode="after")
-    def _check_one(self) -> Self:
-        names = [name for name in self.__pydantic_fields_set__ if name not in _WITHOUT_EFFECT]
-        if sum(getattr(self, name) not in (None, False) for name in names) > 1:
-            raise ValueError("more than one format")
-        return self
-
-    def format(self) -> AnswerFormat | None:
-        """The format that it stands for; None if it has none."""
-        if self.definition is not None:
-            return schema_format(self.definition)
-        if self.choice is not None:
-            return AnswerFormat(choices=tuple(dict.fromkeys(self.choice)))
-        if self.json_object:
-            return AnswerFormat(schema=JSON_OBJECT)
-        if self.regex or self.grammar:
-            return AnswerFormat(regex=self.regex or "", grammar=self.grammar or "")
-        return None
-
-
-STRUCTURED_DESCRIPTION = (
-    'an object with one of "json" (a JSON Schema), "regex", "choice", "grammar" and "json_object"'
-)
-FORMAT_DESCRIPTION = (
-    '{"type": "text"}, {"type": "json_object"}, '
-    'or {"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
-)
-CHOICES_DESCRIPTION = (
-    f"a list of 1 to {MAX_CHOICES:,} non-empty strings without leading or trailing white space"
-)
-
-
-def model_schema(kind: Any) -> dict[str, Any]:
-    """The JSON Schema of a pydantic model, or of any other type that pydantic can describe."""
-    return TypeAdapter(kind).json_schema()
-
-
-def schema_format(schema: dict[str, Any]) -> AnswerFormat:
-    """The answer format of a JSON Schema."""
-    return AnswerFormat(schema=json.dumps(schema, ensure_ascii=False))
-
-
-def answer_format(
-    response_format: ResponseFormat | None,
-    choices: list[str] | None,
-    structured_outputs: StructuredOutputs | None,
-    default: AnswerFormat | None,
-) -> AnswerFormat | None:
-    """The answer format that a query asks for; None means any text.
-
-    Args:
-        response_format: the field of that name.
-        choices: the field of that name.
-        structured_outputs: the field of that name.
-        default: the format of a query that has none of these fields.
-
-    Raises:
-        QueryError: more than one of the fields is given.
-    """
-    if structured_outputs is not None:
-        for name, value in (("response_format", response_format), ("choices", choices)):
-            if value is not None:
-                message = f"structured_outputs cannot be combined with {name}"
-                raise QueryError(message, field="structured_outputs")
-        return structured_outputs.format() or default
-    if choices is not None:
-        if response_format is not None:
-            raise QueryError("choices cannot be combined with response_format", field="choices")
-        return AnswerFormat(choices=tuple(dict.fromkeys(choices)))
-    return default if response_format is None else _response_format(response_format)
-
-
-def _response_format(response_format: ResponseFormat) -> AnswerFormat | None:
-    match response_format:
-        case TextFormat():
-            return None
-        case JsonObjectFormat():
-            definition = response_format.definition
-            return schema_format(definition) if definition else AnswerFormat(schema=JSON_OBJECT)
-        case JsonSchemaFormat():
-            return schema_format(response_format.json_schema.definition)
-        case FlatJsonSchemaFormat():
-            return schema_format(response_format.definition)
-
-
-def format_fields(answers: AnswerFormat | None) -> dict[str, Any]:
-    """The query fields that ask for an answer format: the inverse of `answer_format`."""
-    if answers is None:
-        return {}
-    if answers.choices:
-        return {"choices": list(answers.choices)}
-    for name in ("regex", "grammar"):
-        if text := getattr(answers, name):
-            return {"structured_outputs": {name: text}}
-    if answers.schema == JSON_OBJECT:
-        return {"response_format": {"type": "json_object"}}
-    schema = {"name": SCHEMA_NAME, "schema": json.loads(answers.schema)}
-    return {"response_format": {"type": "json_schema", "json_schema": schema}}
-
-
-# The query.
 
 _NULL: dict[str, Any] = {"type": "null"}
 _WAYS_TO_ASK: list[Any] = [
@@ -343,56 +106,13 @@ _IS_RAW: dict[str, Any] = {
     "required": ["raw_prompt"],
     "properties": {"raw_prompt": {"type": ["string", "array"]}},
 }
-_ECHOES: dict[str, Any] = {"required": ["echo"], "properties": {"echo": {"const": True}}}
-_SCORES: dict[str, Any] = {
-    "required": ["prompt_logprobs"],
-    "properties": {"prompt_logprobs": {"type": "number"}},
-}
-
-
-def zero_tokens_rule(name: str) -> dict[str, Any]:
-    """The rule that a query which generates nothing echoes or scores its prompt.
-
-    Args:
-        name: the field that holds the number of tokens to generate.
-    """
-    return {"anyOf": [{"properties": {name: {"not": {"const": 0}}}}, _ECHOES, _SCORES]}
-
-
-_RAW_COMBINATIONS: list[Any] = [
-    {"anyOf": [{"not": _ECHOES}, _IS_RAW]},
+_COMBINATIONS: list[Any] = [
+    *combination_rules([None], default_temperature=False),
+    *at_most_one(FORMAT_FIELDS, [None]),
+    {"anyOf": [{"not": ECHOES}, _IS_RAW]},
     {"anyOf": [{"not": _IS_RAW}, {"properties": {"tools": {"enum": [None, []]}}}]},
     zero_tokens_rule("max_new_tokens"),
 ]
-
-
-def combinations(absent: list[Any], default_temperature: bool) -> list[Any]:
-    """The rules of `_check_combination` as JSON Schemas, all of which must hold.
-
-    Args:
-        absent: the values of an optional field that count as absent.
-        default_temperature: whether sampling is the default when n is above 1.
-    """
-    empty = {"enum": absent}
-    sampled: dict[str, Any] = {"type": "number", "exclusiveMinimum": 0}
-    temperature: dict[str, Any] = {"required": ["temperature"]}
-    if default_temperature:
-        sampled, temperature = {"anyOf": [sampled, empty]}, {}
-    rules: list[list[dict[str, Any]]] = [
-        [
-            {"properties": {"top_logprobs": {"enum": [*absent, 0]}}},
-            {"required": ["logprobs"], "properties": {"logprobs": {"const": True}}},
-        ],
-        [
-            {"properties": {"tool_choice": {"enum": [*absent, "none", "auto"]}}},
-            {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
-        ],
-        [
-            {"properties": {"n": {"enum": [*absent, 1]}}},
-            temperature | {"properties": {"temperature": sampled}},
-        ],
-    ]
-    return [{"anyOf": options} for options in rules] + at_most_one(FORMAT_FIELDS, absent)
 
 
 class MessageFields(BaseModel):
@@ -416,7 +136,7 @@ class QueryFields(BaseModel):
         extra="forbid",
         json_schema_extra={
             "anyOf": _WAYS_TO_ASK,
-            **forbid_violations([*combinations([None], False), *_RAW_COMBINATIONS]),
+            **forbid_violations(_COMBINATIONS),
         },
     )
 
@@ -582,7 +302,10 @@ def _check_last(message: Message) -> None:
 
 
 def _continues(fields: QueryFields, messages: tuple[Message, ...]) -> bool:
-    """Whether the answer continues the last message: an assistant's, unless the query objects."""
+    """Whether the answer continues the last message.
+
+    It continues an assistant message unless `continue_final_message` is false.
+    """
     is_assistants = bool(messages) and messages[-1].role == "assistant"
     if fields.continue_final_message and not is_assistants:
         message = "continue_final_message requires that the last message is the assistant's"

@@ -13,6 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from smolcli.errors import QueryError
+from smolcli.protocol.answer_formats import (
+    FlatJsonSchemaFormat,
+    JsonObjectFormat,
+    TextFormat,
+)
+from smolcli.protocol.field_rules import forbid_violations, tool_choice_rule
 from smolcli.protocol.fields import (
     EMPTY,
     MAX_LOGPROBS,
@@ -29,13 +35,7 @@ from smolcli.protocol.fields import (
 )
 from smolcli.protocol.openai import MODEL, NO_EFFECT, RefusalPart
 from smolcli.protocol.parameters import validated
-from smolcli.protocol.query import (
-    FlatJsonSchemaFormat,
-    JsonObjectFormat,
-    TextFormat,
-    forbid_violations,
-    parse_query,
-)
+from smolcli.protocol.query import parse_query
 from smolcli.protocol.tool_fields import MAX_TOOLS, FunctionName, FunctionRef
 from smolcli.protocol.tools import call_id
 from smolcli.settings import QueryDefaults
@@ -168,20 +168,10 @@ class ResponseStreamOptions(Lenient):
     include_obfuscation: Flag | None = Field(None, description="true or false; it has no effect")
 
 
-_RULES: list[Any] = [
-    {
-        "anyOf": [
-            {"properties": {"tool_choice": {"enum": [*EMPTY, "none", "auto"]}}},
-            {"required": ["tools"], "properties": {"tools": {"type": "array", "minItems": 1}}},
-        ]
-    }
-]
-
-
 class ResponsesFields(Lenient):
     """The parameters of a request; descriptions complete "<parameter> must be ..."."""
 
-    model_config = ConfigDict(json_schema_extra=forbid_violations(_RULES))
+    model_config = ConfigDict(json_schema_extra=forbid_violations([tool_choice_rule(list(EMPTY))]))
 
     model: Text | None = Field(None, description=MODEL)
     input: Prompt | Annotated[list[Item], Field(min_length=1)] = Field(
@@ -455,8 +445,7 @@ def _query_values(fields: ResponsesFields) -> dict[str, Any]:
     }
     match fields.text and fields.text.format:
         case FlatJsonSchemaFormat(definition=schema):
-            schema_fields = {"name": "answer", "schema": schema}
-            values["response_format"] = {"type": "json_schema", "json_schema": schema_fields}
+            values["response_format"] = {"type": "json_schema", "schema": schema}
         case TextFormat() | JsonObjectFormat() as form:
             values["response_format"] = form.model_dump()
         case None:

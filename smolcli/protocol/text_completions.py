@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from smolcli.errors import QueryError
+from smolcli.protocol.field_rules import forbid_violations, zero_tokens_rule
 from smolcli.protocol.fields import (
     EMPTY,
     MAX_ANSWERS,
@@ -36,7 +37,7 @@ from smolcli.protocol.openai import (
 )
 from smolcli.protocol.parameters import invalid_parameter, validated
 from smolcli.protocol.prompt import split_answers
-from smolcli.protocol.query import forbid_violations, parse_query, zero_tokens_rule
+from smolcli.protocol.query import parse_query
 from smolcli.settings import QueryDefaults
 from smolcli.types import FinishReason, Query, Result, Usage
 

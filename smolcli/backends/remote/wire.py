@@ -8,8 +8,8 @@ from typing import Any, TypeGuard
 
 from smolcli.backends.base import incomplete_json
 from smolcli.errors import QueryError
+from smolcli.protocol.answer_formats import format_fields
 from smolcli.protocol.json_text import load_json, parse_json
-from smolcli.protocol.query import format_fields
 from smolcli.protocol.text_completions import entries_of
 from smolcli.protocol.tools import message_record, tool_fields, with_call_ids
 from smolcli.types import (

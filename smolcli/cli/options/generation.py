@@ -187,7 +187,7 @@ def read_schema(schema: str | None) -> AnswerFormat | None:
     """
     if schema is None:
         return None
-    from smolcli.protocol.query import schema_format  # late: imports pydantic
+    from smolcli.protocol.answer_formats import schema_format  # late: imports pydantic
     from smolcli.text.grammar import check_format
 
     if schema.lstrip().startswith("{"):
@@ -211,7 +211,7 @@ def _names_model(schema: str) -> bool:
 
 def _from_model(schema: str) -> dict[str, Any]:
     """The schema of a pydantic model, or of any other type that pydantic supports."""
-    from smolcli.protocol.query import model_schema
+    from smolcli.protocol.answer_formats import model_schema
 
     module, _, name = schema.partition(":")
     sys.path.insert(0, str(Path.cwd()))  # as with python -m, unlike a console script
