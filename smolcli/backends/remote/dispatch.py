@@ -15,19 +15,17 @@ from smolcli.backends.remote.upstream import Unavailable, Upstream, check_status
 from smolcli.backends.remote.wire import (
     Dialect,
     MalformedAnswer,
-    StreamedCalls,
+    StreamedAnswer,
     chat_body,
     completion_body,
     load_object,
-    logprobs_of,
     parse_batch,
     parse_completion,
     parse_error,
     parse_record,
-    to_result,
 )
 from smolcli.errors import BackendError, QueryError
-from smolcli.types import ErrorCode, Result, TextPiece, Timings, failure, is_blank
+from smolcli.types import ErrorCode, Result, Timings, failure, is_blank
 
 NDJSON = "application/x-ndjson"
 MAX_REQUEST_ID_CHARS = 128  # the maximum that a smol server accepts
@@ -303,46 +301,31 @@ async def _error_body(response: httpx.Response) -> dict[str, Any]:
 
 async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result:
     """Pass on the pieces of an answer as they arrive."""
-    pieces: list[str] = []
-    calls = StreamedCalls()
-    logprobs: list[Any] | None = None
-    num_shown = 0
-    finish_reason = usage = None
-    is_done = has_refusal = False
-    try:
-        async for line in _lines(response):
-            line = line.removeprefix(codecs.BOM_UTF8)
-            data = line.removeprefix(b"data:").strip()
-            is_done = is_done or data == b"[DONE]"
-            if is_done or not line.startswith(b"data:"):
-                continue
-            chunk = load_object(data)
-            if chunk.get("error"):
-                return parse_error(chunk, pending.query)
-            usage = chunk.get("usage") or usage
-            for choice in chunk.get("choices") or []:
-                finish_reason = choice.get("finish_reason") or finish_reason
-                if entries := logprobs_of(choice):
-                    logprobs = [*(logprobs or []), *entries]
-                delta = choice.get("delta") or {}
-                has_refusal = has_refusal or bool(delta.get("refusal"))
-                called = calls.add(delta.get("tool_calls") or [])
-                text = delta.get("content") or choice.get("text") or ""
-                if text or called:
-                    pieces.append(text + "")  # a TypeError unless it is a string
-                    new = (logprobs or [])[num_shown:]
-                    num_shown += len(new)
-                    pending.show(TextPiece(text, new, called))
-    except (LookupError, TypeError, AttributeError, ValueError) as exc:
-        raise MalformedAnswer("the stream does not consist of completion chunks") from exc
+    answer = StreamedAnswer(pending.query)
+    async for chunk in _chunks(response):
+        if chunk.get("error"):
+            return parse_error(chunk, pending.query)
+        for piece in answer.add(chunk):
+            pending.show(piece)
+    return answer.result()
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The chunks in the events of a stream. What follows the end mark is read, but ignored.
+
+    Raises:
+        MalformedAnswer: an event does not hold an object.
+        Unavailable: the stream has no end mark.
+    """
+    is_done = False
+    async for line in _lines(response):
+        line = line.removeprefix(codecs.BOM_UTF8)
+        data = line.removeprefix(b"data:").strip()
+        is_done = is_done or data == b"[DONE]"
+        if line.startswith(b"data:") and not is_done:
+            yield load_object(data)
     if not is_done:
         raise Unavailable("the stream ended early")
-    is_empty_answer = finish_reason in ("stop", "length") and not has_refusal
-    text = "".join(pieces)
-    response_text = text if text or is_empty_answer else None
-    record = {"response": response_text, "finish_reason": finish_reason, "logprobs": logprobs}
-    record["tool_calls"] = calls.records() or None
-    return to_result(pending.query, [record], usage)
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:

@@ -18,6 +18,7 @@ from smolcli.types import (
     Query,
     Result,
     Sampling,
+    TextPiece,
     ToolCall,
     ToolCallDelta,
     Usage,
@@ -367,7 +368,69 @@ def _calls(value: object) -> tuple[ToolCall, ...]:
     return tuple(calls)
 
 
-class StreamedCalls:
+class StreamedAnswer:
+    """Puts a streamed answer together.
+
+    Args:
+        query: the query that it answers, which asks for one answer.
+    """
+
+    def __init__(self, query: Query) -> None:
+        self._query = query
+        self._texts: list[str] = []
+        self._calls = _StreamedCalls()
+        self._logprobs: list[Any] | None = None
+        self._num_passed = 0  # log probabilities that went out with a piece
+        self._finish_reason: object = None
+        self._has_refusal = False
+        self._usage: object = None
+
+    def add(self, chunk: Mapping[str, Any]) -> list[TextPiece]:
+        """Add a chunk of the stream; returns the pieces of the answer in it.
+
+        Raises:
+            MalformedAnswer: it is not a completion chunk.
+        """
+        try:
+            self._usage = chunk.get("usage") or self._usage
+            pieces = [self._piece(choice) for choice in chunk.get("choices") or []]
+        except (LookupError, TypeError, AttributeError, ValueError) as exc:
+            raise MalformedAnswer("the stream does not consist of completion chunks") from exc
+        return [piece for piece in pieces if piece is not None]
+
+    def _piece(self, choice: Mapping[str, Any]) -> TextPiece | None:
+        self._finish_reason = choice.get("finish_reason") or self._finish_reason
+        if entries := logprobs_of(choice):
+            self._logprobs = [*(self._logprobs or []), *entries]
+        delta = choice.get("delta") or {}
+        self._has_refusal = self._has_refusal or bool(delta.get("refusal"))
+        calls = self._calls.add(delta.get("tool_calls") or [])
+        text = delta.get("content") or choice.get("text") or ""
+        if not (text or calls):
+            return None
+        self._texts.append(text + "")  # a TypeError unless it is a string
+        logprobs = (self._logprobs or [])[self._num_passed :]
+        self._num_passed += len(logprobs)
+        return TextPiece(text, logprobs, calls)
+
+    def result(self) -> Result:
+        """The result, once the stream has ended.
+
+        Raises:
+            MalformedAnswer: the chunks do not make up an answer.
+        """
+        is_empty_answer = self._finish_reason in ("stop", "length") and not self._has_refusal
+        text = "".join(self._texts)
+        record = {
+            "response": text if text or is_empty_answer else None,
+            "tool_calls": self._calls.records() or None,
+            "finish_reason": self._finish_reason,
+            "logprobs": self._logprobs,
+        }
+        return to_result(self._query, [record], self._usage)
+
+
+class _StreamedCalls:
     """Puts the calls of a streamed answer together."""
 
     def __init__(self) -> None:
