@@ -21,7 +21,7 @@ from smolcli.data.detection import (
 )
 from smolcli.data.json_values import json_values
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, is_stream, nonblank_lines
-from smolcli.data.prompt_template import RowMapper, named_columns
+from smolcli.data.row_mapper import RowMapper, named_columns
 from smolcli.data.rows import Row
 from smolcli.data.source import READ_ERRORS, Prefixed, open_source, read_some
 from smolcli.data.sqlite import read_sqlite
