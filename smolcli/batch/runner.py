@@ -12,7 +12,6 @@ between any two steps leaves a state that the same command continues from.
 """
 
 import hashlib
-import os
 import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -21,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 
 from smolcli.backends.base import Backend
+from smolcli.batch.checks import check_options, check_paths
 from smolcli.batch.input_scan import InputScan, scan_input
 from smolcli.batch.journal import (
     Entry,
@@ -40,14 +40,12 @@ from smolcli.batch.progress import RunProgress
 from smolcli.batch.queries import ChatIds, QueryReader
 from smolcli.batch.statistics import RunStatistics, StatisticsCollector
 from smolcli.batch.truncation import PromptTruncation
-from smolcli.data.compression import FOREIGN_SUFFIXES, codec_of_name, without_codec_suffix
-from smolcli.data.detection import table_kind
+from smolcli.data.compression import codec_of_name, without_codec_suffix
 from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import ResultWriter, encode, is_stream, replacing_lines
 from smolcli.data.rows import Row
-from smolcli.data.sqlite import reads_table
-from smolcli.data.table_writer import check_table, write_table
-from smolcli.errors import BackendError, ResumeError, RunError, UsageError, counted, error_reason
+from smolcli.data.table_writer import write_table
+from smolcli.errors import BackendError, ResumeError, RunError, UsageError, counted
 from smolcli.protocol.line_formats import LineFormat, RunInfo
 from smolcli.protocol.openai import model_name
 from smolcli.settings import EngineSettings, RunSettings
@@ -87,12 +85,12 @@ def run_file(
         UsageError: the output is the input, is in use, or was made with other settings.
         RunError: input, output, model or backend failed; results written so far are kept.
     """
-    _check_options(settings)
+    check_options(settings)
     if is_stream(settings.output):
         run = _new_run(settings, progress)
         with _opened(settings, open_backend, progress) as backend:
             return run.answer_remaining(backend, progress)
-    _check_paths(settings)
+    check_paths(settings)
     with ExitStack() as locks:
         for path in filter(None, (settings.output, settings.errors)):
             locks.enter_context(output_lock(path))
@@ -291,6 +289,21 @@ class Run:
             run._check_gaps()
         return run
 
+    def check_line_numbers(self) -> None:
+        """Check that each result still belongs to a line of the input.
+
+        Raises:
+            ResumeError: lines were inserted or removed.
+        """
+        inputs = self.scan.inputs
+        for entry, number in zip(self._entries(), inputs.numbers(), strict=False):
+            if entry.line != number:
+                raise ResumeError(
+                    f"{inputs} changed at {inputs.where(min(entry.line, number))} since "
+                    f"{self.settings.output} was written: lines were inserted or removed; "
+                    "restore it, or choose another --output"
+                )
+
     def answer_remaining(
         self, backend: Backend, progress: RunProgress, manifest: Manifest | None = None
     ) -> RunStatistics:
@@ -364,21 +377,6 @@ class Run:
                 f"were inserted into {self.scan.inputs}; "
                 "choose another --output, or start over with --overwrite"
             )
-
-    def check_line_numbers(self) -> None:
-        """Check that each result still belongs to a line of the input.
-
-        Raises:
-            ResumeError: lines were inserted or removed.
-        """
-        inputs = self.scan.inputs
-        for entry, number in zip(self._entries(), inputs.numbers(), strict=False):
-            if entry.line != number:
-                raise ResumeError(
-                    f"{inputs} changed at {inputs.where(min(entry.line, number))} since "
-                    f"{self.settings.output} was written: lines were inserted or removed; "
-                    "restore it, or choose another --output"
-                )
 
     def _entries(self) -> Iterator[Entry]:
         return read_entries(self.settings.output, self.settings.errors, self._format)
@@ -515,76 +513,6 @@ class Run:
         if is_stream(self.settings.output) or is_stream(self.settings.input):
             return f"wrote {results}; a run from stdin or to stdout cannot be resumed"
         return f"{self.settings.output} has {results}; run the same command to resume"
-
-
-def _check_options(settings: RunSettings) -> None:
-    """Reject options that contradict each other."""
-    if is_stream(settings.input) or is_stream(settings.output):
-        for option, value in (
-            ("--errors", settings.errors),
-            ("--retry-errors", settings.retry_errors),
-        ):
-            if value:
-                raise UsageError(f"{option} needs files, not stdin or stdout")
-    if settings.errors is not None and is_stream(settings.errors):
-        raise UsageError(f"--errors {settings.errors} must be a regular file")
-    if settings.retry_errors and settings.overwrite:
-        raise UsageError("--retry-errors and --overwrite cannot be combined")
-
-
-def _check_paths(settings: RunSettings) -> None:
-    """Reject paths that cannot be written, or that would overwrite the input or each other."""
-    output, errors, table = settings.output, settings.errors, settings.table
-    if not output.name:
-        raise UsageError(f"cannot write {output}: it is a directory")
-    if errors is not None and table_kind(errors) is not None:
-        raise UsageError(f"--errors {errors} holds JSON Lines; choose a name such as failed.jsonl")
-    written = [(path, "--output") for path in (table, output, manifest_path(output)) if path]
-    if errors is not None:
-        written.append((errors, "--errors"))
-    for path, option in written:
-        try:
-            is_own_table = path == table and table_kind(path) == "sqlite"
-            inputs = () if is_own_table else [file.path for file in Inputs.of(settings).files]
-            _check_path(path, option, inputs)
-        except OSError as exc:
-            raise UsageError(f"cannot write {path}: {error_reason(exc)}") from exc
-    if errors is not None and any(_is_same(errors, path) for path, _ in written[:-1]):
-        raise UsageError(f"{errors} is the output or its manifest; choose another --errors")
-    if table is not None:
-        _check_table_name(settings, table)
-        fields = settings.rows.fields
-        check_table(table, settings.table_name, output, fields, settings.overwrite)
-
-
-def _check_table_name(settings: RunSettings, table: Path) -> None:
-    """Reject an output that would replace a table that is read."""
-    name, rows = settings.table_name, settings.rows
-    is_input = any(_is_same(table, file.path) for file in Inputs.of(settings).files)
-    if is_input and reads_table(table, rows.query, rows.table, name):
-        raise UsageError(f"this run reads the table {name!r}; choose another --output-table")
-
-
-def _is_same(path: Path, other: Path) -> bool:
-    """Whether two paths name one file, also through links."""
-    if path.exists() and other.exists():
-        return path.samefile(other)
-    return os.path.realpath(path) == os.path.realpath(other)
-
-
-def _check_path(path: Path, option: str, inputs: Iterable[Path]) -> None:
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(
-            f"cannot write {path}: it is a directory, or its parent directory does not exist"
-        )
-    if path.suffix.lower() in FOREIGN_SUFFIXES:
-        raise UsageError(f"cannot write {path.suffix} files; choose another {option}")
-    if path.exists() and any(os.path.exists(each) and path.samefile(each) for each in inputs):
-        raise UsageError(f"{path} is the input; choose another {option}")
-    target = Path(os.path.realpath(path))
-    if target.is_symlink():
-        raise UsageError(f"cannot write {path}: it is a symbolic link to itself")
-    target.with_name(f".{target.name}.lock").exists()  # OSError if a name next to it is too long
 
 
 def _previous_manifest(settings: RunSettings) -> Manifest | None:
