@@ -305,6 +305,16 @@ def test_unknown_ids_are_not_found(client: openai.OpenAI) -> None:
         assert response.json()["error"]["code"] == "not_found"
 
 
+def test_file_deleted_from_the_directory_is_not_found(
+    client: openai.OpenAI, tmp_path: Path
+) -> None:
+    """The server said that its storage had failed."""
+    file_id = upload(client, [line("a")])
+    (tmp_path / "files" / file_id).unlink()
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(file_id)
+
+
 def test_a_file_name_is_only_a_name(client: openai.OpenAI, tmp_path: Path) -> None:
     for given, kept in (("../../etc/x", "x"), ("a\\b.jsonl", "b.jsonl"), ("日本語", "日本語")):
         file = client.files.create(file=(given, b"{}"), purpose="batch")
@@ -421,25 +431,83 @@ def test_an_expired_batch_keeps_its_answers_and_lists_the_rest(tmp_path: Path) -
         ]
 
 
-def test_expired_batch_waits_for_an_input_that_cannot_be_read(tmp_path: Path) -> None:
-    """It failed, and the requests without an answer were not listed."""
-    held, running = hold(tmp_path)
+def interrupted(folder: Path, **changes: Any) -> tuple[Batch, Path]:
+    """A batch with 2 of 3 answers when its server stops, and the path of its input.
+
+    Args:
+        folder: of the batch store.
+        changes: made to its record.
+    """
+    held, running = hold(folder)
     with running as (_, client):
         batch = create(client, [line(name) for name in names(3)])
         release(held, 2)
         eventually(lambda: counts(client.batches.retrieve(batch.id)) == (3, 2, 0))
-    change_record(tmp_path / "batches" / f"{batch.id}.json", expires_at=1)
-    content, kept = tmp_path / "files" / batch.input_file_id, tmp_path / "kept"
+    change_record(folder / "batches" / f"{batch.id}.json", **changes)
+    return batch, folder / "files" / batch.input_file_id
+
+
+UNFINISHED: list[dict[str, Any]] = [{"status": "validating"}, {}, {"expires_at": 1}]
+
+
+@pytest.mark.parametrize("changes", UNFINISHED)
+def test_batch_waits_for_an_input_that_cannot_be_read(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """It failed at once unless it had expired."""
+    batch, content = interrupted(tmp_path, **changes)
+    kept = tmp_path / "kept"
     content.rename(kept)
     content.mkdir()  # as root, no permission is missing
     with batch_server(tmp_path) as (_, client):
         eventually(lambda: "storage" in str(waits_for(client, batch)) or is_final(client, batch))
         content.rmdir()
         kept.rename(content)
-        expired = reach(client, batch)
-        assert (expired.status, counts(expired)) == ("expired", (3, 2, 0))
-        assert [each["custom_id"] for each in records(client, expired.output_file_id)] == names(2)
-        assert [each["custom_id"] for each in records(client, expired.error_file_id)] == ["r2"]
+        done = reach(client, batch)
+        status, num_answers = ("expired", 2) if "expires_at" in changes else ("completed", 3)
+        assert (done.status, counts(done)) == (status, (3, num_answers, 0))
+        answers = records(client, done.output_file_id)
+        assert [each["custom_id"] for each in answers] == names(num_answers)
+        if status == "expired":
+            assert [each["custom_id"] for each in records(client, done.error_file_id)] == ["r2"]
+
+
+def test_batch_waits_for_a_disk_that_is_not_mounted(tmp_path: Path) -> None:
+    """Its input looks as if it had been deleted."""
+    batch, content = interrupted(tmp_path)
+    is_unmounted = threading.Event()
+
+    def open_backend() -> Backend:
+        assert is_unmounted.wait(TIMEOUT_S)
+        return EchoBackend()
+
+    with batch_server(tmp_path, open_backend, waits=False) as (_, client):
+        content.parent.rename(tmp_path / "moved")
+        is_unmounted.set()
+        eventually(lambda: "storage" in str(waits_for(client, batch)) or is_final(client, batch))
+        (tmp_path / "moved").rename(content.parent)
+        done = reach(client, batch)
+        assert (done.status, counts(done)) == ("completed", (3, 3, 0))
+
+
+@pytest.mark.parametrize("changes", UNFINISHED)
+def test_batch_whose_input_was_deleted_fails_with_its_answers(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """An expired one waited forever, and could not be cancelled either."""
+    batch, content = interrupted(tmp_path, **changes)
+    content.unlink()
+    with batch_server(tmp_path) as (_, client):
+        failed = reach(client, batch)
+        assert failed.status == "failed"
+        assert failed.errors is not None
+        (fault,) = failed.errors.data or []
+        assert (fault.code, fault.message, fault.param) == (
+            "not_found",
+            "the input file was deleted",
+            "input_file_id",
+        )
+        assert [each["custom_id"] for each in records(client, failed.output_file_id)] == names(2)
 
 
 def change_record(path: Path, **values: Any) -> None:
@@ -741,34 +809,31 @@ def test_a_failing_disk_fails_the_batch_but_not_the_server(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits on resources")
-def test_a_disk_error_fails_the_batch_and_keeps_its_answers(tmp_path: Path) -> None:
-    """The process may not write larger files for a while."""
+def test_batch_waits_if_its_answers_cannot_be_written(tmp_path: Path) -> None:
+    """It failed. The process may not write larger files for a while."""
     import resource
 
-    lines = [line(name) for name in names(200)]
+    backend, lines = CountingBackend(), [line(name) for name in names(200)]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with batch_server(tmp_path) as (server, client):
+    with batch_server(tmp_path, lambda: backend) as (server, client):
         file_id = upload(client, lines)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
         try:
             batch = client.batches.create(
                 input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h"
             )
-            failed = reach(client, batch)
+            reason = "the server's storage (File too large)"
+            eventually(lambda: waits_for(client, batch) == reason or is_final(client, batch))
+            waiting = client.batches.retrieve(batch.id)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert failed.status == "failed"
-        assert failed.errors is not None
-        (fault,) = failed.errors.data or []
-        assert (fault.code, fault.message) == (
-            "storage_failed",
-            "the server's storage failed: File too large",
-        )
-        answers = records(client, failed.output_file_id)
-        assert 50 < len(answers) < 200
-        assert [each["custom_id"] for each in answers] == names(len(answers))
-        assert counts(failed) == (200, len(answers), 0)
-        assert reach(client, create(client, lines)).status == "completed"
+        assert waiting.status == "in_progress"
+        assert 50 < counts(waiting)[1] < 200
+        done = reach(client, batch)
+        assert (done.status, counts(done)) == ("completed", (200, 200, 0))
+        answers = records(client, done.output_file_id)
+        assert [each["custom_id"] for each in answers] == names(200)
+        assert backend.num_answered < 300
         assert server.client.get("/health").status_code == 200
 
 

@@ -341,12 +341,24 @@ class BatchStore:
         with self._lock:
             if (record := self.file(file_id)) is None:
                 raise no_file(file_id, "file_id")
-            with _trying_to("read"):
-                return record, self.content_path(file_id).open("rb")
+            try:
+                with _trying_to("read"):
+                    return record, self.content_path(file_id).open("rb")
+            except RunError as exc:
+                if self.is_deleted(file_id):
+                    raise no_file(file_id, "file_id") from exc
+                raise
 
     def content_path(self, file_id: str) -> Path:
         """Where the content of a file is; the id must come from a record."""
         return self._files_folder / file_id
+
+    def is_deleted(self, file_id: str) -> bool:
+        """Whether the content of a file was deleted by hand; False if the disk cannot tell."""
+        try:
+            return file_id not in os.listdir(self._files_folder)
+        except OSError:
+            return False
 
     def file(self, file_id: str) -> StoredFile | None:
         """Find a file; None if it does not exist or has expired."""
@@ -543,21 +555,11 @@ class BatchStore:
 
     def _load(self) -> None:
         with _trying_to("read"):
-            for path in self._files_folder.glob(".*"):  # of interrupted uploads
-                _discard(path)
-            for path, file in _records(self._files_folder, StoredFile):
-                content = self.content_path(file.id)
-                if content.is_file():
-                    self._files[file.id] = replace(file, num_bytes=content.stat().st_size)
-                else:
-                    _discard(path)
+            self._load_files()
             for _, batch in _records(self._batches_folder, Batch):
                 self._batches[batch.id] = batch
             records: list[StoredFile | Batch] = [*self._files.values(), *self._batches.values()]
             self._last_ns = max((record.created_ns for record in records), default=0)
-            for content in self._files_folder.iterdir():
-                if content.suffix != ".json" and content.is_file():
-                    self._used_bytes += content.stat().st_size
             for folder in self._batches_folder.iterdir():
                 owner = self._batches.get(folder.name)
                 if folder.is_dir() and owner is not None and not owner.is_open:
@@ -565,6 +567,20 @@ class BatchStore:
                 elif folder.is_dir():
                     sizes = (path.stat().st_size for path in folder.iterdir())
                     self._result_bytes[folder.name] = sum(sizes)
+
+    def _load_files(self) -> None:
+        for path in self._files_folder.glob(".*"):  # of interrupted uploads
+            _discard(path)
+        for path, file in _records(self._files_folder, StoredFile):
+            try:
+                num_bytes = self.content_path(file.id).stat().st_size
+            except FileNotFoundError:
+                _discard(path)
+            else:
+                self._files[file.id] = replace(file, num_bytes=num_bytes)
+        for content in self._files_folder.iterdir():
+            if content.suffix != ".json" and content.is_file():
+                self._used_bytes += content.stat().st_size
 
     def _now_ns(self) -> int:
         """The current time in nanoseconds; no two records have the same one."""

@@ -4,7 +4,6 @@ One thread runs one batch at a time, in order of creation. A second one validate
 ends those that are cancelled or have expired, so that neither waits for a long batch.
 """
 
-import errno
 import json
 import logging
 import threading
@@ -30,7 +29,6 @@ from smolcli.errors import (
     InputError,
     RunError,
     SettingsChanged,
-    SmolError,
     UsageError,
     error_reason,
 )
@@ -315,8 +313,11 @@ class BatchWorker:
         try:
             errors = tuple(islice(check.errors(read_rows(path, ROWS)), MAX_ERRORS))
         except (InputError, UsageError) as exc:
+            if _is_disk_error(exc):
+                raise
             message = str(exc).replace(str(path), batch.input_file_id)
             errors = (BatchError(ErrorCode.INVALID_VALUE, message, param="input_file_id"),)
+        self._waits.pop(batch.id, None)
         if errors:
             self._end(batch, "failed", errors)
             return
@@ -430,14 +431,14 @@ class BatchWorker:
     # Both threads
 
     def _guarded(self, batch: Batch, work: Callable[[Batch], None]) -> None:
-        """Do work for a batch; whatever goes wrong, except for a full disk, is its failure."""
+        """Do work for a batch; whatever goes wrong fails it, except for errors that may pass."""
         try:
             work(batch)
         except HttpError as exc:
             logger.error("batch %s: %s", batch.id, exc)
             self._fail(batch, BatchError(exc.code, str(exc)))
-        except (RunError, UsageError) as exc:
-            if _is_storage_full(exc):
+        except (RunError, UsageError, OSError) as exc:
+            if self._may_pass(batch, exc):
                 self._wait_for_storage(batch, exc)
                 return
             logger.error("batch %s: %s", batch.id, exc)
@@ -448,6 +449,15 @@ class BatchWorker:
                 batch,
                 BatchError(ErrorCode.INTERNAL, "internal error; see the server log for details"),
             )
+
+    def _may_pass(self, batch: Batch, exc: Exception) -> bool:
+        """Whether work for a batch may succeed later.
+
+        Any error of the disk may pass, but an input that was deleted does not come back.
+        """
+        needs_input = isinstance(exc, InputError)
+        is_lost = needs_input and self._store.is_deleted(batch.input_file_id)
+        return _is_disk_error(exc) and not is_lost
 
     def _fail(self, batch: Batch, error: BatchError) -> None:
         """End a batch as failed, with the results that can still be published."""
@@ -497,8 +507,8 @@ class BatchWorker:
                 self._publish(batch)
                 batch = self._store.update(batch.id, self._finished, must_store=True)
             except (RunError, OSError) as exc:
-                if isinstance(exc, InputError) and not isinstance(exc.__cause__, OSError):
-                    raise  # the input itself is damaged
+                if not self._may_pass(batch, exc):
+                    raise
                 self._wait_for_storage(batch, exc)
                 return
             self._forget(batch.id)
@@ -578,17 +588,16 @@ def _counted(batch: Batch, statistics: RunStatistics | StatisticsCollector) -> B
     )
 
 
-def _is_storage_full(exc: SmolError) -> bool:
-    """Whether the disk is full or read-only, so that a later attempt may succeed."""
-    cause = exc.__cause__
-    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+def _is_disk_error(exc: Exception) -> bool:
+    """Whether the disk failed, rather than that it holds something unexpected."""
+    cause = exc.__cause__ or exc
+    return isinstance(cause, OSError) and cause.errno is not None
 
 
-def _client_error(exc: SmolError) -> BatchError:
-    """What a client may know about a failure, without the server's paths."""
-    if isinstance(exc.__cause__, OSError):
-        reason = error_reason(exc.__cause__)
-        return BatchError(HttpCode.STORAGE_FAILED, f"the server's storage failed: {reason}")
+def _client_error(exc: Exception) -> BatchError:
+    """What a client may know about a failure that does not pass, without the server's paths."""
+    if _is_disk_error(exc):
+        return BatchError(HttpCode.NOT_FOUND, "the input file was deleted", param="input_file_id")
     message = "the results of an earlier session are damaged; create the batch again"
     return BatchError(HttpCode.STORAGE_FAILED, message)
 
