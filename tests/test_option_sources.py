@@ -136,6 +136,27 @@ def test_repeatable_or_key_variable_must_not_be_blank(variable: str, value: str)
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("api-key = []", "--api-key must not be empty (api-key in {path})"),
+        ('api-key = ""', "--api-key must not be empty (api-key in {path})"),
+        ('api-key = []\napi-key-file = "keys"', "--batch-dir and --no-batches cannot be combined"),
+        ("cors-origin = []", "--batch-dir and --no-batches cannot be combined"),
+    ],
+)
+def test_empty_keys_in_the_config_file_do_not_open_the_server(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty list started a server that was open to anyone."""
+    monkeypatch.chdir(tmp_path)
+    Path("keys").write_text("key\n")
+    path = tmp_path / "c.toml"
+    path.write_text(f"[serve]\n{text}\n")
+    done = smol("--config", path, "serve", *CONFLICT)
+    assert (done.exit_code, done.stderr) == (2, f"smol: {said.format(path=path)}\n")
+
+
+@pytest.mark.parametrize(
     "env",
     [
         {"SMOL_API_KEY": "", "SMOL_API_KEY_FILE": "keys"},

@@ -88,14 +88,16 @@ def _reject_unknown(given: Iterable[str], known: Iterable[str], message: str) ->
 
 def _validated(option: Any, value: Any, ctx: typer.Context, path: Path) -> Any:
     """A value as text, which is what flags take, after the option has accepted it."""
-    text = [str(item) for item in value] if isinstance(value, list) else str(value)
-    if option.multiple and isinstance(text, str):
-        text = [text]
     key = option.opts[0].removeprefix("--")
-    if isinstance(text, list) and not option.multiple:
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and not option.multiple:
         raise UsageError(f"{path}: {key} takes one value, not a list")
-    if any("\0" in item for item in ([text] if isinstance(text, str) else text)):
+    if any(isinstance(each, list | dict) for each in values):
+        raise UsageError(f"{path}: {key} takes text or a number, not a table or a nested list")
+    texts = [str(each) for each in values]
+    if any("\0" in each for each in texts):
         raise UsageError(f"{path}: {key} must not contain a null character")  # as flags cannot
+    text = texts if option.multiple else texts[0]
     try:
         option.process_value(ctx, text)
     except InvalidValue as exc:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from smolcli.cli.options import option, require_utf8, variable_of, with_option_groups
-from smolcli.cli.options.backend import UpstreamOptions, backend_opener
+from smolcli.cli.options.backend import UpstreamOptions, backend_opener, is_given
 from smolcli.cli.options.engine import Dedupe, EngineOptions
 from smolcli.cli.options.generation import GenerationOptions, Schema, read_schema
 from smolcli.cli.terminal import log_to_stderr
@@ -145,8 +145,6 @@ class ServeOptions:
             keys += _read_keys(self.api_key_file)
         if not all(keys):
             raise UsageError("--api-key must not be empty")
-        if not keys:
-            _reject_empty_key_variables()
         names = tuple(dict.fromkeys(self.served_model_name or ()))
         for name in names:
             require_utf8("--served-model-name", name)
@@ -279,9 +277,10 @@ def serve(
 
     upstream = remote.settings(ctx, engine.settings())
     defaults = generation.query_defaults(answers=read_schema(schema))
-    settings = replace(
-        options.settings(defaults, engine.settings()), batches=storage.settings(generation.seed)
-    )
+    settings = options.settings(defaults, engine.settings())
+    if not settings.api_keys:
+        _reject_empty_keys(ctx)
+    settings = replace(settings, batches=storage.settings(generation.seed))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     log_to_stderr()
     configure_logging(options.log_format)
@@ -299,12 +298,14 @@ def _open_gateway(remote: RemoteSettings, settings: EngineSettings) -> "Backend"
     return open_gateway(remote)
 
 
-def _reject_empty_key_variables() -> None:
-    """Reject variables for API keys that are empty, which usually means unset.
+def _reject_empty_keys(ctx: typer.Context) -> None:
+    """Reject API keys that are set but empty: empty variables, and an empty list in a config file.
 
     Raises:
-        UsageError: naming the variable.
+        UsageError: naming the variable or the option.
     """
+    if is_given(ctx, "api_key"):
+        raise UsageError("--api-key must not be empty")
     for variable in map(variable_of, ("--api-key", "--api-key-file")):
         if variable in os.environ:
             raise UsageError(

@@ -182,14 +182,14 @@ def _settings(
         urls=tuple(urls),
         api=api,
         api_key=api_key,
-        model=engine.model if _is_given(ctx, "model") else None,
+        model=engine.model if is_given(ctx, "model") else None,
         dtype=engine.dtype,
         max_concurrency=engine.max_concurrency,
         retry_s=retry_s,
     )
 
 
-def _is_given(ctx: typer.Context, name: str) -> bool:
+def is_given(ctx: typer.Context, name: str) -> bool:
     """Whether a parameter was set by its option, environment variable or the config file."""
     return _source(ctx, name) not in (None, "DEFAULT")
 
