@@ -7,7 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from smolcli import __version__
 from smolcli.backends.base import Health
-from smolcli.server.schemas import openapi_document
+from smolcli.server.openapi import openapi_document
 from smolcli.server.service import Service, json_response
 
 
