@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +36,7 @@ TEXTS = [
 CONVERSATIONS = [
     *([Message("user", text)] for text in TEXTS),
     *([Message("system", text), Message("user", "Go on.")] for text in TEXTS),
+    [Message("user", "\n".join(TEXTS) * 20)],
     [Message("user", "Hi"), Message("assistant", "Hello! 1 2 3"), Message("user", "Bye  9")],
     [Message("system", ""), Message("user", "x")],
     [Message("assistant", "first"), Message("user", "second")],
@@ -71,6 +74,24 @@ def assert_equals_transformers(folder: Path) -> None:
 
 def test_encode_and_decode_equal_transformers_on_the_tiny_model(tiny_folder: Path) -> None:
     assert_equals_transformers(tiny_folder)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: ChatTokenizer) -> None:
+    """A prompt of 6 MB stopped a whole server, health checks and streams included, for 30 s."""
+    started = threading.Event()
+
+    def encode() -> None:
+        started.set()
+        tokenizer.encode_text("a " * 400_000)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    started.wait()
+    num_turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        num_turns += 1
+    assert num_turns > 5
 
 
 @pytest.mark.model

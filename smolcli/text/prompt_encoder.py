@@ -17,6 +17,7 @@ from smolcli.types import Function, Message, ToolCall, Tools
 # Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
 PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
 IS_PRIVATE_USE_A = re.compile("[\U000f0000-\U000ffffd]")
+LONG_TEXT = 4096  # characters; shorter texts are encoded in about a millisecond
 
 
 class PromptEncoder:
@@ -83,7 +84,7 @@ class PromptEncoder:
             QueryError: from `render`, or if the vocabulary itself turns text into a control token.
         """
         text = self._with_aliases(messages, tools, render)
-        encoded = self._tokenizer.encode(text, add_special_tokens=False).ids
+        encoded = self._encoded(text, add_special_tokens=False)
         if not self._never.isdisjoint(encoded):
             raise QueryError(
                 "the model's tokenizer cannot represent this text without a control token",
@@ -93,12 +94,24 @@ class PromptEncoder:
 
     def encode_raw(self, text: str) -> list[int]:
         """Encode text whose control tokens count, and add those that start every text, if any."""
-        encoded = self._tokenizer.encode(self._aliased(text)[0]).ids
+        encoded = self._encoded(self._aliased(text)[0], add_special_tokens=True)
         return [self._ids.get(token_id, token_id) for token_id in encoded]
 
     def encode_text(self, text: str) -> list[int]:
         """Encode text in which no control token is recognized."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoded(text, add_special_tokens=False)
+
+    def _encoded(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of a text.
+
+        `Tokenizer.encode` stops all other threads of Python until it returns; the methods for
+        several texts do not.
+        """
+        tokenizer = self._tokenizer
+        if isinstance(tokenizer, IndexedTokenizer) or len(text) <= LONG_TEXT:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        (encoded,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoded.ids
 
     def _with_aliases(
         self, messages: Sequence[Message], tools: Tools | None, render: "Render"
