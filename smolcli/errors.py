@@ -49,11 +49,13 @@ class PromptTooLong(QueryError):
     Args:
         num_tokens: length of the prompt.
         limit: the longest prompt allowed, in tokens: one less than the context length.
+        is_exact: whether the prompt is no longer than that.
     """
 
-    def __init__(self, num_tokens: int, limit: int) -> None:
+    def __init__(self, num_tokens: int, limit: int, *, is_exact: bool = True) -> None:
+        length = f"{num_tokens}" if is_exact else f"at least {num_tokens}"
         super().__init__(
-            f"the prompt is too long: it has {num_tokens} tokens, but this model's maximum context "
+            f"the prompt is too long: it has {length} tokens, but this model's maximum context "
             f"length is {limit + 1} tokens, of which the answer needs at least 1",
             ErrorCode.PROMPT_TOO_LONG,
         )

@@ -14,9 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from smolcli.errors import ModelError, QueryError, UsageError
+from smolcli.errors import ModelError, PromptTooLong, QueryError, UsageError
+from smolcli.protocol.query import parse_query
+from smolcli.settings import QueryDefaults
 from smolcli.text.chat_template import NAMED_TEMPLATES
+from smolcli.text.prompt_encoder import HUGE_TEXT
 from smolcli.text.tokenizer import ChatTokenizer, context_length
+from smolcli.text.vocabulary_index import longest_token
 from smolcli.types import Message
 
 TEXTS = [
@@ -92,6 +96,24 @@ def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: ChatTokenizer
         time.sleep(0.001)
         num_turns += 1
     assert num_turns > 5
+
+
+def test_a_prompt_that_no_tokens_could_make_short_enough_is_not_encoded(
+    tiny_folder: Path,
+) -> None:
+    """Three million tokens took 1.4 GB of memory before they were rejected."""
+    source = json.loads((tiny_folder / "tokenizer.json").read_text("utf-8"))
+    longest = max((token["content"] for token in source["added_tokens"]), key=len)
+    assert longest_token(source) == len(longest)
+    chat = ChatTokenizer.load(tiny_folder)
+    num_tokens = HUGE_TEXT // len(longest) + 1
+    query = parse_query({"chat_id": "1", "raw_prompt": longest * num_tokens}, QueryDefaults())
+    assert len(chat.encode_query(query, num_tokens)) == num_tokens
+    with pytest.raises(PromptTooLong, match=f"it has at least {num_tokens} tokens"):
+        chat.encode_query(query, num_tokens - 1)
+    with pytest.raises(PromptTooLong, match="it has at least"):
+        chat.encode([Message("user", "a " * HUGE_TEXT)], limit=1000)
+    assert len(chat.encode([Message("user", "a " * HUGE_TEXT)])) > HUGE_TEXT
 
 
 @pytest.mark.model

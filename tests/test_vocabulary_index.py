@@ -17,6 +17,7 @@ from smolcli.text.detokenizer import TextDecoder
 from smolcli.text.vocabulary_index import (
     IndexedTokenizer,
     build_index,
+    longest_token,
     open_indexed,
     write_index,
 )
@@ -106,6 +107,22 @@ def test_tokenizers_that_change_the_text_have_no_index(
     source: bytes, change: dict[str, Any]
 ) -> None:
     assert build_index(json.loads(source) | change) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": ""}},
+        {"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {}}},
+        {"added_tokens": [{"content": "<pad>", "lstrip": True, "rstrip": False}]},
+        {"added_tokens": None},
+    ],
+)
+def test_tokens_that_stand_for_any_amount_of_text_have_no_longest_one(
+    source: bytes, change: dict[str, Any]
+) -> None:
+    assert longest_token(json.loads(source)) is not None
+    assert longest_token(json.loads(source) | change) is None
 
 
 def test_index_is_stored_repaired_and_removed(home: Path, tiny_folder: Path, source: bytes) -> None:

@@ -63,7 +63,7 @@ def prompt_fits(folder: Path, chat_template: str = "") -> CheckQuery:
 
     def check(query: Query) -> None:
         limit = longest - min(query.sampling.max_new_tokens, 1)
-        if (num_tokens := len(chat.encode_query(query))) > limit:
+        if (num_tokens := len(chat.encode_query(query, limit))) > limit:
             raise PromptTooLong(num_tokens, limit)
 
     return check

@@ -12,7 +12,7 @@ from smolcli.engine.sequence import ScheduledSequence, Sequence, TokenLogprob
 from smolcli.engine.speculation import Speculation
 from smolcli.engine.token_filter import token_filter
 from smolcli.errors import BackendError, PromptTooLong, QueryError
-from smolcli.types import FinishReason
+from smolcli.types import FinishReason, Sampling
 
 
 class Engine:
@@ -59,6 +59,10 @@ class Engine:
         """Whether any sequence is running or waiting."""
         return bool(self.scheduler.running or self.scheduler.num_waiting)
 
+    def longest_prompt(self, sampling: Sampling) -> int:
+        """The length of the longest prompt that leaves room for a new token, if any is wanted."""
+        return self.max_length - min(sampling.max_new_tokens, 1)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; clips `max_tokens` to what the model and the KV cache allow.
 
@@ -67,7 +71,7 @@ class Engine:
             QueryError: the prompt or the sampling settings contain a token id that the model does
                 not have.
         """
-        longest = self.max_length - min(sequence.sampling.max_new_tokens, 1)
+        longest = self.longest_prompt(sequence.sampling)
         if len(sequence.prompt_ids) > longest:
             raise PromptTooLong(len(sequence.prompt_ids), longest)
         for token_id in (min(sequence.prompt_ids), max(sequence.prompt_ids)):

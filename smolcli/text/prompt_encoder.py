@@ -3,21 +3,24 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 from tokenizers import AddedToken, Tokenizer
 
-from smolcli.errors import QueryError
-from smolcli.text.vocabulary_index import IndexedTokenizer
+from smolcli.errors import PromptTooLong, QueryError
+from smolcli.protocol.json_text import parse_json
+from smolcli.text.vocabulary_index import IndexedTokenizer, longest_token
 from smolcli.types import Function, Message, ToolCall, Tools
 
 # Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
 PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
 IS_PRIVATE_USE_A = re.compile("[\U000f0000-\U000ffffd]")
 LONG_TEXT = 4096  # characters; shorter texts are encoded in about a millisecond
+HUGE_TEXT = 1 << 16  # characters; encoding shorter texts needs little memory
 
 
 class PromptEncoder:
@@ -37,6 +40,7 @@ class PromptEncoder:
         tokenizer: the model's tokenizer; aliases are added to it, which never occur in output.
         template_source: the chat template.
         special_tokens: texts that the template may refer to, by name.
+        tokenizer_json: returns the tokenizer in the format of tokenizer.json.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class PromptEncoder:
         tokenizer: Tokenizer | IndexedTokenizer,
         template_source: str,
         special_tokens: Mapping[str, str],
+        tokenizer_json: Callable[[], str],
     ) -> None:
+        self._json = tokenizer_json
         added = tokenizer.get_added_tokens_decoder()
         mentioned = template_source + "\n".join(special_tokens.values())
         control = {
@@ -71,7 +77,11 @@ class PromptEncoder:
         self._letters = _letters(token.content for token in control.values())
 
     def encode(
-        self, messages: Sequence[Message], tools: Tools | None, render: "Render"
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        render: "Render",
+        limit: int | None = None,
     ) -> list[int]:
         """Render and encode messages.
 
@@ -79,11 +89,13 @@ class PromptEncoder:
             messages: the conversation.
             tools: functions to describe.
             render: the chat template; returns the prompt's text.
+            limit: the longest prompt that is of use, in tokens.
 
         Raises:
+            PromptTooLong: the prompt exceeds `limit`, whatever its tokens are.
             QueryError: from `render`, or if the vocabulary itself turns text into a control token.
         """
-        text = self._with_aliases(messages, tools, render)
+        text = self._with_aliases(messages, tools, render, limit)
         encoded = self._encoded(text, add_special_tokens=False)
         if not self._never.isdisjoint(encoded):
             raise QueryError(
@@ -92,8 +104,17 @@ class PromptEncoder:
             )
         return [self._ids.get(token_id, token_id) for token_id in encoded]
 
-    def encode_raw(self, text: str) -> list[int]:
-        """Encode text whose control tokens count, and add those that start every text, if any."""
+    def encode_raw(self, text: str, limit: int | None = None) -> list[int]:
+        """Encode text whose control tokens count, and add those that start every text, if any.
+
+        Args:
+            text: the prompt.
+            limit: see `encode`.
+
+        Raises:
+            PromptTooLong: see `encode`.
+        """
+        self._check_length(text, limit)
         encoded = self._encoded(self._aliased(text)[0], add_special_tokens=True)
         return [self._ids.get(token_id, token_id) for token_id in encoded]
 
@@ -113,11 +134,31 @@ class PromptEncoder:
         (encoded,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoded.ids
 
+    def _check_length(self, text: str, limit: int | None) -> None:
+        """Reject a text that exceeds `limit`, whatever its tokens are.
+
+        Encoding takes hundreds of bytes of memory per token.
+        """
+        if limit is None or len(text) <= HUGE_TEXT or self._longest_token is None:
+            return
+        min_tokens = -(-len(text.encode()) // self._longest_token)
+        if min_tokens > limit:
+            raise PromptTooLong(min_tokens, limit, is_exact=False)
+
+    @cached_property
+    def _longest_token(self) -> int | None:
+        return longest_token(parse_json(self._json()))
+
     def _with_aliases(
-        self, messages: Sequence[Message], tools: Tools | None, render: "Render"
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None,
+        render: "Render",
+        limit: int | None,
     ) -> str:
         """The prompt's text, with aliases for the control tokens that the template wrote."""
         text = render(messages, tools)
+        self._check_length(text, limit)
         hide = self._private_letters(text)
         substitution = Substitution({ord(letter): private for letter, private in hide.items()})
         turns = [substitution.message(turn) for turn in messages]

@@ -55,7 +55,7 @@ class ChatTokenizer:
             for token in tokenizer.get_added_tokens_decoder().values()
         )
         self._template_syntax = None if is_special else template_syntax(template.source)
-        self._encoder = PromptEncoder(tokenizer, template.source, special_tokens)
+        self._encoder = PromptEncoder(tokenizer, template.source, special_tokens, tokenizer_json)
 
     @classmethod
     def load(
@@ -97,7 +97,11 @@ class ChatTokenizer:
         return self._template_syntax or LIST
 
     def encode(
-        self, messages: Sequence[Message], tools: Tools | None = None, continues: bool = False
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        continues: bool = False,
+        limit: int | None = None,
     ) -> list[int]:
         """Encode a conversation as a prompt that ends where the assistant's answer begins.
 
@@ -108,8 +112,10 @@ class ChatTokenizer:
             tools: functions that the prompt describes to the model.
             continues: whether the prompt ends with the text of the last message, for the model to
                 continue, instead of the beginning of an answer to it.
+            limit: the longest prompt that is of use, in tokens.
 
         Raises:
+            PromptTooLong: the prompt exceeds `limit`, whatever its tokens are.
             QueryError: the chat template rejects the messages, or the model has no embedding for
                 one of their tokens.
         """
@@ -118,7 +124,7 @@ class ChatTokenizer:
         if self._template_syntax is None:
             messages, tools = plain_messages(messages, tools), None
         render = self._render_open if continues else self.render
-        ids = self._encoder.encode(messages, tools, render)
+        ids = self._encoder.encode(messages, tools, render, limit)
         if self._vocab_size is not None and max(ids, default=0) >= self._vocab_size:
             raise QueryError(
                 f"the model has no embedding for the token {max(ids)} of this prompt",
@@ -132,19 +138,24 @@ class ChatTokenizer:
         same = takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))
         return [token_id for token_id, _ in same]
 
-    def encode_query(self, query: Query) -> list[int]:
+    def encode_query(self, query: Query, limit: int | None = None) -> list[int]:
         """Encode the conversation of a query and its tools, or its raw prompt.
 
         Control tokens that are written out in a raw prompt are control tokens.
 
+        Args:
+            query: the query.
+            limit: see `encode`.
+
         Raises:
+            PromptTooLong: see `encode`.
             QueryError: see `encode`; or the raw prompt is empty, or has a token id that the model
                 does not have.
         """
         raw = query.raw_prompt
         if raw is None:
-            return self.encode(query.messages, query.tools, query.continues)
-        ids = self._encoder.encode_raw(raw) if isinstance(raw, str) else list(raw)
+            return self.encode(query.messages, query.tools, query.continues, limit)
+        ids = self._encoder.encode_raw(raw, limit) if isinstance(raw, str) else list(raw)
         if not ids:
             raise QueryError("raw_prompt contains no token", field="raw_prompt")
         if self._vocab_size is not None and max(ids) >= self._vocab_size:

@@ -249,6 +249,28 @@ def _index(values: Mapping[str, Any]) -> VocabularyIndex | None:
     )
 
 
+def longest_token(values: Mapping[str, Any]) -> int | None:
+    """The number of bytes that a token represents at most.
+
+    Args:
+        values: a valid tokenizer.json.
+
+    Returns:
+        None if there is no such limit: tokens of other kinds than byte-level BPE may also represent
+        text that a normalizer removes, or any amount of white space or unknown text.
+    """
+    try:
+        model, added = values["model"], values["added_tokens"]
+        takes_space = any(token["lstrip"] or token["rstrip"] for token in added)
+        if takes_space or not _is_byte_level(values):
+            return None
+        # A character of the vocabulary is a byte of the text, but one of an added token is not.
+        lengths = [*map(len, model["vocab"]), *(len(t["content"].encode()) for t in added)]
+        return max(lengths)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None  # see `build_index`
+
+
 def _is_byte_level(values: Mapping[str, Any]) -> bool:
     """Whether a tokenizer is byte-level BPE that adds nothing to the text before it splits it."""
     model = values["model"]
