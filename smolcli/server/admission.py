@@ -5,10 +5,9 @@ import threading
 import time
 from http import HTTPStatus
 
-from smolcli.server.errors import HttpError
+from smolcli.server.errors import MIN_RETRY_AFTER_S, HttpError, retry_after
 from smolcli.types import ErrorCode
 
-MIN_RETRY_AFTER_S = 2
 MAX_RETRY_AFTER_S = 60
 RATE_SMOOTHING = 0.1  # weight of the latest query in the mean time between finished queries
 REQUESTS_PER_SLOT = 4  # in-flight requests for each slot of the batch
@@ -33,7 +32,7 @@ def unavailable(message: str, retry_after_s: int = MIN_RETRY_AFTER_S) -> HttpErr
         message: why the request is rejected.
         retry_after_s: when to retry, in seconds.
     """
-    headers = {"Retry-After": str(retry_after_s)}
+    headers = retry_after(retry_after_s)
     return HttpError(HTTPStatus.SERVICE_UNAVAILABLE, message, ErrorCode.OVERLOADED, headers=headers)
 
 

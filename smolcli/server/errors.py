@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 CLIENT_DISCONNECTED = 499  # nginx's status for it; only the access log ever shows it
 REJECTION = "smol.rejection"  # WSGI key of the HttpError of a request that Waitress rejected
 INTERNAL_ERROR = "internal error; see the server log for details"
+MIN_RETRY_AFTER_S = 2
 
 
 _EMBEDDINGS = (
@@ -116,7 +117,13 @@ def result_error(result: Result) -> HttpError:
     members = result.partial
     if members and result.usage is not None:
         members["usage"] = result.usage.record()
-    return HttpError(code.status, result.error, code, result.field, members=members)
+    headers = retry_after(MIN_RETRY_AFTER_S) if code is ErrorCode.OVERLOADED else None
+    return HttpError(code.status, result.error, code, result.field, headers, members)
+
+
+def retry_after(seconds: int) -> dict[str, str]:
+    """The header that says when to retry."""
+    return {"Retry-After": str(seconds)}
 
 
 def error_response(error: HttpError) -> Response:

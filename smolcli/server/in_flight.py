@@ -127,19 +127,21 @@ class InFlightRequest:
                 yield index, self._finish(index, failure(query, message, code))
 
     def _settle(self, index: int) -> Result:
-        return self._finish(index, _outcome(self._futures[index], self._queries[index]))
+        return self._finish(index, self._outcome(self._futures[index], self._queries[index]))
+
+    def _outcome(self, future: Future[Result], query: Query) -> Result:
+        """The result of a finished future; a backend that is gone becomes the query's error."""
+        try:
+            return future.result()
+        except (BackendError, CancelledError) as exc:
+            if self._admission.is_closed:  # the server has closed the backend
+                message = "the server shut down before the answer was complete; retry later"
+                return failure(query, message, ErrorCode.OVERLOADED)
+            message = str(exc) or "the model was shut down"
+            return failure(query, message, ErrorCode.BACKEND_ERROR)
 
     def _finish(self, index: int, result: Result) -> Result:
         del self._queries[index]
         self._admission.finish_query(is_interactive=self._is_interactive)
         self._observe(result)
         return result
-
-
-def _outcome(future: Future[Result], query: Query) -> Result:
-    """The result of a finished future; a backend that is gone becomes the query's error."""
-    try:
-        return future.result()
-    except (BackendError, CancelledError) as exc:
-        message = str(exc) or "the model was shut down"
-        return failure(query, message, ErrorCode.BACKEND_ERROR)
