@@ -3,6 +3,8 @@
 import os
 import random
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from copy import copy
@@ -547,6 +549,33 @@ def test_a_forked_child_computes_with_a_new_team(kernels: Kernels, tiny_folder: 
     if child == 0:
         os._exit(0 if np.array_equal(hidden_states(model, [1, 2, 3]), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_exits_during_a_step(deep_folder: Path) -> None:
+    """After a second Ctrl-C, `smol run` destroyed the team during a step, and never exited."""
+    code = f"""
+import threading
+from pathlib import Path
+from smolcli.engine.native.bindings import load_kernels
+from smolcli.engine.sequence import ScheduledSequence, Sequence
+from smolcli.weights.loader import load_model
+
+model = load_model(Path({str(deep_folder)!r}), "float32", "cpu", load_kernels("float32"), 2)
+cache, sequence = model.make_kv_cache(0), Sequence([5] * 500)
+cache.allocate(sequence)
+cache.ensure_capacity(sequence)
+batch = cache.make_batch([ScheduledSequence(sequence, 0, 500)])
+is_running = threading.Event()
+
+def compute():
+    is_running.set()
+    while True:
+        model.forward(batch)
+
+threading.Thread(target=compute, daemon=True).start()
+is_running.wait()
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
 def test_activations_of_any_size_are_computed(kernels: Kernels, tiny_folder: Path) -> None:

@@ -236,7 +236,8 @@ class ThreadTeam:
         self._handle = self._kernels._create(self.num_threads)
         if not self._handle:
             raise KernelError(f"cannot start {self.num_threads} threads")
-        weakref.finalize(self, self._kernels._destroy, self._handle)
+        # Not at exit, where another thread may be in a step. The process ends the threads.
+        weakref.finalize(self, self._kernels._destroy, self._handle).atexit = False
 
     def _call(self, function: Any, arguments: tuple[Any, ...]) -> None:
         if self._pid != os.getpid():
