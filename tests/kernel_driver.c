@@ -136,6 +136,26 @@ static float *make_limits(int layer, const float *norm) {
     return limits;
 }
 
+/* The lengths that bound logits; see row_lengths in packing.py. */
+static float *make_lengths(Format format, int matrix) {
+    if (BF16_WEIGHTS || format < Q4_0 || format > Q8_0) return NULL;
+    int panels = (VOCAB + PANEL - 1) / PANEL;
+    float *lengths = aligned(2 * panels * sizeof *lengths);
+    for (int row = 0; row < VOCAB; row++) {
+        float squares[2] = {};
+        for (int column = 0; column < HIDDEN; column++) {
+            float weight = weight_at(matrix, row, column), offset = 8 * scale_at(matrix, row, column);
+            squares[0] += weight * weight;
+            squares[1] += (weight + 2 * offset) * (weight + 2 * offset);
+        }
+        for (int i = 0; i < 2; i++) {
+            float *longest = lengths + i * panels + row / PANEL;
+            *longest = fmaxf(*longest, sqrtf(squares[i]) * 1.0001f);
+        }
+    }
+    return lengths;
+}
+
 static Model make_model(Format format) {
     static Layer layers[LAYERS];
     for (int i = 0; i < LAYERS; i++) {
@@ -153,7 +173,8 @@ static Model make_model(Format format) {
                    .num_heads = HEADS, .num_kv_heads = KV_HEADS, .head_dim = DIM, .vocab = VOCAB,
                    .eps = 1e-5f, .layers = layers, .embed = embed, .head = embed,
                    .norm = vector(101, HIDDEN, 1), .cos = vector(102, POSITIONS * DIM / 2, 0),
-                   .sin = vector(103, POSITIONS * DIM / 2, 0)};
+                   .sin = vector(103, POSITIONS * DIM / 2, 0),
+                   .head_lengths = make_lengths(format, 100)};
     return model;
 }
 
@@ -195,7 +216,10 @@ static void step(Run *run, Team *team, unsigned present) {
     Batch batch = {tokens, spans, hidden[0], plan, count, rows, count, 0};
     if (smol_forward(team, &run->model, &batch, &run->space)) abort();
     Best *best = aligned(sizeof *best * NUM_SEQUENCES * team_num_threads(team));
-    if (smol_best(team, &run->model, hidden[0], count, NULL, &run->space, best, ids)) abort();
+    float bounds[(VOCAB / PANEL + 1 + MAX_THREADS_USED + 2) * NUM_SEQUENCES];
+    int has_bounds = run->model.head_lengths && !run->model.integers;
+    float *scratch = has_bounds ? bounds : NULL;
+    if (smol_best(team, &run->model, hidden[0], count, NULL, &run->space, best, scratch, ids)) abort();
     free(best);
     for (int s = 0, i = 0; s < NUM_SEQUENCES; s++) {
         if (!(present >> s & 1)) continue;

@@ -35,10 +35,12 @@ from smolcli.engine.native.bindings import (
 )
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.native.packing import (
+    INTEGER_FORMATS,
     interleave,
     kv_limits,
     pack_into,
     packed_layout,
+    row_lengths,
     split_heads,
 )
 from smolcli.engine.quantized import (
@@ -636,6 +638,52 @@ def test_native_and_torch_heads_agree(kernels: Kernels, tiny_folder: Path) -> No
     assert allowed != best
 
 
+@pytest.mark.parametrize("stored", INTEGER_FORMATS)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_bounds_of_logits_exclude_no_largest_one(
+    stored: str, num_threads: int, tiny_folder: Path
+) -> None:
+    """Near ties, ties, masks, and hidden states of all sizes."""
+    config = replace(tiny_config(tiny_folder), vocab_size=300)
+    weights = quantized_weights(config, stored)
+    matrix = weights["embed_tokens.weight"]
+    assert isinstance(matrix, QuantizedMatrix)
+    source = np.random.default_rng(5)
+    codes = matrix.codes[source.integers(0, 20, 300)]  # rows of few kinds
+    codes[::3, 0, :2] ^= source.integers(0, 2, (100, 2), dtype=np.uint8)  # almost
+    offsets = matrix.offsets if matrix.layout.has_offsets else None
+    similar = QuantizedMatrix.of(stored, matrix.scales[:1].repeat(300, 0), codes, offsets)
+    weights["embed_tokens.weight"] = similar
+    model = NativeModel(config, weights, native_kernels("float32"), num_threads)
+    hidden = source.standard_normal((40, config.hidden_size)).astype(np.float32)
+    hidden *= 10.0 ** source.integers(-30, 18, (40, 1))
+    hidden[5] = 0
+    hidden[6, 3:40] = 0
+    hidden[7, 9] = 1e6
+    logits = model.head.logits(hidden)
+    masks = [None if n % 3 == 0 else random.Random(n).randbytes(38) for n in range(40)]
+    assert model.head.best(hidden) == logits.argmax(-1).tolist()
+    for row, mask in zip(logits, masks, strict=True):
+        if mask is not None:
+            row[
+                np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little")[:300] == 0
+            ] = -np.inf
+    assert model.head.best(hidden, masks) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("stored", INTEGER_FORMATS)
+def test_lengths_that_bound_logits_are_those_of_the_weights(stored: str, tiny_folder: Path) -> None:
+    matrix = quantized_weights(tiny_config(tiny_folder), stored)["embed_tokens.weight"]
+    assert isinstance(matrix, QuantizedMatrix)
+    lengths, of_terms = row_lengths(matrix, 16)
+    assert lengths.shape == (5,)  # of 70 rows
+    rows = np.linalg.norm(matrix.dequantized(), axis=1)
+    expected = [rows[first : first + 16].max() for first in range(0, 70, 16)]
+    assert np.allclose(lengths, expected, rtol=1e-3)
+    assert (lengths >= expected).all()
+    assert (of_terms >= lengths).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_nan_is_an_error(dtype: ResolvedDtype, tiny_folder: Path) -> None:
     model = load_model(tiny_folder, dtype, "cpu", native_kernels(dtype))
@@ -650,9 +698,17 @@ def test_a_single_nan_logit_is_an_error(kernels: Kernels, tiny_folder: Path) -> 
     config = tiny_config(tiny_folder)
     weights = random_weights(config)
     weights["embed_tokens.weight"][41, 0] = np.nan
-    model = NativeModel(config, weights, kernels)
-    with pytest.raises(FloatingPointError):
-        model.head.best(np.ones((1, config.hidden_size), np.float32))
+    quantized: dict[str, Weight] = dict(quantized_weights(config, "Q4_0"))
+    embedding = quantized["embed_tokens.weight"]
+    assert isinstance(embedding, QuantizedMatrix)
+    scales = embedding.scales.copy()
+    scales[41, 0] = np.nan
+    quantized["embed_tokens.weight"] = QuantizedMatrix.of("Q4_0", scales, embedding.codes)
+    for damaged in (weights, quantized):
+        model = NativeModel(config, damaged, kernels)
+        for num_rows in (1, 4):
+            with pytest.raises(FloatingPointError):
+                model.head.best(np.ones((num_rows, config.hidden_size), np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

@@ -59,7 +59,7 @@ class ModelStruct(ctypes.Structure):
         *((name, c_float) for name in ("eps", "padding_2")),
         ("layers", c_void_p),
         *((name, MatrixStruct) for name in ("embed", "head")),
-        *((name, c_void_p) for name in ("norm", "cos", "sin")),
+        *((name, c_void_p) for name in ("norm", "cos", "sin", "head_lengths")),
     ]
 
 
@@ -143,7 +143,8 @@ class Kernels:
             opened.smol_logits, number, *head, ctypes.POINTER(SpaceStruct), pointer
         )
         self._best = _typed(
-            opened.smol_best, number, *head, pointer, ctypes.POINTER(SpaceStruct), pointer, pointer
+            opened.smol_best,
+            *(number, *head, pointer, ctypes.POINTER(SpaceStruct), pointer, pointer, pointer),
         )
 
 
@@ -268,10 +269,9 @@ def aligned_empty(shape: tuple[int, ...], dtype: "np.dtype[Any]") -> Array:
     return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
-def rounded_inputs(kernels: Kernels, num_rows: int, features: int) -> Array:
-    """Scratch space for the inputs of a product as integers; empty if none are needed."""
-    num_bytes = ROUNDED_BYTES * (features // GROUP) * num_rows if kernels.integers else 0
-    return aligned_empty((num_bytes,), np.dtype(np.uint8))
+def rounded_inputs(num_rows: int, features: int) -> Array:
+    """Scratch space for the inputs of a product of integers."""
+    return aligned_empty((num_rows, features // GROUP, ROUNDED_BYTES), np.dtype(np.uint8))
 
 
 def _typed(function: Any, result: Any, *arguments: Any) -> Any:

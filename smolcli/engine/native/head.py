@@ -17,6 +17,8 @@ from smolcli.engine.native.bindings import (
     rounded_inputs,
 )
 
+BOUNDED_ROWS = 2  # from which on integer products that bound the logits save time
+
 
 class NativeHead:
     """See `interfaces.Head`. Logits are computed in float32 in every dtype.
@@ -48,14 +50,20 @@ class NativeHead:
         return logits
 
     def best(self, x: Array, masks: Masks = ()) -> list[int]:
-        """See `interfaces.Head`. Logits are never written to memory."""
+        """See `interfaces.Head`. Logits are never written to memory.
+
+        Of a quantized LM head in float32, products of integers first exclude most tokens.
+        """
         x = np.ascontiguousarray(x, np.float32)
         num_rows = len(x)
         num_bytes = num_rows * self._team.num_threads * self._kernels.best_bytes
         best = aligned_empty((num_bytes,), np.dtype(np.uint8))
         ids = np.empty(num_rows, np.int32)
         bits = self._bits(masks) if any(masks) else None
-        scratch, space = self._space(num_rows)
+        bounds = None
+        if self._struct.head_lengths and num_rows >= BOUNDED_ROWS:
+            bounds = np.empty((self._num_panels + self._team.num_threads + 2, num_rows), np.float32)
+        scratch, space = self._space(num_rows, is_bounded=bounds is not None)
         self._team.best(
             self._struct,
             address(x),
@@ -63,6 +71,7 @@ class NativeHead:
             None if bits is None else address(bits),
             ctypes.byref(space),
             address(best),
+            None if bounds is None else address(bounds),
             address(ids),
         )
         del scratch
@@ -78,12 +87,15 @@ class NativeHead:
                 row[: len(mask)] = np.frombuffer(mask, np.uint8)[: len(row)]
         return bits
 
-    def _space(self, num_rows: int) -> tuple[tuple[Array, ...], SpaceStruct]:
+    def _space(
+        self, num_rows: int, *, is_bounded: bool = False
+    ) -> tuple[tuple[Array, ...], SpaceStruct]:
         """Scratch space for the norm of `num_rows` rows, and the structure that points to it."""
         hidden, stride = self._struct.hidden, num_rows + self._kernels.width
         normed = aligned_empty((num_rows, hidden), self._kernels.dtype)
         squares = aligned_empty((hidden // self._kernels.panel, stride), FLOAT32)
-        rounded = rounded_inputs(self._kernels, num_rows, hidden)
+        has_integers = self._kernels.integers or is_bounded
+        rounded = rounded_inputs(num_rows if has_integers else 0, hidden)
         struct = SpaceStruct(
             normed=address(normed),
             squares=address(squares),

@@ -23,6 +23,7 @@
    dimension. "Elements" are the values of activations and, unless attention is in integers, of the KV cache:
    bfloat16 or float32; a "lane" is 4 bytes of them. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -121,6 +122,7 @@ typedef struct {
     Matrix embed, head; /* the same if they are tied */
     const float *norm;
     const float *cos, *sin; /* (positions, D / 2) */
+    const float *head_lengths; /* (2, panels), of the longest column of w, and of |q * d| + |m|; or NULL */
 } Model;
 
 /* Consecutive rows of the step: tokens of one sequence, starting at position `start`. Hidden states are wanted
@@ -323,6 +325,15 @@ INLINE vec load_half(const void *from) {
 #endif
     return out.whole;
 #endif
+}
+
+/* The larger of two numbers, or the NaN among them. */
+INLINE float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
+INLINE float largest_of_lanes(vec value) {
+    float largest = value[0];
+    for (int i = 1; i < WIDTH; i++) largest = value[i] > largest ? value[i] : largest;
+    return largest;
 }
 
 INLINE float sum_of(vec value) {
@@ -1252,135 +1263,4 @@ EXPORT int smol_forward(Team *team, const Model *model, const Batch *batch, cons
     return status == OK && has_bad_codes ? NOT_FINITE : status;
 }
 
-/* ---- The head ---- */
-
-/* Logits of (rows, H) hidden states, or the best of them. Uses only the buffers `normed`, `squares` and
-   `expanded` of the space. */
-typedef struct {
-    const Model *model;
-    const float *hidden;
-    int rows;
-    const Space *space;
-    float *logits;          /* (rows, vocab rounded up to panels), or NULL */
-    Best *best;             /* (threads, rows) */
-    const uint8_t *allowed; /* one bit per token, (rows, whole panels), or NULL */
-} HeadStep;
-
-INLINE int num_head_panels(const Model *model) { return (model->vocab + PANEL - 1) / PANEL; }
-
-/* The larger logit wins, and the smaller id in a tie, in whichever order they are compared. */
-INLINE void keep_best(const HeadStep *step, int row, vec value, int first_id, Best *best) {
-    ivec lane_ids = {};
-    for (int i = 0; i < WIDTH; i++) lane_ids[i] = i;
-    ivec ids = lane_ids + first_id;
-    ivec is_real = ids < step->model->vocab;
-    ivec better = (value > best->value) | ((value == best->value) & (ids < best->id));
-    better &= is_real;
-    if (step->allowed) {
-        const uint8_t *bytes = step->allowed +
-                               (int64_t)row * num_head_panels(step->model) * (PANEL / 8) + first_id / 8;
-        int32_t bits = WIDTH == 16 ? bytes[0] | bytes[1] << 8 : bytes[0];
-        better &= (((ivec){} + bits) >> lane_ids & 1) != 0;
-    }
-    best->value = select_lanes(better, value, best->value);
-    best->id = (better & ids) | (~better & best->id);
-    best->is_nan |= (value != value) & is_real;
-}
-
-static Product head_product(const HeadStep *step) {
-    const Model *model = step->model;
-    return (Product){.weight = model->head,
-                     .num_panels = num_head_panels(model),
-                     .features = model->hidden,
-                     .x = step->space->normed,
-                     .rows = step->rows,
-                     .space = step->space,
-                     .integers = integers_of(model, &model->head)};
-}
-
-static int head_items(const void *work, int op) {
-    const HeadStep *step = work;
-    if (op == 0) return step->rows;
-    Product product = head_product(step);
-    if (op == 1) return product.integers ? step->rows : 0;
-    return op == 2 ? num_product_items(&product) : -1;
-}
-
-static void compute_head(const void *work, int op, int item, int worker) {
-    const HeadStep *step = work;
-    const Model *model = step->model;
-    int hidden = model->hidden, num_panels = num_head_panels(model);
-    if (op == 0) {
-        const float *x = step->hidden + (int64_t)item * hidden;
-        for (int panel = 0; panel < hidden / PANEL; panel++) {
-            const loose *values = (const loose *)(x + panel * PANEL);
-            prepare_norm(step->space, hidden, model->norm, item, panel, values[0], values[1]);
-        }
-        return;
-    }
-    Product product = head_product(step);
-    if (op == 1) {
-        round_inputs(&product, item);
-        return;
-    }
-    Tile tile;
-    float scale[BLOCK_ROWS];
-    compute_tile(&product, item, worker, &tile);
-    inverse_rms(step->space, hidden, model->eps, &tile, scale);
-    for (int r = 0; r < tile.end_row - tile.first_row; r++) {
-        int row = tile.first_row + r;
-        vec first = tile.acc[r][0] * scale[r], second = tile.acc[r][1] * scale[r];
-        if (step->logits) {
-            loose *out = (loose *)(step->logits + ((int64_t)row * num_panels + tile.panel) * PANEL);
-            out[0] = first, out[1] = second;
-        } else {
-            Best *best = step->best + (int64_t)worker * step->rows + row;
-            keep_best(step, row, first, tile.panel * PANEL, best);
-            keep_best(step, row, second, tile.panel * PANEL + WIDTH, best);
-        }
-    }
-}
-
-static const Program HEAD_PROGRAM = {head_items, compute_head};
-
-/* Computes logits of (rows, H) hidden states; out is (rows, vocab rounded up to panels). */
-EXPORT int smol_logits(Team *team, const Model *model, const float *hidden, int rows,
-                       const Space *space, float *out) {
-    if (!is_aligned(model->head.panels)) return MISALIGNED;
-    HeadStep step = {model, hidden, rows, space, out, NULL, NULL};
-    return team_run(team, &HEAD_PROGRAM, &step);
-}
-
-/* Computes the most likely token of each row, ids (rows,): the first one in a tie, -1 if a logit is NaN
-   or no token is allowed.
-
-   allowed has one bit per token, (rows, whole panels), or is NULL; best is scratch space,
-   (threads, rows), aligned like weights. */
-EXPORT int smol_best(Team *team, const Model *model, const float *hidden, int rows,
-                     const uint8_t *allowed, const Space *space, Best *best, int32_t *ids) {
-    if (!is_aligned(model->head.panels) || !is_aligned(best)) return MISALIGNED;
-    int num_threads = team_num_threads(team);
-    for (int64_t i = 0; i < (int64_t)rows * num_threads; i++)
-        best[i] = (Best){broadcast(-INFINITY), (ivec){} - 1, (ivec){}};
-    HeadStep step = {model, hidden, rows, space, NULL, best, allowed};
-    int status = team_run(team, &HEAD_PROGRAM, &step);
-    if (status != OK) return status;
-    for (int row = 0; row < rows; row++) {
-        float top = -INFINITY;
-        int is_nan = 0;
-        ids[row] = -1;
-        for (int t = 0; t < num_threads; t++) {
-            const Best *found = best + (int64_t)t * rows + row;
-            for (int i = 0; i < WIDTH; i++) {
-                int is_first = found->value[i] == top && found->id[i] < ids[row];
-                is_nan |= found->is_nan[i];
-                if (found->id[i] >= 0 && (found->value[i] > top || is_first)) {
-                    top = found->value[i];
-                    ids[row] = found->id[i];
-                }
-            }
-        }
-        if (is_nan) ids[row] = -1;
-    }
-    return OK;
-}
+#include "head.h"

@@ -14,7 +14,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 FOLDER = Path(__file__).parent
-SOURCES = ("kernels.c", "int8_attention.h", "int8_products.h", "team.c", "team.h", "cpu.c")
+SOURCES = (
+    "kernels.c",
+    "head.h",
+    "int8_attention.h",
+    "int8_products.h",
+    "team.c",
+    "team.h",
+    "cpu.c",
+)
 CPU_LIBRARY = "cpu"
 VARIANT_VARIABLE = "SMOL_KERNEL_VARIANT"
 BUILD_COMMAND = "python -m tools.build_kernels"

@@ -32,6 +32,7 @@ from smolcli.engine.native.cache import BufferCache, NativeBatch
 from smolcli.engine.native.head import NativeHead
 from smolcli.engine.native.packing import (
     DENSE,
+    LENGTHS,
     NOT_QUANTIZED,
     PackedLayout,
     pack_into,
@@ -200,6 +201,7 @@ def _model_struct(
         norm=at["norm"],
         cos=at["cos"],
         sin=at["sin"],
+        head_lengths=at.get(LENGTHS["embed" if config.is_tied else "head"]),
     )
     return struct, layers
 
@@ -249,7 +251,7 @@ class Space:
         elements = {
             name: aligned_empty((num_rows, size), kernels.dtype) for name, size in widths.items()
         }
-        rounded = rounded_inputs(kernels, num_rows, max(widths.values()))
+        rounded = rounded_inputs(num_rows if kernels.integers else 0, max(widths.values()))
         self._kept = (squares, elements, expanded, rounded)  # the structure points to them
         self.struct = SpaceStruct(
             x=address(self.x),

@@ -33,9 +33,12 @@ from smolcli.engine.quantized import (
 )
 
 DENSE = "dense"
+MATRICES = ("embed", "head", "qkv", "out", "gate_up", "down")
+LENGTHS = {"embed": "embed_lengths", "head": "head_lengths"}  # see `row_lengths`
 INTEGER_FORMATS = ("Q4_0", "Q4_1", "Q8_0")  # of matrices that are multiplied in integers
 REQUANTIZED = "Q8_0"  # what integer products make of other matrices
 ROUNDING_MARGIN = 1.02  # inputs and weights are rounded before they are multiplied
+LENGTH_MARGIN = 1.0001  # lengths are rounded, too
 SMALLEST_LIMIT = 1e-30  # of keys and values that are always 0
 NOT_QUANTIZED: Formats = MappingProxyType({})
 
@@ -80,7 +83,7 @@ def packed_layout(
         formats: the formats of the checkpoint's tensors; those without one are not quantized.
     """
     tensors, offset = {}, 0
-    for name, shape in _tensors(config, kernels):
+    for name, shape in _tensors(config, kernels, formats):
         tensors[name] = tensor = _packed_tensor(name, shape, offset, kernels, formats)
         offset += tensor.num_bytes + -tensor.num_bytes % ALIGNMENT
     return PackedLayout(tensors, offset)
@@ -89,14 +92,11 @@ def packed_layout(
 def _packed_tensor(
     name: str, shape: tuple[int, ...], offset: int, kernels: Kernels, formats: Formats
 ) -> PackedTensor:
-    parts = _sources(name)
-    if len(shape) != 2 or not parts:
+    if name.rpartition(".")[2] not in MATRICES:
         return PackedTensor(offset, shape, FLOAT32)
     out_features, in_features = shape
     num_panels = -(-out_features // kernels.panel)
-    stored = common_format(formats.get(part, DENSE) for part in parts)
-    if kernels.integers and stored not in INTEGER_FORMATS:
-        stored = REQUANTIZED
+    stored = _stored_format(name, kernels, formats)
     if stored is None:
         lane = 4 // kernels.weight_dtype.itemsize
         dense = (num_panels, in_features // lane, kernels.panel, lane)
@@ -104,6 +104,14 @@ def _packed_tensor(
     block = BLOCK_FORMATS[stored]
     blocks = (num_panels, in_features // block.size, block.num_bytes * kernels.panel)
     return PackedTensor(offset, blocks, np.dtype(np.uint8), stored)
+
+
+def _stored_format(name: str, kernels: Kernels, formats: Formats) -> str | None:
+    """The quantized format of a packed matrix, None if it is not quantized."""
+    stored = common_format(formats.get(part, DENSE) for part in _sources(name))
+    if kernels.integers and stored not in INTEGER_FORMATS:
+        return REQUANTIZED
+    return stored
 
 
 def pack_into(buffer: Array, config: LlamaConfig, weights: Weights, kernels: Kernels) -> None:
@@ -124,6 +132,9 @@ def pack_into(buffer: Array, config: LlamaConfig, weights: Weights, kernels: Ker
         parts = [weights[part] for part in _sources(name)]
         if not parts:
             out[:] = rotary_table(config, kind)
+        elif kind in LENGTHS.values():
+            assert isinstance(parts[0], QuantizedMatrix)
+            out[:] = row_lengths(parts[0], kernels.panel)
         elif kind == "kv_limits":
             keys, values, norm = map(as_array, parts)
             out[:] = kv_limits(keys, values, norm, config)
@@ -177,6 +188,36 @@ def kv_limits(keys: Array, values: Array, norm: Array, config: LlamaConfig) -> A
     return np.maximum(limits, SMALLEST_LIMIT)
 
 
+def row_lengths(head: QuantizedMatrix, panel: int) -> Array:
+    """What bounds the errors of logits: the length of the longest row of weights in each panel.
+
+    Args:
+        head: (vocab, H).
+        panel: output features per panel.
+
+    Returns:
+        (2, panels) float32: the length of the weights, and that of their terms' magnitudes, whose
+        sums are rounded. NaN where a weight is.
+    """
+    codes = head.codes.reshape(-1, head.layout.size)
+    terms = codes.astype(np.int32)  # exact sums
+    num_features, sums = head.layout.size, terms.sum(axis=1)
+    squares = np.einsum("ij,ij->i", terms, terms)
+    scales = head.scales.reshape(-1).astype(np.float64)
+    if head.layout.has_offsets:
+        offsets = head.offsets.reshape(-1).astype(np.float64)
+    else:
+        offsets = scales * -head.layout.zero
+    mixed = 2 * sums * scales * offsets
+    apart = squares * scales**2 + num_features * offsets**2
+    lengths = np.stack([apart + mixed, apart + np.abs(mixed)]).reshape(2, head.shape[0], -1)
+    rows = np.sqrt(np.maximum(lengths.sum(axis=2), 0)) * LENGTH_MARGIN
+    padded = np.zeros((2, -(-head.shape[0] // panel) * panel))
+    padded[:, : head.shape[0]] = rows
+    longest: Array = padded.reshape(2, -1, panel).max(axis=2).astype(np.float32)
+    return longest
+
+
 def interleave(first: Array, second: Array, width: int) -> Array:
     """Alternate `width` rows of one matrix with `width` rows of the other."""
     shape = (-1, width, first.shape[1])
@@ -203,6 +244,8 @@ _SOURCES = {
     "down": ("mlp.down_proj",),
     "input_norm": ("input_layernorm",),
     "mlp_norm": ("post_attention_layernorm",),
+    "embed_lengths": ("embed_tokens",),
+    "head_lengths": ("lm_head",),
     "kv_limits": ("self_attn.k_proj", "self_attn.v_proj", "input_layernorm"),
 }
 
@@ -213,7 +256,9 @@ def _sources(name: str) -> list[str]:
     return [f"{prefix}{dot}{part}.weight" for part in _SOURCES.get(kind, ())]
 
 
-def _tensors(config: LlamaConfig, kernels: Kernels) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _tensors(
+    config: LlamaConfig, kernels: Kernels, formats: Formats
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of all tensors in order of use; matrices are (out, in)."""
     hidden, inner = config.hidden_size, config.num_heads * config.head_dim
     yield "embed", (config.vocab_size, hidden)
@@ -230,8 +275,17 @@ def _tensors(config: LlamaConfig, kernels: Kernels) -> Iterator[tuple[str, tuple
     yield "norm", (hidden,)
     if not config.is_tied:
         yield "head", (config.vocab_size, hidden)
+    head = "embed" if config.is_tied else "head"
+    if _can_bound_logits(_stored_format(head, kernels, formats), kernels):
+        yield LENGTHS[head], (2, -(-config.vocab_size // kernels.panel))
     for name in ("cos", "sin"):
         yield name, (config.max_positions, config.head_dim // 2)
+
+
+def _can_bound_logits(format: str | None, kernels: Kernels) -> bool:
+    """Whether products of integers can bound those that the kernels compute with the LM head."""
+    has_exact_weights = kernels.weight_dtype == FLOAT32  # bfloat16 rounds the weights it expands
+    return has_exact_weights and not kernels.integers and format in INTEGER_FORMATS
 
 
 def _pack(weight: Array, out: Array) -> None:
