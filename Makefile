@@ -78,7 +78,7 @@ SEEDS ?= 1 2 3 4
 EXAMPLES ?= 500
 SANITIZED := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 DRIVER := $(CC) -std=gnu11 -O2 -g -march=native -ffp-contract=off -Wno-psabi -DSOURCE_HASH='"x"' \
-	-DBF16_WEIGHTS=1 -DBF16_PRODUCTS=0 tests/kernel_driver.c smolcli/engine/native/team.c -pthread -lm
+	-DBF16_WEIGHTS=0 -DBF16_PRODUCTS=0 tests/kernel_driver.c smolcli/engine/native/team.c -pthread -lm
 sanitize: sanitize-address sanitize-thread sanitize-models
 
 sanitize-address:
