@@ -15,9 +15,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from smolcli.backends.local import LocalBackend, open_local
+from smolcli.errors import QueryError
 from smolcli.protocol.answer_formats import JSON_OBJECT, schema_format
 from smolcli.settings import EngineSettings
-from smolcli.text.grammar import GrammarCompiler, GrammarSpec
+from smolcli.text.grammar import GrammarCompiler, GrammarSpec, check_format
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import AnswerFormat, ErrorCode, FinishReason, Message, Query, Result, Sampling
 
@@ -335,11 +336,15 @@ def test_answers_match_a_regex_or_a_grammar_with_their_white_space(
         (AnswerFormat(regex="(a"), "unsupported regex: unclosed group"),
         (AnswerFormat(regex="(?=a)b"), "unsupported regex: look-around"),
         (AnswerFormat(grammar="root ::= ( 'a'"), "unsupported grammar: "),
+        (AnswerFormat(grammar="root ::= item"), "unsupported grammar: Rule 'item' not found"),
+        (AnswerFormat(grammar='item ::= "a"'), "unsupported grammar: No 'root' rule found"),
+        (AnswerFormat(grammar='root ::= "a\\'), "unsupported grammar: Unexpected end of input"),
+        (AnswerFormat(grammar="root ::= " + "(" * 5000), "unsupported grammar: .* too deeply"),
         (AnswerFormat(grammar="start: B"), "unsupported grammar: .*B"),
         (AnswerFormat(grammar="start: A\nA: /a/ & /b/"), "'&' is not supported"),
         (AnswerFormat(grammar="start: %json {}"), "'%json' is not supported"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_an_unsupported_regex_or_grammar_says_why(
     backend: LocalBackend, answer_format: AnswerFormat, reason: str
@@ -347,6 +352,8 @@ def test_an_unsupported_regex_or_grammar_says_why(
     (result,) = answers(backend, [query(format=answer_format)])
     assert (result.error_code, result.field) == ("invalid_value", "structured_outputs")
     assert re.search(reason, str(result.error))
+    with pytest.raises(QueryError, match=reason):
+        check_format(answer_format)
 
 
 def test_error_of_one_answer_fails_the_query(backend: LocalBackend) -> None:

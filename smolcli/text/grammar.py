@@ -166,7 +166,7 @@ def _to_lark(grammar: str) -> str:
     Raises:
         QueryError: it cannot be read, or uses what could take unbounded time to compile.
     """
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if len(grammar) > MAX_GRAMMAR_CHARS:
         raise _unsupported_grammar(f"it is longer than {MAX_GRAMMAR_CHARS:,} characters")
@@ -174,7 +174,11 @@ def _to_lark(grammar: str) -> str:
     if "::=" in bare:
         try:
             return str(gbnf_to_lark(grammar))
-        except GbnfToLarkError as exc:
+        except RecursionError as exc:
+            raise _unsupported_grammar("it is nested too deeply") from exc
+        except IndexError as exc:
+            raise _unsupported_grammar("Unexpected end of input") from exc
+        except Exception as exc:  # for rules that do not exist, the library raises no narrower type
             raise _unsupported_grammar(str(exc)) from exc
     if found := re.search(r"&|%(?!ignore\b|import\b)\w*", bare):
         raise _unsupported_grammar(f"{found[0]!r} is not supported")
