@@ -23,7 +23,13 @@ from smolcli.types import ErrorCode
 
 
 class SmolError(Exception):
-    """Base class; the message is a sentence that a user can act on."""
+    """Base class; the message is a sentence that a user can act on.
+
+    As text, it hides user names and passwords in the URLs that it quotes.
+    """
+
+    def __str__(self) -> str:
+        return without_credentials(super().__str__())
 
 
 class QueryError(SmolError):
@@ -41,6 +47,8 @@ class QueryError(SmolError):
         super().__init__(message)
         self.code = code
         self.field = field
+
+    __str__ = Exception.__str__  # it quotes the query, such as the id "job:1@eu"
 
 
 class PromptTooLong(QueryError):
@@ -106,14 +114,18 @@ class BackendError(RunError):
     """The backend that computes the answers is gone."""
 
 
-_CREDENTIALS = re.compile(r"(?<![^\s'\"])(?:([^\s'\"]*?://)\S*@|[^\s'\"]*:\S*@)")
+_CREDENTIALS = re.compile(
+    r"(?<![^\s'\"])(?:"
+    r"([^\s'\"]*?:/{1,2})(?:[^\s/:]*:\S*|[^\s/]*)@"  # one slash: as a path
+    r"|(?![a-zA-Z]:\\)[^\s'\"/:]+:[^\s/]\S*@)"  # without a scheme, but no drive of Windows
+)
 
 
 def without_credentials(text: str) -> str:
     """Text to show, with `***` in place of user names and passwords in URLs.
 
-    In a malformed URL, these may contain a slash or lack a scheme before them, so everything up to
-    the last @ is hidden.
+    In a malformed URL, a password may contain a slash, and the scheme may be missing, so everything
+    up to the last @ is hidden. A path may contain an @, as in hf://datasets/me/x@revision.
     """
     return _CREDENTIALS.sub(r"\1***@", text)
 

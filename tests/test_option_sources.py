@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from test_cli import smol
 
+from smolcli.errors import QueryError, RunError, UsageError
+
 CONCURRENCY = "the environment variable {} must be an integer of at least 1, not {!r}"
 CONFLICT = ("--batch-dir", "batches", "--no-batches")  # so that no server starts
 
@@ -117,6 +119,58 @@ def test_passwords_in_urls_are_not_shown(
         assert f"(SMOL_VIA={shown!r} in the environment)" in done.stderr
     else:
         assert f"(via={shown.split()} in {path})" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("ask", "Hi", "--model", "{}"),
+        ("ask", "Hi", "--model", "{}.gguf"),
+        ("ask", "Hi", "--schema", "{}"),
+        ("ask", "Hi", "--chat-template", "{}"),
+        ("run", "{}"),
+        ("run", "in.jsonl", "--output", "{}"),
+        ("run", "in.jsonl", "--errors", "{}"),
+        ("run", "in.jsonl", "--prompt-file", "{}"),
+        ("serve", "--api-key-file", "{}"),
+        ("serve", "--cors-origin", "{}/"),
+        ("serve", "--model", "{}"),
+        ("report", "{}"),
+        ("bench", "--json", "{}"),
+        ("pull", "{}"),
+        ("--config", "{}", "ask", "Hi"),
+    ],
+)
+@pytest.mark.parametrize("url", ["ftp://me:secret@127.0.0.1:9/x", "s3x://key:secret@bucket/x"])
+def test_passwords_in_urls_are_not_shown_for_any_option(
+    args: tuple[str, ...], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only options for servers hid them."""
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text('{"chat_id": "1", "user_prompt": "Hi"}\n')
+    done = smol(*(arg.format(url) for arg in args), backend=None)
+    assert done.exit_code in (1, 2)
+    assert "***@" in done.stderr
+    assert "secret" not in done.output
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hf://datasets/me/x@main/data.parquet",
+        "http://host:8001/v1",
+        "line 5: me@host",
+        "/logs/12:30/me@host.jsonl",
+        r"C:\\Users\\me@host\\in.jsonl",
+    ],
+)
+def test_text_without_a_password_is_shown(text: str) -> None:
+    assert str(UsageError(f"cannot read {text!r}")) == f"cannot read {text!r}"
+    assert str(RunError(text)) == text
+
+
+def test_errors_of_queries_quote_them_unchanged() -> None:
+    assert str(QueryError("the id 'job:1@eu' was already used")).count("job:1@eu") == 1
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,23 @@ def test_several_remote_inputs_name_their_urls(bucket: Any, tmp_path: Path) -> N
     assert (none.exit_code, "no file matches" in none.stderr) == (2, True)
 
 
+def test_passwords_in_urls_are_not_stored_in_outputs(bucket: Any) -> None:
+    """The manifest, and with several inputs each result, had the URL of the input."""
+    bucket.pipe_file("/me:secret@bucket/in.jsonl", LINES)
+    url = "memory://me:secret@bucket"
+    try:
+        done = smol_run(f"{url}/*.jsonl", "-o", f"{url}/out.jsonl")
+        assert done.exit_code == 0
+        assert "copied to memory://***@bucket/out.jsonl" in done.stderr
+        assert bucket.isfile("/me:secret@bucket/out.jsonl")
+    finally:
+        bucket.rm("/me:secret@bucket", recursive=True)
+    files = sorted(path.name for path in Path().iterdir())
+    assert files == ["out.jsonl", "out.jsonl.manifest.json"]
+    for text in (done.output, *(Path(name).read_text() for name in files)):
+        assert "secret" not in text
+
+
 def test_hub_that_cannot_be_reached_is_a_clear_error() -> None:
     code = "from smolcli.cli.main import app; app()"
     command = [sys.executable, "-c", code, "run", "hf://datasets/user/name/x.jsonl"]

@@ -24,7 +24,7 @@ from smolcli.backends.base import (
 )
 from smolcli.backends.remote.dispatch import RemoteQuery, send
 from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
-from smolcli.errors import BackendError, UsageError, connection_reason, without_credentials
+from smolcli.errors import BackendError, UsageError, connection_reason
 from smolcli.settings import RemoteSettings
 from smolcli.types import Query, Result
 
@@ -297,18 +297,17 @@ class Batcher:
 
 def _base_url(url: str) -> str:
     """The URL without a trailing slash, and without the /v1 that OpenAI clients expect."""
-    shown = repr(without_credentials(url))
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as exc:
         reason = "" if "@" in url else f": {exc}"  # which may quote a part of the password
-        raise UsageError(f"{shown} is not a valid URL{reason}") from exc
+        raise UsageError(f"{url!r} is not a valid URL{reason}") from exc
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise UsageError(f"{shown} is not a server's URL; give one like http://host:8001")
+        raise UsageError(f"{url!r} is not a server's URL; give one like http://host:8001")
     if parsed.port is not None and not 0 < parsed.port < 1 << 16:
-        raise UsageError(f"{shown} has port {parsed.port}; ports range from 1 to 65535")
+        raise UsageError(f"{url!r} has port {parsed.port}; ports range from 1 to 65535")
     if parsed.query or parsed.fragment:
-        raise UsageError(f"{shown} must end with the path, without a query or fragment")
+        raise UsageError(f"{url!r} must end with the path, without a query or fragment")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

@@ -23,7 +23,7 @@ from smolcli.data.remote_files import (
     reject_overwrite,
     upload,
 )
-from smolcli.errors import UsageError, counted
+from smolcli.errors import UsageError, counted, without_credentials
 from smolcli.settings import RESULTS_TABLE, InputFile, RunSettings
 from smolcli.types import Result
 
@@ -166,7 +166,7 @@ def run(
     progress.summary(statistics, output)
     if is_remote(target):
         upload(output, target)
-        progress.note(f"copied to {target}")
+        progress.note(f"copied to {_shown(target)}")
     raise typer.Exit(ExitCode.SOME_FAILED if statistics.failed else ExitCode.OK)
 
 
@@ -202,8 +202,12 @@ def _files(inputs: list[str], output: Path, options: RunOptions) -> list[str]:
 
 
 def _shown(name: str) -> str:
-    """The name of a file as text; file names may be any bytes."""
-    return name.encode(errors="backslashreplace").decode()
+    """The name of an input for messages and results, without the password in a URL.
+
+    File names may be any bytes.
+    """
+    text = name.encode(errors="backslashreplace").decode()
+    return without_credentials(text) if "://" in text else text
 
 
 def _settings(

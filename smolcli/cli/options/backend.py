@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from smolcli.cli.options import option
-from smolcli.errors import UsageError, without_credentials
+from smolcli.errors import UsageError
 from smolcli.settings import EngineSettings, RaySettings, RemoteSettings
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _settings(
     if not urls:
         return None
     if len(set(urls)) < len(urls):
-        raise UsageError(f"the same URL is given twice: {without_credentials(' '.join(urls))}")
+        raise UsageError(f"the same URL is given twice: {' '.join(urls)}")
     if engine.chat_template:
         raise UsageError(
             "--chat-template has no effect on other servers, which apply their own templates; "
