@@ -199,8 +199,8 @@ def test_batch_shows_results_and_downloads_them_in_order(page: Page, tmp_path: P
 
 
 def downloaded(page: Page, folder: Path, name: str) -> list[dict[str, Any]]:
-    behaviour = {"behavior": "allow", "downloadPath": str(folder)}
-    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behaviour)
+    behavior = {"behavior": "allow", "downloadPath": str(folder)}
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", behavior)
     page.find("download").click()
     until((folder / name).exists)
     return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]

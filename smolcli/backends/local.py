@@ -54,7 +54,7 @@ from smolcli.weights.store import ModelFiles
 from smolcli.weights.stored_prefix import StoredPrefix
 
 MAX_TOKENIZING_THREADS = 128  # more never help, and a process may not be able to start them
-RECEIVE_S = 0.0002  # for another thread to get the GIL; it keeps it until it has sent its data
+RECEIVE_S = 0.0002  # enough for another thread to take the GIL and send its data
 STUCK_AFTER_S = 60.0  # far longer than any step takes
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class LocalBackend:
         build_engine: builds the engine; called on the engine thread.
         identity: what determines the answers.
         max_concurrency: number of threads that tokenize, up to `MAX_TOKENIZING_THREADS`.
-        stored_prefix: keys and values to start with, and to store for the next process.
+        stored_prefix: fills the prefix cache at startup, and is saved for the next process.
     """
 
     def __init__(
@@ -296,7 +296,7 @@ class LocalBackend:
         self._store_prefix()
 
     def _store_prefix(self) -> None:
-        """Store what is computed for most prompts, unless it was stored before."""
+        """Store the KV cache of the start that most prompts share, unless it was stored before."""
         stored, self._stored_prefix = self._stored_prefix, None
         if stored is not None and not stored.is_restored and self._num_prompt_tokens:
             with suppress(QueryError):  # the template may want more than a user message

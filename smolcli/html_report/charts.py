@@ -73,7 +73,7 @@ def charts_of(facts: Facts) -> list[Chart]:
 
 
 def svg(chart: Chart) -> str:
-    """Draw a chart as SVG that takes its colours from the page's CSS variables.
+    """Draw a chart as SVG that takes its colors from the page's CSS variables.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -86,8 +86,8 @@ def svg(chart: Chart) -> str:
     drawing = text.getvalue()
     drawing = drawing[drawing.index("<svg") :]
     drawing = re.sub(r' id="[\w.]+_\d+"', "", drawing)  # ids that several charts share
-    for colour, name in CSS_VARIABLES.items():
-        drawing = drawing.replace(colour, f"var(--{name})")
+    for color, name in CSS_VARIABLES.items():
+        drawing = drawing.replace(color, f"var(--{name})")
     return drawing
 
 
@@ -125,8 +125,8 @@ def _outcomes(facts: Facts) -> Chart:
     counts = [count for _, count in answers + errors]
 
     def draw(axes: "Axes") -> None:
-        colours = [ACCENT] * len(answers) + [BAD] * len(errors)
-        bars = axes.barh(names, counts, color=colours, height=min(0.7, 0.2 * len(names)))
+        colors = [ACCENT] * len(answers) + [BAD] * len(errors)
+        bars = axes.barh(names, counts, color=colors, height=min(0.7, 0.2 * len(names)))
         axes.bar_label(bars, [f"{count:,}" for count in counts], padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.12, y=0.3 / len(names))

@@ -23,6 +23,7 @@ REFERENCE = "reference"  # the key of the reference answer in a result's metadat
 CONTENTS = ("messages", "prompt", "conversations")
 
 _IGNORED = ("id", "model", "stream", "stream_options")
+_KNOWN = {*CompletionFields.model_fields, *_IGNORED}
 _ROLES = {
     **dict.fromkeys(("system",), "system"),
     **dict.fromkeys(("human", "user"), "user"),
@@ -78,15 +79,15 @@ def parse_bare(value: object, defaults: QueryDefaults, chat_id: str, line: int) 
     return replace(query, metadata=metadata or None)
 
 
-_KNOWN = {*CompletionFields.model_fields, *_IGNORED}
-
-
 def with_messages(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A line with its conversation as `messages`, and its metadata with the reference answer.
+    """Bring a line's conversation into the form of `messages`.
 
     Args:
-        value: the line; the result has neither its metadata nor its system prompt, prompt,
-            conversations and completion.
+        value: the line.
+
+    Returns:
+        The line with `messages` in place of the members that make up the conversation, and its
+        metadata, to which the reference answer is added.
 
     Raises:
         QueryError: the conversation is invalid.

@@ -62,14 +62,14 @@ def _stripped(value: object) -> object:
     return value
 
 
-# What `str.strip` removes, written out for /openapi.json: a validator's `\s` has other members.
+# What `str.strip` removes, spelled out for /openapi.json: `\s` differs between validators.
 _WHITE_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 NOT_BLANK = f"[^{_WHITE_SPACE}]"
 
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
-# Bounds must stand before the validator: after it, /openapi.json would not have them.
+# Bounds must come before the validator; otherwise, /openapi.json would lack them.
 FLOAT_TO_INT = BeforeValidator(float_to_int)
 Integer = Annotated[int, Field(strict=True), FLOAT_TO_INT]
 Count = Annotated[int, Field(strict=True, ge=1), FLOAT_TO_INT]

@@ -7,9 +7,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, Tag, ValidationError
 
 from smolcli.errors import QueryError
-from smolcli.protocol.fields import (
-    did_you_mean,
-)
+from smolcli.protocol.fields import did_you_mean
 from smolcli.protocol.json_text import shorten
 from smolcli.types import ErrorCode
 

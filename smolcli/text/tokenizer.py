@@ -297,7 +297,7 @@ def _token_text(token: object) -> str:
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str:
-    """The model's own template; "" if it has none, as base models."""
+    """The model's own template; "" if it has none, like base models."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return _read_text(path)

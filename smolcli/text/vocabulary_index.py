@@ -1,7 +1,7 @@
 """A tokenizer that starts fast, because it loads only the tokens that a text can contain.
 
 `tokenizers` needs longer to build the tables of a large vocabulary than smol needs to answer a
-short question. Byte-level BPE only ever joins neighbours in the text, so every token that it
+short question. Byte-level BPE only ever joins neighbors in the text, so every token that it
 considers is a substring of the text. A tokenizer with just these tokens, and the merges that make
 them in their order, gives the same ids. An index, written once per tokenizer.json under
 SMOL_HOME/tokenizers, finds them. The whole tokenizer is loaded once it pays off: for long texts,

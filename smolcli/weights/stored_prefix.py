@@ -1,8 +1,8 @@
-"""Keys and values of the start that most prompts of a model share, kept between processes.
+"""The KV cache of the start that most prompts of a model share, kept between processes.
 
 Most prompts begin with the model's own system prompt, which is longer than a short question. Its
-keys and values are the same whichever prompt they are computed for, so they are stored next to the
-packed weights, and a new process finds them in its prefix cache.
+keys and values do not depend on the rest of a prompt, so they are stored next to the packed
+weights, and a new process fills its prefix cache with them.
 """
 
 import json
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 
 class StoredPrefix:
-    """The file with the stored keys and values of one model.
+    """The file with the stored KV cache of one model.
 
     Args:
         files: the model.
@@ -41,7 +41,7 @@ class StoredPrefix:
         self._shape, self._dtype = shape, kernels.cache_dtype
 
     def restore(self, cache: PrefixCache[Array]) -> None:
-        """Put what is stored into a prefix cache, if it is intact and from this build."""
+        """Fill a prefix cache with the stored blocks, if they are intact and from this build."""
         try:
             packed = self._path.read_bytes()
             head, _, data = packed[4:].partition(b"\n")
@@ -57,7 +57,7 @@ class StoredPrefix:
         self.is_restored = True
 
     def save(self, cache: PrefixCache[Array], token_ids: Sequence[int]) -> None:
-        """Store the start of a prompt, as far as a prefix cache contains it.
+        """Store the blocks of a prompt's start that a prefix cache holds.
 
         Args:
             cache: the prefix cache.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from smolcli.backends.base import (
+    WAKE_INTERVAL_S,
     WINDOW_BATCHES,
     AnswerSource,
     Counters,
@@ -25,7 +26,7 @@ from smolcli.backends.ray.cluster import (
     last_line,
     plan_workers,
 )
-from smolcli.backends.ray.work_queue import WAKE_INTERVAL_S, ClusterQuery, WorkQueue
+from smolcli.backends.ray.work_queue import ClusterQuery, WorkQueue
 from smolcli.backends.ray.worker import NodeInfo
 from smolcli.engine.native.library import VARIANT_VARIABLE
 from smolcli.errors import BackendError, SmolError

@@ -10,8 +10,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from smolcli.backends.base import Counters
-from smolcli.backends.ray.work_queue import WAKE_INTERVAL_S, ClusterQuery, WorkerLoad
+from smolcli.backends.base import WAKE_INTERVAL_S, Counters
+from smolcli.backends.ray.work_queue import ClusterQuery, WorkerLoad
 from smolcli.backends.ray.worker import NodeInfo, Reply, Task, Worker
 from smolcli.errors import BackendError, SmolError, UsageError
 from smolcli.settings import EngineSettings, RaySettings

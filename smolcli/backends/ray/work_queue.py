@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from itertools import count
 from math import ceil
 
-from smolcli.backends.base import PendingQuery, complete_future, fail_all
+from smolcli.backends.base import WAKE_INTERVAL_S, PendingQuery, complete_future, fail_all
 from smolcli.errors import BackendError, SmolError
 from smolcli.types import Result, TextPiece
 
 MAX_WORKERS_LOST = 5  # while they held the same query, which then fails
-WAKE_INTERVAL_S = 0.2
 
 
 @dataclass(eq=False)

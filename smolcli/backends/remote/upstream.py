@@ -297,7 +297,7 @@ class UpstreamPool:
             logger.info("upstream healthy: %s", upstream.url)
 
     async def _identify(self, upstream: Upstream) -> dict[str, Any]:
-        """Identify a server by its /ready and /v1/models."""
+        """The identity of a server that is ready; also sets its dialect, model and window."""
         await _check_ready(upstream)
         response = await upstream.get("/v1/models")
         check_status(response, upstream.url)
