@@ -116,7 +116,7 @@ class BackendError(RunError):
 
 _CREDENTIALS = re.compile(
     r"(?<![^\s'\"])(?:"
-    r"([^\s'\"]*?:/{1,2})(?:[^\s/:]*:\S*|[^\s/]*)@"  # one slash: as a path
+    r"([^\s'\"]*?:/{1,2})(?:[^\s/:]*:(?!\d+/)\S*|[^\s/]*)@"  # not a port; one slash: as a path
     r"|(?![a-zA-Z]:\\)[^\s'\"/:]+:[^\s/]\S*@)"  # without a scheme, but no drive of Windows
 )
 

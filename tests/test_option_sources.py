@@ -158,7 +158,7 @@ def test_passwords_in_urls_are_not_shown_for_any_option(
     "text",
     [
         "hf://datasets/me/x@main/data.parquet",
-        "http://host:8001/v1",
+        "http://host:8001/v1@2",
         "line 5: me@host",
         "/logs/12:30/me@host.jsonl",
         r"C:\\Users\\me@host\\in.jsonl",

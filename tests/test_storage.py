@@ -68,10 +68,11 @@ def test_several_remote_inputs_name_their_urls(bucket: Any, tmp_path: Path) -> N
 
 def test_passwords_in_urls_are_not_stored_in_outputs(bucket: Any) -> None:
     """The manifest, and with several inputs each result, had the URL of the input."""
-    bucket.pipe_file("/me:secret@bucket/in.jsonl", LINES)
+    bucket.pipe_file("/me:secret@bucket/a.jsonl", LINES)
+    bucket.pipe_file("/me:secret@bucket/b.jsonl", LINES.replace(b'_id": "', b'_id": "b'))
     url = "memory://me:secret@bucket"
     try:
-        done = smol_run(f"{url}/*.jsonl", "-o", f"{url}/out.jsonl")
+        done = smol_run(f"{url}/a.jsonl", f"{url}/b.jsonl", "-o", f"{url}/out.jsonl")
         assert done.exit_code == 0
         assert "copied to memory://***@bucket/out.jsonl" in done.stderr
         assert bucket.isfile("/me:secret@bucket/out.jsonl")
