@@ -96,7 +96,8 @@ def run_file(
             locks.enter_context(output_lock(path))
         statistics = _run_to_file(settings, open_backend, progress)
         if settings.table is not None:
-            write_table(settings.output, settings.table, settings.table_name, settings.rows.fields)
+            fields, overwrite = settings.rows.fields, settings.overwrite
+            write_table(settings.output, settings.table, settings.table_name, fields, overwrite)
     if settings.errors is not None and statistics.failed:
         progress.note(f"failed lines are in {settings.errors}")
     return statistics

@@ -171,6 +171,7 @@ def write_sqlite(
     table: str,
     records: Callable[[], Iterable[Mapping[str, Any]]],
     types: Mapping[str, type],
+    overwrite: bool = False,
 ) -> None:
     """Write records as a table, in one transaction; a table that has them already is left alone.
 
@@ -179,6 +180,7 @@ def write_sqlite(
         table: name of the table, which is replaced.
         records: returns one mapping from column to value for each row; missing values are NULL.
         types: the type of each column: str, int, float or bool.
+        overwrite: whether to replace a table that has them already.
 
     Raises:
         RunError: the database cannot be written, or is locked by another program.
@@ -191,7 +193,7 @@ def write_sqlite(
     names = _distinct(types)
     failed = f"cannot write the table {table!r} to {path}"
     with _connected(path, "rwc", RunError, failed) as database:
-        if _has_rows(database, table, names, rows()):
+        if not overwrite and _has_rows(database, table, names, rows()):
             return
         kinds = (_TYPES[kind] for kind in types.values())
         columns = ", ".join(f"{_quoted(n)} {kind}" for n, kind in zip(names, kinds, strict=True))
@@ -219,16 +221,18 @@ def _has_rows(
     columns: list[str],
     rows: Iterator[tuple[Any, ...]],
 ) -> bool:
-    """Whether a table has exactly these columns and rows."""
+    """Whether a table has exactly these rows; columns that the user added do not count."""
     try:
-        cursor = database.execute(f"SELECT * FROM {_quoted(table)} ORDER BY rowid")
+        found = database.execute(f"SELECT * FROM {_quoted(table)} LIMIT 0").description
+        if not {column[0] for column in found}.issuperset(columns):
+            return False
+        selected = ", ".join(map(_quoted, columns))
+        cursor = database.execute(f"SELECT {selected} FROM {_quoted(table)} ORDER BY rowid")
     except sqlite3.OperationalError as exc:
         if _is_locked(exc):
             raise
         return False  # there is no such table
     with closing(cursor):
-        if [column[0] for column in cursor.description] != columns:
-            return False
         return all(next(cursor, None) == row for row in rows) and next(cursor, None) is None
 
 

@@ -1,5 +1,6 @@
 """Writes the results of a finished run as a table, in a file or in an SQLite database."""
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,7 +84,9 @@ def check_table(
         )
 
 
-def write_table(journal: Path, table: Path, name: str, fields: Sequence[str]) -> None:
+def write_table(
+    journal: Path, table: Path, name: str, fields: Sequence[str], overwrite: bool = False
+) -> None:
     """Write the results of a journal as a table, unless the table has them already.
 
     Each of `fields` is a column; ALL_FIELDS is all metadata. Other metadata, and every other value
@@ -94,6 +97,7 @@ def write_table(journal: Path, table: Path, name: str, fields: Sequence[str]) ->
         table: the file to write; a symbolic link stays one.
         name: name of the table, if the file is a database.
         fields: columns of the input to copy.
+        overwrite: whether to replace a table in a database that has the results already.
 
     Raises:
         RunError: the table cannot be written.
@@ -107,7 +111,8 @@ def write_table(journal: Path, table: Path, name: str, fields: Sequence[str]) ->
             fields = _metadata_names(journal)
         types = _types(_records(journal, fields), fields)
         if kind == "sqlite":
-            write_sqlite(table, name, lambda: _typed_records(journal, fields, types), types)
+            records = functools.partial(_typed_records, journal, fields, types)
+            write_sqlite(table, name, records, types, overwrite)
             return
         with replacing_path(table) as unfinished:
             if kind in ("parquet", "arrow"):
