@@ -159,6 +159,26 @@ def test_columns_that_the_user_added_survive_a_run_with_nothing_to_do(
     assert len(table("results")[1]) == 3
 
 
+def test_a_name_that_no_table_can_have_is_rejected_before_the_run(
+    shop: sqlite3.Connection,
+) -> None:
+    """A view or a reserved name was an error only after every row was answered."""
+    shop.execute("CREATE VIEW good AS SELECT 1")
+    shop.execute("CREATE INDEX by_stars ON reviews (stars)")
+    shop.execute("CREATE TRIGGER trigger DELETE ON reviews BEGIN SELECT 1; END")
+    for name, said in (
+        ("good", "shop.db has a view named 'good'"),
+        ("BY_STARS", "shop.db has an index named 'BY_STARS'"),
+        ("SQLite_x", "SQLite reserves the name 'SQLite_x'"),
+        ("", "--output-table is empty"),
+    ):
+        args = ("--table", "reviews", "-o", "shop.db", "--output-table", name, "--overwrite")
+        done = smol(*args)
+        assert (done.exit_code, said in done.stderr) == (2, True), name
+    assert [path.name for path in Path().iterdir()] == ["shop.db"]
+    assert smol("--table", "reviews", "-o", "shop.db", "--output-table", "trigger").exit_code == 3
+
+
 @pytest.mark.parametrize(
     "chosen",
     [

@@ -149,16 +149,24 @@ def check_sqlite(path: Path, table: str, may_replace: bool) -> None:
         may_replace: whether a table of that name may be replaced.
 
     Raises:
-        UsageError: the file is no database, or has a table that no run has written.
+        UsageError: the file is no database, has a table that no run has written, or cannot have a
+            table of that name.
     """
+    if table.lower().startswith("sqlite_"):
+        raise UsageError(f"SQLite reserves the name {table!r}; choose another --output-table")
     if not path.exists() or path.stat().st_size == 0:
         return
     if not is_database(path):
         raise UsageError(f"{path} exists but is not an SQLite database; choose another --output")
     with _connected(path, "ro", RunError, f"cannot read {path}") as database:
-        found = database.execute(
-            "SELECT 1 FROM sqlite_master WHERE name = ? COLLATE NOCASE", (table,)
+        [found] = database.execute(
+            "SELECT max(type) FROM sqlite_master WHERE type IN ('table', 'view', 'index') "
+            "AND name = ? COLLATE NOCASE",
+            (table,),
         ).fetchone()
+    if found not in (None, "table"):
+        what = "an index" if found == "index" else "a view"
+        raise UsageError(f"{path} has {what} named {table!r}; choose another --output-table")
     if found and not may_replace:
         raise UsageError(
             f"{path} already has a table {table!r} that was not written by a run; choose another "

@@ -139,8 +139,10 @@ def run(
     from smolcli.batch.runner import run_file
     from smolcli.data.inputs import are_several
 
-    if "" in (*inputs, options.output):
-        raise UsageError("the name of an input or of --output is empty; check shell variables")
+    if "" in (*inputs, options.output, options.output_table):
+        raise UsageError(
+            "the name of an input, of --output or of --output-table is empty; check shell variables"
+        )
     target = _target(inputs, options)
     output = local_path(target)
     if is_remote(target) and not (options.overwrite or options.check):
