@@ -108,6 +108,12 @@ def test_saved_conversation_is_a_query_with_the_same_answer(
     assert roles == ["system", "user", "assistant", "user"]
 
 
+def test_the_command_for_a_saved_conversation_can_be_copied(tmp_path: Path) -> None:
+    path = tmp_path / "my chat.jsonl"
+    _, said = talk(EchoBackend(), "Hi", f"/save {path}")
+    assert f"smol run '{path}'" in said[0]
+
+
 def test_unwritable_file_does_not_end_the_session(tmp_path: Path) -> None:
     shown, said = talk(EchoBackend(), "one", f"/save {tmp_path}/no/such", "two")
     assert shown == "one (0)\ntwo (0)\n"

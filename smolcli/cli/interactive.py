@@ -1,5 +1,6 @@
 """The loop of `smol chat`: reads lines, runs commands, streams answers."""
 
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -78,7 +79,8 @@ class InteractiveChat:
     def _save(self, path: Path) -> None:
         try:
             self._conversation.save(path)
-            self._notify(f"saved to {path}; smol run {path} asks the last question again")
+            command = f"smol run {shlex.quote(str(path))}"
+            self._notify(f"saved to {path}; {command} asks the last question again")
         except RunError as exc:
             self._notify(str(exc))
 
