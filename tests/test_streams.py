@@ -43,7 +43,7 @@ def shell(
         (">/dev/full", ["--help"], 1, "smol: cannot write to stdout: No space left"),
         (">/dev/full", ["run", "--help"], 1, "smol: cannot write to stdout: No space left"),
         (">/dev/full", ["--version"], 1, "smol: cannot write to stdout: No space left"),
-        (">&-", ["run", "good.jsonl", "-o", "-", "-q"], 1, "smol: cannot write -: Bad file"),
+        (">&-", ["run", "good.jsonl", "-o", "-", "-q"], 1, "smol: cannot write to stdout: Bad"),
         (">&-", ["run", "good.jsonl", "-o", "out.jsonl", "-q"], 0, ""),
         ("<&-", ["ask"], 2, "smol: the question is empty; "),
         ("<&-", ["chat"], 0, ""),
@@ -62,6 +62,30 @@ def test_closed_or_full_streams_cause_no_traceback(
     (tmp_path / "bad.jsonl").write_text("{}\n")
     done = shell(redirection, *args, folder=tmp_path, tiny_folder=tiny_folder)
     assert (done.returncode, done.stderr[: len(said) or None]) == (exit_code, said)
+
+
+@pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="/dev/stdin")
+def test_the_paths_of_redirected_streams_are_streams(tmp_path: Path, tiny_folder: Path) -> None:
+    """Results went to /dev/stdin.results.jsonl, and an existing output was refused or truncated."""
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    (tmp_path / "out.jsonl").write_text("before\n")
+    redirection = "<good.jsonl >>out.jsonl"
+    for args in (("/dev/stdin",), ("/dev/stdin", "-o", "/dev/stdout"), ("-", "-o", "/dev/fd/1")):
+        done = shell(redirection, "run", *args, folder=tmp_path, tiny_folder=tiny_folder)
+        assert (done.returncode, "stdout" in done.stderr) == (0, False)
+    before, *results = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert (before, len(results), len(set(results))) == ("before", 3, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good.jsonl", "out.jsonl"]
+
+
+def test_errors_name_stdin(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "table.csv").write_text("a - b,c\n1,2\n")
+    for args, said in (
+        (["--prompt", "{d}"], "smol: stdin: no column named 'd'; the columns are a - b, c\n"),
+        (["--input-format", "parquet"], "smol: stdin: Parquet cannot be read from a pipe"),
+    ):
+        done = shell("<table.csv", "run", "-", *args, folder=tmp_path, tiny_folder=tiny_folder)
+        assert done.stderr.startswith(said)
 
 
 def test_run_works_without_stderr(tmp_path: Path, tiny_folder: Path) -> None:

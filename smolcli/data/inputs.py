@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ _SUFFIXES = {
     *(".parquet", ".arrow", ".feather", ".ipc"),
 }
 _MANIFEST = ".manifest.json"
+_STDIN = re.compile(r"(?<!\S)-(?=[:\s])")  # as a path in an error message
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,10 @@ def _errors_of(file: InputFile) -> Iterator[None]:
     try:
         yield
     except (UsageError, InputError) as exc:
-        message = str(exc).replace(str(file.path), file.name)
+        if str(file.path) == "-":
+            message = _STDIN.sub("stdin", str(exc), count=1)
+        else:
+            message = str(exc).replace(str(file.path), file.name)
         if message == str(exc):
             raise
         raise type(exc)(message) from exc

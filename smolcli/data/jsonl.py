@@ -235,4 +235,5 @@ class ResultWriter:
     def _fail(self, exc: OSError) -> NoReturn:
         if isinstance(exc, BrokenPipeError):
             raise exc
-        raise cannot_write(self._path, exc) from exc
+        name = "to stdout" if str(self._path) == "-" else self._path
+        raise cannot_write(name, exc) from exc

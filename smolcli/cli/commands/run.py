@@ -41,6 +41,10 @@ EXAMPLES = (
     "[bold]cat queries.jsonl | smol run - > results.jsonl[/bold] works in a pipeline."
 )
 
+# Paths of standard streams, which may be redirected to files.
+STDIN_NAMES = ("/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
+STDOUT_NAMES = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
 InputNames = Annotated[
     list[str],
     typer.Argument(
@@ -143,6 +147,8 @@ def run(
         raise UsageError(
             "the name of an input, of --output or of --output-table is empty; check shell variables"
         )
+    if len(inputs) == 1 and inputs[0] in STDIN_NAMES:
+        inputs = ["-"]
     target = _target(inputs, options)
     output = local_path(target)
     if is_remote(target) and not (options.overwrite or options.check):
@@ -178,7 +184,7 @@ def _target(inputs: list[str], options: RunOptions) -> str:
     from smolcli.data.inputs import are_several
 
     if options.output is not None:
-        return options.output
+        return "-" if options.output in STDOUT_NAMES else options.output
     if are_several(inputs):
         if options.check:
             return "-"
