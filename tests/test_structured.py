@@ -1,8 +1,11 @@
 """Structured output: schemas, choices, log probabilities and several answers per query."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -354,6 +357,49 @@ def test_an_unsupported_regex_or_grammar_says_why(
     assert re.search(reason, str(result.error))
     with pytest.raises(QueryError, match=reason):
         check_format(answer_format)
+
+
+REFERENCES = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(4000)} | {"d4000": {"const": 1}}
+RULES = ["start: r0", *(f"r{n}: r{n + 1}" for n in range(4000)), 'r4000: "a"']
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            "response_format": {
+                "type": "json_object",
+                "schema": {"$ref": "#/$defs/d0", "$defs": REFERENCES},
+            }
+        },
+        {"structured_outputs": {"grammar": "\n".join(RULES)}},
+    ],
+    ids=["schema", "grammar"],
+)
+def test_a_long_chain_of_rules_does_not_end_the_process(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """It overflowed the stack, so that one query killed a server and all that it was doing."""
+    path = tmp_path / "queries.jsonl"
+    path.write_text(json.dumps({"chat_id": "1", "user_prompt": "Hi"} | fields), "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "smolcli", "run", str(path), "--check"],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert (done.returncode, done.stderr) == (0, b"1 line, 0 invalid\n")
+
+
+def test_a_schema_that_is_too_large_says_so() -> None:
+    schema: dict[str, Any] = {"const": 1}
+    definitions = {
+        f"d{n}": {"properties": {"x": {"$ref": f"#/$defs/d{n + 1}"}}, "required": ["x"]}
+        for n in range(15_000)
+    }
+    definitions["d15000"] = schema
+    with pytest.raises(QueryError, match=r"unsupported schema: (it is|schema) too large"):
+        check_format(schema_format({"$ref": "#/$defs/d0", "$defs": definitions}))
 
 
 def test_error_of_one_answer_fails_the_query(backend: LocalBackend) -> None:

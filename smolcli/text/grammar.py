@@ -4,10 +4,11 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smolcli.errors import QueryError
 from smolcli.text.json_schema import close_objects, rewrite_schema
@@ -17,10 +18,14 @@ from smolcli.types import AnswerFormat, Function, ToolMode, Tools
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+T = TypeVar("T")
+
 MAX_COMBINED_PATTERNS = 12  # llguidance's time doubles with each, and it has no timeout
 _PATTERN_KEYWORDS = ("pattern", "format", "$ref")
 MAX_CACHED_GRAMMARS = 128
 MAX_GRAMMAR_CHARS = 50_000
+LONG_GRAMMAR = 1000  # characters; the rules of shorter ones cannot overflow a stack
+STACK_BYTES = 256 << 20  # for a chain of 65,000 rules, which is llguidance's limit
 _LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?![*/])(?:\\.|[^/\\\n])*/|(?://|#)[^\n]*')
 MAX_CALLS = 8  # in one answer
 NO_ARGUMENTS = '{"type": "object", "properties": {}, "additionalProperties": false}'
@@ -36,7 +41,9 @@ _EXPLANATIONS = {
     "Unable to determine if regex is empty": "its patterns are too complex",
     "lexer error": "its patterns are too complex",
     "oneOf constraints": "oneOf is not supported; use anyOf",
+    "panic: assertion failed: grammar.symbols.len()": "it is too large",
 }
+_stack_lock = threading.Lock()
 
 
 class GrammarCompiler:
@@ -343,9 +350,37 @@ def _matcher(spec: GrammarSpec, tokenizer: "LLTokenizer") -> "LLMatcher":
 
     limits = LLParserLimits(verbose_errors=False)
     with _panics_as_query_errors(spec):
-        matcher = LLMatcher(tokenizer, to_grammar(spec), log_level=0, limits=limits)
-        matcher.compute_bitmask()  # some errors are reported only here
-    return matcher
+        grammar = to_grammar(spec)
+
+        def compiled() -> LLMatcher:
+            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+            matcher.compute_bitmask()  # some errors are reported only here
+            return matcher
+
+        return compiled() if len(grammar) <= LONG_GRAMMAR else _on_large_stack(compiled)
+
+
+def _on_large_stack(function: Callable[[], T]) -> T:
+    """Call a function on a new thread with a large stack.
+
+    llguidance recurses from each rule to those that it refers to. A chain of 3,000 rules would
+    overflow an ordinary stack and kill the process.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as exc:  # including a Rust panic
+            done.set_exception(exc)
+
+    with _stack_lock:
+        usual = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="smol-grammar", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
+    return done.result()
 
 
 def _check_parameters(tools: Tools) -> None:
