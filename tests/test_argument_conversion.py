@@ -22,7 +22,9 @@ from smolcli.cli.argument_conversion import NotPlain, SmolCommand, plain_value
         ("auto", Literal["auto", "fast"], "auto"),
     ],
 )
-def test_plain_values(value: object, annotation: object, converted: object) -> None:
+def test_values_are_converted_by_their_annotation(
+    value: object, annotation: object, converted: object
+) -> None:
     found = plain_value(value, annotation, None, None)
     assert found == converted
     assert type(found) is type(converted)

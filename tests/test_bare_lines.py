@@ -87,7 +87,7 @@ def test_reference_answer_is_moved_to_the_metadata(line: dict[str, Any]) -> None
         ([], "a line must be a JSON object", ErrorCode.NOT_AN_OBJECT),
     ],
 )
-def test_invalid_bare_line(line: Any, said: str, code: ErrorCode | None) -> None:
+def test_invalid_bare_line_is_explained(line: Any, said: str, code: ErrorCode | None) -> None:
     with pytest.raises(QueryError) as caught:
         parse(line)
     assert said in str(caught.value)

@@ -79,7 +79,7 @@ def test_every_request_gets_a_response(job: RunSettings) -> None:
     assert all(record["error"] is None for record in results(job.output))
 
 
-def test_sample_file(job: RunSettings) -> None:
+def test_sample_file_has_valid_and_invalid_requests(job: RunSettings) -> None:
     sample = Path(__file__).parents[1] / "sample_inputs" / "openai_batch.jsonl"
     answer(replace(job, input=sample))
     statuses = [r["response"]["status_code"] for r in results(job.output)]
@@ -258,7 +258,7 @@ def test_equal_runs_give_equal_bytes_and_other_seeds_other_ids(job: RunSettings)
     assert not {r["id"] for r in results(other.output)} & set(ids)
 
 
-def test_structured_output_logprobs_and_n(job: RunSettings, tiny_folder: Path) -> None:
+def test_lines_accept_schemas_logprobs_and_n(job: RunSettings, tiny_folder: Path) -> None:
     """A line accepts whatever /v1 accepts in a body."""
     schema = {"type": "integer", "minimum": 0, "maximum": 99}
     held = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
@@ -296,7 +296,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
         {"json_schema": json.dumps(SCHEMA)},
     ],
 )
-def test_other_servers_ways_to_give_a_schema(body: dict[str, Any]) -> None:
+def test_schema_may_be_given_as_other_servers_take_it(body: dict[str, Any]) -> None:
     wrapped = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
     expected, query = [
         parse_completion(request(**each)["body"], QueryDefaults(), "a").query
@@ -406,7 +406,9 @@ def test_timings_are_optional(job: RunSettings) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="/dev/fd")
-def test_pipe_to_pipe(job: RunSettings, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_requests_are_read_from_a_pipe_and_written_to_stdout(
+    job: RunSettings, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     """The format of a stream is detected from its first line."""
     read_end, write_end = os.pipe()
     with os.fdopen(write_end, "wb") as pipe:

@@ -74,7 +74,7 @@ class Seen(EchoBackend):
         return super().answer(query)
 
 
-def test_version() -> None:
+def test_version_option_prints_the_version() -> None:
     assert smol("--version").stdout == f"smol {__version__}\n"
 
 
@@ -249,7 +249,7 @@ def test_current_directory_that_was_deleted_is_named(
     assert (done.exit_code, done.stderr) == (1, "smol: the current directory no longer exists\n")
 
 
-def test_limit_extra_fields_and_timings(queries: Path) -> None:
+def test_run_options_limit_lines_keep_fields_and_add_timings(queries: Path) -> None:
     queries.write_bytes(b'{"chat_id": "1", "user_prompt": "Hi", "colour": "red"}\n' + BAD)
     args = ("--limit", 1, "--extra-fields", "keep", "--timings", "-o", queries.with_name("out"))
     assert smol("run", queries, *args).exit_code == 0
@@ -397,7 +397,7 @@ def test_ask_prints_only_the_answer() -> None:
     assert done.stderr == ""
 
 
-def test_ask_json() -> None:
+def test_ask_prints_the_result_as_json() -> None:
     record = json.loads(smol("ask", "Hi", "--json").stdout)
     assert record["chat_id"] == "ask"
     assert record["finish_reason"] == "stop"
@@ -472,7 +472,7 @@ def test_ask_explains_a_question_that_begins_with_a_dash(question: str) -> None:
     assert "No such option: --temprature" in smol("ask", "Hi", "--temprature", "1").stderr
 
 
-def test_ask_system() -> None:
+def test_ask_sends_the_system_prompt() -> None:
     seen, open_backend = Seen.opener()
     smol("ask", "Hi", "--system", "Be brief.", backend=open_backend)
     [query] = seen.queries_seen

@@ -159,7 +159,9 @@ def test_ordinary_text_is_encoded_as_by_the_tokenizer_alone(
 
 
 @given(turns=conversations)
-def test_tiny_model(tiny_folder: Path, turns: list[tuple[str, str]]) -> None:
+def test_control_tokens_come_only_from_the_template(
+    tiny_folder: Path, turns: list[tuple[str, str]]
+) -> None:
     chat = ChatTokenizer.load(tiny_folder)
     ids = chat.encode([Message(*turn) for turn in turns])
     has_system = turns[0][0] == "system"

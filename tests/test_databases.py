@@ -92,7 +92,7 @@ def test_cell_that_is_not_text_is_an_error_of_its_row(shop: sqlite3.Connection) 
         ({"query": "SELECT id FROM reviews"}, "no column named 'review'"),
     ],
 )
-def test_wrong_choice_of_rows(
+def test_wrong_choice_of_rows_is_explained(
     shop: sqlite3.Connection, settings: dict[str, Any], said: str
 ) -> None:
     shop.execute("CREATE VIEW stars AS SELECT stars FROM reviews")
@@ -101,7 +101,7 @@ def test_wrong_choice_of_rows(
     assert shop.execute("SELECT count(*) FROM reviews").fetchone() == (3,)
 
 
-def test_databases_that_cannot_be_read(shop: sqlite3.Connection) -> None:
+def test_databases_that_cannot_be_read_are_explained(shop: sqlite3.Connection) -> None:
     Path("text.db").write_text("hello")
     Path("q.csv").write_text("review\nx\n")
     with pytest.raises(InputError, match="it is not an SQLite database"):

@@ -59,7 +59,7 @@ def test_progress_is_logged_every_ten_seconds(
     ]
 
 
-def test_summary_rows(caplog: pytest.LogCaptureFixture) -> None:
+def test_summary_counts_outcomes_and_tokens(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     statistics = StatisticsCollector()
     statistics.begin()

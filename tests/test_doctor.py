@@ -140,7 +140,7 @@ def test_unknown_model_name_lists_the_models_in_the_store(home: Path, tiny_folde
         ("smol ask --max-n", 2, ["--max-new-tokens"]),
     ],
 )
-def test_shell_completion(
+def test_shell_completes_models_commands_and_options(
     home: Path, tiny_folder: Path, typed: str, index: int, completed: list[str]
 ) -> None:
     fill_store(home, tiny_folder)

@@ -82,7 +82,7 @@ def test_model_is_downloaded_once(fake_hub: type[FakeHub], tiny_folder: Path) ->
     assert fake_hub.requested == []
 
 
-def test_model_that_the_hub_does_not_have(fake_hub: type[FakeHub]) -> None:
+def test_model_that_the_hub_lacks_is_named(fake_hub: type[FakeHub]) -> None:
     with pytest.raises(ModelNotFound, match="no model named 'tests/none' on the Hub"):
         resolve("tests/none")
 

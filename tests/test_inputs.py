@@ -192,7 +192,9 @@ def test_directories_and_patterns_are_expanded(folder: Path) -> None:
         (["a.jsonl", "missing.jsonl", "-o", "out.jsonl"], "cannot read missing.jsonl"),
     ],
 )
-def test_wrong_usage_of_several_inputs(folder: Path, args: list[str], said: str) -> None:
+def test_wrong_usage_of_several_inputs_is_explained(
+    folder: Path, args: list[str], said: str
+) -> None:
     Path("empty").mkdir()
     done = smol(*args)
     assert done.exit_code in (1, 2)

@@ -61,7 +61,7 @@ def test_each_question_includes_the_earlier_exchanges() -> None:
     ]
 
 
-def test_system_reset_and_quit() -> None:
+def test_commands_change_the_system_prompt_reset_and_quit() -> None:
     seen, open_backend = Seen.opener()
     lines = "one\n/system Be brief.\ntwo\n/reset\n/system\nthree\n/quit\nfour\n"
     done = smol("chat", "--system", "Be kind.", "--seed", 1, backend=open_backend, input=lines)
@@ -214,7 +214,7 @@ def test_invalid_utf8_from_a_pipe_is_replaced(tiny_folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudoterminal")
-def test_on_a_terminal(tiny_folder: Path, tmp_path: Path) -> None:
+def test_lines_can_be_edited_on_a_terminal(tiny_folder: Path, tmp_path: Path) -> None:
     """Lines can be edited; Ctrl-C at the prompt clears the line, Ctrl-D exits."""
     import pty
 

@@ -26,7 +26,7 @@ def lines_of(path: Path, data: bytes) -> list[Line]:
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_line_ends_marks_and_compression(
+def test_lines_are_the_same_with_any_end_mark_and_compression(
     tmp_path: Path, end: bytes, bom: bytes, pack: object
 ) -> None:
     data = bom + end.join([b"a", b"", b" \t", b"b b", b"c"])  # no end after the last

@@ -143,7 +143,7 @@ def test_a_missing_model_is_a_smol_error(tmp_path: Path) -> None:
 
 @pytest.mark.model
 @pytest.mark.usefixtures("model_folder")
-def test_the_examples_of_the_docstrings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_in_docstrings_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"chat_id": str(n), "user_prompt": f"Hi {n}"}) for n in range(2)]
     Path("queries.jsonl").write_text("\n".join(lines), "utf-8")

@@ -284,7 +284,7 @@ def test_a_cluster_that_is_too_small_is_a_usage_error(
     assert b"no node of the Ray cluster has 64 CPUs and 1 GPUs" in stderr
 
 
-def test_nothing_listens_at_the_address(questions: Path, tiny_folder: Path) -> None:
+def test_address_without_a_cluster_is_an_error(questions: Path, tiny_folder: Path) -> None:
     output = questions.with_name("nowhere.jsonl")
     options = ["--model", str(tiny_folder), "--backend", "ray", "--ray-address", "127.0.0.1:9"]
     process = start(questions, output, *options, stderr=subprocess.PIPE, stdout=subprocess.PIPE)

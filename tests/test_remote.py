@@ -789,7 +789,7 @@ def test_an_answer_nested_too_deep_is_malformed() -> None:
         load_object(b'{"a":' * 100_000)
 
 
-def test_submitting_from_many_threads(smol: RunningServer) -> None:
+def test_queries_may_be_submitted_from_many_threads(smol: RunningServer) -> None:
     with remote(smol.url) as backend:
         futures: list[Future[Result]] = []
 

@@ -150,7 +150,7 @@ def test_retry_asks_changed_lines_again(job: RunSettings) -> None:
     answer(job, no_backend)
 
 
-def test_retry_after_a_fix_and_appended_lines(job: RunSettings) -> None:
+def test_retry_after_a_fix_needs_a_limit_if_lines_were_appended(job: RunSettings) -> None:
     answer(replace(job, limit=20))
     lines = job.input.read_text("utf-8").splitlines()
     edit(job, {9: lines[8].replace("8", "fixed")})

@@ -162,7 +162,7 @@ def test_damaged_manifest_is_rejected(job: RunSettings, change: dict[str, Any]) 
         answer(job, no_backend)
 
 
-def test_resume_reuses_the_drawn_seed(job: RunSettings) -> None:
+def test_resume_reuses_the_random_seed(job: RunSettings) -> None:
     job = replace(job, seed=None)
     answer(replace(job, limit=3))
     seed = load_manifest(job.output).seed
@@ -630,7 +630,7 @@ def test_file_names_need_not_be_utf8(job: RunSettings) -> None:
         (os.devnull, "-"),
     ],
 )
-def test_default_output(input: str, output: str) -> None:
+def test_default_output_is_next_to_the_input(input: str, output: str) -> None:
     assert default_output(Path(input)) == Path(output)
 
 

@@ -491,7 +491,7 @@ SKY = {"type": "object", "properties": {"sky": {"type": "string"}}}
         ({"guided_grammar": "start: A"}, AnswerFormat(grammar="start: A")),
     ],
 )
-def test_formats_of_llama_cpp_and_vllm(
+def test_formats_of_llama_cpp_and_vllm_are_accepted(
     parameters: dict[str, Any], expected: AnswerFormat | None
 ) -> None:
     query = completion(**parameters)

@@ -80,7 +80,7 @@ def check_answer(answer: bytes) -> None:
 
 @bounded
 @given(path=PATHS, value=VALUES)
-def test_any_json(server: RunningServer, path: str, value: Any) -> None:
+def test_any_json_value_gets_a_json_answer(server: RunningServer, path: str, value: Any) -> None:
     response = server.client.post(
         path, content=json.dumps(value).encode(), headers={"Content-Type": "application/json"}
     )
@@ -90,7 +90,7 @@ def test_any_json(server: RunningServer, path: str, value: Any) -> None:
 
 @bounded
 @given(path=PATHS, body=st.binary(max_size=200))
-def test_any_body(server: RunningServer, path: str, body: bytes) -> None:
+def test_body_that_is_not_json_is_rejected(server: RunningServer, path: str, body: bytes) -> None:
     response = server.client.post(path, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert response.headers["content-type"] == "application/json"
@@ -98,7 +98,7 @@ def test_any_body(server: RunningServer, path: str, body: bytes) -> None:
 
 @bounded
 @given(data=st.binary(min_size=1, max_size=300))
-def test_any_bytes(server: RunningServer, data: bytes) -> None:
+def test_any_bytes_get_a_json_answer_or_none(server: RunningServer, data: bytes) -> None:
     check_answer(exchange(server, data + b"\r\n\r\n"))
 
 
@@ -136,7 +136,7 @@ HEADERS = st.sampled_from(
     headers=st.lists(HEADERS, max_size=4),
     body=st.sampled_from([b"", b"{}", b"0\r\n\r\n", b"zz\r\n", b"5\r\n{}"]),
 )
-def test_any_head(
+def test_any_request_head_gets_a_json_answer_or_none(
     server: RunningServer, method: str, path: str, headers: list[str], body: bytes
 ) -> None:
     head = "\r\n".join([f"{method} {path} HTTP/1.1", "Host: test", *headers, "", ""])
@@ -153,7 +153,7 @@ def test_errors_are_short_and_say_what_is_missing(server: RunningServer) -> None
     assert empty.json()["error"] == "invalid JSON: the request body is empty"
 
 
-def test_the_server_survives(server: RunningServer) -> None:
+def test_server_answers_after_malformed_connections(server: RunningServer) -> None:
     for data in (b"\x16\x03\x01\x02\x00", b"GET", http("/chat", b"[" * 50_000, JSON)):
         check_answer(exchange(server, data))
     assert server.ask().status_code == 200

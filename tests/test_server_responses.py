@@ -59,7 +59,7 @@ def test_response_equals_the_answer_of_chat(
     assert (response.incomplete_details is not None) == is_cut_off
 
 
-def test_items_equal_messages(client: openai.OpenAI, asked: dict[str, Any]) -> None:
+def test_items_are_answered_like_messages(client: openai.OpenAI, asked: dict[str, Any]) -> None:
     first = client.responses.create(input="Hi", **asked)
     items: Any = [{"role": "user", "content": "Hi"}, *first.output]
     items.append({"role": "user", "content": [{"type": "input_text", "text": "Go on."}]})
@@ -121,7 +121,9 @@ def test_logprobs_are_those_of_chat(
     assert done["logprobs"] == answer["logprobs"]
 
 
-def test_function_calls_and_their_outputs(client: openai.OpenAI, asked: dict[str, Any]) -> None:
+def test_function_calls_and_their_outputs_may_be_sent_back(
+    client: openai.OpenAI, asked: dict[str, Any]
+) -> None:
     asked |= {"max_output_tokens": 90, "parallel_tool_calls": False}
     first = client.responses.create(input="1+3?", tools=[ADD], tool_choice="required", **asked)
     (call,) = first.output

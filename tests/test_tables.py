@@ -189,7 +189,7 @@ def test_results_can_be_an_arrow_file(tmp_path: Path, suffix: str) -> None:
         ("x.feather", b"\xff\xff\xff\xff", "it is not a valid Arrow file, or it is damaged"),
     ],
 )
-def test_table_that_cannot_be_read(
+def test_unreadable_table_is_named_with_the_reason(
     tmp_path: Path, name: str, data: bytes | None, said: str
 ) -> None:
     """The message used to quote pyarrow."""

@@ -198,7 +198,7 @@ def test_template_rejection_is_a_query_error(
 
 
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: [{"name": "default", "template": t}]])
-def test_template_in_tokenizer_config(
+def test_template_may_be_in_the_tokenizer_config(
     tiny_folder: Path, tmp_path: Path, wrap: Callable[[str], Any]
 ) -> None:
     """Older models store the template there and special tokens as objects."""
@@ -254,7 +254,7 @@ def test_malformed_tokenizer_settings_count_as_absent(
         ChatTokenizer.load(folder).encode([Message("user", "Hi")])
 
 
-def test_context_length(tiny_folder: Path, tmp_path: Path) -> None:
+def test_context_length_is_read_from_the_config(tiny_folder: Path, tmp_path: Path) -> None:
     assert context_length(tiny_folder) == 512
     with pytest.raises(ModelError, match=r"cannot read .*config\.json"):
         context_length(tmp_path)
