@@ -58,13 +58,21 @@ class PromptTooLong(QueryError):
         num_tokens: length of the prompt.
         limit: the longest prompt allowed, in tokens: one less than the context length.
         is_exact: whether the prompt is no longer than that.
+        is_kv_cache: whether the limit is the size of the KV cache, not the model's.
     """
 
-    def __init__(self, num_tokens: int, limit: int, *, is_exact: bool = True) -> None:
+    def __init__(
+        self, num_tokens: int, limit: int, *, is_exact: bool = True, is_kv_cache: bool = False
+    ) -> None:
         length = f"{num_tokens}" if is_exact else f"at least {num_tokens}"
+        room = f"{limit + 1} tokens, of which the answer needs at least 1"
         super().__init__(
-            f"the prompt is too long: it has {length} tokens, but this model's maximum context "
-            f"length is {limit + 1} tokens, of which the answer needs at least 1",
+            f"the prompt is too long: it has {length} tokens, but "
+            + (
+                f"the KV cache has room for {room}; raise --kv-cache-mb"
+                if is_kv_cache
+                else f"this model's maximum context length is {room}"
+            ),
             ErrorCode.PROMPT_TOO_LONG,
         )
 

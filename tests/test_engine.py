@@ -600,6 +600,21 @@ def test_a_prompt_that_leaves_no_room_is_rejected_with_its_length(model: Model) 
     assert last.num_output == 1
 
 
+def test_prompt_that_exceeds_the_kv_cache_is_rejected_with_its_size(model: Model) -> None:
+    """The error was about the model's context length."""
+    num_bytes = 300 * model.config.kv_cache_bytes(1, 4)
+    engine = Engine(model, 2, num_bytes)
+    room = engine.max_length
+    assert 0 < room < 400
+    with pytest.raises(PromptTooLong, match=f"KV cache has room for {room} .*--kv-cache-mb"):
+        engine.add(greedy([9] * room))
+    with pytest.raises(PromptTooLong, match="model's maximum context length is 512"):
+        engine.add(greedy([9] * 512))
+    last = greedy([9] * (room - 1), 50)
+    generate(engine, [last])
+    assert last.num_output == 1
+
+
 def test_an_answer_that_fills_the_context_ends_with_length(model: Model) -> None:
     sequence = greedy([9] * 500, 10**30)
     generate(Engine(Endless(model), 2, 64 * MEGABYTE), [sequence])

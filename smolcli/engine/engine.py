@@ -60,8 +60,11 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.num_waiting)
 
     def longest_prompt(self, sampling: Sampling) -> int:
-        """The length of the longest prompt that leaves room for a new token, if any is wanted."""
-        return self.max_length - min(sampling.max_new_tokens, 1)
+        """The longest prompt that leaves the model room for a new token, if any is wanted.
+
+        The KV cache may have less room.
+        """
+        return self.model.config.max_positions - min(sampling.max_new_tokens, 1)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; clips `max_tokens` to what the model and the KV cache allow.
@@ -71,9 +74,12 @@ class Engine:
             QueryError: the prompt or the sampling settings contain a token id that the model does
                 not have.
         """
-        longest = self.longest_prompt(sequence.sampling)
-        if len(sequence.prompt_ids) > longest:
-            raise PromptTooLong(len(sequence.prompt_ids), longest)
+        num_tokens, longest = len(sequence.prompt_ids), self.longest_prompt(sequence.sampling)
+        if num_tokens > longest:
+            raise PromptTooLong(num_tokens, longest)
+        longest -= self.model.config.max_positions - self.max_length
+        if num_tokens > longest:
+            raise PromptTooLong(num_tokens, longest, is_kv_cache=True)
         for token_id in (min(sequence.prompt_ids), max(sequence.prompt_ids)):
             if not 0 <= token_id < self._vocab_size:
                 raise QueryError(
