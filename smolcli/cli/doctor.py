@@ -196,23 +196,25 @@ def _resolved(settings: EngineSettings, files: ModelFiles) -> Iterator[Finding]:
             "resolved", str(exc), "choose another --model, --device or --dtype", is_fatal=True
         )
         return
-    if config.kernels:
-        kernels = f"native, variant {config.kernels.name}, the best that this CPU supports"
-    else:
-        kernels = f"torch: {config.unsupported_reason}"
-    is_slow = config.kernels is None and config.device == "cpu"
-    remedy = "reinstall smol with a C compiler or the ziglang package; native kernels are faster"
     yield Finding(
         "resolved",
         f"{config.dtype} on {config.device}, threads: {config.threads}, "
         f"batch size: {config.max_batch_size}, KV cache: up to {_gib(config.kv_cache_bytes)}",
     )
-    yield Finding(
-        "kernels",
-        kernels,
-        remedy if is_slow else None,
-    )
+    yield _kernels(config)
     yield _memory(config)
+
+
+def _kernels(config: "ResolvedConfig") -> Finding:
+    if config.kernels is not None:
+        detail = f"native, variant {config.kernels.name}, the best that this CPU supports"
+        return Finding("kernels", detail)
+    remedy = "reinstall smol with a C compiler or the ziglang package; native kernels are faster"
+    return Finding(
+        "kernels",
+        f"torch: {config.unsupported_reason}",
+        remedy if config.device == "cpu" else None,
+    )
 
 
 def _memory(config: "ResolvedConfig") -> Finding:

@@ -35,7 +35,7 @@ def text_completions_routes(service: Service) -> Blueprint:
         def failed(index: int, result: Result) -> Response:
             return error_response(result_error(completion.error(index, result)))
 
-        _check_number(completion, service.settings.max_batch_queries)
+        _check_num_choices(completion, service.settings.max_batch_queries)
         in_flight = service.start(
             dict(enumerate(completion.queries)),
             is_interactive=len(completion.queries) == completion.num_choices,
@@ -54,7 +54,7 @@ def text_completions_routes(service: Service) -> Blueprint:
     return routes
 
 
-def _check_number(completion: TextCompletion, limit: int) -> None:
+def _check_num_choices(completion: TextCompletion, limit: int) -> None:
     if (num_choices := len(completion.queries)) > limit:
         message = f"prompt and n ask for {num_choices:,} choices, more than the limit of {limit:,}"
         raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, HttpCode.TOO_LARGE, "prompt")
