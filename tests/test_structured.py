@@ -92,6 +92,28 @@ def test_constrained_answers_validate_and_leave_other_answers_unchanged(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_formats_combine_with_other_limits_on_tokens(
+    backend: LocalBackend, temperature: float
+) -> None:
+    """If the vocabulary fills whole words of 32 bits, llguidance's masks have one word more."""
+    digits = AnswerFormat(regex="[1-9]{1,30}")
+    sampling = Sampling(64, temperature, seed=1)
+    short, long, other, none = answers(
+        backend,
+        [
+            query(format=AnswerFormat(choices=("ja", "nein")), sampling=sampling, bad_words=("j",)),
+            query(format=digits, sampling=replace(sampling, min_tokens=20)),
+            query(format=digits, sampling=sampling, bad_words=tuple("12345678")),
+            query(format=digits, sampling=replace(sampling, allowed_token_ids=(0,))),
+        ],
+    )
+    assert short.response == "nein"
+    assert re.fullmatch("[1-9]{20,30}", str(long.response))
+    assert re.fullmatch("9{1,30}", str(other.response))
+    assert (none.error_code, "exclude each other" in str(none.error)) == ("invalid_value", True)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
 def test_answer_is_one_of_the_choices(backend: LocalBackend, temperature: float) -> None:
     """Choices may share a prefix, and regex metacharacters in them are literal."""
     choices = ("yes", "yes, but (not)* [now]", "nein", "日本 \\d+", "<|im_end|>")

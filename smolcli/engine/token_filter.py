@@ -42,7 +42,7 @@ class TokenFilter:
                 allowed[word[0]] = False
             else:
                 self._words[word[-2]].append(word)
-        num_bytes = -(-vocab_size // 32) * 4  # whole words, as grammars have
+        num_bytes = -(-vocab_size // 32) * 4  # whole words of 32 bits
         bits = np.packbits(allowed, bitorder="little")
         self._allowed: Bits = np.pad(bits, (0, num_bytes - len(bits)))
 
@@ -59,7 +59,7 @@ class TokenFilter:
         """
         bits = self._allowed.copy()
         if grammar is not None:
-            bits &= np.frombuffer(grammar, np.uint8)
+            bits &= np.frombuffer(grammar, np.uint8)[: len(bits)]  # it may have another word
         _clear(bits, self._completing_bad_words(token_ids, num_output))
         if not bits.any():
             raise QueryError(
