@@ -184,6 +184,16 @@ def test_explicit_settings_are_kept() -> None:
     assert auto.dtype in ("float32", "bfloat16")
 
 
+def test_a_kv_cache_without_room_for_a_query_is_rejected() -> None:
+    """Every line failed as too long for a "maximum context length" of 0 tokens."""
+    least = EngineSettings(dtype="float32", kv_cache_mb=3)
+    assert resolve_config(least, SMOLLM2_135M, GIB).kv_cache_bytes == 3 << 20
+    with pytest.raises(
+        UsageError, match="--kv-cache-mb 2 is too small for this model: 64 tokens need 3 MiB"
+    ):
+        resolve_config(replace(least, kv_cache_mb=2), SMOLLM2_135M, GIB)
+
+
 @pytest.mark.parametrize(
     ("setting", "memory", "num_bytes"),
     [(None, GIB, GIB // 32), (None, 64 * GIB, 256 << 20), (0, 64 * GIB, 0), (7, GIB, 7 << 20)],

@@ -6,6 +6,7 @@ looking for one would load torch at every start.
 
 import re
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from smolcli.engine.config import LlamaConfig
@@ -24,6 +25,7 @@ KV_CACHE_DIVISOR = 4  # the KV cache may take 1/4 of the memory
 PREFIX_CACHE_DIVISOR = 32  # the prefix cache may take 1/32 of it,
 MAX_PREFIX_CACHE_BYTES = 256 << 20  # but no more than this
 OVERHEAD_BYTES = 320 << 20  # measured: the process and the activations of a step
+MIN_TOKENS = 64  # length of the shortest queries that are of use, which the KV cache must hold
 TYPICAL_TOKENS = 256  # length of a typical query and its answer, for which each slot has memory
 
 
@@ -81,7 +83,8 @@ def resolve_config(
         formats: dtypes or quantized formats of the checkpoint's matrices, if known.
 
     Raises:
-        UsageError: the device is not available, or int8 products are not for this device or model.
+        UsageError: the device is not available, int8 products are not for this device or model, or
+            the KV cache is too small for any query.
     """
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
@@ -99,6 +102,11 @@ def resolve_config(
     slot_bytes = config.kv_cache_bytes(TYPICAL_TOKENS, item_bytes)
     room = max(min(memory // KV_CACHE_DIVISOR, memory - taken), slot_bytes)
     kv_cache_bytes = settings.kv_cache_mb << 20 or room
+    if kv_cache_bytes < (least := config.kv_cache_bytes(MIN_TOKENS, item_bytes)):
+        raise UsageError(
+            f"--kv-cache-mb {settings.kv_cache_mb} is too small for this model: "
+            f"{MIN_TOKENS} tokens need {ceil(least / 2**20)} MiB"
+        )
     num_slots = max(1, min(MAX_AUTO_SLOTS, kv_cache_bytes // slot_bytes))
     max_batch_size = settings.max_batch_size or num_slots
     return ResolvedConfig(
