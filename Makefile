@@ -67,6 +67,7 @@ image:
 deploy-check: $(STAMP)
 	$(BIN)/pip install --quiet 'kubernetes-validate>=1.37'
 	$(BIN)/pytest -q tests/test_deploy.py
+	mkdir -p build
 	for name in base model-volume; do kubectl kustomize deploy/kubernetes/$$name > build/$$name.yaml \
 		&& $(BIN)/kubernetes-validate --strict build/$$name.yaml || exit 1; done
 
