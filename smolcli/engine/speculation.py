@@ -6,7 +6,7 @@ tokens are looked up among the earlier ones of all sequences, and what followed 
 as further rows, and each row is sampled as usual. As long as the sampled token equals the drafted
 one, the next row is what the next step would have computed (Leviathan et al. 2023,
 arXiv:2211.17192). On batch-invariant kernels it has the same bits, so drafts never change an
-answer. They only cost time if they are wrong.
+answer; wrong ones cost time.
 
 How many tokens to draft follows from how often drafts were right: a row is added if it raises the
 number of tokens expected per unit of time.
@@ -23,7 +23,7 @@ FIRST_ROW_COST = 0.1
 FURTHER_ROW_COST = 0.25
 NGRAM_LENGTHS = (8, 4, 2, 1)  # how many tokens to look up; the longest match wins
 MAX_NGRAMS = 1 << 15  # in each of two generations, about 5 MB
-FIRST_ACCEPTANCE = 0.3
+INITIAL_ACCEPTANCE = 0.3
 LEARNING_RATE = 0.1  # weight of the newest observation in the estimated acceptance
 
 
@@ -106,7 +106,7 @@ class Speculation:
         self.num_drafted = 0
         self.num_accepted = 0
         self._index = NgramIndex()
-        self._acceptance = dict.fromkeys(NGRAM_LENGTHS, FIRST_ACCEPTANCE)
+        self._acceptance = dict.fromkeys(NGRAM_LENGTHS, INITIAL_ACCEPTANCE)
         self._progress: dict[Sequence, Progress] = {}
 
     def drafts(self, sequences: list[Sequence]) -> list[tuple[int, ...]]:

@@ -102,6 +102,7 @@ class Kernels:
         width: float32 values per vector.
         panel: output columns per panel of packed weights.
         task_rows: maximum number of query rows of one KV head in an attention task.
+        max_head_dim: maximum size of a head.
         weight_dtype: dtype of packed weights that are not quantized.
         dtype: dtype of activations.
         has_integer_attention: whether attention is computed in integers; see int8_attention.h.
@@ -118,6 +119,7 @@ class Kernels:
         self.width = c_int32.in_dll(opened, "smol_width").value
         self.panel = 2 * self.width
         self.task_rows = c_int32.in_dll(opened, "smol_task_rows").value
+        self.max_head_dim = c_int32.in_dll(opened, "smol_max_head_dim").value
         has_bf16_weights, has_bf16_products = (c_int32 * 2).in_dll(opened, "smol_formats")
         self.weight_dtype = numpy_dtype("bfloat16" if has_bf16_weights else "float32")
         self.dtype = numpy_dtype("bfloat16" if has_bf16_products else "float32")

@@ -38,15 +38,9 @@ INLINE ivec candidates(const HeadStep *step, int row, ivec ids, int first_id) {
     return is_candidate;
 }
 
-INLINE ivec ids_from(int first_id) {
-    ivec ids;
-    for (int i = 0; i < WIDTH; i++) ids[i] = first_id + i;
-    return ids;
-}
-
 /* The larger logit wins, and the smaller id in a tie, in whichever order they are compared. */
 INLINE void keep_best(const HeadStep *step, int row, vec value, int first_id, Best *best) {
-    ivec ids = ids_from(first_id);
+    ivec ids = counting_from(first_id);
     ivec better = (value > best->value) | ((value == best->value) & (ids < best->id));
     better &= candidates(step, row, ids, first_id);
     best->value = select_lanes(better, value, best->value);
@@ -102,7 +96,7 @@ static void bound_panel(const HeadStep *step, const Tile *tile, int worker) {
         vec top[2];
         for (int v = 0; v < 2; v++) {
             int first = first_id + v * WIDTH;
-            top[v] = select_lanes(candidates(step, row, ids_from(first), first), tile->acc[r][v],
+            top[v] = select_lanes(candidates(step, row, counting_from(first), first), tile->acc[r][v],
                                   broadcast(-INFINITY));
         }
         float largest = largest_of_lanes(max_of(top[0], top[1]));

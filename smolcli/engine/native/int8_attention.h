@@ -34,8 +34,7 @@ INLINE ivec nearest(vec value) {
 #elif defined(__AVX2__) && WIDTH == 8
     return (ivec)_mm256_cvtps_epi32((__m256)value);
 #else
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    return (ivec)(value + shift) - (ivec)broadcast(shift);
+    return (ivec)(value + ROUND_SHIFT) - (ivec)broadcast(ROUND_SHIFT);
 #endif
 }
 
@@ -117,9 +116,8 @@ INLINE void score_in_integers(int rows, const Task *task, int first, int num_key
 /* MAX_WEIGHT * 2^(below * scale), rounded to integers; `below` are at most 0. The polynomial is within
    0.01 %, and the exponent at least LOWEST_EXPONENT if `lowest` * scale is. */
 INLINE ivec integer_weights(ivec below, ivec lowest, vec scale) {
-    const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     vec x = __builtin_convertvector(larger_of(below, lowest), vec);
-    vec shifted = fma_of(x, scale, broadcast(round)), exponent = shifted - round;
+    vec shifted = fma_of(x, scale, broadcast(ROUND_SHIFT)), exponent = shifted - ROUND_SHIFT;
     vec fraction = fma_of(x, scale, -exponent), p = broadcast(MAX_WEIGHT * 5.517167031e-2f);
     p = fma_of(p, fraction, broadcast(MAX_WEIGHT * 2.426111252e-1f));
     p = fma_of(p, fraction, broadcast(MAX_WEIGHT * 6.932609853e-1f));
@@ -134,8 +132,7 @@ INLINE void weigh_in_integers(int rows, const Task *task, int first, int block, 
                               Attention *state, float shrink[], float grow[]) {
     int num_vecs = (num_keys + PANEL - 1) / PANEL * 2;
     vec partial[WIDTH], lanes[WIDTH];
-    ivec lane_ids = {};
-    for (int i = 0; i < WIDTH; i++) lane_ids[i] = i;
+    ivec lane_ids = counting_from(0);
     for (int r = rows; r < WIDTH; r++) partial[r] = (vec){};
     for (int r = 0; r < rows; r++) {
         ivec *scores = (ivec *)state->weights[r];

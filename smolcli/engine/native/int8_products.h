@@ -29,7 +29,7 @@ typedef struct {
     float scale;
     union {
         float total;       /* of Q4_1: the sum of the values */
-        int32_t zero_sums; /* of others: the zero point of the weights, multiplied by all codes */
+        int32_t zero_sums; /* of other formats: the zero point of the weights, multiplied by all codes */
     };
     lane multiples[2]; /* of the subgroups, for PAIRWISE in both halves; not for weights of 8 bits */
     lane codes[];
@@ -124,11 +124,10 @@ INLINE float float_of(int32_t bits) {
 /* Stores the codes of `count` vectors, rounded to nearest, ties to even; returns their sum. */
 INLINE int32_t round_values(Format format, int integers, int count, const vec values[], float inverse,
                             char *to) {
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
     ivec sums = {};
     for (int i = 0; i < count; i++) {
-        vec shifted = fma_of(values[i], broadcast(inverse), broadcast(shift));
-        ivec codes = (ivec)shifted - (ivec)broadcast(shift);
+        vec shifted = fma_of(values[i], broadcast(inverse), broadcast(ROUND_SHIFT));
+        ivec codes = (ivec)shifted - (ivec)broadcast(ROUND_SHIFT);
         sums += codes;
         store_codes(format, integers, codes, to + i * WIDTH * (is_wide(format) ? 2 : 1));
     }

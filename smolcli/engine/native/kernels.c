@@ -82,6 +82,7 @@ typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef vec loose __attribute__((aligned(4))); /* a vec anywhere in an array */
 
 #define LOG2_E 1.44269504f
+#define ROUND_SHIFT 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
 #define INLINE static inline __attribute__((always_inline))
 
 /* How the weights of a matrix are stored: as they are multiplied, or as integers q of 4 or 8 bits.
@@ -173,6 +174,7 @@ typedef struct {
 EXPORT const char smol_source[] = "smol-source-" SOURCE_HASH;
 EXPORT const int32_t smol_width = WIDTH;
 EXPORT const int32_t smol_task_rows = TASK_ROWS;
+EXPORT const int32_t smol_max_head_dim = MAX_HEAD_DIM;
 EXPORT const int32_t smol_formats[2] = {BF16_WEIGHTS, BF16_PRODUCTS};
 /* Compared with the structures of bindings.py when the library is loaded. */
 EXPORT const int32_t smol_struct_sizes[7] = {sizeof(Layer), sizeof(Model),    sizeof(Span), sizeof(Batch),
@@ -196,6 +198,13 @@ INLINE vec broadcast(float value) { return (vec){EIGHT(value)}; }
 #else
 INLINE vec broadcast(float value) { return (vec){EIGHT(value), EIGHT(value)}; }
 #endif
+
+/* first, first + 1, ... */
+INLINE ivec counting_from(int first) {
+    ivec out;
+    for (int i = 0; i < WIDTH; i++) out[i] = first + i;
+    return out;
+}
 
 INLINE vec broadcast_lane(lane value) { return (vec)((uvec){} + value); }
 
@@ -344,11 +353,10 @@ INLINE float sum_of(vec value) {
 
 /* 2^x within 2 ulp (Cephes, S. Moshier) for x up to 127; 0 below -126, NaN for NaN. */
 INLINE vec exp2_of(vec x) {
-    const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    const uint32_t to_exponent = 127 - 0x4b400000u; /* from the bits of an integer plus `round` */
+    const uint32_t to_exponent = 127 - 0x4b400000u; /* from the bits of an integer plus ROUND_SHIFT */
     ivec is_small = x < -126.0f;
     vec bounded = max_of(broadcast(-126.0f), x);
-    vec shifted = bounded + round, fraction = bounded - (shifted - round);
+    vec shifted = bounded + ROUND_SHIFT, fraction = bounded - (shifted - ROUND_SHIFT);
     vec p = broadcast(1.535336188e-4f);
     p = fma_of(p, fraction, broadcast(1.339887440e-3f));
     p = fma_of(p, fraction, broadcast(9.618437357e-3f));
@@ -613,7 +621,7 @@ static const lane *expanded_panel(const Product *product, const char *panel, int
     return expanded->panel;
 }
 
-/* The way in which a model multiplies a matrix: in integers if it does and they are. */
+/* How a model multiplies a matrix: 0, or if both are in integers, the instructions for them. */
 INLINE int integers_of(const Model *model, const Matrix *weight) {
     return weight->format == DENSE ? 0 : model->integers;
 }
@@ -817,8 +825,7 @@ INLINE void update_softmax(int rows, const Task *task, int first, int block, int
                            float shrink[]) {
     int num_vecs = (num_keys + WIDTH - 1) / WIDTH;
     vec partial[WIDTH], lanes[WIDTH];
-    ivec lane_ids = {};
-    for (int i = 0; i < WIDTH; i++) lane_ids[i] = i;
+    ivec lane_ids = counting_from(0);
     for (int r = rows; r < WIDTH; r++) partial[r] = (vec){};
     for (int r = 0; r < rows; r++) {
         vec *scores = state->weights[r];
@@ -943,11 +950,15 @@ static void attend_in_integers(const Task *task) { attend_task(1, task); }
 
 /* ---- The operations of a step; see `step_items` for their order. ---- */
 
-/* A list of attention tasks, (number, 4): the span, the first and the end row of the task in the span, and
-   the row of `attended` for its first one. A task has at most TASK_ROWS rows, one per token and query head
-   of a KV head. */
+/* Consecutive tokens of a span whose attention is computed together, for each KV head: at most TASK_ROWS
+   query rows, one per token and query head of the KV head. */
 typedef struct {
-    int32_t *list;
+    int32_t span, first_row, end_row; /* rows of the span */
+    int32_t attended_row;             /* for the first row */
+} TaskTokens;
+
+typedef struct {
+    TaskTokens *list;
     int number;
 } Tasks;
 
@@ -967,9 +978,8 @@ static void add_tasks(Tasks *tasks, const Step *step, int number, int first, int
     int size = TASK_ROWS / (step->model->num_heads / step->model->num_kv_heads);
     int num_rows = step->batch->spans[number].num_rows;
     for (int row = first; row < num_rows; row += size) {
-        int32_t *task = tasks->list + 4 * tasks->number++;
-        task[0] = number, task[1] = row, task[2] = min_int(row + size, num_rows);
-        task[3] = attended_row + row - first;
+        int end = min_int(row + size, num_rows);
+        tasks->list[tasks->number++] = (TaskTokens){number, row, end, attended_row + row - first};
     }
 }
 
@@ -977,7 +987,8 @@ static Step plan_step(const Model *model, const Batch *batch, const Space *space
     int64_t rows = batch->num_rows;
     Step step = {.model = model, .batch = batch, .space = space};
     step.span_of_row = batch->plan, step.hidden_rows = batch->plan + rows;
-    step.tasks.list = batch->plan + 2 * rows, step.last_tasks.list = batch->plan + 6 * rows;
+    step.tasks.list = (TaskTokens *)(batch->plan + 2 * rows);
+    step.last_tasks.list = step.tasks.list + rows;
     for (int s = 0, hidden = 0; s < batch->num_spans; s++) {
         const Span *span = batch->spans + s;
         int first_hidden = span->num_rows - span->num_hidden;
@@ -1090,7 +1101,7 @@ static void project_qkv(const Step *step, int layer, const Product *product, int
     inverse_rms(step->space, step->model->hidden, step->model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++)
         store_qkv(step, layer, tile.first_row + r, tile.panel, tile.acc[r][0] * scale[r],
-                tile.acc[r][1] * scale[r]);
+                  tile.acc[r][1] * scale[r]);
 }
 
 /* to = from + rows @ weight.T; also prepares the next norm. `from_rows` are the rows of `from` that belong
@@ -1128,9 +1139,9 @@ static void activate(const Step *step, const Product *product, int item, int wor
 }
 
 /* The keys or values of a plane of the KV cache that the task of an item attends to. */
-INLINE const char *plane_of(const Step *step, const int32_t *task, int64_t plane, int item) {
+INLINE const char *plane_of(const Step *step, const TaskTokens *tokens, int64_t plane, int item) {
     const Model *model = step->model;
-    const Span *span = step->batch->spans + task[0];
+    const Span *span = step->batch->spans + tokens->span;
     int64_t head = plane * model->num_kv_heads + item % model->num_kv_heads;
     return span->cache + head * span->length * model->head_dim * cached_bytes(has_integer_attention(model));
 }
@@ -1142,22 +1153,21 @@ static void attend(const Step *step, int layer, int item) {
     int dim = model->head_dim, heads = model->num_heads, kv_heads = model->num_kv_heads;
     int group = heads / kv_heads, head = item % kv_heads, values = layer + model->num_layers;
     int next_item = min_int(item + 1, tasks.number * kv_heads - 1);
-    const int32_t *which = tasks.list + 4 * (item / kv_heads);
-    const int32_t *next = tasks.list + 4 * (next_item / kv_heads);
-    const Span *span = step->batch->spans + which[0];
-    Task task = {.keys = plane_of(step, which, layer, item),
-                 .values = plane_of(step, which, values, item),
+    const TaskTokens *tokens = tasks.list + item / kv_heads, *next = tasks.list + next_item / kv_heads;
+    const Span *span = step->batch->spans + tokens->span;
+    Task task = {.keys = plane_of(step, tokens, layer, item),
+                 .values = plane_of(step, tokens, values, item),
                  .next_keys = plane_of(step, next, layer, next_item),
                  .next_values = plane_of(step, next, values, next_item),
-                 .num_keys = span->start + which[2],
+                 .num_keys = span->start + tokens->end_row,
                  .dim = dim};
     if (has_integer_attention(model)) {
         task.key_limits = kv_limits(model, layer, 0, head);
         task.value_limits = kv_limits(model, layer, 1, head);
     }
-    for (int row = which[1]; row < which[2]; row++)
+    for (int row = tokens->first_row; row < tokens->end_row; row++)
         for (int h = head * group; h < (head + 1) * group; h++) {
-            int64_t from = span->first_row + row, to = which[3] + row - which[1];
+            int64_t from = span->first_row + row, to = tokens->attended_row + row - tokens->first_row;
             task.queries[task.num_rows] = step->space->queries + (from * heads + h) * dim;
             task.out[task.num_rows] = step->space->attended + (to * heads + h) * dim;
             task.visible[task.num_rows++] = span->start + row + 1;

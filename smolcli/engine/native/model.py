@@ -40,8 +40,6 @@ from smolcli.engine.native.packing import (
 )
 from smolcli.engine.quantized import GROUP, Formats, Weights, formats_of
 
-MAX_HEAD_DIM = 256
-
 
 def unsupported_reason(config: LlamaConfig, kernels: Kernels) -> str | None:
     """Why the kernels cannot run a model of this shape; None if they can."""
@@ -56,8 +54,8 @@ def unsupported_reason(config: LlamaConfig, kernels: Kernels) -> str | None:
     sizes = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim)
     if kernels.integers and any(size % GROUP for size in sizes):
         return f"of its matrices' input sizes {sizes}, not all are multiples of {GROUP}"
-    if config.head_dim > MAX_HEAD_DIM:
-        return f"head_dim {config.head_dim} is greater than {MAX_HEAD_DIM}"
+    if config.head_dim > kernels.max_head_dim:
+        return f"head_dim {config.head_dim} is greater than {kernels.max_head_dim}"
     if config.group_size > kernels.task_rows:
         return f"{config.group_size} query heads per KV head are more than {kernels.task_rows}"
     return None
