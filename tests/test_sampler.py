@@ -155,6 +155,40 @@ def test_extreme_temperatures_are_fine(logits: Array, temperature: float) -> Non
         assert token == logits.argmax()
 
 
+EXTREMES: list[dict[str, Any]] = [
+    {"repetition_penalty": 5e-324},
+    {"repetition_penalty": 1e-300},
+    {"repetition_penalty": 1e-38},
+    {"repetition_penalty": 100.0},
+    {"temperature": 5e-324},
+    {"temperature": 100.0},
+    {"top_p": 5e-324},
+    {"top_p": 5e-324, "top_k": 3},
+    {"min_p": 5e-324},
+    {"min_p": 1.0},
+    {"presence_penalty": -2.0, "frequency_penalty": -2.0},
+    {"logit_bias": ((3, 100.0), (4, -100.0), (5, 5e-324))},
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("is_greedy", [True, False])
+@pytest.mark.parametrize("extreme", EXTREMES, ids=str)
+def test_parameters_at_their_limits_give_a_token(
+    logits: Array, extreme: dict[str, Any], is_greedy: bool
+) -> None:
+    """A tiny repetition penalty overflowed the logits, and the query failed as `internal`."""
+    logits[:4] = -30.0, 0.0, 30.0, 1e-30
+    options = ({} if is_greedy else {"temperature": 1.0, "seed": 1}) | extreme
+    sequence = Sequence([0, 1, 2, 3], Sampling(**options))
+    for _ in range(5):
+        token = sample_token(logits.copy(), sequence)
+        assert 0 <= token < VOCAB
+        sequence.append(token, frozenset())
+    if extreme.get("repetition_penalty", 1.0) < 1:
+        assert sequence.output_ids == [2] * 5
+
+
 @pytest.mark.parametrize("fault", [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_an_error(logits: Array, fault: float) -> None:
     logits[7] = fault

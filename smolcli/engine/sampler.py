@@ -16,6 +16,7 @@ from smolcli.engine.sequence import Sequence, TokenLogprob
 from smolcli.types import Sampling
 
 MIN_TEMPERATURE = 1e-6  # avoids overflow; sampling at it is all but greedy
+MIN_REPETITION_PENALTY = 1e-6  # likewise; logits divided by it are still far from infinity
 SUM_BLOCK = 256
 MAXIMA_STRIDE = 64  # distance of the values that `_largest` compares first
 SCORED_ROWS = 32  # rows of logits to hold at once; 6 MiB for 49,152 tokens
@@ -139,7 +140,8 @@ def _adjust(logits: Array, sequence: Sequence) -> None:
         logits[list(ids)] += np.array(biases, np.float32)
     if sampling.repetition_penalty != 1.0:
         seen = np.unique(sequence.token_ids)
-        scores, penalty = logits[seen], sampling.repetition_penalty
+        scores = logits[seen]
+        penalty = max(sampling.repetition_penalty, MIN_REPETITION_PENALTY)
         logits[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
     if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_output:
         seen, counts = np.unique(sequence.output_ids, return_counts=True)
