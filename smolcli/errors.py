@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from smolcli.types import ErrorCode
+from smolcli.types import ErrorCode, PromptLimit
 
 
 class SmolError(Exception):
@@ -52,20 +52,27 @@ class QueryError(SmolError):
 
 
 class PromptTooLong(QueryError):
-    """The prompt leaves no room for a single token of the answer.
+    """The prompt does not fit, or leaves no room for a single token of the answer.
 
     Args:
         num_tokens: length of the prompt.
-        limit: the longest prompt allowed, in tokens: one less than the context length.
+        limit: the longest prompt allowed.
         is_exact: whether the prompt is no longer than that.
         is_kv_cache: whether the limit is the size of the KV cache, not the model's.
     """
 
     def __init__(
-        self, num_tokens: int, limit: int, *, is_exact: bool = True, is_kv_cache: bool = False
+        self,
+        num_tokens: int,
+        limit: PromptLimit,
+        *,
+        is_exact: bool = True,
+        is_kv_cache: bool = False,
     ) -> None:
         length = f"{num_tokens}" if is_exact else f"at least {num_tokens}"
-        room = f"{limit + 1} tokens, of which the answer needs at least 1"
+        room = f"{limit.num_tokens + limit.num_reserved} tokens"
+        if limit.num_reserved:
+            room += f", of which the answer needs at least {limit.num_reserved}"
         super().__init__(
             f"the prompt is too long: it has {length} tokens, but "
             + (

@@ -126,6 +126,30 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLimit:
+    """How long a prompt may be.
+
+    Args:
+        num_tokens: length of the longest prompt.
+        num_reserved: what the answer needs at least: one token, or none if none is wanted.
+    """
+
+    num_tokens: int
+    num_reserved: int = 1
+
+    @classmethod
+    def of(cls, context_length: int, sampling: Sampling) -> Self:
+        """The limit for a context that the prompt shares with its answer.
+
+        Args:
+            context_length: what the model or its KV cache has room for, in tokens.
+            sampling: how many tokens are wanted.
+        """
+        num_reserved = min(sampling.max_new_tokens, 1)
+        return cls(context_length - num_reserved, num_reserved)
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call of a function, as the model wrote it.
 

@@ -593,8 +593,10 @@ def test_settings_that_exclude_every_token_are_the_error_of_their_sequence(small
 
 def test_a_prompt_that_leaves_no_room_is_rejected_with_its_length(model: Model) -> None:
     engine = Engine(model, 2, 64 * MEGABYTE)
-    with pytest.raises(PromptTooLong, match="model's maximum context length is 512"):
+    with pytest.raises(PromptTooLong, match=r"context length is 512 tokens, .* at least 1$"):
         engine.add(greedy([9] * 512))
+    with pytest.raises(PromptTooLong, match=r"context length is 512 tokens$"):  # it said 513
+        engine.add(greedy([9] * 513, 0))
     last = greedy([9] * 511, 50)
     generate(engine, [last])
     assert last.num_output == 1

@@ -24,7 +24,7 @@ from smolcli.protocol.prompt import prompt_query
 from smolcli.protocol.query import FIELDS, QueryFields, chat_id_of, parse_query
 from smolcli.protocol.responses import ResponsesFields
 from smolcli.settings import QueryDefaults
-from smolcli.types import AnswerFormat, ErrorCode, Message, Query, Sampling
+from smolcli.types import AnswerFormat, ErrorCode, Message, PromptLimit, Query, Sampling
 
 MAX_NEW_TOKENS = "a positive integer, or 0 if prompt_logprobs or echo is given"
 HI = {"chat_id": "1", "user_prompt": "Hi"}
@@ -658,7 +658,7 @@ def test_assistant_message_may_be_empty() -> None:
 
 def test_prompt_too_long_is_what_openai_clients_recognize() -> None:
     """litellm looks for the context length, LangChain for "prompt is too long"."""
-    exc = PromptTooLong(600, 511)
+    exc = PromptTooLong(600, PromptLimit(511))
     error = error_object(400, str(exc), exc.code, None)
     assert error["code"] == "context_length_exceeded"
     assert "maximum context length is 512 tokens" in error["message"]

@@ -21,7 +21,7 @@ from smolcli.text.chat_template import NAMED_TEMPLATES
 from smolcli.text.prompt_encoder import HUGE_TEXT
 from smolcli.text.tokenizer import ChatTokenizer, context_length
 from smolcli.text.vocabulary_index import longest_token
-from smolcli.types import Message
+from smolcli.types import Message, PromptLimit
 
 TEXTS = [
     "What is the capital of France?",
@@ -108,11 +108,11 @@ def test_a_prompt_that_no_tokens_could_make_short_enough_is_not_encoded(
     chat = ChatTokenizer.load(tiny_folder)
     num_tokens = HUGE_TEXT // len(longest) + 1
     query = parse_query({"chat_id": "1", "raw_prompt": longest * num_tokens}, QueryDefaults())
-    assert len(chat.encode_query(query, num_tokens)) == num_tokens
+    assert len(chat.encode_query(query, PromptLimit(num_tokens))) == num_tokens
     with pytest.raises(PromptTooLong, match=f"it has at least {num_tokens} tokens"):
-        chat.encode_query(query, num_tokens - 1)
+        chat.encode_query(query, PromptLimit(num_tokens - 1))
     with pytest.raises(PromptTooLong, match="it has at least"):
-        chat.encode([Message("user", "a " * HUGE_TEXT)], limit=1000)
+        chat.encode([Message("user", "a " * HUGE_TEXT)], limit=PromptLimit(1000))
     assert len(chat.encode([Message("user", "a " * HUGE_TEXT)])) > HUGE_TEXT
 
 

@@ -340,7 +340,7 @@ class LocalBackend:
         if query.echo and query.raw_prompt is not None:
             pending.echoed = self._tokenizer.raw_text(query.raw_prompt)
         return Sequence(
-            self._tokenizer.encode_query(query, self._engine.longest_prompt(query.sampling)),
+            self._tokenizer.encode_query(query, self._engine.prompt_limit(query.sampling)),
             query.sampling,
             pending.is_interactive,
             pending.grammar,

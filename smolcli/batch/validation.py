@@ -13,7 +13,7 @@ from smolcli.protocol.line_formats import stated_format
 from smolcli.settings import RunSettings
 from smolcli.text.grammar import GrammarSpec, check_grammar
 from smolcli.text.tokenizer import ChatTokenizer, context_length
-from smolcli.types import Query, Result, failure
+from smolcli.types import PromptLimit, Query, Result, failure
 from smolcli.weights.resolve import on_disk
 
 CheckQuery = Callable[[Query], None]
@@ -62,8 +62,8 @@ def prompt_fits(folder: Path, chat_template: str = "") -> CheckQuery:
     chat, longest = ChatTokenizer.load(folder, chat_template), context_length(folder)
 
     def check(query: Query) -> None:
-        limit = longest - min(query.sampling.max_new_tokens, 1)
-        if (num_tokens := len(chat.encode_query(query, limit))) > limit:
+        limit = PromptLimit.of(longest, query.sampling)
+        if (num_tokens := len(chat.encode_query(query, limit))) > limit.num_tokens:
             raise PromptTooLong(num_tokens, limit)
 
     return check

@@ -12,7 +12,7 @@ from smolcli.engine.sequence import ScheduledSequence, Sequence, TokenLogprob
 from smolcli.engine.speculation import Speculation
 from smolcli.engine.token_filter import token_filter
 from smolcli.errors import BackendError, PromptTooLong, QueryError
-from smolcli.types import FinishReason, Sampling
+from smolcli.types import FinishReason, PromptLimit, Sampling
 
 
 class Engine:
@@ -59,12 +59,12 @@ class Engine:
         """Whether any sequence is running or waiting."""
         return bool(self.scheduler.running or self.scheduler.num_waiting)
 
-    def longest_prompt(self, sampling: Sampling) -> int:
+    def prompt_limit(self, sampling: Sampling) -> PromptLimit:
         """The longest prompt that leaves the model room for a new token, if any is wanted.
 
         The KV cache may have less room.
         """
-        return self.model.config.max_positions - min(sampling.max_new_tokens, 1)
+        return PromptLimit.of(self.model.config.max_positions, sampling)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; clips `max_tokens` to what the model and the KV cache allow.
@@ -74,12 +74,12 @@ class Engine:
             QueryError: the prompt or the sampling settings contain a token id that the model does
                 not have.
         """
-        num_tokens, longest = len(sequence.prompt_ids), self.longest_prompt(sequence.sampling)
-        if num_tokens > longest:
-            raise PromptTooLong(num_tokens, longest)
-        longest -= self.model.config.max_positions - self.max_length
-        if num_tokens > longest:
-            raise PromptTooLong(num_tokens, longest, is_kv_cache=True)
+        num_tokens, limit = len(sequence.prompt_ids), self.prompt_limit(sequence.sampling)
+        if num_tokens > limit.num_tokens:
+            raise PromptTooLong(num_tokens, limit)
+        limit = PromptLimit.of(self.max_length, sequence.sampling)
+        if num_tokens > limit.num_tokens:
+            raise PromptTooLong(num_tokens, limit, is_kv_cache=True)
         for token_id in (min(sequence.prompt_ids), max(sequence.prompt_ids)):
             if not 0 <= token_id < self._vocab_size:
                 raise QueryError(

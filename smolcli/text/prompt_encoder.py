@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.json_text import parse_json
 from smolcli.text.vocabulary_index import IndexedTokenizer, longest_token
-from smolcli.types import Function, Message, ToolCall, Tools
+from smolcli.types import Function, Message, PromptLimit, ToolCall, Tools
 
 # Unicode's supplementary private use areas: A for hidden letters, B for the aliases' secret.
 PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
@@ -81,7 +81,7 @@ class PromptEncoder:
         messages: Sequence[Message],
         tools: Tools | None,
         render: "Render",
-        limit: int | None = None,
+        limit: PromptLimit | None = None,
     ) -> list[int]:
         """Render and encode messages.
 
@@ -89,7 +89,7 @@ class PromptEncoder:
             messages: the conversation.
             tools: functions to describe.
             render: the chat template; returns the prompt's text.
-            limit: the longest prompt that is of use, in tokens.
+            limit: the longest prompt that is of use.
 
         Raises:
             PromptTooLong: the prompt exceeds `limit`, whatever its tokens are.
@@ -104,7 +104,7 @@ class PromptEncoder:
             )
         return [self._ids.get(token_id, token_id) for token_id in encoded]
 
-    def encode_raw(self, text: str, limit: int | None = None) -> list[int]:
+    def encode_raw(self, text: str, limit: PromptLimit | None = None) -> list[int]:
         """Encode text whose control tokens count, and add those that start every text, if any.
 
         Args:
@@ -134,7 +134,7 @@ class PromptEncoder:
         (encoded,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoded.ids
 
-    def _check_length(self, text: str, limit: int | None) -> None:
+    def _check_length(self, text: str, limit: PromptLimit | None) -> None:
         """Reject a text that exceeds `limit`, whatever its tokens are.
 
         Encoding takes hundreds of bytes of memory per token.
@@ -142,7 +142,7 @@ class PromptEncoder:
         if limit is None or len(text) <= HUGE_TEXT or self._longest_token is None:
             return
         min_tokens = -(-len(text.encode()) // self._longest_token)
-        if min_tokens > limit:
+        if min_tokens > limit.num_tokens:
             raise PromptTooLong(min_tokens, limit, is_exact=False)
 
     @cached_property
@@ -154,7 +154,7 @@ class PromptEncoder:
         messages: Sequence[Message],
         tools: Tools | None,
         render: "Render",
-        limit: int | None,
+        limit: PromptLimit | None,
     ) -> str:
         """The prompt's text, with aliases for the control tokens that the template wrote."""
         text = render(messages, tools)

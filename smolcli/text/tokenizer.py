@@ -22,7 +22,7 @@ from smolcli.text.tool_calls import (
     template_syntax,
 )
 from smolcli.text.vocabulary_index import IndexedTokenizer, open_indexed, write_index
-from smolcli.types import Message, Query, ToolMode, Tools
+from smolcli.types import Message, PromptLimit, Query, ToolMode, Tools
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
@@ -101,7 +101,7 @@ class ChatTokenizer:
         messages: Sequence[Message],
         tools: Tools | None = None,
         continues: bool = False,
-        limit: int | None = None,
+        limit: PromptLimit | None = None,
     ) -> list[int]:
         """Encode a conversation as a prompt that ends where the assistant's answer begins.
 
@@ -112,7 +112,7 @@ class ChatTokenizer:
             tools: functions that the prompt describes to the model.
             continues: whether the prompt ends with the text of the last message, for the model to
                 continue, instead of the beginning of an answer to it.
-            limit: the longest prompt that is of use, in tokens.
+            limit: the longest prompt that is of use.
 
         Raises:
             PromptTooLong: the prompt exceeds `limit`, whatever its tokens are.
@@ -138,7 +138,7 @@ class ChatTokenizer:
         same = takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))
         return [token_id for token_id, _ in same]
 
-    def encode_query(self, query: Query, limit: int | None = None) -> list[int]:
+    def encode_query(self, query: Query, limit: PromptLimit | None = None) -> list[int]:
         """Encode the conversation of a query and its tools, or its raw prompt.
 
         Control tokens that are written out in a raw prompt are control tokens.
