@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -521,6 +522,45 @@ def test_ask_streams_to_a_terminal(tiny_folder: Path) -> None:
     plain = process("ask", "Hi", "--max-new-tokens", "8", "--model", tiny_folder)
     assert running.returncode == 0
     assert shown.decode().split() == plain.stdout.decode().split()
+
+
+INTERRUPTED_IMPORT = """
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == unwanted:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+unwanted = sys.argv.pop(1)
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
+@pytest.mark.parametrize("start", ["script", "module"])
+@pytest.mark.parametrize(
+    ("imported", "args"),
+    [
+        ("smolcli.types", ["--help"]),
+        ("smolcli.cli.main", ["--help"]),
+        ("typer", ["ask", "--help"]),
+        ("smolcli.cli.commands.ask", ["ask", "--help"]),
+        ("smolcli.cli.commands.ask", ["--help"]),
+    ],
+)
+def test_interrupted_start_exits_with_130(imported: str, args: list[str], start: str) -> None:
+    """Ctrl-C during imports printed a traceback, and during the help "Aborted." with code 1."""
+    script = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    module, function = script["smol"].split(":")
+    run = {
+        "script": f"from {module} import {function}; sys.exit({function}())",
+        "module": "runpy.run_module('smolcli', run_name='__main__')",
+    }[start]
+    command = [sys.executable, "-c", INTERRUPTED_IMPORT + run, imported, *args]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "smol: interrupted\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")

@@ -84,6 +84,13 @@ class SmolGroup(TyperGroup):
         """The parameters, which convert plain values without pydantic."""
         return convert_plain_values(super().get_params(ctx))
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Parse the options of the group, whose help imports every command."""
+        try:
+            return super().make_context(*args, **options)
+        except KeyboardInterrupt as exc:
+            raise _interrupted() from exc
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -93,8 +100,7 @@ class SmolGroup(TyperGroup):
             is_usage = isinstance(exc, UsageError)
             raise typer.Exit(ExitCode.USAGE if is_usage else ExitCode.FAILED) from exc
         except KeyboardInterrupt as exc:
-            typer.echo("smol: interrupted", err=True)
-            raise typer.Exit(ExitCode.INTERRUPTED) from exc
+            raise _interrupted() from exc
         except OSError as exc:
             if isinstance(exc, FileNotFoundError) and exc.filename is None:  # from os.getcwd
                 typer.echo("smol: the current directory no longer exists", err=True)
@@ -133,6 +139,11 @@ app = typer.Typer(
     epilog='[bold]smol ask "What is gravity?"[/bold] answers one question.\n\n'
     "[bold]smol run queries.jsonl[/bold] answers a file of them.",
 )
+
+
+def _interrupted() -> typer.Exit:
+    typer.echo("smol: interrupted", err=True)
+    return typer.Exit(ExitCode.INTERRUPTED)
 
 
 def _concerns_stdout(exc: OSError) -> bool:
