@@ -295,6 +295,20 @@ def test_lists_have_pages(client: openai.OpenAI) -> None:
         assert caught.value.param in rejected
 
 
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_files_can_be_deleted_while_they_are_listed(client: openai.OpenAI, order: str) -> None:
+    """The second page began after a file that no longer existed, which was an error."""
+    uploaded = [upload(client, [line("a")]) for _ in range(5)]
+    if order == "desc":
+        uploaded.reverse()
+    deleted = []
+    for file in client.files.list(limit=2, order="asc" if order == "asc" else "desc"):
+        client.files.delete(file.id)
+        deleted.append(file.id)
+    assert deleted == uploaded
+    assert client.files.list(after=deleted[-1]).data == []
+
+
 def test_unknown_ids_are_not_found(client: openai.OpenAI) -> None:
     paths = ("files/{}", "files/{}/content", "batches/{}", "batches/{}/cancel")
     for path, name in product(paths, ("x", "..%2f..%2fetc%2fpasswd", ".lock", "file-" + "0" * 24)):

@@ -35,6 +35,7 @@ from smolcli.settings import BatchApiSettings
 logger = getLogger(__name__)
 
 MAX_FILES = 10_000
+MAX_REMOVED = 100_000  # deleted files and batches whose place in their list is remembered
 RESULTS_DIVISOR = 4  # uploads leave 1/4 of the quota for results
 MAX_NAME = 255  # characters of a file's name
 
@@ -234,6 +235,7 @@ class BatchStore:
         self._lock = threading.RLock()
         self._files: dict[str, StoredFile] = {}
         self._batches: dict[str, Batch] = {}
+        self._removed_ns: dict[str, int] = {}  # when they were created; the oldest removal first
         self._used_bytes = 0
         self._last_ns = 0  # when the newest record was created
         self._result_bytes: dict[str, int] = {}  # of unfinished batches
@@ -392,7 +394,9 @@ class BatchStore:
     def _remove_file(self, file_id: str) -> None:
         with _trying_to("delete"):
             self.content_path(file_id).unlink(missing_ok=True)
-        self._used_bytes -= self._files.pop(file_id).num_bytes
+        file = self._files.pop(file_id)
+        self._used_bytes -= file.num_bytes
+        self._remember(file)
         _discard(self._record_path(self._files_folder, file_id))  # means nothing without content
 
     def _user_of(self, file_id: str) -> Batch | None:
@@ -533,7 +537,24 @@ class BatchStore:
                 ended_at = max(batch.reached_at.values(), default=0)
                 is_old = not batch.is_open and ended_at + self.settings.retention_s <= now
                 if is_old and _discard(self._record_path(self._batches_folder, batch.id)):
-                    del self._batches[batch.id]
+                    self._remember(self._batches.pop(batch.id))
+
+    # Lists
+
+    def created_ns(self, record_id: str) -> int | None:
+        """When a file or batch was created, also if it was deleted since the store was opened.
+
+        None if it is unknown. A client that deletes what a page lists continues after an id that
+        no longer exists.
+        """
+        with self._lock:
+            record = self._files.get(record_id) or self._batches.get(record_id)
+            return record.created_ns if record else self._removed_ns.get(record_id)
+
+    def _remember(self, removed: StoredFile | Batch) -> None:
+        self._removed_ns[removed.id] = removed.created_ns
+        if len(self._removed_ns) > MAX_REMOVED:
+            del self._removed_ns[next(iter(self._removed_ns))]
 
     # The folder
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from flask import Blueprint, Response, request, send_file
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +22,15 @@ from smolcli.protocol.json_text import shorten
 from smolcli.protocol.line_formats import RequestFields
 from smolcli.protocol.parameters import validated
 from smolcli.server.admission import unavailable
-from smolcli.server.batch_store import Batch, BatchStore, StoredFile, Upload, no_file
+from smolcli.server.batch_store import (
+    BATCH_ID,
+    FILE_ID,
+    Batch,
+    BatchStore,
+    StoredFile,
+    Upload,
+    no_file,
+)
 from smolcli.server.batch_worker import BatchWorker
 from smolcli.server.errors import HttpCode, HttpError
 from smolcli.server.metrics import BatchTotals
@@ -190,9 +198,10 @@ def _add_file_routes(routes: Blueprint, api: BatchApi) -> None:
         store, _ = api.open()
         purpose = request.args.get("purpose") or None
         files = [file for file in store.files() if purpose in (None, file.purpose)]
-        if _choice("order", ("desc", "asc")) == "desc":
+        if is_newest_first := _choice("order", ("desc", "asc")) == "desc":
             files.reverse()
-        return json_response(_page(files, file_object, MAX_FILE_PAGE, MAX_FILE_PAGE))
+        rest = _after(store, FILE_ID, files, is_newest_first=is_newest_first)
+        return json_response(_page(rest, file_object, MAX_FILE_PAGE, MAX_FILE_PAGE))
 
     @routes.get("/files/<file_id>")
     def get_file(file_id: str) -> Response:
@@ -241,9 +250,9 @@ def _add_batch_routes(routes: Blueprint, api: BatchApi) -> None:
     @routes.get("/batches")
     def list_batches() -> Response:
         store, worker = api.open()
-        newest_first = store.batches()[::-1]
+        rest = _after(store, BATCH_ID, store.batches()[::-1], is_newest_first=True)
         return json_response(
-            _page(newest_first, lambda batch: batch_object(batch, worker), 20, MAX_BATCH_PAGE)
+            _page(rest, lambda batch: batch_object(batch, worker), 20, MAX_BATCH_PAGE)
         )
 
     @routes.get("/batches/<batch_id>")
@@ -445,25 +454,38 @@ def _check_form(form: Any) -> int | None:
 # Lists
 
 
+R = TypeVar("R", StoredFile, Batch)
+
+
+def _after(store: BatchStore, id_pattern: str, items: list[R], *, is_newest_first: bool) -> list[R]:
+    """The items that follow the one that the query string names in `after`, if any.
+
+    That one may have been deleted: clients read a list page by page and delete what they read.
+    """
+    if not (after := request.args.get("after")):
+        return items
+    cursor_ns = store.created_ns(after) if re.fullmatch(id_pattern, after) else None
+    if cursor_ns is None:
+        message = f"after {shorten(after)!r} is not in this list"
+        raise QueryError(message, field="after")
+    if is_newest_first:
+        return [item for item in items if item.created_ns < cursor_ns]
+    return [item for item in items if item.created_ns > cursor_ns]
+
+
 def _page(
     items: Sequence[Any], to_object: Callable[[Any], dict[str, Any]], default: int, limit: int
 ) -> dict[str, Any]:
     """One page of a list, as the query string of the current request asks."""
     stated = request.args.get("limit")
     size = default if stated is None else _integer("limit", stated, 1, limit)
-    start = 0
-    if after := request.args.get("after"):
-        positions = (index for index, item in enumerate(items) if item.id == after)
-        start = next(positions, -1) + 1
-        if not start:
-            raise QueryError(f"after {shorten(after)!r} is not in this list", field="after")
-    page = [to_object(item) for item in items[start : start + size]]
+    page = [to_object(item) for item in items[:size]]
     return {
         "object": "list",
         "data": page,
         "first_id": page[0]["id"] if page else None,
         "last_id": page[-1]["id"] if page else None,
-        "has_more": start + size < len(items),
+        "has_more": size < len(items),
     }
 
 
