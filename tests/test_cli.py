@@ -143,7 +143,7 @@ def test_a_failed_run_exits_with_1_and_explains_how_to_resume(queries: Path) -> 
         (["--dtype", "float16"], "--dtype"),
         (["--no-such-option"], "--no-such-option"),
         (["-o", "no/such/folder/out"], "cannot write no/such/folder/out"),
-        (["-o", ""], "the name of an input or of --output is empty"),
+        (["-o", ""], "of --output or of --output-table is empty"),
     ],
 )
 def test_wrong_usage_exits_with_2(queries: Path, args: list[str], said: str) -> None:
