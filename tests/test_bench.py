@@ -84,7 +84,8 @@ def test_a_failed_query_ends_the_benchmark() -> None:
     [
         (("--sizes", "1,x"), 2, "--sizes must be a comma-separated list"),
         (("--prompts", "0"), 2, "--prompts must be a comma-separated list"),
-        (("--peers", "nothing"), 1, "nothing does not contain the output"),
+        (("--peers", "nothing"), 1, "cannot read --peers nothing: No such file or directory"),
+        (("--peers", __file__), 1, "does not contain the output of benchmarks/peer_*.py"),
         (("--json", "missing/b.json"), 2, "cannot write missing/b.json: it is a directory, or"),
         (("--plot", "."), 2, "cannot write .: it is a directory, or"),
         (("--plot", "b.txt"), 2, "--plot b.txt: unknown format; use a .svg or .png file"),
@@ -96,3 +97,13 @@ def test_invalid_options_are_usage_errors(args: tuple[str, ...], code: int, sent
     done = CliRunner().invoke(app, ["bench", *args], obj=EchoBackend)
     assert (done.exit_code, sentence in done.stderr) == (code, True), done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("length", [500, 512, 10**9])
+def test_prompts_must_fit_the_context(length: int, tiny_folder: Path) -> None:
+    """A prompt of 99,999,999 words was built and tokenized until the process was killed."""
+    args = ("bench", "--model", str(tiny_folder), "--prompts", f"16,{length}")
+    done = CliRunner().invoke(app, args)
+    said = f"smol: a prompt of {length} words does not fit the model's context of 512 tokens; "
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == f"{said}pass shorter --prompts\n"

@@ -56,12 +56,16 @@ def read_peers(path: Path) -> list[Reading]:
         InputError: the file cannot be read, or contains something else.
     """
     try:
-        records = [parse_json(line) for line in path.read_text("utf-8").splitlines() if line]
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as exc:
+        raise InputError(f"cannot read --peers {path}: {error_reason(exc)}") from exc
+    try:
+        records = [parse_json(line) for line in lines if line]
         return [
             Reading(r["system"], "questions", 64, r["tokens"], r["tokens"] / r["tokens_per_second"])
             for r in records
         ]
-    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as exc:
+    except (ValueError, LookupError, TypeError, ZeroDivisionError) as exc:
         raise InputError(
             f"{path} does not contain the output of benchmarks/peer_*.py: {exc}"
         ) from exc

@@ -3,7 +3,12 @@
 import json
 from pathlib import Path
 
+from smolcli.batch.validation import prompt_fits
+from smolcli.errors import PromptTooLong, UsageError
+from smolcli.settings import BenchPlan, EngineSettings
+from smolcli.text.tokenizer import context_length
 from smolcli.types import Message, Query, Sampling
+from smolcli.weights.resolve import resolve
 
 QUESTIONS = Path(__file__).with_name("reference.jsonl")
 REFERENCE_TOKENS = 128
@@ -32,6 +37,24 @@ def long_prompt(num_words: int, turn: int) -> Query:
     """A prompt of about `num_words` tokens whose beginning differs from every other turn's."""
     text = " ".join(WORDS[(n * n + turn) % 8] for n in range(num_words))
     return _query(turn, f"{turn + 2} {text}", max_new_tokens=1)
+
+
+def check_prompts(plan: BenchPlan, settings: EngineSettings) -> None:
+    """Check that the prompts of a plan fit a local model before anything is measured.
+
+    Raises:
+        UsageError: the model's context is too short.
+    """
+    folder = resolve(settings.model).folder
+    check, longest = prompt_fits(folder, settings.chat_template), context_length(folder)
+    for length in plan.prompts:
+        try:
+            check(long_prompt(min(length, longest), 0))  # no word is less than a token
+        except PromptTooLong as exc:
+            raise UsageError(
+                f"a prompt of {length} words does not fit the model's context of {longest} tokens; "
+                "pass shorter --prompts"
+            ) from exc
 
 
 def _query(number: int, prompt: str, max_new_tokens: int) -> Query:

@@ -89,12 +89,16 @@ def bench(
     """Measure prompt processing and generation throughput on this machine."""
     from smolcli.bench.output import check_targets, plot, print_table, read_peers, write_json
     from smolcli.bench.session import Session
+    from smolcli.bench.workload import check_prompts
 
     log_to_stderr(is_quiet=True)
     check_targets(options.json, options.plot)
     plan, peers = options.plan(), read_peers(options.peers) if options.peers else []
     settings = engine.settings()
-    session = Session(settings, ctx.obj or backend_opener(remote.settings(ctx, settings)), plan)
+    servers = remote.settings(ctx, settings)
+    if servers is None and ctx.obj is None:
+        check_prompts(plan, settings)
+    session = Session(settings, ctx.obj or backend_opener(servers), plan)
     readings = session.run(options.runs, options.compare == "transformers", _show_progress) + peers
     print_table(readings, session.identity, sys.stdout)
     if options.json:
