@@ -225,3 +225,40 @@ def test_empty_variable_means_unset_unless_it_opens_the_server(
     Path("keys").write_text("key\n")
     done = smol("serve", *CONFLICT, env=env)
     assert done.stderr == "smol: --batch-dir and --no-batches cannot be combined\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("ask", "--prompt-file", ""),
+        ("run", "in.jsonl", "--errors", ""),
+        ("run", "in.jsonl", "--system-file", ""),
+        ("report", ""),
+        ("report", "in.jsonl", "--png", ""),
+        ("bench", "--peers", ""),
+        ("bench", "--json", ""),
+        ("serve", "--batch-dir", ""),
+        ("serve", "--api-key-file", ""),
+    ],
+)
+def test_empty_path_is_not_the_current_directory(args: tuple[str, ...]) -> None:
+    """Errors were about the directory `.`, such as "--prompt-file .: Is a directory"."""
+    done = smol(*args)
+    name = next((arg for arg in args if arg.startswith("--")), "RESULTS")
+    assert (done.exit_code, done.stderr) == (2, f"smol: {name} must be a path, not ''\n")
+
+
+def test_empty_path_in_the_config_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text('prompt-file = ""\n')
+    done = smol("--config", path, "ask", "Hi")
+    assert (done.exit_code, done.stderr) == (
+        2,
+        f"smol: {path}: prompt-file must be a path, not ''\n",
+    )
+
+
+@pytest.mark.parametrize("flag", ["--chat-template", "--schema"])
+def test_value_that_may_be_a_path_must_not_be_empty(flag: str) -> None:
+    done = smol("ask", "Hi", flag, "")
+    assert (done.exit_code, done.stderr) == (2, f"smol: {flag} must not be empty\n")

@@ -7,6 +7,7 @@ included, is still left to Typer.
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import typer
@@ -78,10 +79,12 @@ class PlainConversion:
         """Convert a value; called by Typer.
 
         Raises:
-            InvalidValue: Typer rejects the value.
+            InvalidValue: Typer rejects the value, or it is an empty path.
         """
         if value is None:
             return () if param.multiple or param.nargs == -1 else None
+        if value == "" and param.type_descriptor.annotation is Path:
+            raise InvalidValue(value, param, "it is empty")  # Path("") is the current directory
         try:
             return plain_value(value, param.type_descriptor.annotation, param.min, param.max)
         except NotPlain:

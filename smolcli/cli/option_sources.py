@@ -6,6 +6,7 @@ place, the value and what is allowed.
 
 import os
 import re
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import typer
@@ -128,6 +129,8 @@ def _allowed_values(option: Any) -> str | None:
         return f"one of {', '.join(map(str, get_args(annotation)))}"
     if annotation is bool:
         return "true or false"
+    if annotation is Path:
+        return "a path"
     if annotation not in (int, float):
         return None
     noun = "an integer" if annotation is int else "a number"

@@ -151,10 +151,12 @@ def template_source(template: str | None) -> str:
     """The source of a chat template that is given as a file or by name; "" for the model's own.
 
     Raises:
-        UsageError: the file cannot be read or is empty.
+        UsageError: the value or the file is empty, or the file cannot be read.
     """
     if template is None:
         return ""
+    if not template:
+        raise UsageError("--chat-template must not be empty")
     from smolcli.text.chat_template import NAMED_TEMPLATES
 
     if template in NAMED_TEMPLATES:

@@ -187,6 +187,8 @@ def read_schema(schema: str | None) -> AnswerFormat | None:
     """
     if schema is None:
         return None
+    if not schema:
+        raise UsageError("--schema must not be empty")
     from smolcli.protocol.answer_formats import schema_format  # late: imports pydantic
     from smolcli.text.grammar import check_format
 
