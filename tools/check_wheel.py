@@ -67,7 +67,9 @@ def _elf_faults(data: bytes, tag: str) -> Iterator[str]:
     machine = struct.unpack_from("<H", data, 18)[0]
     if not any(tag.endswith(name) and machine == code for name, code in ELF_MACHINES.items()):
         yield f"is for machine {machine}, not for {tag}"
-    needed = {name.decode() for name in re.findall(rb"\0((?:lib|ld-)[\w+.-]+\.so[.\d]*)\0", data)}
+    needed = {
+        name.decode() for name in re.findall(rb"\0((?:lib|ld-)[\w+.-]+\.so[.\d]*)(?=\0)", data)
+    }
     own = {name for name in needed if name.startswith("libsmol-")}
     for name in sorted(needed - own - LINUX_LIBRARIES - LINUX_LOADERS):
         yield f"needs {name}, which a system may lack"

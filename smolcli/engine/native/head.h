@@ -134,7 +134,7 @@ static void multiply_candidates(const HeadStep *step, int panel, int worker) {
     for (int row = 0; row < step->rows; row++) {
         float lower = -INFINITY;
         for (int other = 0; other < step->num_threads; other++)
-            lower = fmaxf(lower, step->lower[(int64_t)other * step->rows + row]);
+            lower = larger_or_nan(lower, step->lower[(int64_t)other * step->rows + row]);
         if (step->upper[(int64_t)panel * step->rows + row] < lower) continue; /* not if it is NaN */
         Tile tile;
         product.x = step->space->normed + (int64_t)row * product.features;
