@@ -38,6 +38,7 @@ LENGTHS = {"embed": "embed_lengths", "head": "head_lengths"}  # see `row_lengths
 INTEGER_FORMATS = ("Q4_0", "Q4_1", "Q8_0")  # of matrices that are multiplied in integers
 REQUANTIZED = "Q8_0"  # what integer products make of other matrices
 ROUNDING_MARGIN = 1.02  # inputs and weights are rounded before they are multiplied
+PANELS_AT_ONCE = 64  # whose lengths are computed, to save memory
 LENGTH_MARGIN = 1.0001  # lengths are rounded, too
 SMALLEST_LIMIT = 1e-30  # of keys and values that are always 0
 NOT_QUANTIZED: Formats = MappingProxyType({})
@@ -199,21 +200,24 @@ def row_lengths(head: QuantizedMatrix, panel: int) -> Array:
         (2, panels) float32: the length of the weights, and that of their terms' magnitudes, whose
         sums are rounded. NaN where a weight is.
     """
-    codes = head.codes.reshape(-1, head.layout.size)
-    terms = codes.astype(np.int32)  # exact sums
-    num_features, sums = head.layout.size, terms.sum(axis=1)
-    squares = np.einsum("ij,ij->i", terms, terms)
-    scales = head.scales.reshape(-1).astype(np.float64)
-    if head.layout.has_offsets:
-        offsets = head.offsets.reshape(-1).astype(np.float64)
-    else:
-        offsets = scales * -head.layout.zero
+    step = PANELS_AT_ONCE * panel
+    parts = [head.blocks[first : first + step] for first in range(0, len(head.blocks), step)]
+    longest = [_longest_rows(QuantizedMatrix(head.format, part), panel) for part in parts]
+    return np.concatenate(longest, axis=1)
+
+
+def _longest_rows(rows: QuantizedMatrix, panel: int) -> Array:
+    """The same for some rows."""
+    layout, num_rows = rows.layout, rows.shape[0]
+    codes = rows.codes.astype(np.int32)  # sums are exact
+    sums, squares = codes.sum(axis=2), np.einsum("rbi,rbi->rb", codes, codes)
+    scales = rows.scales.astype(np.float64)
+    offsets = rows.offsets.astype(np.float64) if layout.has_offsets else scales * -layout.zero
     mixed = 2 * sums * scales * offsets
-    apart = squares * scales**2 + num_features * offsets**2
-    lengths = np.stack([apart + mixed, apart + np.abs(mixed)]).reshape(2, head.shape[0], -1)
-    rows = np.sqrt(np.maximum(lengths.sum(axis=2), 0)) * LENGTH_MARGIN
-    padded = np.zeros((2, -(-head.shape[0] // panel) * panel))
-    padded[:, : head.shape[0]] = rows
+    apart = squares * scales**2 + layout.size * offsets**2
+    lengths = np.stack([apart + mixed, apart + np.abs(mixed)]).sum(axis=2)
+    padded = np.zeros((2, -(-num_rows // panel) * panel))
+    padded[:, :num_rows] = np.sqrt(np.maximum(lengths, 0)) * LENGTH_MARGIN
     longest: Array = padded.reshape(2, -1, panel).max(axis=2).astype(np.float32)
     return longest
 
