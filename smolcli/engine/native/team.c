@@ -44,8 +44,9 @@
 #endif
 #endif
 
-/* Stealing earlier breaks up the other thread's sequential reads for no gain. */
-static const int64_t STEAL_AFTER_NS = 20 * 1000;
+/* Stealing at once would break up the sequential reads of a thread that is about to finish; waiting longer
+   wastes a core while the other thread lacks one. */
+static const int64_t STEAL_AFTER_NS = 3 * 1000;
 static const int64_t SLEEP_AFTER_NS = 50 * 1000;
 enum {
     PAUSES_PER_CLOCK_READ = 16,
