@@ -136,6 +136,6 @@ class Model(Protocol):
             (N, hidden_size), in the order of the batch's items and their tokens.
 
         Raises:
-            FloatingPointError: keys or values are not finite, if they cannot express that.
+            FloatingPointError: a key or value is not finite, and the KV cache holds integers.
         """
         ...

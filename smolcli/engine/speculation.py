@@ -84,11 +84,11 @@ class NgramIndex:
 
 @dataclass(slots=True)
 class Progress:
-    """What is known about a sequence.
+    """How far a sequence has been indexed, and what may come next.
 
     Args:
         num_indexed: how many of its tokens are in the index.
-        guesses: to compare with the tokens that follow those.
+        guesses: what may follow these tokens, to be compared with what does.
     """
 
     num_indexed: int = 0

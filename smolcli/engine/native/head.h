@@ -1,10 +1,11 @@
 /* The final norm and the LM head: logits, or only the most likely tokens. Included by kernels.c.
 
-   The largest of many logits is found sooner with products of integers. They bound each logit: by Cauchy and
-   Schwarz, rounding the inputs changes a product by at most the length of the change times that of the
-   column, and so do the roundings of float32, whose number is known. Only the panels whose upper bound for a
-   row reaches the largest lower bound are then multiplied in float32, so the result is the same. Bounds are
-   those of logits before the division by the RMS, which keeps their order. */
+   Products of integers find the largest of many logits sooner, because they bound each one. By the
+   Cauchy-Schwarz inequality, rounding the inputs changes a product by at most the length of the change times
+   the length of the column; the roundings of float32, whose number is known, are bounded in the same way. Only
+   the panels whose upper bound for a row reaches the row's largest lower bound are then multiplied in float32,
+   so the result is the same. All bounds are those of logits before the division by the RMS, which keeps their
+   order. */
 
 enum { PREPARE_HEAD, ROUND_HEAD, BOUND_HEAD, MULTIPLY_HEAD, HEAD_OPS };
 
@@ -60,7 +61,7 @@ static Product head_product(const HeadStep *step) {
                      .integers = step->upper ? PAIRWISE : integers_of(model, &model->head)};
 }
 
-/* Bounds what the roundings of a row change; infinite for rows whose products could under- or overflow. */
+/* Bounds what rounding changes in a row's products; infinite if they could underflow or overflow. */
 static void bound_errors(const HeadStep *step, int row) {
     int hidden = step->model->hidden, is_in_bytes = !is_wide(step->model->head.format);
     int subgroup = is_in_bytes ? SUBGROUP : GROUP, levels = is_in_bytes ? NARROW_LEVELS : WIDE_LEVELS;
