@@ -652,21 +652,44 @@ def test_damaged_records_are_left_alone(tmp_path: Path) -> None:
     assert not (files / f"{lost}.json").exists()
 
 
-def test_a_damaged_journal_fails_its_batch(tmp_path: Path) -> None:
-    held, running = hold(tmp_path)
-    with running as (_, client):
-        batch = create(client, [line(name) for name in names(4)])
-        release(held, 2)
-        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 2, 0))
-    with (tmp_path / "batches" / batch.id / "output.jsonl").open("ab") as file:
-        file.write(b'{"some": "thing"}\n')
+DAMAGE = [b'{"some": "thing"}', b"[1]", b"\xff\x00", b'{"response": {"status_code": "x"}}']
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_journal_fails_its_batch(tmp_path: Path, damage: bytes) -> None:
+    """While the runner failed it, the checker ended it as well, with an internal error."""
+    batch = damaged(tmp_path, damage)
     with batch_server(tmp_path) as (_, client):
         failed = reach(client, batch)
         assert failed.status == "failed"
         assert failed.errors is not None
         assert "damaged" in str(failed.errors.data)
         assert str(tmp_path) not in str(failed.errors.data)
+        assert [each["custom_id"] for each in records(client, failed.output_file_id)] == names(2)
         eventually(lambda: not (tmp_path / "batches" / batch.id).exists())  # frees the quota
+
+
+def test_a_batch_killed_while_it_fails_keeps_its_error(tmp_path: Path) -> None:
+    batch = damaged(tmp_path, DAMAGE[0])
+    errors = [{"code": "storage_failed", "message": "damaged"}]
+    change_record(tmp_path / "batches" / f"{batch.id}.json", ending="failed", errors=errors)
+    with batch_server(tmp_path) as (_, client):
+        failed = reach(client, batch)
+        assert (failed.status, counts(failed)) == ("failed", (4, 2, 0))
+        assert failed.errors is not None
+        assert "damaged" in str(failed.errors.data)
+
+
+def damaged(folder: Path, damage: bytes) -> openai.types.Batch:
+    """A batch of four requests, two of them answered, with a damaged line behind the results."""
+    held, running = hold(folder)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(4)])
+        release(held, 2)
+        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 2, 0))
+    with (folder / "batches" / batch.id / "output.jsonl").open("ab") as file:
+        file.write(damage + b"\n")
+    return batch
 
 
 def stored(store: BatchStore, data: bytes) -> StoredFile:

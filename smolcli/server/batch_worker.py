@@ -461,23 +461,24 @@ class BatchWorker:
 
     def _fail(self, batch: Batch, error: BatchError) -> None:
         """End a batch as failed, with the results that can still be published."""
-        try:
-            self._end(batch, "failed", (error,))
-        except Exception as exc:
-            logger.error("batch %s: cannot publish its results: %s", batch.id, exc)
-            batch = self._store.update(
-                batch.id,
-                lambda old: replace(
-                    old,
-                    ending="failed",
-                    errors=(error,),
-                    output_file_id=None,
-                    error_file_id=None,
-                ).with_status("failed"),
+        with self._lock:  # until its record is final, or the checker would begin to end it too
+            try:
+                self._end(batch, "failed", (error,))
+            except Exception as exc:
+                logger.error("batch %s: cannot publish its results: %s", batch.id, exc)
+                self._end_without_results(batch, error)
+
+    def _end_without_results(self, batch: Batch, error: BatchError) -> None:
+        def failed(old: Batch) -> Batch:
+            new = replace(
+                old, ending="failed", errors=(error,), output_file_id=None, error_file_id=None
             )
-            self._forget(batch.id)
-            self._metrics.count_batch("failed")
-            self._report(batch)
+            return new.with_status("failed")
+
+        batch = self._store.update(batch.id, failed)
+        self._forget(batch.id)
+        self._metrics.count_batch("failed")
+        self._report(batch)
 
     def _end(self, batch: Batch, ending: Ending, errors: tuple[BatchError, ...] = ()) -> None:
         """Publish the results of a batch and give it its final status.
@@ -546,17 +547,21 @@ class BatchWorker:
         ).with_status(batch.ending)
 
     def _split(self, batch: Batch, folder: Path) -> None:
-        """Write the results so far as answers and errors; requests that expired are errors too."""
+        """Write the results so far as answers and errors; requests that expired are errors too.
+
+        A damaged line is left out, so that the others can still be published.
+        """
         num_answers = num_errors = 0
         with (
             replacing(folder / PARTIAL_OUTPUT) as answers,
             replacing(folder / PARTIAL_ERRORS) as errors,
         ):
             for data in chain(_complete_lines(folder / OUTPUT), _complete_lines(folder / ERRORS)):
-                if json.loads(data)["response"]["status_code"] == HTTPStatus.OK:
+                status = _status_code(data)
+                if status == HTTPStatus.OK:
                     answers.write(data)
                     num_answers += 1
-                else:
+                elif status is not None:
                     errors.write(data)
                     num_errors += 1
             if batch.ending == "expired":
@@ -607,6 +612,15 @@ def _complete_lines(path: Path) -> Iterator[bytes]:
     if path.exists():
         with path.open("rb") as file:
             yield from (data for data in file if data.endswith(b"\n"))
+
+
+def _status_code(line: bytes) -> int | None:
+    """The HTTP status of a result; None for a damaged line."""
+    try:
+        status = json.loads(line)["response"]["status_code"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return status if isinstance(status, int) else None
 
 
 def _expired_line(batch: Batch, row: Row) -> dict[str, Any]:
