@@ -1,5 +1,6 @@
 """API keys, CORS, probes, metrics, logs and security headers."""
 
+import gc
 import json
 import logging
 import threading
@@ -289,6 +290,13 @@ def test_a_stuck_engine_fails_the_probes_until_it_recovers() -> None:
         assert (ready.status_code, ready.json()) == (503, {"status": "stuck"})
         backend.is_stuck = False
         assert server.client.get("/health").json() == {"status": "ok"}
+
+
+def test_garbage_collection_skips_what_was_loaded() -> None:
+    """It held the interpreter lock for a tenth of a second."""
+    gc.unfreeze()
+    with serving(lambda _: EchoBackend(), EngineSettings()):
+        eventually(lambda: gc.get_freeze_count() > 0)
 
 
 def test_the_page_has_security_headers(server: RunningServer) -> None:

@@ -1,6 +1,7 @@
 """The Waitress server: listens, polls its connections, and shuts down gracefully on a signal."""
 
 import copy
+import gc
 import logging
 import signal
 import time
@@ -95,6 +96,7 @@ class Server:
             self._poll()
             if not is_ready and self._loader.is_ready:
                 is_ready = True
+                gc.freeze()  # a search of all that is loaded would stop every thread for 0.1 s
                 logger.info("ready at %s", self.url)
 
     def _drain(self) -> None:
