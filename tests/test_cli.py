@@ -85,6 +85,19 @@ def test_help_is_shown_without_a_command() -> None:
         assert command in help_text
 
 
+def test_help_fits_80_columns() -> None:
+    """Names of environment variables and default values were cut off, and flags had a type."""
+    group: Any = typer.main.get_command(app)
+    for name in (None, *group.commands):
+        help_text = smol(*filter(None, [name]), "--help", env={"COLUMNS": "80"}).output
+        assert "Show this message" in help_text
+        assert [text for text in ("…", "<bool>", "<str>") if text in help_text] == [], name
+    run_help = " ".join(smol("run", "--help", env={"COLUMNS": "80"}).output.split())
+    assert "run [OPTIONS] INPUT..." in run_help
+    assert "--[no-]dedupe" in run_help
+    assert "One of auto, smol, openai." in run_help
+
+
 def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "smolcli", "run", "--help"],
@@ -210,7 +223,8 @@ def test_the_environment_sets_options(
 def test_every_option_has_an_environment_variable() -> None:
     for command in ("run", "ask"):
         help_text = smol(command, "--help", env={"COLUMNS": "200"}).output
-        flags = [line.split()[1] for line in help_text.splitlines() if line.startswith("│ --")]
+        lines = help_text.replace("[no-]", "").splitlines()
+        flags = [line.split()[1] for line in lines if line.startswith("│ --")]
         for flag in set(flags) - {"--help"}:
             name = flag[2:].upper().replace("-", "_")
             assert f"SMOL_{name}" in help_text or f"SMOL_{command.upper()}_{name}" in help_text

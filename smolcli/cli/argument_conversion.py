@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
+from smolcli.cli.help_layout import ReadableHelp
 from smolcli.cli.option_sources import (
     InvalidValue,
     add_sources,
@@ -29,7 +30,7 @@ class NotPlain(Exception):
     """A value has to be converted by Typer."""
 
 
-class SmolCommand(TyperCommand):
+class SmolCommand(ReadableHelp, TyperCommand):
     """A command that converts plain values itself, and whose errors say where a value was set."""
 
     def get_params(self, ctx: Any) -> list[Any]:

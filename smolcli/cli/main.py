@@ -18,6 +18,7 @@ from smolcli import __version__
 from smolcli.cli.argument_conversion import SmolCommand, convert_plain_values
 from smolcli.cli.config_file import find_config, load_config
 from smolcli.cli.exit_codes import ExitCode
+from smolcli.cli.help_layout import ReadableHelp
 from smolcli.cli.option_sources import add_sources
 from smolcli.cli.terminal import replace_closed_streams
 from smolcli.errors import SmolError, UsageError, error_reason
@@ -73,7 +74,7 @@ def _load_command(name: str, panel: str) -> Any:
     return typer.main.get_command(alone)
 
 
-class SmolGroup(TyperGroup):
+class SmolGroup(ReadableHelp, TyperGroup):
     """Imports only the command that runs, and turns expected errors into exit codes."""
 
     def __init__(self, **options: Any) -> None:

@@ -31,7 +31,9 @@ class BenchOptions:
 
     compare: Annotated[
         Literal["none", "transformers"],
-        _bench("--compare", help="Also measure this library, on the same workload."),
+        _bench(
+            "--compare", metavar="LIBRARY", help="Also measure this library, on the same workload."
+        ),
     ] = "none"
     prompts: Annotated[
         str,

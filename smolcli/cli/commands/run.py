@@ -112,6 +112,7 @@ class RunOptions:
         Literal["error", "ignore", "keep"],
         _run(
             "--extra-fields",
+            metavar="ACTION",
             help="What to do with unknown fields of a query. keep: copy them to the result's "
             "metadata.",
         ),

@@ -120,7 +120,8 @@ class ServeOptions:
         ),
     ] = _DEFAULTS.drain_timeout_s
     log_format: Annotated[
-        Literal["plain", "json"], _serve("--log-format", help="Format of log lines.")
+        Literal["plain", "json"],
+        _serve("--log-format", metavar="FORMAT", help="Format of log lines."),
     ] = "plain"
     log_prompts: Annotated[
         bool, _serve("--log-prompts", help="Include prompts in the access log.")

@@ -20,7 +20,9 @@ _cluster = functools.partial(option, panel="Ray cluster")
 
 UpstreamApi = Annotated[
     Literal["auto", "smol", "openai"],
-    _remote("--upstream-api", help="API that the servers implement. auto: detect it."),
+    _remote(
+        "--upstream-api", metavar="API", help="API that the servers implement. auto: detect it."
+    ),
 ]
 RetryFor = Annotated[
     float,
@@ -93,7 +95,11 @@ class ClusterOptions:
 
     backend: Annotated[
         Literal["local", "ray"],
-        _cluster("--backend", help="Where to run the model: in this process or on Ray workers."),
+        _cluster(
+            "--backend",
+            metavar="BACKEND",
+            help="Where to run the model: in this process or on Ray workers.",
+        ),
     ] = "local"
     ray_address: Annotated[
         str | None,

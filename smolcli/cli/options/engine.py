@@ -56,6 +56,7 @@ class EngineOptions:
         Dtype,
         _engine(
             "--dtype",
+            metavar="DTYPE",
             help="Data type to compute in. auto: bfloat16 if the hardware supports it, "
             "otherwise float32. int8 (CPU only) is faster but less exact.",
         ),

@@ -74,6 +74,7 @@ class TableOptions:
         InputFormat,
         _table(
             "--input-format",
+            metavar="FORMAT",
             help="Format of INPUT. auto: detect it from the name and the content. smol, openai and "
             "bare (messages or prompts without ids) are formats of JSON Lines; text is one prompt "
             "per line.",
