@@ -92,6 +92,14 @@ def test_file_in_the_users_config_directory_is_found(tmp_path: Path) -> None:
     own = {"XDG_CONFIG_HOME": str(tmp_path / "settings")}
     assert seen_by_backend("ask", "Hi", env=own).settings_seen.threads == 3
     assert seen_by_backend("--config", "/dev/null", "ask", "Hi", env=own).settings_seen.threads == 0
+    out_of_reach = {"XDG_CONFIG_HOME": str(tmp_path / ("x" * 300))}  # as another user's home is
+    assert seen_by_backend("ask", "Hi", env=out_of_reach).settings_seen.threads == 0
+
+
+def test_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "windows.toml"
+    path.write_text("threads = 3\n", "utf-8-sig")
+    assert seen_by_backend("--config", path, "ask", "Hi").settings_seen.threads == 3
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Errors about options say whether a flag, the environment or the config file set the value."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,23 @@ def test_empty_path_is_not_the_current_directory(args: tuple[str, ...]) -> None:
     done = smol(*args)
     name = next((arg for arg in args if arg.startswith("--")), "RESULTS")
     assert (done.exit_code, done.stderr) == (2, f"smol: {name} must be a path, not ''\n")
+
+
+@pytest.mark.parametrize("command", [("report",), ("run", "--check")])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_path_without_permission_to_read_it_is_named(
+    tmp_path: Path, command: tuple[str, ...], is_folder: bool
+) -> None:
+    """A file was said not to be a path, and a directory gave a traceback."""
+    path = tmp_path / "secret.jsonl"
+    path.mkdir() if is_folder else path.touch()
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    done = smol(*command, path)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"cannot read {path}: " in done.stderr
+    path.chmod(0o700)
 
 
 def test_empty_path_in_the_config_file_is_an_error(tmp_path: Path) -> None:

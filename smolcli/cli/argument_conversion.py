@@ -111,6 +111,8 @@ def plain_value(value: Any, annotation: Any, low: float | None, high: float | No
         return value
     if get_origin(annotation) is Literal and value in get_args(annotation):
         return value
+    if annotation is Path:
+        return Path(value)  # Typer would reject a file that is not readable, even as an output
     patterns = {int: WHOLE_NUMBER, float: DECIMAL_NUMBER}
     if annotation not in patterns:
         raise NotPlain

@@ -1,5 +1,6 @@
 """The config file, which sets options that neither a flag nor an environment variable sets."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from smolcli.errors import UsageError, closest, error_reason
 
 
 def find_config(given: Path | None) -> Path | None:
-    """The config file to read: the given one, else the user's `config.toml` if it exists."""
+    """The config file to read: the given one, else the user's `config.toml` if it exists.
+
+    A home directory that belongs to another user, as after `sudo -u` or in a container, has none.
+    """
     default = Path(typer.get_app_dir("smol")) / "config.toml"
-    return given or (default if default.is_file() else None)
+    return given or (default if os.path.isfile(default) else None)
 
 
 def load_config(path: Path, ctx: typer.Context) -> dict[str, dict[str, Any]]:
@@ -58,7 +62,7 @@ def _read(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as exc:
         raise UsageError(f"cannot read the config file {path}: {error_reason(exc)}") from exc
     except ValueError as exc:  # invalid TOML or invalid UTF-8

@@ -13,7 +13,7 @@ from smolcli.data.compression import without_codec_suffix
 from smolcli.data.reader import read_rows, row_numbers
 from smolcli.data.remote_files import matching
 from smolcli.data.rows import Row
-from smolcli.errors import InputError, UsageError
+from smolcli.errors import InputError, UsageError, error_reason
 from smolcli.protocol.many_files import place_of, row_number
 from smolcli.settings import InputFile, RowSettings, RunSettings
 
@@ -134,6 +134,7 @@ def expanded(names: Iterable[str], written: Iterable[Path]) -> list[str]:
 
     Raises:
         UsageError: a directory or pattern stands for no file.
+        InputError: a directory cannot be read.
     """
     own = {os.path.realpath(path) for path in written}
     found: dict[str, str] = {}
@@ -179,7 +180,10 @@ def _is_result(path: str) -> bool:
 
 
 def _entries(folder: str) -> list[str]:
-    names = (name for name in os.listdir(folder) if not name.startswith("."))
+    try:
+        names = [name for name in os.listdir(folder) if not name.startswith(".")]
+    except OSError as exc:
+        raise InputError(f"cannot read {folder}: {error_reason(exc)}") from exc
     return [os.path.join(folder, name) for name in names]
 
 
