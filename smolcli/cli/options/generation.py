@@ -158,12 +158,16 @@ class GenerationOptions:
             return replace(_DEFAULTS, max_new_tokens=self.max_new_tokens)
         from smolcli.protocol.query import parse_query  # late: imports pydantic
 
+        if self.max_new_tokens < 1:
+            raise UsageError("--max-new-tokens must be a positive integer")
         query = {"chat_id": "-", "user_prompt": "-"} | asdict(self)
         del query["system_prompt"], query["system_file"]
         try:
             return parse_query(query, QueryDefaults()).sampling
         except QueryError as exc:
-            raise UsageError(str(exc)) from exc
+            field = exc.field or ""
+            flag = f"--{field.replace('_', '-')}"
+            raise UsageError(str(exc).replace(field, flag, 1) if field else str(exc)) from exc
 
     def _system_prompt(self) -> str | None:
         if self.system_file is None:
