@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,9 @@ def test_bar_shows_done_and_failed_lines(
     assert "reading prompts" not in after, "there are results"
     assert "3/4" in captured.err
     assert "1 failed" in captured.err
+    assert re.search(
+        r"elapsed\W+0:00:00 left\W+-:--:--", re.sub(r"\x1b\[[0-9;]*m", "", captured.err)
+    )
     assert "[one] sentence" in captured.err
     assert "out.jsonl" in captured.err
 

@@ -162,6 +162,7 @@ def _new_bar(console: "Console") -> "Progress":
         MofNCompleteColumn(),
         TextColumn("{task.fields[failed]} failed"),
         TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TextColumn("elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
