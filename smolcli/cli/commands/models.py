@@ -53,7 +53,9 @@ def list_models(as_json: AsJson = False) -> None:
             f"{str(item['revision'] or '')[:12]:12}  {item['format'] or ''}".rstrip()
         )
     if not listed:
-        typer.echo("the model store is empty; smol pull downloads a model", err=True)
+        typer.echo(
+            "the model store is empty; models from the Hub are in the Hugging Face cache", err=True
+        )
 
 
 @app.command(

@@ -30,7 +30,7 @@ Source = Annotated[
 
 
 def pull(model: Model = DEFAULT_MODEL, source: Source = "auto") -> None:
-    """Download a model into the model store and print its directory."""
+    """Download a model and print its directory."""
     from smolcli.weights.pull import pull as pull_model
 
     log_to_stderr()
