@@ -32,7 +32,7 @@ from smolcli.engine.sequence import Sequence
 from smolcli.errors import BackendError, ModelError
 from smolcli.types import Sampling
 from smolcli.weights.checkpoint import tensor_shapes
-from smolcli.weights.gguf import convert
+from smolcli.weights.gguf_conversion import convert
 from smolcli.weights.loader import load_config, load_model
 
 VOCABULARY = 70

@@ -21,7 +21,8 @@ from smolcli.engine.quantized import QuantizedMatrix, as_array
 from smolcli.errors import ModelError
 from smolcli.weights import gguf_weights
 from smolcli.weights.checkpoint import load_weights, weight_formats
-from smolcli.weights.gguf import convert, read_gguf
+from smolcli.weights.gguf import read_gguf
+from smolcli.weights.gguf_conversion import convert
 from smolcli.weights.loader import load_config
 from smolcli.weights.resolve import resolve
 from smolcli.weights.store import missing_file, weight_format

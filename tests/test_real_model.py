@@ -20,6 +20,7 @@ from smolcli.settings import ResolvedDtype
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message, Sampling
 from smolcli.weights import gguf_weights
+from smolcli.weights.store import GGUF_FILE
 
 pytestmark = pytest.mark.model
 
@@ -42,9 +43,7 @@ def prompts(model_folder: Path) -> list[list[int]]:
 def theirs(model_folder: Path) -> Iterator[Any]:
     from transformers import LlamaForCausalLM
 
-    gguf: dict[str, Any] = (
-        {"gguf_file": gguf_weights.FILE} if gguf_weights.is_in(model_folder) else {}
-    )
+    gguf: dict[str, Any] = {"gguf_file": GGUF_FILE} if gguf_weights.is_in(model_folder) else {}
     with pytest.MonkeyPatch.context() as patch:
         # transformers reads the file twice and makes the same map for each of 397 modules
         patch.setattr("gguf.GGUFReader", cache(GGUFReader))

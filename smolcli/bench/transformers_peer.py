@@ -17,6 +17,7 @@ from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Query
 from smolcli.weights import gguf_weights
 from smolcli.weights.resolve import resolve
+from smolcli.weights.store import GGUF_FILE
 
 SYSTEM = "transformers"
 STATIC_BATCH = 32
@@ -54,7 +55,7 @@ class TransformersPeer:
         self._num_threads = identity["threads"]
         self._chat = ChatTokenizer.load(folder)
         self._device = identity["device"]
-        gguf = {"gguf_file": gguf_weights.FILE} if gguf_weights.is_in(folder) else {}
+        gguf = {"gguf_file": GGUF_FILE} if gguf_weights.is_in(folder) else {}
         if gguf and find_spec("accelerate") is None:
             raise UsageError(
                 "transformers needs accelerate to load a GGUF model: pip install accelerate"

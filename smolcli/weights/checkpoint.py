@@ -7,18 +7,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.dtypes import FLOAT_DTYPES, numpy_dtype
-from smolcli.engine.quantized import Weight, Weights, formats_of
+from smolcli.engine.quantized import Array, Weight, Weights, formats_of
 from smolcli.errors import ModelError
 from smolcli.weights import gguf_weights
-from smolcli.weights.store import shard_names
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from smolcli.weights.store import GGUF_FILE, shard_names
 
 LAYER = re.compile(r"layers\.(\d+)\.")
 UNUSED = re.compile(r"lm_head\.weight|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -107,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
     weights in another layout, such as Mistral's consolidated.safetensors.
     """
     if gguf_weights.is_in(folder):
-        return [folder / gguf_weights.FILE]
+        return [folder / GGUF_FILE]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return [folder / name for name in shard_names(index)]

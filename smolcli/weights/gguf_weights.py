@@ -17,9 +17,8 @@ from smolcli.engine.dtypes import FLOAT_DTYPES, numpy_dtype
 from smolcli.engine.quantized import BLOCK_FORMATS, Array, QuantizedMatrix, Weight
 from smolcli.errors import ModelError
 from smolcli.protocol.json_text import parse_json
+from smolcli.weights.store import GGUF_FILE, GGUF_INDEX
 
-FILE = "model.gguf"
-INDEX = "model.gguf.index.json"
 READ_AS = {  # the kernels' formats that hold those of GGUF without loss
     **{kind: kind for kind in BLOCK_FORMATS},
     "Q5_0": "Q8_0",
@@ -29,7 +28,7 @@ READ_AS = {  # the kernels' formats that hold those of GGUF without loss
 
 def is_in(folder: Path) -> bool:
     """Whether a model directory contains its weights as a GGUF file."""
-    return (folder / INDEX).is_file() and (folder / FILE).is_file()
+    return (folder / GGUF_INDEX).is_file() and (folder / GGUF_FILE).is_file()
 
 
 def write_index(folder: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
@@ -41,7 +40,7 @@ def write_index(folder: Path, tensors: Mapping[str, Mapping[str, Any]]) -> None:
             file, by the tensors' names in a Llama checkpoint, without the leading "model.".
     """
     text = json.dumps({"tensors": tensors}, separators=(",", ":"))
-    (folder / INDEX).write_text(f"{text}\n", "utf-8")
+    (folder / GGUF_INDEX).write_text(f"{text}\n", "utf-8")
 
 
 def is_worth_keeping(sizes: Mapping[str, int]) -> bool:
@@ -84,14 +83,14 @@ def load(folder: Path, config: LlamaConfig) -> dict[str, Weight]:
     """
     index = _read_index(folder)
     try:
-        data = np.memmap(folder / FILE, np.uint8, mode="r").view(np.ndarray)
+        data = np.memmap(folder / GGUF_FILE, np.uint8, mode="r").view(np.ndarray)
         return {name: _tensor(name, entry, data, config) for name, entry in index.items()}
     except (OSError, ValueError, IndexError) as exc:
-        raise ModelError(f"{folder / FILE} does not match {INDEX}: {exc}") from exc
+        raise ModelError(f"{folder / GGUF_FILE} does not match {GGUF_INDEX}: {exc}") from exc
 
 
 def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / INDEX
+    path = folder / GGUF_INDEX
     try:
         tensors = parse_json(path.read_text("utf-8"))["tensors"]
         for entry in tensors.values():

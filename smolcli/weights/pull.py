@@ -12,7 +12,7 @@ from typing import Literal
 from smolcli.errors import ModelError, ModelNotFound
 from smolcli.settings import DEFAULT_MODEL
 from smolcli.weights import hub
-from smolcli.weights.gguf import add_gguf
+from smolcli.weights.gguf_conversion import add_gguf
 from smolcli.weights.resolve import local
 from smolcli.weights.store import ModelFiles, Notify, locked_scratch, sha256_of, stored
 

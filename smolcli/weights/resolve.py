@@ -7,6 +7,7 @@ from pathlib import Path
 from smolcli.errors import ModelNotFound
 from smolcli.weights import hub
 from smolcli.weights.store import (
+    GGUF_FILE,
     ModelFiles,
     Notify,
     locked_scratch,
@@ -23,7 +24,7 @@ REVISION_FILES = (  # every file that can change a model's answers
     "tokenizer_config.json",
     "chat_template.jinja",
     "*.safetensors",
-    "model.gguf",
+    GGUF_FILE,
 )
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def _from_folder(model: str, folder: Path) -> ModelFiles:
 
 def _from_gguf(path: Path, notify: Notify) -> ModelFiles:
     """The model in a .gguf file, converted when this content is first seen."""
-    from smolcli.weights.gguf import add_gguf  # late: imports numpy
+    from smolcli.weights.gguf_conversion import add_gguf  # late: imports numpy
 
     name = f"gguf--{sha256_of(path)}"
     if found := stored(name):

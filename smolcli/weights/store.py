@@ -17,7 +17,8 @@ from smolcli.errors import ModelError, ModelNotFound, error_reason
 from smolcli.protocol.json_text import parse_json
 
 RECORD = "smol.json"
-GGUF_FILES = ("model.gguf", "model.gguf.index.json")  # weights as they came, and where they are
+# Quantized weights as they came, and where each tensor is in them.
+GGUF_FILE, GGUF_INDEX = "model.gguf", "model.gguf.index.json"
 
 Notify = Callable[[str], None]  # receives progress messages of one sentence
 
@@ -48,8 +49,9 @@ def missing_file(folder: Path) -> str | None:
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             return name
-    if any((folder / name).is_file() for name in GGUF_FILES):
-        return next((name for name in GGUF_FILES if not (folder / name).is_file()), None)
+    gguf_files = (GGUF_FILE, GGUF_INDEX)
+    if any((folder / name).is_file() for name in gguf_files):
+        return next((name for name in gguf_files if not (folder / name).is_file()), None)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return None if any(folder.glob("*.safetensors")) else "model.safetensors"
@@ -234,9 +236,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def weight_format(folder: Path) -> str | None:
     """The number format of the weights in `folder`, such as "Q4_1 and Q8_0" or "bfloat16"."""
-    if (folder / GGUF_FILES[0]).is_file():
+    if (folder / GGUF_FILE).is_file():
         return _gguf_format(folder)
     from safetensors import SafetensorError, safe_open
+
+    from smolcli.engine.dtypes import FLOAT_DTYPES  # late: imports numpy
 
     dtypes: Counter[str] = Counter()
     try:
@@ -249,9 +253,8 @@ def weight_format(folder: Path) -> str | None:
     if not dtypes:
         return None
     most = dtypes.most_common(1)[0][0]
-    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
     quantization = read_record(folder).get("quantization")
-    return names.get(most, most) + (f", from {quantization}" if quantization else "")
+    return FLOAT_DTYPES.get(most, most) + (f", from {quantization}" if quantization else "")
 
 
 def _gguf_format(folder: Path) -> str | None:

@@ -9,7 +9,6 @@ import json
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 
@@ -17,10 +16,9 @@ from smolcli.atomic import write_atomically
 from smolcli.engine.config import LlamaConfig
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
+from smolcli.engine.quantized import Array
 from smolcli.weights.packed import packed_path
 from smolcli.weights.store import ModelFiles
-
-Array = np.ndarray[Any, Any]
 
 
 class StoredPrefix:

@@ -16,7 +16,7 @@ from smolcli.backends.ray.worker import NodeInfo, Reply, Task, Worker
 from smolcli.errors import BackendError, SmolError, UsageError
 from smolcli.settings import EngineSettings, RaySettings
 from smolcli.types import Result
-from smolcli.weights.store import ModelFiles
+from smolcli.weights.store import GGUF_FILE, ModelFiles
 
 # Keep Ray from printing events to stdout, which is data here. It reads these on import.
 os.environ["RAY_DEDUP_LOGS"] = "1"
@@ -30,7 +30,7 @@ except ImportError as exc:
     raise UsageError("--backend ray needs Ray: pip install 'smolcli[ray]'") from exc
 
 CONNECT_TIMEOUT_S = 5.0
-MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "model.gguf")
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", GGUF_FILE)
 
 logger = logging.getLogger(__name__)
 
