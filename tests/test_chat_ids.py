@@ -5,7 +5,7 @@ import tracemalloc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smolcli.batch.queries import ChatIds
+from smolcli.batch.chat_ids import ChatIds
 
 MAX_BYTES_PER_ID = 16
 

@@ -20,8 +20,8 @@ from run_tools import answer, no_backend, results
 from smolcli.backends.base import Backend
 from smolcli.backends.local import open_local
 from smolcli.batch.input_scan import scan_input
-from smolcli.batch.journal import output_lock
 from smolcli.batch.manifest import Manifest, load_manifest, manifest_path
+from smolcli.batch.output_lock import output_lock
 from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import default_output, run_file
 from smolcli.errors import BackendError, InputError, ResumeError, RunError, UsageError
@@ -552,7 +552,7 @@ def test_output_must_be_a_file_in_an_existing_directory(job: RunSettings, tmp_pa
 def test_second_run_on_an_output_is_rejected(job: RunSettings) -> None:
     """The lock belongs to another process, and is released when that process is killed."""
     script = (
-        "import sys; from pathlib import Path; from smolcli.batch.journal import output_lock\n"
+        "import sys; from pathlib import Path; from smolcli.batch.output_lock import output_lock\n"
         "with output_lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, str(job.output)]

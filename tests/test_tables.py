@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from run_tools import smol_without
 from typer.testing import CliRunner
 
+from smolcli.batch.chat_ids import ChatIds
 from smolcli.batch.progress import LogProgress
-from smolcli.batch.queries import ChatIds, QueryReader
+from smolcli.batch.queries import QueryReader
 from smolcli.batch.runner import run_file
 from smolcli.cli.main import app
 from smolcli.data.arrow import arrow_to_json

@@ -1,21 +1,18 @@
 """Reads back the results in an output, so that a run can resume, split or rewrite it."""
 
-import os
 from array import array
 from bisect import bisect_left
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from heapq import merge
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from smolcli.batch.queries import ChatIds
+from smolcli.batch.chat_ids import ChatIds
 from smolcli.batch.statistics import StatisticsCollector
 from smolcli.data.compression import DECOMPRESSION_ERRORS, LONGEST_MAGIC, codec_of_name
 from smolcli.data.jsonl import replacing_lines
-from smolcli.errors import ResumeError, UsageError, cannot_write
+from smolcli.errors import ResumeError
 from smolcli.protocol.json_text import parse_json
 from smolcli.protocol.line_formats import LineFormat
 from smolcli.types import Result
@@ -208,61 +205,3 @@ def _complete_lines(path: Path) -> Generator[bytes]:
                 if not data.endswith(b"\n"):
                     return
                 yield data
-
-
-@contextmanager
-def output_lock(output: Path) -> Iterator[None]:
-    """Hold an exclusive lock on an output; the operating system releases it if the process dies.
-
-    The lock file lies next to the real file, so that runs through different symbolic links to one
-    output exclude each other. An existing output is locked as well, for its hard links.
-
-    Raises:
-        UsageError: another run holds the lock.
-        RunError: the output cannot be written: a lock file next to it cannot be created.
-    """
-    target = Path(os.path.realpath(output))
-    path = target.with_name(f".{target.name}.lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as exc:
-        raise UsageError(f"another run is writing {output}") from exc
-    except OSError as exc:
-        raise cannot_write(output, exc) from exc
-    try:
-        with _locked_file(target, output):
-            yield
-    finally:
-        with suppress(OSError):  # Windows cannot remove an open file; release() does it there
-            path.unlink()  # before the release, so that waiting processes notice and retry
-        lock.release()
-
-
-@contextmanager
-def _locked_file(target: Path, output: Path) -> Iterator[None]:
-    """Hold a lock on a file itself, if it exists and the system has advisory locks.
-
-    Args:
-        target: the file.
-        output: its path as the user gave it, for errors.
-
-    Raises:
-        UsageError: another run holds the lock.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows, whose locks would keep the writer from writing
-        yield
-        return
-    with ExitStack() as opened:
-        if target.is_file():
-            try:
-                file = opened.enter_context(target.open("rb"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as exc:
-                message = f"another run is writing {output} through a hard link"
-                raise UsageError(message) from exc
-            except OSError:  # unreadable, or no locks on this file system
-                pass
-        yield

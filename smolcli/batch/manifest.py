@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -128,6 +128,13 @@ class Manifest:
                 "choose another --output, or start over with --overwrite",
                 listed,
             )
+
+    def with_rows_of(self, previous: "Manifest") -> "Manifest":
+        """This manifest with the digests that `previous` has beyond a smaller `--limit`."""
+        old, new = previous.digests, self.digests
+        if old is None or new is None:
+            return self
+        return replace(self, rows=new.extended(old).text)
 
     def version_changes(self, new: "Manifest") -> str:
         """A list of the package versions that differ, empty if none do."""

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from smolcli.batch.chat_ids import ChatIds
 from smolcli.batch.input_scan import input_format
-from smolcli.batch.queries import ChatIds, QueryReader
+from smolcli.batch.queries import QueryReader
 from smolcli.batch.truncation import PromptTruncation
 from smolcli.data.inputs import Inputs
 from smolcli.errors import PromptTooLong, QueryError

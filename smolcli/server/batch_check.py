@@ -6,7 +6,7 @@ request is that request's own error.
 
 from collections.abc import Callable, Iterator
 
-from smolcli.batch.queries import ChatIds
+from smolcli.batch.chat_ids import ChatIds
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError
 from smolcli.protocol.json_text import shorten
