@@ -56,6 +56,21 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from exc
 
 
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Parse text that a program has written and that holds one JSON object; see `parse_json`.
+
+    Raises:
+        ValueError: it does not hold one.
+    """
+    try:
+        value = parse_json(text)
+    except ValueError as exc:
+        raise ValueError(f"it is not valid JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise ValueError("it does not contain a JSON object")
+    return value
+
+
 def _reject_json(reason: str, cause: Exception) -> NoReturn:
     raise QueryError(f"invalid JSON: {reason}", ErrorCode.INVALID_JSON) from cause
 

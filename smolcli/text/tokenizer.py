@@ -7,8 +7,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from smolcli.errors import ModelError, QueryError
-from smolcli.protocol.json_text import parse_json
+from smolcli.errors import ModelError, QueryError, error_reason
+from smolcli.protocol.json_text import parse_object
 from smolcli.protocol.tools import function_record
 from smolcli.text.chat_template import ChatTemplate
 from smolcli.text.detokenizer import TextDecoder
@@ -277,17 +277,14 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, ValueError) as exc:
-        raise ModelError(f"cannot read {path}: {exc}") from exc
+        raise ModelError(f"cannot read {path}: {error_reason(exc)}") from exc
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = parse_json(_read_text(path))
+        return parse_object(_read_text(path))
     except ValueError as exc:
-        raise ModelError(f"{path} is not valid JSON: {exc}") from exc
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} does not contain a JSON object")
-    return values
+        raise ModelError(f"cannot read {path}: {exc}") from exc
 
 
 def _token_text(token: object) -> str:

@@ -10,8 +10,8 @@ from smolcli.engine.interfaces import Model
 from smolcli.engine.native.bindings import Kernels
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.quantized import Formats, Weights, as_array
-from smolcli.errors import ModelError
-from smolcli.protocol.json_text import parse_json
+from smolcli.errors import ModelError, error_reason
+from smolcli.protocol.json_text import parse_object
 from smolcli.settings import EngineSettings, ResolvedDtype
 from smolcli.weights.checkpoint import load_weights, weight_formats
 from smolcli.weights.packed import packed_weights
@@ -172,9 +172,6 @@ def _eos_ids(folder: Path, values: dict[str, Any]) -> frozenset[int]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_text("utf-8"))
     except (OSError, ValueError) as exc:
-        raise ModelError(f"cannot read {path}: {exc}") from exc
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} does not contain a JSON object")
-    return values
+        raise ModelError(f"cannot read {path}: {error_reason(exc)}") from exc

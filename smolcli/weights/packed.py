@@ -26,9 +26,8 @@ from smolcli.engine.native.bindings import Array, Kernels
 from smolcli.engine.native.packing import pack_into, packed_layout
 from smolcli.engine.quantized import Formats
 from smolcli.errors import ModelError
-from smolcli.protocol.json_text import parse_json
 from smolcli.weights.checkpoint import load_weights, weight_files
-from smolcli.weights.store import ModelFiles, locked_scratch, sha256_of
+from smolcli.weights.store import ModelFiles, locked_scratch, read_json_record, sha256_of
 
 MIN_BYTES = 16 << 20  # packing a smaller model in memory is as fast as mapping a file
 
@@ -114,7 +113,7 @@ def packed_files() -> Iterator[PackedFile]:
     """All packed weights in the store, by model."""
     found = []
     for path in packed_folder().glob("*.bin"):
-        record = _read_record(path)
+        record = read_json_record(_record_path(path))
         model, kernels = str(record.get("model", "unknown")), str(record.get("kernels", ""))
         found.append(PackedFile(path, model, kernels, path.stat().st_size))
     yield from sorted(found, key=lambda file: (file.model, file.kernels))
@@ -149,7 +148,7 @@ def _is_intact(path: Path, num_bytes: int) -> bool:
     The digest is checked only if the modification time differs from the record, because reading
     the whole file would cost more than packing saves.
     """
-    record = _read_record(path)
+    record = read_json_record(_record_path(path))
     try:
         stat = path.stat()
     except OSError:
@@ -200,11 +199,3 @@ def _write_record(path: Path, record: dict[str, Any]) -> None:
 
 def _record_path(path: Path) -> Path:
     return path.with_suffix(".json")
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        values = parse_json(_record_path(path).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from smolcli import settings
 from smolcli.errors import ModelError, ModelNotFound, error_reason
-from smolcli.protocol.json_text import parse_json
+from smolcli.protocol.json_text import parse_json, parse_object
 
 RECORD = "smol.json"
 # Quantized weights as they came, and where each tensor is in them.
@@ -227,11 +227,15 @@ def remove(entry: StoreEntry) -> None:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What `install` recorded about the model in `folder`; empty if there is no valid record."""
+    return read_json_record(folder / RECORD)
+
+
+def read_json_record(path: Path) -> dict[str, Any]:
+    """A JSON object that smol wrote; empty if the file is missing or damaged."""
     try:
-        values = parse_json((folder / RECORD).read_text("utf-8"))
+        return parse_object(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def weight_format(folder: Path) -> str | None:
