@@ -171,7 +171,7 @@ def test_packed_weights_are_listed_shown_and_removed(
     assert stored(MODEL) is None
 
 
-def test_the_shared_start_of_prompts_is_computed_once(files: ModelFiles, kernels: Kernels) -> None:
+def test_the_shared_prefix_of_prompts_is_computed_once(files: ModelFiles, kernels: Kernels) -> None:
     """The next process finds its keys and values in the prefix cache, and answers with equal bits.
 
     Damaged ones, and those of another build or with other blocks, are computed anew.
@@ -196,8 +196,8 @@ def test_the_shared_start_of_prompts_is_computed_once(files: ModelFiles, kernels
 
     first, num_cached, is_restored = answer()
     assert (num_cached, is_restored) == (0, False)
-    start = ChatTokenizer.load(files.folder).shared_start()
-    whole_blocks = len(start) // BLOCK_TOKENS * BLOCK_TOKENS
+    shared = ChatTokenizer.load(files.folder).shared_prefix()
+    whole_blocks = len(shared) // BLOCK_TOKENS * BLOCK_TOKENS
     assert whole_blocks > 0
     assert answer() == (first, whole_blocks, True)
 

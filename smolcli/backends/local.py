@@ -296,11 +296,11 @@ class LocalBackend:
         self._store_prefix()
 
     def _store_prefix(self) -> None:
-        """Store the KV cache of the start that most prompts share, unless it was stored before."""
+        """Store the KV cache of the prefix that most prompts share, unless it was stored before."""
         stored, self._stored_prefix = self._stored_prefix, None
         if stored is not None and not stored.is_restored and self._num_prompt_tokens:
             with suppress(QueryError):  # the template may want more than a user message
-                ids = self._tokenizer.shared_start()
+                ids = self._tokenizer.shared_prefix()
                 stored.save(self._engine.kv_cache.prefix_cache, ids)
 
     def _fail_submitted(self) -> None:

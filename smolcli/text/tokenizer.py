@@ -132,7 +132,7 @@ class ChatTokenizer:
             )
         return ids
 
-    def shared_start(self) -> list[int]:
+    def shared_prefix(self) -> list[int]:
         """The tokens that all prompts of a single user message begin with."""
         prompts = [self.encode([Message("user", text)]) for text in ("a", "1")]
         same = takewhile(lambda pair: pair[0] == pair[1], zip(*prompts, strict=False))

@@ -1,4 +1,4 @@
-"""The KV cache of the start that most prompts of a model share, kept between processes.
+"""The KV cache of the prefix that most prompts of a model share, kept between processes.
 
 Most prompts begin with the model's own system prompt, which is longer than a short question. Its
 keys and values do not depend on the rest of a prompt, so they are stored next to the packed
@@ -55,11 +55,11 @@ class StoredPrefix:
         self.is_restored = True
 
     def save(self, cache: PrefixCache[Array], token_ids: Sequence[int]) -> None:
-        """Store the blocks of a prompt's start that a prefix cache holds.
+        """Store the blocks of a prefix that a prefix cache holds.
 
         Args:
             cache: the prefix cache.
-            token_ids: the start of the prompt.
+            token_ids: the prefix.
         """
         blocks = cache.match([*token_ids, -1])  # the last token never counts
         if not blocks or not self._weights.exists():
