@@ -5,13 +5,12 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fakes import EchoBackend
 
-from smolcli.backends.base import Backend
+from smolcli.backends.base import Backend, OpenBackend
 from smolcli.batch.progress import LogProgress
 from smolcli.batch.runner import run_file
 from smolcli.batch.statistics import RunStatistics
@@ -34,9 +33,7 @@ run_file(job, lambda settings: print("open", flush=True) or Slow(), LogProgress(
 """
 
 
-def answer(
-    job: RunSettings, open_backend: Callable[[EngineSettings], Backend] = EchoBackend
-) -> RunStatistics:
+def answer(job: RunSettings, open_backend: OpenBackend = EchoBackend) -> RunStatistics:
     return run_file(job, open_backend, LogProgress())
 
 

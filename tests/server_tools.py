@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx2
 
-from smolcli.backends.base import Backend
+from smolcli.backends.base import OpenBackend
 from smolcli.backends.local import LocalBackend
 from smolcli.engine.engine import Engine
 from smolcli.engine.interfaces import Batch, Hidden
@@ -149,7 +149,7 @@ def chat_request(**fields: Any) -> bytes:
 
 @contextmanager
 def serving(
-    open_backend: Callable[[EngineSettings], Backend],
+    open_backend: OpenBackend,
     engine: EngineSettings,
     waits: bool = True,
     **settings: Any,

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fakes import DyingBackend, EchoBackend
 from typer.testing import CliRunner, Result
 
 from smolcli import __version__
+from smolcli.backends.base import OpenBackend
 from smolcli.batch.manifest import load_manifest
 from smolcli.cli.main import app
 from smolcli.settings import EngineSettings
@@ -28,8 +28,6 @@ REPOSITORY = Path(__file__).parent.parent
 SAMPLES = REPOSITORY / "sample_inputs"
 GOOD = b'{"chat_id": "1", "user_prompt": "Hi there"}\n'
 BAD = b'{"chat_id": "2"}\n'
-
-OpenBackend = Callable[[EngineSettings], EchoBackend]
 
 
 def smol(*args: object, backend: OpenBackend | None = EchoBackend, **options: Any) -> Result:

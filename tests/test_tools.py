@@ -21,7 +21,7 @@ from smolcli.errors import QueryError
 from smolcli.llm import LLM
 from smolcli.protocol.chat_completions import parse_completion
 from smolcli.protocol.query import parse_query
-from smolcli.protocol.tools import message_record, tool_fields
+from smolcli.protocol.tools import message_record, tools_record
 from smolcli.settings import EngineSettings, QueryDefaults, RemoteSettings, RunSettings
 from smolcli.text.grammar import GrammarSpec, check_grammar
 from smolcli.text.json_schema import close_objects
@@ -423,7 +423,7 @@ def test_invalid_tools_are_rejected_by_path(fields: dict[str, Any], path: str, s
 def test_fields_are_restored_from_a_query(choice: Any, is_parallel: bool | None) -> None:
     """What an upstream server receives means the same."""
     asked = query(tool_choice=choice, parallel_tool_calls=is_parallel)
-    assert query(**tool_fields(asked.tools)).tools == asked.tools
+    assert query(**tools_record(asked.tools)).tools == asked.tools
 
 
 def test_messages_are_restored_from_a_query() -> None:

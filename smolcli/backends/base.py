@@ -12,6 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from smolcli.errors import BackendError, PromptTooLong, QueryError, SmolError
+from smolcli.settings import EngineSettings
 from smolcli.types import ErrorCode, FinishReason, Query, Result, failure, is_blank
 
 WAKE_INTERVAL_S = 0.2  # an unbounded wait cannot be interrupted on Windows
@@ -246,6 +247,9 @@ class Backend(Protocol):
     def close(self) -> None:
         """Stop at once and cancel unfinished futures."""
         ...
+
+
+OpenBackend = Callable[[EngineSettings], Backend]
 
 
 def stream(backend: Backend, query: Query) -> tuple[Iterator[str], Future[Result]]:

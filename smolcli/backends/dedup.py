@@ -3,7 +3,6 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -13,17 +12,16 @@ from smolcli.backends.base import (
     BackendWrapper,
     Counters,
     OnText,
+    OpenBackend,
     PendingQuery,
     complete_future,
 )
 from smolcli.protocol.tools import with_call_ids
-from smolcli.settings import EngineSettings
 from smolcli.types import Query, Result, TextPiece, Timings
 
 MAX_CACHED = 256
 MAX_CACHED_CHARS = 20_000  # of a query and its answer; longer ones rarely repeat
 
-OpenBackend = Callable[[EngineSettings], Backend]
 Key = tuple[Query, bool, bool]  # canonical query, is interactive, is streamed
 
 

@@ -13,12 +13,12 @@ between any two steps leaves a state that the same command continues from.
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from smolcli.backends.base import Backend
+from smolcli.backends.base import Backend, OpenBackend
 from smolcli.batch.checks import check_options, check_paths
 from smolcli.batch.input_scan import scan_input
 from smolcli.batch.journal import Journal
@@ -38,9 +38,7 @@ from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import is_stream
 from smolcli.data.table_writer import write_table
 from smolcli.errors import UsageError
-from smolcli.settings import EngineSettings, RunSettings
-
-OpenBackend = Callable[[EngineSettings], Backend]
+from smolcli.settings import RunSettings
 
 
 def default_output(input: Path) -> Path:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from smolcli.backends.base import Backend
+from smolcli.backends.base import OpenBackend
 from smolcli.bench.measure import Reading, Show, time_backend
 from smolcli.bench.workload import stories
 from smolcli.settings import BenchPlan, EngineSettings
@@ -31,7 +31,7 @@ class Session:
     def __init__(
         self,
         settings: EngineSettings,
-        open_backend: Callable[[EngineSettings], Backend],
+        open_backend: OpenBackend,
         plan: BenchPlan,
     ) -> None:
         self.identity: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from typing import Any
 from smolcli.types import Function, Message, Query, Result, ToolCallDelta, ToolMode, Tools
 
 
-def tool_fields(tools: Tools | None) -> dict[str, Any]:
+def tools_record(tools: Tools | None) -> dict[str, Any]:
     """The query fields that offer tools: the inverse of `tool_fields.parse_tools`."""
     if tools is None:
         return {}

@@ -10,6 +10,7 @@ A file exists if its content does, so that a kill or power loss at any instant l
 all of it or nothing.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from logging import getLogger
 from pathlib import Path
 from typing import Annotated, BinaryIO, ClassVar, Literal, TypeVar, get_args
 
@@ -32,7 +32,7 @@ from smolcli.errors import RunError, UsageError, error_reason
 from smolcli.server.errors import HttpCode, HttpError
 from smolcli.settings import BatchApiSettings
 
-logger = getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_FILES = 10_000
 MAX_REMOVED = 100_000  # deleted files and batches whose place in their list is remembered

@@ -5,7 +5,6 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Callable
 from ipaddress import ip_address
 from types import FrameType
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from waitress import wasyncore
 from waitress.server import BaseWSGIServer, create_server
 
-from smolcli.backends.base import Backend
+from smolcli.backends.base import OpenBackend
 from smolcli.errors import RunError, counted, error_reason
 from smolcli.server.admission import AdmissionLimit, request_limit, reserved
 from smolcli.server.app import create_app
@@ -22,7 +21,7 @@ from smolcli.server.batches_api import BatchApi
 from smolcli.server.channel import Channel, Uploads
 from smolcli.server.metrics import Metrics
 from smolcli.server.service import BackendLoader, Service
-from smolcli.settings import EngineSettings, ServerSettings
+from smolcli.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +45,7 @@ class Server:
         RunError: it cannot listen on the address.
     """
 
-    def __init__(
-        self, settings: ServerSettings, open_backend: Callable[[EngineSettings], Backend]
-    ) -> None:
+    def __init__(self, settings: ServerSettings, open_backend: OpenBackend) -> None:
         max_requests = request_limit(settings.engine.max_slots, settings.max_queue)
         self._loader = BackendLoader(
             lambda: open_backend(settings.engine), warms_up=not settings.is_gateway
@@ -128,7 +125,7 @@ class Server:
         return [item for item in self._sockets.values() if isinstance(item, Channel)]
 
 
-def serve(settings: ServerSettings, open_backend: Callable[[EngineSettings], Backend]) -> None:
+def serve(settings: ServerSettings, open_backend: OpenBackend) -> None:
     """Serve until SIGTERM or Ctrl-C. A second signal ends the process immediately.
 
     Args:

@@ -11,7 +11,7 @@ from smolcli.errors import QueryError
 from smolcli.protocol.answer_formats import format_fields
 from smolcli.protocol.json_text import load_json, parse_json
 from smolcli.protocol.text_completions import entries_of
-from smolcli.protocol.tools import message_record, tool_fields, with_call_ids
+from smolcli.protocol.tools import message_record, tools_record, with_call_ids
 from smolcli.types import (
     ErrorCode,
     FinishReason,
@@ -161,7 +161,7 @@ def _options(query: Query, dialect: Dialect) -> dict[str, Any]:
     Raises:
         QueryError: the dialect cannot express it.
     """
-    fields = format_fields(query.format) | tool_fields(query.tools)
+    fields = format_fields(query.format) | tools_record(query.tools)
     if query.format is None and dialect is Dialect.SMOL:
         fields["response_format"] = {"type": "text"}  # overrides the server's own --schema
     if query.n > 1:

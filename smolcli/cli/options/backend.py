@@ -1,7 +1,7 @@
 """Options that choose the backend: this process, remote servers, or a Ray cluster."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +12,7 @@ from smolcli.errors import UsageError
 from smolcli.settings import EngineSettings, RaySettings, RemoteSettings
 
 if TYPE_CHECKING:
-    from smolcli.backends.base import Backend
+    from smolcli.backends.base import Backend, OpenBackend
 
 _DEFAULTS = RemoteSettings(urls=())
 _remote = functools.partial(option, panel="Remote servers")
@@ -137,7 +137,7 @@ class ClusterOptions:
 
 def backend_opener(
     remote: RemoteSettings | None, ray: RaySettings | None = None, *, starts_fast: bool = False
-) -> "Callable[[EngineSettings], Backend]":
+) -> "OpenBackend":
     """The function that opens the chosen backend.
 
     Args:

@@ -127,7 +127,6 @@ class EngineOptions:
             "does not change them.",
         ),
     ] = _DEFAULTS.speculation
-
     chat_template: Annotated[
         str | None,
         _engine(

@@ -56,7 +56,6 @@ class TableOptions:
             "or message.",
         ),
     ] = False
-
     table: Annotated[
         str | None,
         _table("--table", metavar="NAME", help="Table of an SQLite database to read."),

@@ -25,7 +25,7 @@ EAGER_STEPS = 8  # of a slab before its step is recorded, which costs as much as
 Compute = Callable[[], Tensor]
 Record = Callable[[Compute], Compute]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def power_of_two_length(num_tokens: int) -> int:
@@ -187,5 +187,5 @@ class GraphedModel:
             return self._record_with(compute)
         except RuntimeError as exc:
             self._record_with = None
-            log.warning("cannot record CUDA graphs, so decoding is slower: %s", exc)
+            logger.warning("cannot record CUDA graphs, so decoding is slower: %s", exc)
             return compute
