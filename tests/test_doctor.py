@@ -120,6 +120,20 @@ def test_models_are_listed_shown_and_removed(home: Path, tiny_folder: Path) -> N
     assert entries(home) == []
 
 
+def test_store_that_cannot_be_read_is_named(home: Path) -> None:
+    """It gave a traceback in the home directory of another user, as in some containers."""
+    home.mkdir()
+    (home / "models").touch()
+    done = smol("models", "list")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"cannot read the model store {home / 'models'}: " in done.stderr
+    code, found = doctor()
+    assert (code, found["disk"]["status"]) == (1, "bad")
+    variables = {"_SMOL_COMPLETE": "complete_bash", "COMP_WORDS": "smol run --model t"}
+    done = smol(env=variables | {"COMP_CWORD": "3"}, prog_name="smol")
+    assert (done.exit_code, done.stdout.strip()) == (0, "")
+
+
 def test_unknown_model_name_lists_the_models_in_the_store(home: Path, tiny_folder: Path) -> None:
     fill_store(home, tiny_folder)
     for command in ("show", "rm"):

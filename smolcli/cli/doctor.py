@@ -1,5 +1,6 @@
 """The checks of `smol doctor`: what a run needs, what is missing, and how to fix it."""
 
+import os
 import platform
 import shlex
 import shutil
@@ -122,15 +123,18 @@ def _torch() -> Iterator[Finding]:
 
 def _disk() -> Finding:
     folder = models_folder()
-    while not folder.exists():
+    place = str(folder).replace(os.path.expanduser("~"), "~", 1)
+    while not os.path.exists(folder):
         folder = folder.parent
+    if not os.access(folder, os.X_OK):  # such as the home directory of another user
+        remedy = "set SMOL_HOME to a directory of your own"
+        return Finding("disk", f"{place} cannot be read", remedy, is_fatal=True)
     free = shutil.disk_usage(folder).free
     remedy = (
         None
         if free >= MIN_DISK_BYTES
         else "free some space, or set SMOL_HOME to a directory on another disk"
     )
-    place = str(models_folder()).replace(str(Path.home()), "~", 1)
     return Finding("disk", f"{_gib(free)} free at {place}", remedy)
 
 

@@ -198,8 +198,24 @@ class StoreEntry:
 
 
 def entries() -> Iterator[StoreEntry]:
-    """All models in the store, sorted by directory name."""
-    for folder in sorted(models_folder().glob("[!.]*")):
+    """All models in the store, sorted by directory name.
+
+    Raises:
+        ModelError: the store cannot be read.
+    """
+    store = models_folder()
+    try:
+        folders = sorted(store.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise ModelError(
+            f"cannot read the model store {store}: {error_reason(exc)}; "
+            "set SMOL_HOME to a directory of your own"
+        ) from exc
+    for folder in folders:
+        if folder.name.startswith("."):
+            continue
         name = str(read_record(folder).get("model") or folder.name)
         num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         yield StoreEntry(name, folder, stored(name), num_bytes)

@@ -89,8 +89,9 @@ def remove_models(models: StoredModels) -> None:
     from smolcli.weights.packed import packed_files, remove_packed
     from smolcli.weights.store import entries, find_entry, remove
 
+    names = {item.name for item in entries()}
     packed = list(packed_files())
-    only_packed = {file.model for file in packed} - {item.name for item in entries()}
+    only_packed = {file.model for file in packed} - names
     items = [find_entry(model) for model in models if model not in only_packed]
     for item in items:
         remove_index(item.folder)

@@ -1,6 +1,7 @@
 """Options for the model and for the engine that runs it."""
 
 import functools
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 import typer
 
 from smolcli.cli.options import option, read_text
-from smolcli.errors import UsageError
+from smolcli.errors import ModelError, UsageError
 from smolcli.settings import Dtype, EngineSettings
 
 _DEFAULTS = EngineSettings()
@@ -19,7 +20,9 @@ def stored_models(incomplete: str) -> list[str]:
     """Names of stored models that begin with `incomplete`, for shell completion."""
     from smolcli.weights.store import entries
 
-    return [entry.name for entry in entries() if entry.name.startswith(incomplete)]
+    with suppress(ModelError):  # the command that is being typed will report it
+        return [entry.name for entry in entries() if entry.name.startswith(incomplete)]
+    return []
 
 
 _stored_model = functools.partial(
