@@ -169,11 +169,13 @@ def test_a_body_of_the_limit_is_accepted(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"), [(LIMIT, b"HTTP/1.1 100 "), (LIMIT + 1, b"HTTP/1.1 413 ")]
+    ("length", "expected"),
+    [(0, b"HTTP/1.1 400 "), (LIMIT, b"HTTP/1.1 100 "), (LIMIT + 1, b"HTTP/1.1 413 ")],
 )
-def test_100_continue_invites_only_bodies_within_the_limit(
+def test_100_continue_invites_only_a_body_within_the_limit(
     server: RunningServer, length: int, expected: bytes
 ) -> None:
+    """A request without a body was invited to send one, and never answered."""
     head = raw("/chat", "Host: x", JSON, "Expect: 100-continue", f"Content-Length: {length}")
     with server.connect() as connection:
         connection.sendall(head)

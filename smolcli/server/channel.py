@@ -38,6 +38,7 @@ MAX_CHUNK_LINE = 4096  # bytes of a chunk's size and extensions
 MAX_TRAILER = 65_536  # bytes
 TLS_HANDSHAKE = b"\x16\x03"  # how a client of https:// begins; no line end may ever follow
 TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+HEADERS_TOO_LARGE = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
 
 UPLOAD_PATHS = ("/v1/files", "/files")
 
@@ -91,10 +92,10 @@ class Parser(HTTPRequestParser):
         if self.error is None and self.chunked and self._has_long_framing():
             self.error = BadRequest("the chunk sizes or trailers are too long")
             self.completed = True
-        if self.error is not None:
-            self.expect_continue = False  # Waitress would still ask for the body
-            if self.error.code == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
-                self._read_target(self.header_plus + data)
+        if self.error is not None or self.completed:
+            self.expect_continue = False  # Waitress would still ask for a body, and wait for it
+        if self.error is not None and self.error.code == HEADERS_TOO_LARGE:
+            self._read_target(self.header_plus + data)
         return num_consumed
 
     def _unfinished_lines(self) -> bytes:
@@ -216,8 +217,8 @@ def _rejection(error: Any, limits: Any) -> HttpError:
     if error.code == HTTPStatus.UNAUTHORIZED:
         return missing_key()
     messages = {
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: body_too_large(limits.max_request_body_size - 1),
-        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the request headers are larger than the limit "
+        TOO_LARGE: body_too_large(limits.max_request_body_size - 1),
+        HEADERS_TOO_LARGE: "the request headers are larger than the limit "
         f"of {limits.max_request_header_size:,} bytes",
         HTTPStatus.NOT_IMPLEMENTED: "this Transfer-Encoding is not supported; use chunked",
     }
