@@ -166,10 +166,27 @@ def connection_reason(exc: BaseException, *variables: str) -> str:
     if isinstance(exc, ssl.SSLError | FileNotFoundError) and exc.filename is None:
         names = ("SSL_CERT_FILE", "SSL_CERT_DIR")
     given = [name for name in (*map(str.lower, names), *names) if os.environ.get(name)]
-    reason = str(exc).partition("\n")[0] or type(exc).__name__
+    reason = _system_reason(exc) or str(exc).partition("\n")[0].rstrip(".") or type(exc).__name__
     if isinstance(exc, ImportError):
         reason = "a SOCKS proxy needs the package socksio"
     return f"{reason}; check {', '.join(given)} in the environment" if given else reason
+
+
+def _system_reason(exc: BaseException) -> str | None:
+    """What the operating system reported, if a client's error hides that."""
+    import socket
+    import ssl
+
+    cause = exc.__cause__ or exc.__context__
+    if isinstance(cause, BaseExceptionGroup):  # one for each address of the host
+        cause = cause.exceptions[0]
+    if isinstance(cause, TimeoutError):
+        return os.strerror(errno.ETIMEDOUT)
+    if isinstance(cause, socket.gaierror):
+        return cause.strerror
+    if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
+        return os.strerror(cause.errno)
+    return None if cause is None else _system_reason(cause)
 
 
 _WRITE_HINTS = {

@@ -368,8 +368,9 @@ class TestFailures:
             open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0))
 
     def test_no_server_at_the_url(self) -> None:
-        with pytest.raises(BackendError, match="cannot be reached"):
-            open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0.2))
+        for host in ("127.0.0.1", "localhost"):
+            with pytest.raises(BackendError, match=r"cannot be reached: Connection refused$"):
+                open_remote(RemoteSettings((f"http://{host}:9",), retry_s=0))
         for url in ("localhost:8000", "ftp://x", "", "http://", "http://x/v1?y=1", "http://x#y"):
             with pytest.raises(UsageError, match=r"URL|query"):
                 open_remote(RemoteSettings((url,)))
@@ -535,7 +536,7 @@ class TestOpenAI:
     def test_an_interrupted_stream_is_not_retried(self) -> None:
         bodies: list[Any] = []
         with listening(self.app(bodies)) as url, remote(url) as backend:
-            with pytest.raises(BackendError, match="was interrupted"):
+            with pytest.raises(BackendError, match=f"was interrupted: {url}: the stream "):
                 backend.submit(query(prompt="torn"), lambda _: None).result(TIMEOUT_S)
             assert len(bodies) == 1
 

@@ -251,7 +251,7 @@ async def _result(upstream: Upstream, pending: RemoteQuery) -> Result:
             _check_route(upstream, path, response.status_code, error)
             result = parse_error(error, query, response.status_code)
         elif is_stream and not _is_json(response):
-            result = await _read_stream(response, pending)
+            result = await _read_stream(upstream, response, pending)
         elif is_completion:
             result = parse_completion(load_object(await response.aread()), query)
         else:
@@ -299,10 +299,12 @@ async def _error_body(response: httpx.Response) -> dict[str, Any]:
     return {"error": f"the upstream server returned status {response.status_code}"}
 
 
-async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result:
+async def _read_stream(
+    upstream: Upstream, response: httpx.Response, pending: RemoteQuery
+) -> Result:
     """Pass on the pieces of an answer as they arrive."""
     answer = StreamedAnswer(pending.query)
-    async for chunk in _chunks(response):
+    async for chunk in _chunks(upstream, response):
         if chunk.get("error"):
             return parse_error(chunk, pending.query)
         for piece in answer.add(chunk):
@@ -310,7 +312,7 @@ async def _read_stream(response: httpx.Response, pending: RemoteQuery) -> Result
     return answer.result()
 
 
-async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def _chunks(upstream: Upstream, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The chunks in the events of a stream. What follows the end mark is read, but ignored.
 
     Raises:
@@ -325,7 +327,7 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         if line.startswith(b"data:") and not is_done:
             yield load_object(data)
     if not is_done:
-        raise Unavailable("the stream ended early")
+        raise Unavailable(f"{upstream.url}: the stream ended early")
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
