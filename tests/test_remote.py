@@ -430,10 +430,14 @@ class TestFailures:
         with listening(app) as url, pytest.raises(BackendError, match=f"^{url} {message}"):
             open_remote(RemoteSettings((url,)))
 
-    def test_load_is_balanced_between_healthy_servers(self) -> None:
+    def test_load_is_balanced_between_healthy_servers(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A server that never answered was not mentioned."""
         with legacy_host(delay_s=0.3) as one, legacy_host(delay_s=0.3) as other:
             urls = (one.url, other.url, "http://127.0.0.1:9")
             with remote(*urls) as backend:
+                eventually(lambda: "upstream unhealthy: http://127.0.0.1:9 " in caplog.text)
                 eventually(lambda: sum(u.is_healthy for u in backend._pool.upstreams) == 2)
                 answers(backend, [query(str(n)) for n in range(10)])
                 sizes = [len(host.bodies[0][1]["queries"]) for host in (one, other)]

@@ -76,6 +76,7 @@ class Upstream:
         self._client = client
         self._address = url
         self._num_failures = 0
+        self._reported = ""  # the reason that was logged last
         self._batch_route_retry_at = 0.0
 
     @property
@@ -103,6 +104,7 @@ class Upstream:
         self.num_transitions += not self.is_healthy
         self.is_healthy, self.is_permanently_unusable = True, False
         self._num_failures = 0
+        self._reported = ""
 
     def mark_unhealthy(self, reason: str, *, is_permanent: bool = False) -> None:
         """Stop sending queries to it until a health check succeeds.
@@ -111,14 +113,21 @@ class Upstream:
             reason: human-readable.
             is_permanent: whether retrying will not help.
         """
-        if self.is_healthy:
-            logger.warning("upstream unhealthy: %s", reason)
-            self.num_transitions += 1
-            self.unhealthy_since = time.monotonic()
+        was_healthy = self.is_healthy
         self.is_healthy, self.is_permanently_unusable = False, is_permanent
         self.reason = reason
         self._num_failures += 1
+        if was_healthy:
+            self.num_transitions += 1
+            self.unhealthy_since = time.monotonic()
+            self.report()
         self.became_unhealthy.set()
+
+    def report(self) -> None:
+        """Log why it is unhealthy, unless that was logged already."""
+        if self.reason != self._reported:
+            self._reported = self.reason
+            logger.warning("upstream unhealthy: %s", self.reason)
 
     def back_off(self, error: Unavailable) -> None:
         """Back off, at least for its Retry-After; mark it unhealthy if it is unreachable.
@@ -287,10 +296,9 @@ class UpstreamPool:
         try:
             self._admit(upstream, await self._identify(upstream))
         except (Unavailable, BackendError, MalformedAnswer) as exc:
-            is_news = not was_healthy and str(exc) != upstream.reason
-            if is_news and not self._is_pinned:  # a gateway reports it nowhere else
-                logger.warning("upstream still unhealthy: %s", exc)
             upstream.mark_unhealthy(str(exc), is_permanent=not isinstance(exc, Unavailable))
+            if self.is_healthy or not self._is_pinned:  # otherwise, an error will report it
+                upstream.report()
             return
         upstream.mark_healthy()
         if not was_healthy:
