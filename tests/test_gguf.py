@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -116,6 +117,25 @@ def test_invalid_gguf_file_leaves_nothing_in_the_store(
     for path in (truncated, garbage, partial):
         with pytest.raises(ModelError, match=f"cannot convert .*{path.name}: "):
             resolve(str(path))
+    assert entries(home) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of file sizes")
+@pytest.mark.parametrize("failing", ["tokenizer.json", "model.safetensors"])
+def test_store_that_cannot_be_written_is_a_model_error(
+    converted: Converted, tiny_gguf: Path, home: Path, failing: str
+) -> None:
+    """The libraries that wrote these files raise exceptions of their own on a full disk."""
+    import resource
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = (converted[1] / failing).stat().st_size - 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(ModelError, match=r"cannot write to the model store .*: File too large"):
+            resolve(str(tiny_gguf))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert entries(home) == []
 
 

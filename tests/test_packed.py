@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from smolcli.backends.local import LocalBackend
 from smolcli.cli.main import app
 from smolcli.engine.engine import Engine
-from smolcli.engine.native.bindings import KernelError, Kernels, load_kernels
+from smolcli.engine.native.bindings import Array, KernelError, Kernels, load_kernels
 from smolcli.engine.native.model import NativeModel
 from smolcli.engine.native.packing import pack_into, packed_layout
 from smolcli.engine.prefix_cache import BLOCK_TOKENS
@@ -146,6 +146,23 @@ def test_unwritable_store_packs_in_memory(
     (tmp_path / "file").touch()
     monkeypatch.setenv("SMOL_HOME", str(tmp_path / "file"))
     assert packed_weights(files, load_config(files.folder), kernels, {}, min_bytes=0) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_disk_space_is_reserved_before_packing(
+    files: ModelFiles, kernels: Kernels, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk once ended the process with SIGBUS, because packing writes to mapped memory."""
+    reserved = []
+
+    def recording(built: Array, *args: Any) -> None:
+        (path,) = home.glob("models/.packed--*.partial/packed")
+        reserved.append(path.stat().st_blocks * 512 >= built.nbytes)
+        pack_into(built, *args)
+
+    monkeypatch.setattr(packed, "pack_into", recording)
+    pack(files, kernels)
+    assert reserved == [True]
 
 
 def test_packed_weights_are_listed_shown_and_removed(

@@ -88,6 +88,7 @@ def convert(gguf: Path, folder: Path) -> str:
 
     Raises:
         ModelError: the file is invalid or contains an unsupported model.
+        OSError: the directory cannot be written.
     """
     try:
         file = read_gguf(gguf)
@@ -103,7 +104,7 @@ def convert(gguf: Path, folder: Path) -> str:
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", special_ids)
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(file.metadata, config))
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     if template := file.metadata.get("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(str(template), "utf-8")
     if is_kept:
@@ -337,10 +338,14 @@ def _checkpoint_name(name: str) -> str:
 
 
 def _save(weights: dict[str, Array], path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     contiguous = {name: np.ascontiguousarray(values) for name, values in weights.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except SafetensorError as exc:  # such as a full disk
+        raise OSError(str(exc).rpartition(": ")[2]) from exc
     path.chmod((path.parent / "config.json").stat().st_mode)
 
 

@@ -89,7 +89,7 @@ def packed_weights(
         try:
             with locked_scratch(f"packed--{path.stem}") as scratch:
                 if not _is_intact(path, num_bytes):  # not packed while this process waited
-                    built = np.memmap(scratch / "packed", np.uint8, mode="w+", shape=(num_bytes,))
+                    built = _mapped(scratch / "packed", num_bytes)
                     pack_into(built, config, weights, kernels)
                     built.flush()
                     _install(scratch / "packed", path, files, kernels)
@@ -163,6 +163,21 @@ def _is_intact(path: Path, num_bytes: int) -> bool:
     with suppress(OSError):  # copied or touched: record the new time
         _write_record(path, record | {"modified_ns": stat.st_mtime_ns})
     return True
+
+
+def _mapped(path: Path, num_bytes: int) -> np.memmap[Any, np.dtype[np.uint8]]:
+    """Create a file and map it for writing.
+
+    Its disk space is reserved first: on a full disk, a write to mapped memory kills the process.
+
+    Raises:
+        OSError: there is not enough space, or the file cannot be written.
+    """
+    with path.open("wb") as file:
+        file.truncate(num_bytes)
+        if hasattr(os, "posix_fallocate"):  # on Linux; NTFS reserves the space of any new file
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    return np.memmap(path, np.uint8, mode="r+")
 
 
 def _whole_s(time_ns: int) -> int:
