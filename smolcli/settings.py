@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from smolcli.errors import UsageError
 from smolcli.types import AnswerFormat, Sampling
 
 InputFormat = Literal[
@@ -40,8 +41,19 @@ MAX_AUTO_SLOTS = 64  # more do not increase the throughput of a CPU
 
 
 def smol_home() -> Path:
-    """The folder of the model store: $SMOL_HOME, or ~/.cache/smolcli."""
-    return Path(os.environ.get("SMOL_HOME") or Path.home() / ".cache" / "smolcli")
+    """The folder of the model store: $SMOL_HOME, or ~/.cache/smolcli.
+
+    Raises:
+        UsageError: the user has no home directory, and SMOL_HOME is not set.
+    """
+    if folder := os.environ.get("SMOL_HOME"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "smolcli"
+    except RuntimeError as exc:
+        raise UsageError(
+            "cannot find your home directory; set SMOL_HOME to a directory for models"
+        ) from exc
 
 
 @dataclass(frozen=True, slots=True)

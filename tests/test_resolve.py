@@ -11,7 +11,7 @@ import psutil
 import pytest
 from model_stores import COMMIT, MODEL, entries, fill_cache, fill_store
 
-from smolcli.errors import ModelError, ModelNotFound
+from smolcli.errors import ModelError, ModelNotFound, UsageError
 from smolcli.weights.resolve import resolve
 from smolcli.weights.store import locked_scratch, stored
 
@@ -49,13 +49,27 @@ def test_missing_shard_is_named(tiny_folder: Path, tmp_path: Path) -> None:
         resolve(str(folder))
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "a b", "..", "~/nowhere", ""])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/no/where", "a/b/c", "a b", "..", "~/nowhere", "~no such user/model", ""]
+)
 def test_path_is_never_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFound):
         resolve(name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the user database")
+def test_a_user_without_a_home_directory_is_told_to_set_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a container that runs as a user without an entry in /etc/passwd; a traceback once."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("SMOL_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(UsageError, match="set SMOL_HOME"):
+        stored(MODEL)
 
 
 def test_an_empty_name_is_not_the_current_directory() -> None:

@@ -123,7 +123,7 @@ def _torch() -> Iterator[Finding]:
 
 def _disk() -> Finding:
     folder = models_folder()
-    place = str(folder).replace(os.path.expanduser("~"), "~", 1)
+    place = _from_home(folder)
     while not os.path.exists(folder):
         folder = folder.parent
     if not os.access(folder, os.X_OK):  # such as the home directory of another user
@@ -138,11 +138,18 @@ def _disk() -> Finding:
     return Finding("disk", f"{_gib(free)} free at {place}", remedy)
 
 
+def _from_home(path: Path) -> Path:
+    """The path relative to `~` if it lies in the user's home directory."""
+    home = os.path.expanduser("~")
+    is_inside = home != os.sep and path.is_relative_to(home)
+    return Path("~", path.relative_to(home)) if is_inside else path
+
+
 def _model(settings: EngineSettings) -> Iterator[Finding]:
     """Check the model, its resolved config, and the Hub, which only a missing model needs."""
     model = settings.model
     try:
-        if Path(model).suffix.lower() == ".gguf" and Path(model).expanduser().is_file():
+        if Path(model).suffix.lower() == ".gguf" and os.path.isfile(os.path.expanduser(model)):
             yield Finding("model", f"{model}; prepared on first use")
             return
         files = on_disk(model)

@@ -1,5 +1,6 @@
 """The loop of `smol chat`: reads lines, runs commands, streams answers."""
 
+import os
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -65,7 +66,7 @@ class InteractiveChat:
             self._conversation.system_prompt = text or None
             self._notify("system prompt: " + (text or "the model's default"))
         elif word == "/save":
-            self._save(Path(text or DEFAULT_FILE).expanduser())
+            self._save(Path(os.path.expanduser(text or DEFAULT_FILE)))
         elif word == "/reset":
             self._conversation.reset()
             self._notify("conversation cleared")

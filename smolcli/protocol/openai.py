@@ -1,5 +1,6 @@
 """What OpenAI's APIs share: parameters of requests, token counts, log probabilities and errors."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -319,5 +320,5 @@ def error_code(name: str) -> ErrorCode:
 
 def model_name(model: str) -> str:
     """The name that clients use for a model: its Hub id, or the name of its folder or file."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     return path.resolve().name if path.exists() else model

@@ -1,6 +1,7 @@
 """Finds the files of a model by its name or path."""
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def local(model: str, notify: Notify) -> ModelFiles | None:
     """
     if not model:
         raise ModelNotFound("the name of the model is empty")
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return _from_folder(model, path)
     if path.suffix.lower() == ".gguf":
