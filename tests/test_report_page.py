@@ -252,7 +252,7 @@ def test_page_is_well_formed_and_self_contained(job: RunSettings) -> None:
 
 def test_page_shows_statistics_settings_and_charts(job: RunSettings) -> None:
     page = render(gather(run(job)))
-    for said in ("unknown_field", "line 21", "median 10, 95 % up to 19", "20.20 s", "tokens/s"):
+    for said in ("unknown_field", "line 21", "median 10, p95 19", "20.20 s", "tokens/s"):
         assert said in page
     for setting in ("max new tokens", "float32", "torch", "HuggingFaceTB/SmolLM2-135M-Instruct"):
         assert setting in page

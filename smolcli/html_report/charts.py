@@ -143,7 +143,10 @@ def _lengths(title: str, counts: Counter[int]) -> Chart:
     step = math.ceil((high - low + 1) / NUM_BINS)
 
     def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
         _draw_histogram(axes, counts, list(range(low, high + step + 1, step)))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.set_xlabel("tokens")
 
     return Chart(f"Length of {title}", f"{_quantiles(counts)} tokens", draw)
@@ -203,4 +206,4 @@ def _unit(seconds: float) -> tuple[str, int]:
 
 def _quantiles(counts: Counter[Any]) -> str:
     median, most, high = quantile(counts, 0.5), quantile(counts, 0.95), max(counts)
-    return f"median {median:,}, 95 % up to {most:,}, longest {high:,}"
+    return f"median {median:,}, p95 {most:,}, longest {high:,}"
