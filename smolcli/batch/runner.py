@@ -145,7 +145,7 @@ def _nothing_to_do(run: Run) -> str:
 def _opened(
     settings: RunSettings, open_backend: OpenBackend, progress: RunProgress
 ) -> Iterator[Backend]:
-    with progress.waiting("starting the backend"):
+    with progress.waiting("starting"):
         backend = open_backend(settings.engine)
     with closing(backend):
         yield backend

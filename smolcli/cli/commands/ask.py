@@ -111,7 +111,7 @@ def ask(
     log_to_stderr()
     servers = remote.settings(ctx, engine.settings())
     open_backend = ctx.obj or backend_opener(servers, starts_fast=True)
-    with waiting("starting the backend"):
+    with waiting("starting"):
         backend = open_backend(engine.settings())
     with closing(backend):
         is_streaming = sys.stdout.isatty() and not as_json
