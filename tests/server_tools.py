@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx2
 
@@ -27,6 +27,9 @@ from smolcli.server.wsgi import Server
 from smolcli.settings import EngineSettings, ServerSettings
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.weights.loader import load_model
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 TIMEOUT_S = 120.0  # a busy CI machine may stall for a while
 
@@ -168,6 +171,18 @@ def serving(
             server.stop()
             thread.join(TIMEOUT_S)
             assert not thread.is_alive()
+
+
+@contextmanager
+def openai_client(url: str, key: str = "-") -> Iterator["OpenAI"]:
+    """The official client of a server. It does not retry, and loads no certificates."""
+    import openai  # late: takes long
+
+    with (
+        httpx2.Client(verify=False, timeout=TIMEOUT_S) as http,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, http_client=http) as client,
+    ):
+        yield client
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
-from server_tools import RunningServer, serving, tiny_engine
+from server_tools import RunningServer, openai_client, serving, tiny_engine
 
 from smolcli.backends.local import open_local
 from smolcli.text.tokenizer import ChatTokenizer
@@ -62,7 +61,7 @@ def test_every_format_continues_the_last_message(server: RunningServer, tiny_fol
         assert answer["response"] == expected
     again = {"messages": messages, "continue_final_message": False}
     assert server.post("/chat", asked | again).json()["response"] != expected
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+    with openai_client(server.url) as client:
         body: Any = {"model": tiny_folder.name, "messages": messages, "max_tokens": 12}
         vllms = {"add_generation_prompt": False, "continue_final_message": True}
         for extra_body in ({}, vllms):

@@ -23,6 +23,7 @@ from server_tools import (
     Process,
     RunningServer,
     eventually,
+    openai_client,
     serve_process,
     serving,
     tiny_engine,
@@ -59,15 +60,6 @@ def names(number: int) -> list[str]:
 
 
 @contextmanager
-def client_of(url: str, key: str = "-") -> Iterator[openai.OpenAI]:
-    with (
-        httpx2.Client(verify=False, timeout=TIMEOUT_S) as http,  # loads no certificates
-        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, http_client=http) as client,
-    ):
-        yield client
-
-
-@contextmanager
 def batch_server(
     folder: Path, backend: Callable[[], Backend] = EchoBackend, **settings: Any
 ) -> Iterator[tuple[RunningServer, openai.OpenAI]]:
@@ -77,7 +69,7 @@ def batch_server(
     settings = {"model_names": ("m",)} | settings
     with (
         serving(lambda _: backend(), engine, batches=batches, **settings) as server,
-        client_of(server.url) as client,
+        openai_client(server.url) as client,
     ):
         yield server, client
 
@@ -604,7 +596,7 @@ def test_results_beyond_the_quota_fail_the_batch(tmp_path: Path) -> None:
 def test_limits_are_errors_that_name_them(tmp_path: Path) -> None:
     limits = {"max_file_bytes": 200_000, "max_requests": 3, "max_open": 1}
     _, running = hold(tmp_path, limits=limits, max_body_bytes=50_000, api_keys=("key",))
-    with running as (server, _), client_of(server.url, "key") as client:
+    with running as (server, _), openai_client(server.url, "key") as client:
         assert client.files.content(upload(client, b"x" * 199_999)).read() == b"x" * 199_999
         with pytest.raises(openai.APIStatusError, match="file is larger than the limit of 200,000"):
             upload(client, b"x" * 200_001)
@@ -613,7 +605,7 @@ def test_limits_are_errors_that_name_them(tmp_path: Path) -> None:
         ) as caught:
             upload(client, b"x" * 300_000)
         assert (caught.value.status_code, caught.value.code) == (413, "too_large")
-        with client_of(server.url, "wrong") as stranger:
+        with openai_client(server.url, "wrong") as stranger:
             for size in (10, 150_000):
                 with pytest.raises(openai.AuthenticationError):
                     upload(stranger, b"x" * size)
@@ -718,7 +710,7 @@ def test_a_folder_belongs_to_one_server(tmp_path: Path) -> None:
 def test_a_server_without_batches_says_so(tmp_path: Path) -> None:
     with (
         serving(lambda _: EchoBackend(), EngineSettings()) as server,
-        client_of(server.url) as client,
+        openai_client(server.url) as client,
         pytest.raises(openai.NotFoundError, match="files and batches are disabled"),
     ):
         client.files.list()
@@ -1006,7 +998,7 @@ def test_a_gateway_answers_batches_with_its_upstream(tmp_path: Path) -> None:
     with (
         serving(lambda _: EchoBackend(EngineSettings(model="m")), EngineSettings()) as service,
         gateway(service.url, batches=BatchApiSettings(tmp_path)) as front,
-        client_of(front.url) as client,
+        openai_client(front.url) as client,
     ):
         done = reach(client, create(client, [line(name) for name in names(3)]))
         assert (done.status, counts(done)) == ("completed", (3, 3, 0))
@@ -1025,7 +1017,7 @@ def serve_batches(folder: Path, model: Path) -> Iterator[tuple[Process, openai.O
     args = ("--model", str(model), "--dtype", "float32", "--max-batch-size", "1")
     with (
         serve_process(*args, "--batch-dir", str(folder), "--any-model") as process,
-        client_of(process.url) as client,
+        openai_client(process.url) as client,
     ):
         yield process, client
 

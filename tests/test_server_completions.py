@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from server_tools import RunningServer, serving, tiny_engine
+from server_tools import RunningServer, openai_client, serving, tiny_engine
 from tokenizers import Tokenizer
 
 from smolcli.backends.dedup import deduplicated
@@ -36,7 +36,7 @@ def server(tiny_folder: Path) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def ask(server: RunningServer, tiny_folder: Path) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+    with openai_client(server.url) as client:
 
         def create(prompt: Any = PROMPT, **options: Any) -> Any:
             return client.completions.create(model=tiny_folder.name, prompt=prompt, **options)

@@ -6,7 +6,7 @@ from typing import Any
 import openai
 import pytest
 from fakes import EchoBackend
-from server_tools import RunningServer, serving
+from server_tools import RunningServer, openai_client, serving
 from test_gateway import gateway
 from typer.testing import CliRunner
 
@@ -26,7 +26,7 @@ def server() -> Iterator[RunningServer]:
 
 
 def test_every_served_name_is_listed_and_echoed(server: RunningServer) -> None:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+    with openai_client(server.url) as client:
         assert [model.id for model in client.models.list()] == list(NAMES)
         for name in NAMES:
             assert client.models.retrieve(name).id == name

@@ -8,7 +8,7 @@ import openai
 import pytest
 from openai.types import CompletionUsage
 from pydantic import BaseModel, Field
-from server_tools import FaultyBackend, RunningServer, query, serving, tiny_engine
+from server_tools import FaultyBackend, RunningServer, openai_client, query, serving, tiny_engine
 
 from smolcli.backends.local import open_local
 
@@ -23,7 +23,7 @@ def server(tiny_folder: Path) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+    with openai_client(server.url) as client:
         yield client
 
 
@@ -358,14 +358,13 @@ def test_a_prompt_that_is_too_long_fails_a_stream_with_a_status(
 def test_an_engine_that_dies_ends_a_stream_with_an_error_event(tiny_folder: Path) -> None:
     """The status 200 has been sent, so the error is an event, which the client raises."""
     faulty = FaultyBackend(delay_s=0.01)
-    with serving(faulty.open, tiny_engine(tiny_folder)) as server:
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0)
-        with (
-            client,
-            client.chat.completions.create(
-                model=tiny_folder.name, messages=MESSAGES, stream=True, max_tokens=400
-            ) as stream,
-        ):
+    with (
+        serving(faulty.open, tiny_engine(tiny_folder)) as server,
+        openai_client(server.url) as client,
+    ):
+        with client.chat.completions.create(
+            model=tiny_folder.name, messages=MESSAGES, stream=True, max_tokens=400
+        ) as stream:
             next(iter(stream))
             faulty.models[0].is_broken = True
             with pytest.raises(openai.APIError, match="the test broke the model"):

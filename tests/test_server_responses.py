@@ -8,7 +8,7 @@ from typing import Any, Literal
 import openai
 import pytest
 from pydantic import BaseModel
-from server_tools import RunningServer, model_variant, serving, tiny_engine
+from server_tools import RunningServer, model_variant, openai_client, serving, tiny_engine
 
 from smolcli.backends.local import open_local
 
@@ -36,7 +36,7 @@ def server(folder: Path) -> Iterator[RunningServer]:
 
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+    with openai_client(server.url) as client:
         yield client
 
 

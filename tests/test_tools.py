@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_tools import answer, results
-from server_tools import RunningServer, model_variant, serving, tiny_engine
+from server_tools import RunningServer, model_variant, openai_client, serving, tiny_engine
 
 from smolcli.backends.local import LocalBackend, open_local
 from smolcli.backends.remote.backend import open_gateway
@@ -461,7 +461,7 @@ def test_chat_returns_calls(server: RunningServer) -> None:
 
 @pytest.fixture
 def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+    with openai_client(server.url) as client:
         yield client
 
 
@@ -514,7 +514,7 @@ def test_calls_stream_through_a_gateway(server: RunningServer, folder: Path) -> 
     settings = RemoteSettings((server.url,))
     with (
         serving(lambda _: open_gateway(settings), engine) as gateway,
-        openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="-", max_retries=0) as client,
+        openai_client(gateway.url) as client,
     ):
         asked: Any = {"messages": [USER], "tools": TOOLS, "tool_choice": NAMED}
         with client.chat.completions.stream(model=folder.name, **asked) as stream:
