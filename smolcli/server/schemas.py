@@ -102,16 +102,21 @@ class Answer(Alternative):
     )
 
 
-class Failure(Exact):
-    """The error that takes the place of an answer."""
+class ErrorFields(Exact):
+    """What an error says, and the answer that it rejects as incomplete JSON, if it does."""
 
-    chat_id: str | None = Field(description="Null if the query's `chat_id` cannot be read.")
     error: str = Field(description="A sentence for people.")
-    error_code: ErrorCode
     field: str = Field("", description="The field that is wrong, if any.")
     response: str = Field("", description="The text of an answer that is incomplete JSON.")
     finish_reason: FinishReason | None = Field(None, description="Why that answer ended.")
     usage: Usage | None = Field(None, description="The tokens of that answer.")
+
+
+class Failure(ErrorFields):
+    """The error that takes the place of an answer."""
+
+    chat_id: str | None = Field(description="Null if the query's `chat_id` cannot be read.")
+    error_code: ErrorCode
     metadata: dict[str, Any] = Field(
         default_factory=dict, description="The query's `metadata`, if any."
     )
@@ -146,15 +151,10 @@ class BatchAnswer(Exact):
     message: str = ""
 
 
-class Error(Exact):
+class Error(ErrorFields):
     """Why a request was rejected or could not be answered."""
 
-    error: str = Field(description="A sentence for people.")
     error_code: ErrorCode | HttpCode
-    field: str = Field("", description="The field that is wrong, if any.")
-    response: str = Field("", description="The text of an answer that is incomplete JSON.")
-    finish_reason: FinishReason | None = Field(None, description="Why that answer ended.")
-    usage: Usage | None = Field(None, description="The tokens of that answer.")
 
 
 class OpenAIErrorDetail(Exact):
