@@ -33,9 +33,9 @@ from test_gateway import gateway
 from smolcli.backends.base import Backend, OnText
 from smolcli.backends.local import open_local
 from smolcli.errors import BackendError, UsageError
+from smolcli.server.backend_loader import WARM_UP
 from smolcli.server.batch_store import BatchStore, StoredFile
 from smolcli.server.errors import HttpError
-from smolcli.server.service import WARM_UP
 from smolcli.settings import BatchApiSettings, EngineSettings, QueryDefaults
 from smolcli.types import Query, Result, Sampling
 

@@ -33,11 +33,11 @@ from smolcli.errors import (
     error_reason,
 )
 from smolcli.protocol.line_formats import OPENAI
+from smolcli.server.backend_loader import BackendLoader
 from smolcli.server.batch_check import ROWS, FileCheck
 from smolcli.server.batch_store import Batch, BatchError, BatchStore, Ending, new_id
 from smolcli.server.errors import HttpCode, HttpError
 from smolcli.server.metrics import Metrics
-from smolcli.server.service import BackendLoader
 from smolcli.settings import RunSettings, ServerSettings
 from smolcli.types import ErrorCode, Query, Result
 

@@ -17,10 +17,11 @@ from smolcli.errors import RunError, counted, error_reason
 from smolcli.server.admission import AdmissionLimit, request_limit, reserved
 from smolcli.server.app import create_app
 from smolcli.server.auth import ApiKeys
+from smolcli.server.backend_loader import BackendLoader
 from smolcli.server.batches_api import BatchApi
 from smolcli.server.channel import Channel, Uploads
 from smolcli.server.metrics import Metrics
-from smolcli.server.service import BackendLoader, Service
+from smolcli.server.service import Service
 from smolcli.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
