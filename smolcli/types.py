@@ -262,7 +262,7 @@ class TextPiece(str):
         logprobs: log probabilities of tokens, if requested. All pieces together carry the first
             entries of the result's `logprobs`; tokens whose text is not final yet may be among
             them.
-        calls: pieces of function calls; the text is empty then, as a rule.
+        calls: pieces of function calls, usually with empty text.
     """
 
     __slots__ = ("calls", "logprobs")

@@ -53,7 +53,7 @@ from smolcli.weights.resolve import resolve
 from smolcli.weights.store import ModelFiles
 from smolcli.weights.stored_prefix import StoredPrefix
 
-MAX_TOKENIZING_THREADS = 128  # more never help, and a process may not be able to start them
+MAX_TOKENIZING_THREADS = 128  # more do not help, and a process may fail to start them
 RECEIVE_S = 0.0002  # enough for another thread to take the GIL and send its data
 STUCK_AFTER_S = 60.0  # far longer than any step takes
 
@@ -160,7 +160,13 @@ class LocalQuery(PendingQuery):
     num_shown: int = 0  # log probabilities that have been passed on
 
     def pass_on(self, text: str, sequence: Sequence, calls: list[ToolCallDelta]) -> None:
-        """Pass on a piece of the answer, with the log probabilities of new tokens."""
+        """Pass on a piece of the answer, with the log probabilities of new tokens.
+
+        Args:
+            text: the piece.
+            sequence: holds the log probabilities of all tokens so far.
+            calls: pieces of function calls.
+        """
         if self.on_text is None:
             return
         logprobs = None

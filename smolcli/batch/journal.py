@@ -94,6 +94,11 @@ def read_entries(output: Path, errors: Path | None, format: LineFormat) -> Itera
 
     A torn last line is skipped, and a missing file has no entries.
 
+    Args:
+        output: the output.
+        errors: where failed lines were moved to, if anywhere.
+        format: the format of the lines.
+
     Raises:
         ResumeError: a line is not a result of this run.
     """
@@ -108,6 +113,15 @@ def split_errors(output: Path, errors: Path, format: LineFormat) -> None:
 
     Each file is replaced atomically, `errors` first. Whenever the process is killed, a failed line
     is in at least one of them, and splitting again completes the job.
+
+    Args:
+        output: the output.
+        errors: where failed lines go.
+        format: the format of the lines.
+
+    Raises:
+        ResumeError: a line is not a result of this run.
+        RunError: a file cannot be written.
     """
     has_failed = False
     with replacing_lines(errors) as file:
@@ -126,7 +140,14 @@ def split_errors(output: Path, errors: Path, format: LineFormat) -> None:
 def rewrite(output: Path, errors: Path | None, format: LineFormat) -> None:
     """Write all entries to the output, with failed lines in place and without a torn line.
 
-    `errors` is kept until the next split.
+    Args:
+        output: the output.
+        errors: where failed lines were moved to, if anywhere; kept until the next split.
+        format: the format of the lines.
+
+    Raises:
+        ResumeError: a line is not a result of this run.
+        RunError: the output cannot be written.
     """
     with replacing_lines(output) as file:
         for entry in read_entries(output, errors, format):
@@ -134,7 +155,13 @@ def rewrite(output: Path, errors: Path | None, format: LineFormat) -> None:
 
 
 def is_split(output: Path, errors: Path, journal: Journal) -> bool:
-    """Whether `errors` has all failed lines and the output has none."""
+    """Whether `errors` has all failed lines and the output has none.
+
+    Args:
+        output: the output.
+        errors: where failed lines go.
+        journal: the summary of both.
+    """
     num_bytes = content_size(errors) if errors.exists() else 0
     if num_bytes != journal.num_failed_bytes or not output.exists():
         return False

@@ -66,7 +66,15 @@ class Manifest:
     def of(
         cls, settings: RunSettings, scan: InputScan, seed: int, created: int, run_id: str
     ) -> Self:
-        """The manifest of a run whose backend is not open yet."""
+        """The manifest of a run whose backend is not open yet.
+
+        Args:
+            settings: the run's settings.
+            scan: facts about the input.
+            seed: see `Manifest`.
+            created: see `Manifest`.
+            run_id: see `Manifest`.
+        """
         defaults = settings.defaults
         several = None if scan.format is SMOL else defaults.several_temperature
         generation = _sampling(defaults.sampling) | {

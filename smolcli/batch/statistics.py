@@ -47,7 +47,13 @@ class Throughput:
         self._tokens: list[float] = []
 
     def add(self, num_tokens: int, end_s: float, duration_s: float) -> None:
-        """Count the tokens of one answer, spread evenly over the time it took to decode."""
+        """Count the tokens of one answer, spread evenly over the time it took to decode.
+
+        Args:
+            num_tokens: number of tokens.
+            end_s: when it was finished, in seconds since the session began.
+            duration_s: how long decoding took, in seconds.
+        """
         begin_s = max(0.0, end_s - max(duration_s, 1e-3))
         end_s = max(end_s, begin_s + 1e-3)
         while end_s >= self.MAX_INTERVALS * self._interval_s:

@@ -23,7 +23,13 @@ TITLES = {
 
 
 def print_table(readings: Sequence[Reading], identity: Mapping[str, Any], file: IO[str]) -> None:
-    """Print the medians, and the model and machine that they were measured with."""
+    """Print the medians, and the model and machine that they were measured with.
+
+    Args:
+        readings: all measurements.
+        identity: identity of the backend.
+        file: where to print.
+    """
     console = Console(file=file)
     console.print(_table(medians(readings)))
     facts = [identity.get(name) for name in ("model", "dtype", "device")]
@@ -33,6 +39,11 @@ def print_table(readings: Sequence[Reading], identity: Mapping[str, Any], file: 
 
 def write_json(readings: Sequence[Reading], identity: Mapping[str, Any], path: Path) -> None:
     """Write all measurements, their medians, and the model and machine, as JSON.
+
+    Args:
+        readings: all measurements.
+        identity: identity of the backend.
+        path: the file to write.
 
     Raises:
         RunError: the file cannot be written.

@@ -93,7 +93,14 @@ class Inputs:
 def rows_of(
     file: InputFile, settings: RowSettings, after: int = 0, id_prefix: str = ""
 ) -> Generator[Row]:
-    """`read_rows` of an input file, with its name in errors."""
+    """Like `read_rows`, but errors name the file as the user did.
+
+    Args:
+        file: the input file.
+        settings: see `read_rows`.
+        after: see `read_rows`.
+        id_prefix: see `read_rows`.
+    """
     with _errors_of(file):
         yield from read_rows(file.path, settings, after, id_prefix)
 

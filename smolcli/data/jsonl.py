@@ -72,7 +72,11 @@ def nonblank_lines(file: BufferedIOBase, path: Path) -> Iterator[Line]:
 
 
 def physical_lines(file: BufferedIOBase, path: Path) -> Iterator[Line]:
-    """Yield every line of an open file with its end; see `nonblank_lines`."""
+    """Yield every line of an open file with its end; see `nonblank_lines`.
+
+    Raises:
+        InputError: the file cannot be read to its end.
+    """
     number = 0
     try:
         for number, data in enumerate(_split(file), start=1):

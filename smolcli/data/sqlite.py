@@ -81,6 +81,12 @@ def reads_table(path: Path, query: str | None, table: str | None, name: str) -> 
     """Whether `read_sqlite` would read the table `name`, also through a view.
 
     False if the rows cannot be read at all.
+
+    Args:
+        path: the database.
+        query: see `read_sqlite`.
+        table: see `read_sqlite`.
+        name: name of the table in question.
     """
     found: set[str] = set()
 

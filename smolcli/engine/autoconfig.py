@@ -25,7 +25,7 @@ KV_CACHE_DIVISOR = 4  # the KV cache may take 1/4 of the memory
 PREFIX_CACHE_DIVISOR = 32  # the prefix cache may take 1/32 of it,
 MAX_PREFIX_CACHE_BYTES = 256 << 20  # but no more than this
 OVERHEAD_BYTES = 320 << 20  # measured: the process and the activations of a step
-MIN_TOKENS = 64  # length of the shortest queries that are of use, which the KV cache must hold
+MIN_TOKENS = 64  # length of the shortest useful query, which the KV cache must hold
 TYPICAL_TOKENS = 256  # length of a typical query and its answer, for which each slot has memory
 
 

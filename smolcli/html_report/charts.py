@@ -94,6 +94,11 @@ def svg(chart: Chart) -> str:
 def write_png(charts: Sequence[Chart], title: str, path: Path) -> None:
     """Draw all charts into one PNG file.
 
+    Args:
+        charts: the charts.
+        title: shown above them.
+        path: the file to write.
+
     Raises:
         UsageError: matplotlib is not installed.
     """

@@ -49,7 +49,11 @@ def load_json(text: bytes) -> object:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON as `json.loads` does, but report excessive nesting as a ValueError, too."""
+    """Parse JSON as `json.loads` does, but report excessive nesting as a ValueError, too.
+
+    Raises:
+        ValueError: it is not JSON, or is nested too deeply.
+    """
     try:
         return json.loads(text)
     except RecursionError as exc:

@@ -28,7 +28,7 @@ def prompt_query(chat_id: str, prompt: str, defaults: QueryDefaults) -> Query:
 
 
 def with_system_prompt(turns: tuple[Message, ...], system: str | None) -> tuple[Message, ...]:
-    """The conversation after a system prompt, if there is one."""
+    """The conversation, preceded by the system prompt, if any."""
     return (Message("system", system), *turns) if system else turns
 
 

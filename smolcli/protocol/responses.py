@@ -358,7 +358,7 @@ def text_part(text: str, logprobs: Logprobs | None = None) -> dict[str, Any]:
 
 
 def _usage(result: Result) -> dict[str, Any] | None:
-    """Null if an upstream server does not report it."""
+    """The token counts; None if an upstream server does not report them."""
     if (usage := result.usage) is None:
         return None
     return {

@@ -322,7 +322,7 @@ def _query(
 
 
 def _logprobs(result: Result) -> dict[str, Any] | None:
-    """Those of a whole text, if requested."""
+    """The log probabilities of a whole text, if requested."""
     return None if result.logprobs is None else TextLogprobs().add(text_entries(result))
 
 

@@ -89,7 +89,7 @@ class PromptEncoder:
             messages: the conversation.
             tools: functions to describe.
             render: the chat template; returns the prompt's text.
-            limit: the longest prompt that is of use.
+            limit: the longest prompt that the model can use.
 
         Raises:
             PromptTooLong: the prompt exceeds `limit`, whatever its tokens are.

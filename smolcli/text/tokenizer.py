@@ -112,7 +112,7 @@ class ChatTokenizer:
             tools: functions that the prompt describes to the model.
             continues: whether the prompt ends with the text of the last message, for the model to
                 continue, instead of the beginning of an answer to it.
-            limit: the longest prompt that is of use.
+            limit: the longest prompt that the model can use.
 
         Raises:
             PromptTooLong: the prompt exceeds `limit`, whatever its tokens are.

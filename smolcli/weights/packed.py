@@ -100,7 +100,13 @@ def packed_weights(
 
 
 def packed_path(files: ModelFiles, config: LlamaConfig, kernels: Kernels) -> Path:
-    """Where the packed weights of a model are, or would be."""
+    """Where the packed weights of a model are, or would be.
+
+    Args:
+        files: the model.
+        config: its config.json.
+        kernels: the library that reads them.
+    """
     return packed_folder() / f"{_key(files, config, kernels)}.bin"
 
 

@@ -68,7 +68,11 @@ class WorkQueue:
         return self._closed_by is not None
 
     def check(self) -> None:
-        """Raise the reason if the queue is closed."""
+        """Raise the reason if the queue is closed.
+
+        Raises:
+            SmolError: the reason given to `close`.
+        """
         if self._closed_by is not None:
             raise self._closed_by
 

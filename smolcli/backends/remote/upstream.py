@@ -342,8 +342,8 @@ class UpstreamPool:
         """Accept a server that matches the settings and the other servers."""
         if self._settings.model is not None and identity.get("api") is Dialect.PLAIN:
             raise BackendError(
-                f"{upstream.url} does not say which model it has, so it cannot be "
-                f"{self._settings.model!r} for certain; leave out --model and SMOL_MODEL"
+                f"{upstream.url} does not say which model it has, so smol cannot confirm that it "
+                f"is {self._settings.model!r}; leave out --model and SMOL_MODEL"
             )
         for name, wanted in (("model", self._settings.model), ("dtype", self._settings.dtype)):
             if wanted not in (None, "auto", identity.get(name)) and identity.get(name):

@@ -198,6 +198,11 @@ def load_object(data: bytes) -> dict[str, Any]:
 def parse_batch(data: bytes, queries: list[Query], dialect: Dialect) -> list[Result | None]:
     """The results in the body of a batch, in the order of its queries.
 
+    Args:
+        data: the body.
+        queries: the queries of the batch.
+        dialect: the API of the server.
+
     Returns:
         One result for each query; None for a query whose result is malformed.
 
@@ -225,6 +230,11 @@ def _parse_item(record: object, query: Query, dialect: Dialect) -> Result | None
 
 def parse_record(record: Any, query: Query, dialect: Dialect) -> Result:
     """The result in the body of /chat, or in an item of a batch.
+
+    Args:
+        record: the parsed body or item.
+        query: what was asked.
+        dialect: the API of the server.
 
     Raises:
         MalformedAnswer: there is none.
