@@ -187,7 +187,7 @@ def test_killing_one_of_two_services_does_not_affect_the_run(
 class TestSurface:
     """A gateway has every route of a server."""
 
-    def test_routes(self, service: RunningServer) -> None:
+    def test_routes_answer_as_those_of_the_upstream(self, service: RunningServer) -> None:
         with gateway(service.url, api_keys=("front",)) as front:
             front.client.headers["Authorization"] = "Bearer front"
             assert front.ask().json() == service.ask().json()
@@ -209,7 +209,7 @@ class TestSurface:
             del front.client.headers["Authorization"]
             assert front.ask().status_code == 401
 
-    def test_streams(self, service: RunningServer) -> None:
+    def test_streams_equal_those_of_the_upstream(self, service: RunningServer) -> None:
         model = service.client.get("/v1/models").json()["data"][0]["id"]
         body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
         with gateway(service.url) as front:

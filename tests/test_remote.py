@@ -529,7 +529,7 @@ class TestOpenAI:
             assert not {"min_tokens", "ignore_eos", "bad_words"} & rich.keys()
             assert backend.identity()["model"] == "second"
 
-    def test_streaming(self) -> None:
+    def test_pieces_are_passed_on_and_make_up_the_answer(self) -> None:
         pieces: list[str] = []
         with listening(self.app([])) as url, remote(url) as backend:
             result = backend.submit(query(), pieces.append).result(TIMEOUT_S)
