@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -165,7 +165,8 @@ def _sampling(sampling: Sampling) -> dict[str, Any]:
     """Sampling settings in JSON types; those added since 0.1 only if they are set."""
     neutral = asdict(Sampling())
     values = {k: v for k, v in asdict(sampling).items() if k in _ALWAYS or v != neutral[k]}
-    return cast("dict[str, Any]", json.loads(json.dumps(values)))
+    in_json: dict[str, Any] = json.loads(json.dumps(values))
+    return in_json
 
 
 def manifest_path(output: Path) -> Path:

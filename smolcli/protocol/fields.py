@@ -51,8 +51,9 @@ _TOKEN_KEY = r"(0|[1-9][0-9]{0,8})"
 
 def _token_key(value: object) -> object:
     """A token id that is written as a key of a JSON object, as an int."""
-    is_id = isinstance(value, str) and re.fullmatch(_TOKEN_KEY, value)
-    return int(value) if is_id else value  # type: ignore[call-overload]
+    if isinstance(value, str) and re.fullmatch(_TOKEN_KEY, value):
+        return int(value)
+    return value
 
 
 def _stripped(value: object) -> object:

@@ -287,7 +287,7 @@ def rank_entries(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | 
 
 
 # OpenAI's clients recognize this code.
-_OPENAI_CODES = {ErrorCode.PROMPT_TOO_LONG: "context_length_exceeded"}
+_OPENAI_CODES: dict[str, str] = {ErrorCode.PROMPT_TOO_LONG: "context_length_exceeded"}
 
 
 def error_object(status: int, message: str, code: str, field: str | None) -> dict[str, Any]:
@@ -300,12 +300,16 @@ def error_object(status: int, message: str, code: str, field: str | None) -> dic
         field: path of the parameter, if any.
     """
     kind = "invalid_request_error" if status < 500 else "server_error"
-    openai_code = _OPENAI_CODES.get(code, code)  # type: ignore[call-overload]
     if field is None and code == ErrorCode.PROMPT_TOO_LONG:
         field = "messages"
     if field == "raw_prompt":
         field, message = "prompt", message.replace("raw_prompt", "prompt")
-    return {"message": message, "type": kind, "param": field, "code": str(openai_code)}
+    return {
+        "message": message,
+        "type": kind,
+        "param": field,
+        "code": str(_OPENAI_CODES.get(code, code)),
+    }
 
 
 def error_code(name: str) -> ErrorCode:
@@ -315,7 +319,7 @@ def error_code(name: str) -> ErrorCode:
         ValueError: it is not an error code.
     """
     names = {openai_code: code for code, openai_code in _OPENAI_CODES.items()}
-    return names.get(name) or ErrorCode(name)
+    return ErrorCode(names.get(name, name))
 
 
 def model_name(model: str) -> str:

@@ -67,10 +67,13 @@ class InFlightRequest:
             on_text = self._text_callback(index) if with_text else None
             future = self._backend.submit(query, on_text, is_interactive=self._is_interactive)
             self._futures[index] = future
-            future.add_done_callback(lambda _, index=index: self._events.put((index, None)))  # type: ignore[misc]
+            future.add_done_callback(self._done_callback(index))
 
     def _text_callback(self, index: int) -> Callable[[str], None]:
         return lambda text: self._events.put((index, text))
+
+    def _done_callback(self, index: int) -> Callable[[Future[Result]], None]:
+        return lambda _: self._events.put((index, None))
 
     def events(self) -> Iterator[tuple[int, str | Result] | None]:
         """Yield pieces of text, if requested, and results, each with its query's index.
