@@ -142,21 +142,24 @@ def test_other_tables_are_not_replaced(shop: sqlite3.Connection) -> None:
     assert "is not an SQLite database" in smol("-o", "text.db").stderr
 
 
-def test_columns_that_the_user_added_survive_a_run_with_nothing_to_do(
-    shop: sqlite3.Connection,
-) -> None:
-    """Running a complete command again dropped the user's labels with the table."""
+def test_edits_survive_a_run_with_nothing_to_do(shop: sqlite3.Connection) -> None:
+    """Running a complete command again dropped the user's labels and reverted edits."""
     args = ("--table", "reviews", "--id-column", "id", "-o", "shop.db")
     smol(*args)
     shop.execute("ALTER TABLE results ADD COLUMN label")
     shop.execute("UPDATE results SET label = 'wrong' WHERE line = 1")
+    shop.execute("UPDATE results SET response = 'Better' WHERE line = 1")
     assert "there is nothing to do" in smol(*args).stderr
     assert shop.execute("SELECT label FROM results").fetchall() == [("wrong",), (None,), (None,)]
+    assert shop.execute("SELECT response FROM results LIMIT 1").fetchone() == ("Better",)
+    shop.execute("INSERT INTO reviews VALUES (4, 'new', 3)")
+    assert smol(*args).exit_code == 3
+    assert [row[1][:9] for row in table("results")[1] if row[1]] == ["Summarize"] * 3
     assert smol(*args, "--overwrite").exit_code == 3
     assert "label" not in table("results")[0]
     shop.execute("DELETE FROM results WHERE line = 2")
     smol(*args)
-    assert len(table("results")[1]) == 3
+    assert len(table("results")[1]) == 4
 
 
 def test_a_name_that_no_table_can_have_is_rejected_before_the_run(

@@ -43,6 +43,7 @@ class Manifest:
         run_id: part of the ids of answers in OpenAI's format; None before 0.2.
         rows: digests of the rows that the output answers, or will answer; None before 0.2.
         files: digests of several input files by name, in order; None for one input.
+        table: digest of the results that the table in a database was written from, if any.
     """
 
     input: str
@@ -59,6 +60,7 @@ class Manifest:
     run_id: str | None = None
     rows: str | None = None
     files: dict[str, str] | None = None
+    table: str | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -202,8 +204,9 @@ def save_manifest(manifest: Manifest, output: Path) -> None:
     """
     values = asdict(manifest)
     values["report"] = values.pop("statistics")
-    if manifest.files is None:
-        del values["files"]
+    for name in ("files", "table"):
+        if values[name] is None:
+            del values[name]
     text = json.dumps(values, ensure_ascii=False, indent=2)
     with replacing(manifest_path(output)) as file:
         file.write(f"{text}\n".encode(errors="backslashreplace"))  # paths may not be UTF-8

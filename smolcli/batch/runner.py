@@ -22,7 +22,7 @@ from smolcli.backends.base import Backend, OpenBackend
 from smolcli.batch.checks import check_options, check_paths
 from smolcli.batch.input_scan import scan_input
 from smolcli.batch.journal import Journal
-from smolcli.batch.manifest import Manifest, save_manifest
+from smolcli.batch.manifest import Manifest, load_manifest, save_manifest
 from smolcli.batch.output_lock import output_lock
 from smolcli.batch.progress import RunProgress
 from smolcli.batch.resume import (
@@ -34,6 +34,7 @@ from smolcli.batch.resume import (
 from smolcli.batch.run import Run
 from smolcli.batch.statistics import RunStatistics
 from smolcli.data.compression import without_codec_suffix
+from smolcli.data.detection import table_kind
 from smolcli.data.inputs import Inputs
 from smolcli.data.jsonl import is_stream
 from smolcli.data.table_writer import write_table
@@ -83,8 +84,7 @@ def run_file(
             locks.enter_context(output_lock(path))
         statistics = _run_to_file(settings, open_backend, progress)
         if settings.table is not None:
-            fields, overwrite = settings.rows.fields, settings.overwrite
-            write_table(settings.output, settings.table, settings.table_name, fields, overwrite)
+            _write_table(settings, settings.table)
     if settings.errors is not None and statistics.failed:
         progress.note(f"failed lines are in {settings.errors}")
     return statistics
@@ -122,6 +122,22 @@ def _run_to_file(
     run.finalize(is_new=True)
     save_manifest(replace(manifest, statistics=asdict(statistics)), output)
     return statistics
+
+
+def _write_table(settings: RunSettings, table: Path) -> None:
+    """Write the table, and record which results it has, so that a later run keeps the user's edits.
+
+    Raises:
+        RunError: the table cannot be written.
+    """
+    journal, manifest = settings.output, load_manifest(settings.output)
+    with journal.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    is_written = manifest.table == digest
+    fields, overwrite = settings.rows.fields, settings.overwrite
+    write_table(journal, table, settings.table_name, fields, overwrite, is_written)
+    if not is_written and table_kind(table) == "sqlite":
+        save_manifest(replace(manifest, table=digest), journal)
 
 
 def _complete(run: Run, previous: Manifest | None, manifest: Manifest) -> RunStatistics:

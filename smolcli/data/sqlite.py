@@ -2,7 +2,7 @@
 
 import math
 import sqlite3
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,7 @@ def write_sqlite(
     records: Callable[[], Iterable[Mapping[str, Any]]],
     types: Mapping[str, type],
     overwrite: bool = False,
+    key: Collection[str] | None = None,
 ) -> None:
     """Write records as a table, in one transaction; a table that has them already is left alone.
 
@@ -202,19 +203,21 @@ def write_sqlite(
         records: returns one mapping from column to value for each row; missing values are NULL.
         types: the type of each column: str, int, float or bool.
         overwrite: whether to replace a table that has them already.
+        key: columns by which a table has a record, whatever its other cells; None for all columns.
 
     Raises:
         RunError: the database cannot be written, or is locked by another program.
     """
 
-    def rows() -> Iterator[tuple[Any, ...]]:
+    def rows(names: Collection[str]) -> Iterator[tuple[Any, ...]]:
         for record in records():
-            yield tuple(_stored(record.get(name)) for name in types)
+            yield tuple(_stored(record.get(name)) for name in names)
 
     names = _distinct(types)
+    compared = {n: name for n, name in zip(types, names, strict=True) if key is None or n in key}
     failed = f"cannot write the table {table!r} to {path}"
     with _connected(path, "rwc", RunError, failed) as database:
-        if not overwrite and _has_rows(database, table, names, rows()):
+        if not overwrite and _has_rows(database, table, names, compared.values(), rows(compared)):
             return
         kinds = (_TYPES[kind] for kind in types.values())
         columns = ", ".join(f"{_quoted(n)} {kind}" for n, kind in zip(names, kinds, strict=True))
@@ -222,7 +225,7 @@ def write_sqlite(
         database.execute("BEGIN IMMEDIATE")
         database.execute(f"DROP TABLE IF EXISTS {_quoted(table)}")
         database.execute(f"CREATE TABLE {_quoted(table)} ({columns})")
-        database.executemany(f"INSERT INTO {_quoted(table)} VALUES ({places})", rows())
+        database.executemany(f"INSERT INTO {_quoted(table)} VALUES ({places})", rows(types))
         database.execute("COMMIT")
 
 
@@ -239,15 +242,16 @@ def _distinct(names: Iterable[str]) -> list[str]:
 def _has_rows(
     database: sqlite3.Connection,
     table: str,
-    columns: list[str],
+    columns: Iterable[str],
+    compared: Iterable[str],
     rows: Iterator[tuple[Any, ...]],
 ) -> bool:
-    """Whether a table has exactly these rows; columns that the user added do not count."""
+    """Whether a table has these columns, and exactly these rows in some of them."""
     try:
         found = database.execute(f"SELECT * FROM {_quoted(table)} LIMIT 0").description
         if not {column[0] for column in found}.issuperset(columns):
             return False
-        selected = ", ".join(map(_quoted, columns))
+        selected = ", ".join(map(_quoted, compared))
         cursor = database.execute(f"SELECT {selected} FROM {_quoted(table)} ORDER BY rowid")
     except sqlite3.OperationalError as exc:
         if _is_locked(exc):

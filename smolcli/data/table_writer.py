@@ -30,6 +30,7 @@ _AFTER: dict[str, type] = {
     "file": str,
     "line": int,
 }
+_ROW_KEY = ("file", "line")
 _INT64 = range(-(2**63), 2**63)
 _EXACT_FLOATS = range(-(2**53), 2**53 + 1)  # beyond, a float cannot represent every integer
 
@@ -85,7 +86,12 @@ def check_table(
 
 
 def write_table(
-    journal: Path, table: Path, name: str, fields: Sequence[str], overwrite: bool = False
+    journal: Path,
+    table: Path,
+    name: str,
+    fields: Sequence[str],
+    overwrite: bool = False,
+    is_written: bool = False,
 ) -> None:
     """Write the results of a journal as a table, unless the table has them already.
 
@@ -98,6 +104,8 @@ def write_table(
         name: name of the table, if the file is a database.
         fields: columns of the input to copy.
         overwrite: whether to replace a table in a database that has the results already.
+        is_written: whether a table in a database was written from this journal, so that cells that
+            differ have been edited since.
 
     Raises:
         RunError: the table cannot be written.
@@ -112,7 +120,7 @@ def write_table(
         types = _types(_records(journal, fields), fields)
         if kind == "sqlite":
             records = functools.partial(_typed_records, journal, fields, types)
-            write_sqlite(table, name, records, types, overwrite)
+            write_sqlite(table, name, records, types, overwrite, _ROW_KEY if is_written else None)
             return
         with replacing_path(table) as unfinished:
             if kind in ("parquet", "arrow"):
