@@ -127,8 +127,8 @@ def _disk() -> Finding:
     while not os.path.exists(folder):
         folder = folder.parent
     if not os.access(folder, os.X_OK):  # such as the home directory of another user
-        remedy = "set SMOL_HOME to a directory of your own"
-        return Finding("disk", f"{place} cannot be read", remedy, is_fatal=True)
+        own = "set SMOL_HOME to a directory of your own"
+        return Finding("disk", f"{place} cannot be read", own, is_fatal=True)
     free = shutil.disk_usage(folder).free
     remedy = (
         None
