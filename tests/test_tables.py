@@ -211,22 +211,25 @@ def test_symbolic_link_to_a_table_stays_one(tmp_path: Path) -> None:
 
 
 def test_unions_and_run_end_encoded_columns_are_read(tmp_path: Path) -> None:
-    """Parquet has neither, Arrow has both."""
+    """Parquet has neither, Arrow has both. Dates that Python cannot represent gave a traceback."""
     types, values = (
         pyarrow.array([0, 1, 0], pyarrow.int8()),
         pyarrow.array([0, 0, 1], pyarrow.int32()),
     )
     numbers, texts = pyarrow.array([1, None]), pyarrow.array(["x"])
+    far = pyarrow.array([FAR, None], pyarrow.timestamp("s"))
     columns = {
         "dense": pyarrow.UnionArray.from_dense(types, values, [numbers, texts]),
+        "far": pyarrow.UnionArray.from_dense(types, values, [far, texts]),
         "ends": pyarrow.RunEndEncodedArray.from_arrays([2, 3], ["a", None]),
     }
     table = pyarrow.table(columns)
     with pyarrow.ipc.new_file(str(tmp_path / "x.arrow"), table.schema) as writer:
         writer.write_table(table)
-    found = items(tmp_path / "x.arrow", RowSettings("Say {dense} {ends}", None, ("dense", "ends")))
+    found = items(tmp_path / "x.arrow", RowSettings("Say {dense} {ends}", None, tuple(columns)))
     assert [prompt(item) for item in found[:2]] == ["Say 1 a", "Say x a"]
-    assert found[1].metadata == {"dense": "x", "ends": "a"}
+    assert found[0].metadata["far"] == "+11476-08-15T05:20:00"
+    assert found[1].metadata == {"dense": "x", "far": "x", "ends": "a"}
     assert "must not be empty" in found[2].error
 
 
@@ -494,6 +497,9 @@ ARROW_VALUES: list[tuple[Any, Any, Any]] = [
     (pyarrow.int8(), -5, -5),
     (pyarrow.uint64(), 2**64 - 1, 2**64 - 1),
     (pyarrow.float16(), 0.5, 0.5),
+    (pyarrow.float32(), 0.1, 0.1),
+    (pyarrow.float32(), 1e-10, 1e-10),
+    (pyarrow.float32(), float("nan"), None),
     (pyarrow.float64(), float("nan"), None),
     (pyarrow.float64(), float("inf"), None),
     (pyarrow.string(), "é", "é"),

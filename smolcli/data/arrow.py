@@ -176,6 +176,7 @@ def _conversions() -> Iterator[tuple[Callable[[Any], bool], Callable[[Any], list
     )
     for is_of in (types.is_null, types.is_boolean, types.is_integer):
         yield is_of, lambda array: list(array.to_pylist())
+    yield types.is_float32, _float32_values
     yield types.is_floating, lambda array: [_finite(value) for value in array.to_pylist()]
     yield types.is_decimal, lambda array: _each(array, lambda scalar: str(scalar.as_py()))
     yield types.is_temporal, _temporal_values
@@ -193,6 +194,14 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def _float32_values(array: Any) -> list[float | None]:
+    """Floats of 32 bits with only the digits that they have: 0.1, not 0.10000000149011612."""
+    import pyarrow
+
+    texts = array.cast(pyarrow.string()).to_pylist()
+    return [None if text is None else _finite(float(text)) for text in texts]
+
+
 def _each(array: Any, convert: Callable[[Any], Any]) -> list[Any]:
     return [convert(scalar) if scalar.is_valid else None for scalar in array]
 
@@ -205,9 +214,7 @@ def _whole(values: list[Any]) -> Any:
 def _scalar_value(scalar: Any) -> Any:
     import pyarrow
 
-    return (
-        arrow_to_json(pyarrow.array([scalar.as_py()], scalar.type))[0] if scalar.is_valid else None
-    )
+    return arrow_to_json(pyarrow.repeat(scalar, 1))[0] if scalar.is_valid else None
 
 
 def _text_value(scalar: Any) -> Any:
