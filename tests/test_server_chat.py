@@ -121,7 +121,8 @@ def test_an_invalid_request_is_explained(
 
 def test_a_byte_order_mark_is_accepted(server: RunningServer) -> None:
     body = codecs.BOM_UTF8 + json.dumps(query()).encode()
-    for headers in (JSON, {"Content-Type": "application/vnd.api+json; charset=utf-8"}):
+    identity = JSON | {"Content-Encoding": "Identity"}
+    for headers in (JSON, identity, {"Content-Type": "application/vnd.api+json; charset=utf-8"}):
         assert server.client.post("/chat", content=body, headers=headers).status_code == 200
 
 

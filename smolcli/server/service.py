@@ -122,7 +122,8 @@ def read_json() -> object:
             "the body must be JSON, sent with Content-Type: application/json",
             HttpCode.UNSUPPORTED_MEDIA_TYPE,
         )
-    if (encoding := request.headers.get("Content-Encoding", "identity")) != "identity":
+    encoding = request.headers.get("Content-Encoding", "identity")
+    if encoding.strip().lower() not in ("", "identity"):
         raise HttpError(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             f"Content-Encoding {encoding!r} is not supported; send the body uncompressed",
