@@ -275,6 +275,8 @@ def test_first_line_may_state_the_delimiter(tmp_path: Path, name: str, delimiter
     [
         (b"PK\x03\x04....", "a zip archive or an Excel workbook"),
         (b"%PDF-1.7\n\n", "a PDF document"),
+        (b"a.jsonl".ljust(257, b"\0") + b"ustar\x0000", "a tar archive; extract it"),
+        (b"\x04\x22\x4d\x18....", "compressed with LZ4"),
         (b"\x7fELF\2\1\1\0\0\0", "a binary file"),
         (b"Once upon a time\nthere was a line.\n", "begins with 'Once upon a time'"),
         (b"<html>\n<body>\n", "begins with '<html>'"),
@@ -289,6 +291,14 @@ def test_input_of_no_known_kind_is_one_error(tmp_path: Path, data: bytes, said: 
             rows(write(tmp_path / "x.csv", data), RowSettings("{a}"))
     done = CliRunner().invoke(app, ["run", str(tmp_path / "x.jsonl"), "--check"])
     assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("name", ["x.parquet.gz", "x.arrow", "x.db.zst"])
+def test_compressed_binary_file_is_explained(tmp_path: Path, name: str) -> None:
+    """It was said to be damaged."""
+    path = write(tmp_path / name, CODECS[0].compress(b"PAR1"))
+    with pytest.raises(UsageError, match="is compressed with gzip; decompress it first"):
+        rows(path, RowSettings("{a}"))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,7 @@ def test_directories_and_patterns_are_expanded(folder: Path) -> None:
         (["*.jsonl"], "several inputs need --output"),
         (["*.tsv", "-o", "out.jsonl"], "no file matches '*.tsv'"),
         (["empty", "-o", "out.jsonl"], "no data file in empty"),
+        (["nested", "-o", "out.jsonl"], "'nested/**/*.parquet' for those in its subdirectories"),
         (["a.jsonl", "-", "-o", "out.jsonl"], "stdin cannot be combined"),
         (["a.jsonl", "b.jsonl", "-o", "b.jsonl"], "b.jsonl is the input"),
         (["a.jsonl", "missing.jsonl", "-o", "out.jsonl"], "cannot read missing.jsonl"),
@@ -196,6 +197,7 @@ def test_wrong_usage_of_several_inputs_is_explained(
     folder: Path, args: list[str], said: str
 ) -> None:
     Path("empty").mkdir()
+    Path("nested/year=2024").mkdir(parents=True)
     done = smol(*args)
     assert done.exit_code in (1, 2)
     assert said in done.stderr

@@ -301,7 +301,7 @@ def test_rows_are_numbered_by_the_line_they_begin_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        (b"1", "the row has 1 cells, but the header has 2"),
+        (b"1", "the row has 1 cell, but the header has 2"),
         (b"1,2,3", "the row has 3 cells, but the header has 2"),
         (b'1,"open', "not valid CSV"),
         (b'1,"x" y', "not valid CSV"),

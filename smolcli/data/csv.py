@@ -8,7 +8,7 @@ from pathlib import Path
 
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, physical_lines
 from smolcli.data.rows import Row
-from smolcli.errors import InputError, QueryError
+from smolcli.errors import InputError, QueryError, counted
 from smolcli.types import ErrorCode
 
 Cells = list[str] | QueryError
@@ -62,7 +62,9 @@ def _row(number: int, cells: Cells, width: int, columns: Mapping[str, int]) -> R
     if isinstance(cells, QueryError):
         return Row(number, error=cells)
     if len(cells) != width:
-        error = QueryError(f"the row has {len(cells)} cells, but the header has {width}")
+        error = QueryError(
+            f"the row has {counted(len(cells), 'cell')}, but the header has {width:,}"
+        )
         return Row(number, error=error)
     return Row(number, {name: cells[at] or None for name, at in columns.items()})
 

@@ -38,12 +38,14 @@ _BINARY: dict[bytes, Kind] = {
     b"\xff\xff\xff\xff": "arrow",  # the first message of a stream
     b"SQLite format 3\0": "sqlite",
 }
+_TAR_MAGIC_AT = 257  # after the name and the attributes of the first file
 _UNSUPPORTED = {
     b"PK\x03\x04": "a zip archive or an Excel workbook; extract it, or export it as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel workbook; export it as CSV",
     b"%PDF": "a PDF document",
     b"FEA1": "a Feather file of version 1; write it again as version 2",
     b"Obj\x01": "an Avro file; convert it to Parquet or JSON lines",
+    b"\x04\x22\x4d\x18": "compressed with LZ4; decompress it first",
     b"ORC": "an ORC file; convert it to Parquet",
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive; extract it",
     b"Rar!": "a RAR archive; extract it",
@@ -170,6 +172,8 @@ def reject_unsupported(head: bytes, path: Path) -> None:
     for magic, what in _UNSUPPORTED.items():
         if head.startswith(magic):
             raise UsageError(f"{path} is {what}")
+    if head[_TAR_MAGIC_AT:].startswith(b"ustar") and b"\0" in head[:_TAR_MAGIC_AT]:
+        raise UsageError(f"{path} is a tar archive; extract it")
 
 
 def guess_delimiter(sample: Sample) -> str:

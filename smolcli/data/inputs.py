@@ -165,6 +165,9 @@ def _files(name: str, own: set[str]) -> list[str]:
         missing = (
             f"no data file in {name}; a directory stands for its {' '.join(sorted(_SUFFIXES))}"
         )
+        if any(_is_folder(path) for path in _entries(name)):
+            pattern = os.path.join(name, "**", "*.parquet")
+            missing += f", and a pattern such as {pattern!r} for those in its subdirectories"
     else:
         paths = glob.glob(name, recursive=True)
         missing = f"no file matches {name!r}"

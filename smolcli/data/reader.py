@@ -2,13 +2,14 @@
 
 import io
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
 from smolcli.data.arrow import read_arrow
+from smolcli.data.compression import LONGEST_MAGIC, codec_of_bytes
 from smolcli.data.csv import read_csv
 from smolcli.data.detection import (
     TEXT_COLUMN,
@@ -162,6 +163,7 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
     """
     kind = kind_of_name(path, settings.input_format)
     if kind in BY_PATH and not is_stream(path):
+        _reject_compressed(path, BY_PATH[kind])
         yield _Input(path, kind, io.BytesIO())
         return
     with open_source(path, settings.encoding) as file:
@@ -183,6 +185,20 @@ def _open(path: Path, settings: RowSettings) -> Iterator[_Input]:
         if kind in ("csv", "tsv") and b"\r" in sample.head and b"\n" not in sample.head:
             rest = io.BufferedReader(_CarriageReturns(rest))
         yield _Input(path, kind, rest, delimiter)
+
+
+def _reject_compressed(path: Path, name: str) -> None:
+    """Reject a file that is opened by its path, if it is compressed as a whole.
+
+    Raises:
+        UsageError: it is.
+    """
+    with suppress(OSError), path.open("rb") as file:  # its reader reports errors
+        if codec := codec_of_bytes(file.read(LONGEST_MAGIC)):
+            raise UsageError(
+                f"{path} is compressed with {codec.name}; decompress it first, because only text "
+                f"is read through compression, not {name}"
+            )
 
 
 def _delimiter(kind: Kind, sample: Sample) -> str:
