@@ -1,5 +1,6 @@
 """Parsing queries and chat completions: what is accepted, and how the rest is refused."""
 
+import codecs
 import json
 import re
 import sys
@@ -322,6 +323,11 @@ def test_extra_fields_can_be_ignored_or_kept() -> None:
 )
 def test_invalid_json_says_why(text: bytes, reason: str) -> None:
     assert json_refusal(text).startswith(f"invalid JSON: {reason}")
+
+
+def test_byte_order_mark_of_a_line_is_dropped() -> None:
+    """`cat` leaves those of all files but the first in the middle of its output."""
+    assert load_json(codecs.BOM_UTF8 + b"1") == 1
 
 
 def test_surrogate_pair_is_one_character() -> None:

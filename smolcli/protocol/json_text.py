@@ -1,5 +1,6 @@
 """Parsing of JSON text: strictly what users write, and leniently what programs have written."""
 
+import codecs
 import json
 import math
 import sys
@@ -19,11 +20,12 @@ def shorten(text: str) -> str:
 
 def load_json(text: bytes) -> object:
     """Parse one I-JSON value (RFC 7493): no NaN, no infinities, no duplicate keys, no lone
-    surrogates.
+    surrogates. A byte order mark is dropped: joined files have some in the middle.
 
     Raises:
         QueryError: with code `invalid_json`, saying what is wrong and where.
     """
+    text = text.removeprefix(codecs.BOM_UTF8)
     try:
         value: object = _DECODER.decode(text.decode())
         if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:

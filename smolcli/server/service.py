@@ -1,6 +1,5 @@
 """What all routes share: one server's settings and state, and JSON bodies."""
 
-import codecs
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -129,7 +128,7 @@ def read_json() -> object:
             f"Content-Encoding {encoding!r} is not supported; send the body uncompressed",
             HttpCode.UNSUPPORTED_MEDIA_TYPE,
         )
-    body = request.get_data(cache=False).removeprefix(codecs.BOM_UTF8)
+    body = request.get_data(cache=False)
     if not body.strip():
         raise QueryError("invalid JSON: the request body is empty", ErrorCode.INVALID_JSON)
     return load_json(body)
