@@ -437,6 +437,23 @@ def test_an_expired_batch_keeps_its_answers_and_lists_the_rest(tmp_path: Path) -
         ]
 
 
+def test_an_expired_batch_lists_every_request_once_despite_damage(tmp_path: Path) -> None:
+    held, running = hold(tmp_path)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(4)])
+        release(held, 3)
+        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 3, 0))
+    output = tmp_path / "batches" / batch.id / "output.jsonl"
+    first, _, third = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(first + b"damage\n" + third)
+    change_record(tmp_path / "batches" / f"{batch.id}.json", expires_at=1)
+    with batch_server(tmp_path) as (_, client):
+        expired = reach(client, batch)
+        answered = [each["custom_id"] for each in records(client, expired.output_file_id)]
+        failed = [each["custom_id"] for each in records(client, expired.error_file_id)]
+        assert (answered, failed) == (["r0", "r2"], ["r1", "r3"])
+
+
 def interrupted(folder: Path, **changes: Any) -> tuple[Batch, Path]:
     """A batch with 2 of 3 answers when its server stops, and the path of its input.
 
@@ -644,7 +661,7 @@ def test_damaged_records_are_left_alone(tmp_path: Path) -> None:
     assert not (files / f"{lost}.json").exists()
 
 
-DAMAGE = [b'{"some": "thing"}', b"[1]", b"\xff\x00", b'{"response": {"status_code": "x"}}']
+DAMAGE = [b'{"some": "thing"}', b"[" * 100_000, b"\xff\x00", b'{"response": {"status_code": "x"}}']
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -4,7 +4,6 @@ One thread runs one batch at a time, in order of creation. A second one validate
 ends those that are cancelled or have expired, so that neither waits for a long batch.
 """
 
-import json
 import logging
 import threading
 import time
@@ -32,6 +31,7 @@ from smolcli.errors import (
     UsageError,
     error_reason,
 )
+from smolcli.protocol.json_text import parse_json
 from smolcli.protocol.line_formats import OPENAI
 from smolcli.server.backend_loader import BackendLoader
 from smolcli.server.batch_check import ROWS, FileCheck
@@ -552,22 +552,26 @@ class BatchWorker:
         A damaged line is left out, so that the others can still be published.
         """
         num_answers = num_errors = 0
+        ended: set[int] = set()  # numbers of the lines of requests
         with (
             replacing(folder / PARTIAL_OUTPUT) as answers,
             replacing(folder / PARTIAL_ERRORS) as errors,
         ):
             for data in chain(_complete_lines(folder / OUTPUT), _complete_lines(folder / ERRORS)):
-                status = _status_code(data)
+                if (result := _line_and_status(data)) is None:
+                    continue
+                number, status = result
+                ended.add(number)
                 if status == HTTPStatus.OK:
                     answers.write(data)
                     num_answers += 1
-                elif status is not None:
+                else:
                     errors.write(data)
                     num_errors += 1
             if batch.ending == "expired":
-                rows = read_rows(self._store.content_path(batch.input_file_id), ROWS)
-                for row in islice(rows, num_answers + num_errors, None):
-                    errors.write(encode(_expired_line(batch, row)))
+                for row in read_rows(self._store.content_path(batch.input_file_id), ROWS):
+                    if row.number not in ended:
+                        errors.write(encode(_expired_line(batch, row)))
         self._store.update(
             batch.id,
             lambda old: replace(old, num_completed=num_answers, num_failed=num_errors),
@@ -614,13 +618,15 @@ def _complete_lines(path: Path) -> Iterator[bytes]:
             yield from (data for data in file if data.endswith(b"\n"))
 
 
-def _status_code(line: bytes) -> int | None:
-    """The HTTP status of a result; None for a damaged line."""
+def _line_and_status(data: bytes) -> tuple[int, int] | None:
+    """The number of a result's request, and its HTTP status; None for a damaged result."""
     try:
-        status = json.loads(line)["response"]["status_code"]
+        value = parse_json(data)
+        number = int(str(value["id"]).rpartition("_")[2])
+        status = value["response"]["status_code"]
     except (ValueError, LookupError, TypeError):
         return None
-    return status if isinstance(status, int) else None
+    return (number, status) if isinstance(status, int) else None
 
 
 def _expired_line(batch: Batch, row: Row) -> dict[str, Any]:
