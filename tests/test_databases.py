@@ -151,6 +151,7 @@ def test_edits_survive_a_run_with_nothing_to_do(shop: sqlite3.Connection) -> Non
     shop.execute("UPDATE results SET response = 'Better' WHERE line = 1")
     assert "there is nothing to do" in smol(*args).stderr
     assert shop.execute("SELECT label FROM results").fetchall() == [("wrong",), (None,), (None,)]
+    smol(*args, "--dtype", "float32")  # opens the backend, to see whether its answers would differ
     assert shop.execute("SELECT response FROM results LIMIT 1").fetchone() == ("Better",)
     shop.execute("INSERT INTO reviews VALUES (4, 'new', 3)")
     assert smol(*args).exit_code == 3

@@ -43,7 +43,7 @@ class Manifest:
         run_id: part of the ids of answers in OpenAI's format; None before 0.2.
         rows: digests of the rows that the output answers, or will answer; None before 0.2.
         files: digests of several input files by name, in order; None for one input.
-        table: digest of the results that the table in a database was written from, if any.
+        table_sha256: digest of the results that the table in a database was written from, if any.
     """
 
     input: str
@@ -60,7 +60,7 @@ class Manifest:
     run_id: str | None = None
     rows: str | None = None
     files: dict[str, str] | None = None
-    table: str | None = None
+    table_sha256: str | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -204,7 +204,7 @@ def save_manifest(manifest: Manifest, output: Path) -> None:
     """
     values = asdict(manifest)
     values["report"] = values.pop("statistics")
-    for name in ("files", "table"):
+    for name in ("files", "table_sha256"):
         if values[name] is None:
             del values[name]
     text = json.dumps(values, ensure_ascii=False, indent=2)

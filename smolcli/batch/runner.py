@@ -100,7 +100,7 @@ def _run_to_file(
         check_resumable(settings, previous, manifest)
         run = run.resume()
         run = replace(run, changed=changed_lines(run, previous))
-        manifest = manifest.with_rows_of(previous)
+        manifest = replace(manifest.with_rows_of(previous), table_sha256=previous.table_sha256)
     check_changes(run, previous)
     is_retry = settings.retry_errors and run.has_lines_to_retry
     has_same_model = previous is None or previous.has_model_of(settings.engine)
@@ -133,11 +133,11 @@ def _write_table(settings: RunSettings, table: Path) -> None:
     journal, manifest = settings.output, load_manifest(settings.output)
     with journal.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    is_written = manifest.table == digest
+    is_current = manifest.table_sha256 == digest
     fields, overwrite = settings.rows.fields, settings.overwrite
-    write_table(journal, table, settings.table_name, fields, overwrite, is_written)
-    if not is_written and table_kind(table) == "sqlite":
-        save_manifest(replace(manifest, table=digest), journal)
+    write_table(journal, table, settings.table_name, fields, overwrite, is_current)
+    if not is_current and table_kind(table) == "sqlite":
+        save_manifest(replace(manifest, table_sha256=digest), journal)
 
 
 def _complete(run: Run, previous: Manifest | None, manifest: Manifest) -> RunStatistics:

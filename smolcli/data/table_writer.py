@@ -91,7 +91,7 @@ def write_table(
     name: str,
     fields: Sequence[str],
     overwrite: bool = False,
-    is_written: bool = False,
+    is_current: bool = False,
 ) -> None:
     """Write the results of a journal as a table, unless the table has them already.
 
@@ -104,7 +104,7 @@ def write_table(
         name: name of the table, if the file is a database.
         fields: columns of the input to copy.
         overwrite: whether to replace a table in a database that has the results already.
-        is_written: whether a table in a database was written from this journal, so that cells that
+        is_current: whether a table in a database was written from this journal, so that cells that
             differ have been edited since.
 
     Raises:
@@ -120,7 +120,7 @@ def write_table(
         types = _types(_records(journal, fields), fields)
         if kind == "sqlite":
             records = functools.partial(_typed_records, journal, fields, types)
-            write_sqlite(table, name, records, types, overwrite, _ROW_KEY if is_written else None)
+            write_sqlite(table, name, records, types, overwrite, _ROW_KEY if is_current else None)
             return
         with replacing_path(table) as unfinished:
             if kind in ("parquet", "arrow"):
