@@ -5,6 +5,7 @@ store, under SMOL_HOME/packed, and memory-mapped read-only. A file belongs to on
 library and one version of smol; a record next to it describes its origin.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -179,10 +180,14 @@ def _mapped(path: Path, num_bytes: int) -> np.memmap[Any, np.dtype[np.uint8]]:
     Raises:
         OSError: there is not enough space, or the file cannot be written.
     """
-    with path.open("wb") as file:
+    with path.open("w+b") as file:  # where a file system cannot reserve space, libc reads, too
         file.truncate(num_bytes)
         if hasattr(os, "posix_fallocate"):  # on Linux; NTFS reserves the space of any new file
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            try:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+            except OSError as exc:
+                if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
     return np.memmap(path, np.uint8, mode="r+")
 
 
