@@ -17,6 +17,7 @@ SmolError
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterable
 
 from smolcli.types import ErrorCode, PromptLimit
@@ -167,10 +168,14 @@ def connection_reason(exc: BaseException, *variables: str) -> str:
     if isinstance(exc, ssl.SSLError | FileNotFoundError) and exc.filename is None:
         names = ("SSL_CERT_FILE", "SSL_CERT_DIR")
     given = [name for name in (*map(str.lower, names), *names) if os.environ.get(name)]
-    reason = _system_reason(exc) or str(exc).partition("\n")[0].rstrip(".") or type(exc).__name__
+    reason = _system_reason(exc) or error_reason(exc).partition("\n")[0].rstrip(".")
     if isinstance(exc, ImportError):
         reason = "a SOCKS proxy needs the package socksio"
     return f"{reason}; check {', '.join(given)} in the environment" if given else reason
+
+
+# Such as those of ::1 where IPv6 is disabled.
+_NO_ROUTE = (errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EAFNOSUPPORT)
 
 
 def _system_reason(exc: BaseException) -> str | None:
@@ -180,13 +185,15 @@ def _system_reason(exc: BaseException) -> str | None:
 
     cause = exc.__cause__ or exc.__context__
     if isinstance(cause, BaseExceptionGroup):  # one for each address of the host
-        cause = cause.exceptions[0]
+        reachable = (e for e in cause.exceptions if getattr(e, "errno", None) not in _NO_ROUTE)
+        cause = next(reachable, cause.exceptions[0])
     if isinstance(cause, TimeoutError):
         return os.strerror(errno.ETIMEDOUT)
     if isinstance(cause, socket.gaierror):
         return cause.strerror
     if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
-        return os.strerror(cause.errno)
+        # asyncio puts a sentence of its own into strerror; Windows knows no text for its numbers
+        return error_reason(cause) if sys.platform == "win32" else os.strerror(cause.errno)
     return None if cause is None else _system_reason(cause)
 
 

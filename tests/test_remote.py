@@ -368,9 +368,8 @@ class TestFailures:
             open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0))
 
     def test_no_server_at_the_url(self) -> None:
-        for host in ("127.0.0.1", "localhost"):
-            with pytest.raises(BackendError, match=r"cannot be reached: Connection refused$"):
-                open_remote(RemoteSettings((f"http://{host}:9",), retry_s=0))
+        with pytest.raises(BackendError, match=r"cannot be reached: Connection refused$"):
+            open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0))
         for url in ("localhost:8000", "ftp://x", "", "http://", "http://x/v1?y=1", "http://x#y"):
             with pytest.raises(UsageError, match=r"URL|query"):
                 open_remote(RemoteSettings((url,)))
