@@ -128,7 +128,7 @@ def check_targets(json_path: Path | None, plot_path: Path | None) -> None:
         RunError: matplotlib is not installed.
     """
     for path in filter(None, (json_path, plot_path)):
-        if path.is_dir() or not path.parent.is_dir():
+        if os.path.isdir(path) or not os.path.isdir(path.parent):
             raise UsageError(
                 f"cannot write {path}: it is a directory, or its parent directory does not exist"
             )

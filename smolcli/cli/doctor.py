@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from smolcli.engine.hardware import cpu_features, memory_bytes, num_cores
-from smolcli.errors import HubUnreachable, ModelError, SmolError, error_reason
+from smolcli.errors import HubUnreachable, ModelError, SmolError, UsageError, error_reason
 from smolcli.settings import DEFAULT_MODEL, EngineSettings
 from smolcli.weights import hub
 from smolcli.weights.resolve import on_disk
@@ -122,7 +122,11 @@ def _torch() -> Iterator[Finding]:
 
 
 def _disk() -> Finding:
-    folder = models_folder()
+    try:
+        folder = models_folder()
+    except UsageError as exc:  # the user has no home directory
+        fault, _, advice = str(exc).partition("; ")
+        return Finding("disk", fault, advice, is_fatal=True)
     place = _from_home(folder)
     while not os.path.exists(folder):
         folder = folder.parent

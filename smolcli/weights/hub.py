@@ -6,10 +6,11 @@ huggingface_hub is slow to import, so it is imported only when it is needed.
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from smolcli.errors import HubUnreachable, ModelNotFound, closest, connection_reason
+from smolcli.errors import HubUnreachable, ModelNotFound, SmolError, closest, connection_reason
 from smolcli.settings import DEFAULT_MODEL
 from smolcli.weights.store import ModelFiles, Notify, entries, missing_file
 
@@ -109,7 +110,9 @@ def _translating_errors(model: str, call: Callable[[], T]) -> T:
 
 def _stored_names() -> list[str]:
     """The names of stored models, except those of .gguf files, which are digests."""
-    return [entry.name for entry in entries() if not entry.name.startswith("gguf--")]
+    with suppress(SmolError):  # only the fault that names them for a hint matters
+        return [entry.name for entry in entries() if not entry.name.startswith("gguf--")]
+    return []
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:

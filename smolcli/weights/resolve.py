@@ -61,13 +61,13 @@ def local(model: str, notify: Notify) -> ModelFiles | None:
     if not model:
         raise ModelNotFound("the name of the model is empty")
     path = Path(os.path.expanduser(model))
-    if path.is_dir():
+    if os.path.isdir(path):
         return _from_folder(model, path)
     if path.suffix.lower() == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ModelNotFound(f"no such file: {path}")
         return _from_gguf(path, notify)
-    if path.is_file() or not HUB_ID.fullmatch(model):
+    if os.path.isfile(path) or not HUB_ID.fullmatch(model):
         raise ModelNotFound(
             f"{model!r} is not a model: pass a directory, a .gguf file or a Hub id "
             "such as HuggingFaceTB/SmolLM2-135M-Instruct"

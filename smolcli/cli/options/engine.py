@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from smolcli.cli.options import option, read_text
-from smolcli.errors import ModelError, UsageError
+from smolcli.errors import SmolError, UsageError
 from smolcli.settings import Dtype, EngineSettings
 
 _DEFAULTS = EngineSettings()
@@ -20,7 +20,7 @@ def stored_models(incomplete: str) -> list[str]:
     """Names of stored models that begin with `incomplete`, for shell completion."""
     from smolcli.weights.store import entries
 
-    with suppress(ModelError):  # the command that is being typed will report it
+    with suppress(SmolError):  # the command that is being typed will report it
         return [entry.name for entry in entries() if entry.name.startswith(incomplete)]
     return []
 
