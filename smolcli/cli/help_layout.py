@@ -47,6 +47,8 @@ def _shown(parameter: Any) -> Any:
     if parameter.param_type_name == "option":
         shown.min = shown.max = None
     if parameter.secondary_opts:
+        if parameter.default is not None:
+            shown.default = "on" if parameter.default else "off"
         shown.opts = [parameter.opts[0].replace("--", "--[no-]", 1)]
         shown.secondary_opts = []
     return shown
