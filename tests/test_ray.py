@@ -22,6 +22,7 @@ from smolcli.errors import BackendError
 
 pytest.importorskip("ray")
 pytestmark = [
+    pytest.mark.timeout(900),  # a cluster takes minutes to start and to heal on a busy machine
     pytest.mark.ray,
     pytest.mark.skipif(sys.platform == "win32", reason="signals"),
     # Ray closes files and sockets only when the process ends.
