@@ -31,7 +31,7 @@ pytestmark = [
 
 NUM_LINES = 160
 NUM_SENT = 24  # lines that are asked of a node that was sent the model
-DEADLINE_S = 240
+DEADLINE_S = 600
 SETTINGS = ["--dtype", "float32", "--seed", "3", "--max-batch-size", "8", "--threads", "1"]
 SETTINGS += ["--no-dedupe"]  # so that there is enough work for all workers
 
