@@ -130,13 +130,16 @@ def _write_table(settings: RunSettings, table: Path) -> None:
     Raises:
         RunError: the table cannot be written.
     """
-    journal, manifest = settings.output, load_manifest(settings.output)
+    journal, fields, overwrite = settings.output, settings.rows.fields, settings.overwrite
+    if table_kind(table) != "sqlite":
+        write_table(journal, table, settings.table_name, fields, overwrite)
+        return
+    manifest = load_manifest(journal)
     with journal.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     is_current = manifest.table_sha256 == digest
-    fields, overwrite = settings.rows.fields, settings.overwrite
     write_table(journal, table, settings.table_name, fields, overwrite, is_current)
-    if not is_current and table_kind(table) == "sqlite":
+    if not is_current:
         save_manifest(replace(manifest, table_sha256=digest), journal)
 
 
