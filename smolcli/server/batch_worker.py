@@ -475,10 +475,7 @@ class BatchWorker:
             )
             return new.with_status("failed")
 
-        batch = self._store.update(batch.id, failed)
-        self._forget(batch.id)
-        self._metrics.count_batch("failed")
-        self._report(batch)
+        self._conclude(self._store.update(batch.id, failed))
 
     def _end(self, batch: Batch, ending: Ending, errors: tuple[BatchError, ...] = ()) -> None:
         """Publish the results of a batch and give it its final status.
@@ -512,15 +509,15 @@ class BatchWorker:
                     raise
                 self._wait_for_storage(batch, exc)
                 return
-            self._forget(batch.id)
+            self._conclude(batch)
+
+    def _conclude(self, batch: Batch) -> None:
+        """Drop what is kept only for an unfinished batch, and report that it has ended."""
         assert batch.ending is not None
+        self._store.remove_results(batch.id)
+        self._waits.pop(batch.id, None)
         self._metrics.count_batch(batch.ending)
         self._report(batch)
-
-    def _forget(self, batch_id: str) -> None:
-        """Drop what is kept only for an unfinished batch."""
-        self._store.remove_results(batch_id)
-        self._waits.pop(batch_id, None)
 
     def _publish(self, batch: Batch) -> None:
         assert batch.output_file_id is not None
