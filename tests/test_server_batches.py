@@ -348,6 +348,17 @@ def hold(folder: Path, **settings: Any) -> Any:
     return held, batch_server(folder, lambda: held, **settings)
 
 
+def partly_answered(folder: Path, num_requests: int, num_answers: int) -> Batch:
+    """A batch whose server stopped after it had answered the first requests."""
+    held, running = hold(folder)
+    with running as (_, client):
+        batch = create(client, [line(name) for name in names(num_requests)])
+        release(held, num_answers)
+        expected = (num_requests, num_answers, 0)
+        eventually(lambda: counts(client.batches.retrieve(batch.id)) == expected)
+    return batch
+
+
 def release(held: HeldBackend, number: int) -> None:
     eventually(lambda: len(held.futures) >= number)
     for index in range(number):
@@ -396,11 +407,7 @@ def waits_for(client: openai.OpenAI, batch: Batch) -> object:
 
 def test_a_batch_goes_on_after_a_clean_stop(tmp_path: Path) -> None:
     """Also: it waits for a server with its settings, and does not hold up others meanwhile."""
-    held, running = hold(tmp_path)
-    with running as (_, client):
-        batch = create(client, [line(name) for name in names(4)])
-        release(held, 2)
-        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 2, 0))
+    batch = partly_answered(tmp_path, 4, 2)
     hotter = QueryDefaults(Sampling(temperature=2.0))
     with batch_server(tmp_path, defaults=hotter) as (_, client):
         assert reach(client, create(client, [line("a")])).status == "completed"
@@ -419,11 +426,7 @@ def test_a_batch_goes_on_after_a_clean_stop(tmp_path: Path) -> None:
 
 
 def test_an_expired_batch_keeps_its_answers_and_lists_the_rest(tmp_path: Path) -> None:
-    held, running = hold(tmp_path)
-    with running as (_, client):
-        batch = create(client, [line(name) for name in names(4)])
-        release(held, 2)
-        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 2, 0))
+    batch = partly_answered(tmp_path, 4, 2)
     change_record(tmp_path / "batches" / f"{batch.id}.json", expires_at=1)
     with batch_server(tmp_path) as (_, client):
         expired = reach(client, batch)
@@ -438,11 +441,7 @@ def test_an_expired_batch_keeps_its_answers_and_lists_the_rest(tmp_path: Path) -
 
 
 def test_an_expired_batch_lists_every_request_once_despite_damage(tmp_path: Path) -> None:
-    held, running = hold(tmp_path)
-    with running as (_, client):
-        batch = create(client, [line(name) for name in names(4)])
-        release(held, 3)
-        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 3, 0))
+    batch = partly_answered(tmp_path, 4, 3)
     output = tmp_path / "batches" / batch.id / "output.jsonl"
     first, _, third = output.read_bytes().splitlines(keepends=True)
     output.write_bytes(first + b"damage\n" + third)
@@ -461,11 +460,7 @@ def interrupted(folder: Path, **changes: Any) -> tuple[Batch, Path]:
         folder: of the batch store.
         changes: made to its record.
     """
-    held, running = hold(folder)
-    with running as (_, client):
-        batch = create(client, [line(name) for name in names(3)])
-        release(held, 2)
-        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (3, 2, 0))
+    batch = partly_answered(folder, 3, 2)
     change_record(folder / "batches" / f"{batch.id}.json", **changes)
     return batch, folder / "files" / batch.input_file_id
 
@@ -689,13 +684,9 @@ def test_a_batch_killed_while_it_fails_keeps_its_error(tmp_path: Path) -> None:
         assert "damaged" in str(failed.errors.data)
 
 
-def damaged(folder: Path, damage: bytes) -> openai.types.Batch:
+def damaged(folder: Path, damage: bytes) -> Batch:
     """A batch of four requests, two of them answered, with a damaged line behind the results."""
-    held, running = hold(folder)
-    with running as (_, client):
-        batch = create(client, [line(name) for name in names(4)])
-        release(held, 2)
-        eventually(lambda: counts(client.batches.retrieve(batch.id)) == (4, 2, 0))
+    batch = partly_answered(folder, 4, 2)
     with (folder / "batches" / batch.id / "output.jsonl").open("ab") as file:
         file.write(damage + b"\n")
     return batch
