@@ -55,6 +55,7 @@ from smolcli.weights.stored_prefix import StoredPrefix
 
 MAX_TOKENIZING_THREADS = 128  # more do not help, and a process may fail to start them
 RECEIVE_S = 0.0002  # enough for another thread to take the GIL and send its data
+RECEIVE_ALONE_S = 0.002  # enough even if the caches of an idle server are cold
 STUCK_AFTER_S = 60.0  # far longer than any step takes
 
 logger = logging.getLogger(__name__)
@@ -387,11 +388,12 @@ class LocalBackend:
         """After the first token of a stream, let its receiver send it before the next step.
 
         The receiver would otherwise wait for the GIL until the step begins, and then compete with
-        the threads that compute it.
+        the threads that compute it. Other queries must not wait long for this.
         """
         if self._has_new_stream:
             self._has_new_stream = False
-            time.sleep(RECEIVE_S)
+            is_alone = len(self._queries) <= 1
+            time.sleep(RECEIVE_ALONE_S if is_alone else RECEIVE_S)
 
     def _give_up(self, reason: BackendError) -> None:
         with self._lock:
