@@ -14,7 +14,7 @@ from smolcli.cli.options import variable_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
 HEAD = """\
-# smol(1)
+# Command reference
 
 `smol [--config FILE] COMMAND [OPTIONS]`
 
