@@ -176,7 +176,7 @@ def _row(option: Any) -> str:
     label = "Also" if usual in variables else "Variable:"
     extra = f" {label} `{'`, `'.join(beside)}`." if beside else ""
     is_bare = option.default is None or option.default is False
-    default = "" if is_bare else f"`{option.default}`"
+    default = "" if is_bare else "on" if option.default is True else f"`{option.default}`"
     text = f"{option.help or ''}{extra}".replace("|", "\\|")
     return f"| {flags}{_values(option)} | {text} | {default} |"
 
