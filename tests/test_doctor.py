@@ -26,8 +26,9 @@ def doctor(*args: object) -> tuple[int, dict[str, dict[str, str]]]:
 
 
 def install(tiny_folder: Path, home: Path) -> Path:
-    """Install the tiny model into the store; returns its folder."""
+    """Receive the tiny model from the store of another machine; returns its folder."""
     contents = {path.name: path.read_bytes() for path in tiny_folder.iterdir()}
+    contents["smol.json"] = b"{}"
     store_sent_model(ModelFiles(MODEL, tiny_folder, "abc", "test"), contents)
     return home / "models" / "shipped--abc"
 

@@ -148,7 +148,8 @@ def install(
     built, folder = files.folder, models_folder() / _folder_name(files.model)
     assert missing_file(built) is None, built
     record = {"model": files.model, "source": files.source, "revision": files.revision}
-    digests = {path.name: sha256_of(path) for path in sorted(built.iterdir())}
+    contents = sorted(path for path in built.iterdir() if path.name != RECORD)  # which is replaced
+    digests = {path.name: sha256_of(path) for path in contents}
     if quantization is not None:
         record["quantization"] = quantization
     whole_record = record | {"created_with": created_with, "sha256": digests}
