@@ -201,6 +201,19 @@ def test_a_generation_is_cancelled_with_its_last_waiter() -> None:
     assert len(held.futures) == 2, "a query after the cancellation starts a new generation"
 
 
+def test_a_generation_is_cancelled_with_its_last_waiter_after_a_change_of_model() -> None:
+    """Clients of a gateway could cancel nothing that was in flight when an upstream failed."""
+    backend = DedupBackend(held := SourcedBackend())
+    held.source = AnswerSource("first", is_verified=True)
+    before = backend.submit(QUERY)
+    held.source = AnswerSource("second", is_verified=True)
+    after = backend.submit(SAME)
+    before.cancel()
+    assert [future.cancelled() for future in held.futures] == [True, False]
+    after.cancel()
+    assert held.futures[1].cancelled()
+
+
 def test_joining_a_stream_delivers_its_text_so_far() -> None:
     held = StreamingBackend()
     backend = DedupBackend(held)

@@ -77,25 +77,27 @@ class DedupBackend(BackendWrapper):
     ) -> Future[Result]:
         """See `Backend`."""
         waiter = PendingQuery(query, on_text, is_interactive)
-        key = (_canonical(query), is_interactive, on_text is not None)
+        canonical = _canonical(query)
+        key = (canonical, is_interactive, on_text is not None)
         with self._lock:
             self._check_source()
             if not self._is_shareable(query):
                 return self._backend.submit(query, on_text, is_interactive=is_interactive)
-            if cached := self._cached.get(key[0]):
-                self._cached.move_to_end(key[0])
+            if cached := self._cached.get(canonical):
+                self._cached.move_to_end(canonical)
                 self._num_shared += 1
                 waiter.show(TextPiece.whole(cached))
                 waiter.complete(_shared(cached, waiter))
-            elif generation := self._running.get(key):
+                return waiter.future
+            if generation := self._running.get(key):
                 self._num_shared += 1
                 generation.join(waiter)
             else:
-                self._start(key, waiter)
-        waiter.future.add_done_callback(lambda _: self._leave(key, waiter))
+                generation = self._start(key, waiter)
+        waiter.future.add_done_callback(lambda _: self._leave(key, generation, waiter))
         return waiter.future
 
-    def _start(self, key: Key, first: PendingQuery) -> None:
+    def _start(self, key: Key, first: PendingQuery) -> Generation:
         generation = self._running[key] = Generation(first)
 
         def extend(text: str) -> None:
@@ -111,6 +113,7 @@ class DedupBackend(BackendWrapper):
             raise
         generation.inner = inner
         inner.add_done_callback(lambda future: self._finish(key, generation, future))
+        return generation
 
     def _finish(self, key: Key, generation: Generation, inner: Future[Result]) -> None:
         with self._lock:
@@ -152,15 +155,13 @@ class DedupBackend(BackendWrapper):
             if len(self._cached) > MAX_CACHED:
                 self._cached.popitem(last=False)
 
-    def _leave(self, key: Key, waiter: PendingQuery) -> None:
-        """Cancel a running generation when its last waiter leaves."""
+    def _leave(self, key: Key, generation: Generation, waiter: PendingQuery) -> None:
+        """Cancel a generation when its last waiter leaves."""
         with self._lock:
-            generation = self._running.get(key)
-            if generation is None or waiter not in generation.waiters:
-                return
             generation.waiters.remove(waiter)
             if not generation.waiters:
-                del self._running[key]
+                if self._running.get(key) is generation:
+                    del self._running[key]
                 if generation.inner is not None:
                     generation.inner.cancel()
 
