@@ -35,16 +35,17 @@ def test_lines_are_the_same_with_any_end_mark_and_compression(
     assert lines == [Line(1, b"a"), Line(4, b"b b"), Line(5, b"c")]
 
 
-@pytest.mark.parametrize("data", [b"", b"\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
+@pytest.mark.parametrize("data", [b"", b"\n\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n\xef\xbb\xbf"])
 def test_empty_file_has_no_lines(tmp_path: Path, data: bytes) -> None:
     assert lines_of(tmp_path / "x", data) == []
 
 
-def test_byte_order_mark_is_dropped_once_at_the_start(tmp_path: Path) -> None:
+def test_byte_order_marks_of_joined_files_are_dropped(tmp_path: Path) -> None:
+    """A line of nothing else used to be an error of its own."""
     bom = b"\xef\xbb\xbf"
-    assert lines_of(tmp_path / "x", bom + bom + b"a\n" + bom + b"b") == [
-        Line(1, bom + b"a"),
-        Line(2, bom + b"b"),
+    assert lines_of(tmp_path / "x", bom + bom + b"a\n" + bom + b"\r\n" + bom + b"b" + bom) == [
+        Line(1, b"a"),
+        Line(3, b"b" + bom),
     ]
 
 

@@ -291,7 +291,7 @@ def test_invalid_template_is_rejected(text: str) -> None:
 
 
 def test_rows_are_numbered_by_the_line_they_begin_on(tmp_path: Path) -> None:
-    data = '\ufeffa,b\r\n\r\n1,"two\r\nlines"\r\n\r\n3,\r\n'
+    data = '\ufeffa,b\r\n\r\n1,"two\r\nlines"\r\n\ufeff\r\n\ufeff3,\r\n'
     want = [Row(3, {"a": "1", "b": "two\r\nlines"}), Row(6, {"a": "3", "b": None})]
     assert cells(write(tmp_path / "x.csv", data)) == want
     assert cells(write(tmp_path / "x.csv.gz", gzip.compress(data.encode()))) == want

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 
-from smolcli.data.jsonl import MAX_LINE_BYTES, Line, physical_lines
+from smolcli.data.jsonl import MAX_LINE_BYTES, Line, physical_lines, without_marks
 from smolcli.data.rows import Row
 from smolcli.errors import InputError, QueryError, counted
 from smolcli.types import ErrorCode
@@ -142,6 +142,8 @@ class _Source:
 
     def __next__(self) -> str:
         line = self._ahead.popleft() if self._ahead else next(self._lines)
+        if line.data is not None and not self._row:
+            line = Line(line.number, without_marks(line.data))
         self._row.append(line)
         self._num_bytes += len(line.data or b"")
         if line.data is None or self._num_bytes > MAX_LINE_BYTES + 2:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
 
-from smolcli.data.jsonl import MAX_LINE_BYTES, Line
+from smolcli.data.jsonl import MAX_LINE_BYTES, Line, without_marks
 from smolcli.data.source import READ_ERRORS, read_some
 from smolcli.errors import InputError, error_reason
 from smolcli.protocol.json_text import shorten
@@ -136,10 +136,11 @@ class _Splitter(_ValueBuffer):
             EOFError: it is not, or text follows the array.
         """
         yield from ()
-        if self._is_closed and (rest := self._value.strip(_BLANK) or self._is_too_long):
-            shown = f": {shorten(rest.decode(errors='replace'))!r}" if rest is not True else ""
+        rest = without_marks(bytes(self._value).strip(_BLANK))
+        if self._is_closed and (rest or self._is_too_long):
+            shown = "" if self._is_too_long else f": {shorten(rest.decode(errors='replace'))!r}"
             raise EOFError(f"there is text after the closing bracket of the array{shown}")
-        if self._depth or self._value.strip(_BLANK):
+        if self._depth or rest:
             raise EOFError("the file ends inside a JSON value")
 
     def _ends_value(self, token: bytes) -> bool:

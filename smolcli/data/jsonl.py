@@ -1,5 +1,6 @@
 """Files of one JSON value per line: the lines of an input, and the writer of results."""
 
+import codecs
 import json
 import os
 import stat
@@ -54,7 +55,7 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def nonblank_lines(file: BufferedIOBase, path: Path) -> Iterator[Line]:
-    """Yield the lines of an open file that are not blank, without their ends.
+    """Yield the lines of an open file that are not blank, without ends and byte order marks.
 
     Args:
         file: the file to read.
@@ -64,10 +65,9 @@ def nonblank_lines(file: BufferedIOBase, path: Path) -> Iterator[Line]:
         InputError: the file cannot be read to its end.
     """
     for line in physical_lines(file, path):
-        data = line.data
-        if data is None:
+        if line.data is None:
             yield line
-        elif data.strip():
+        elif (data := without_marks(line.data)).strip():
             yield Line(line.number, data.rstrip(b"\r\n"))
 
 
@@ -93,6 +93,13 @@ def _split(file: BufferedIOBase) -> Iterator[bytes | None]:
             while (rest := file.readline(_LONGEST_READ)) and not rest.endswith(b"\n"):
                 pass
         yield data if len(data.rstrip(b"\r\n")) <= MAX_LINE_BYTES else None
+
+
+def without_marks(text: bytes) -> bytes:
+    """UTF-8 text without byte order marks at its start; joined files have some in the middle."""
+    while text.startswith(codecs.BOM_UTF8):
+        text = text.removeprefix(codecs.BOM_UTF8)
+    return text
 
 
 def encode(record: dict[str, Any]) -> bytes:
