@@ -79,15 +79,29 @@ def test_stdin_may_be_of_any_kind(data: bytes) -> None:
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 def test_truncated_compressed_input_is_an_error(tmp_path: Path, codec: Codec) -> None:
-    path = write(tmp_path / "x", codec.compress(LINES.encode() * 100)[:-9])
-    with pytest.raises(InputError, match="cannot read"):
+    data = codec.compress(LINES.encode() * 100)
+    for cut in (data[:-9], data + data[:2]):
+        with pytest.raises(InputError, match=f"cannot read .*: its {codec.name} data was cut off"):
+            list(read_lines(write(tmp_path / "x", cut)))
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("rest", [b"\n", LINES.encode()])
+def test_other_data_after_compressed_data_is_an_error(
+    tmp_path: Path, codec: Codec, rest: bytes
+) -> None:
+    """It used to be ignored after bzip2 and xz, along with anything behind xz's padding."""
+    path = write(tmp_path / "x", codec.compress(LINES.encode()) + bytes(4) + rest)
+    with pytest.raises(InputError, match=f"after line 3: it has other data after its {codec.name}"):
         list(read_lines(path))
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 def test_compression_is_deterministic_and_members_concatenate(codec: Codec) -> None:
     assert codec.compress(b"a") == codec.compress(b"a")
-    with codec.open(io.BytesIO(codec.compress(b"a") + codec.compress(b"b"))) as file:
+    padding = bytes(4)
+    packed = codec.compress(b"a") + padding + codec.compress(b"b") + padding
+    with codec.open(io.BytesIO(packed)) as file:
         assert file.read() == b"ab"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from smolcli.batch.chat_ids import ChatIds
 from smolcli.batch.statistics import StatisticsCollector
-from smolcli.data.compression import DECOMPRESSION_ERRORS, LONGEST_MAGIC, codec_of_name
+from smolcli.data.compression import LONGEST_MAGIC, DecompressionError, codec_of_name
 from smolcli.data.jsonl import replacing_lines
 from smolcli.errors import ResumeError
 from smolcli.protocol.json_text import parse_json
@@ -178,7 +178,7 @@ def content_size(path: Path) -> int | None:
         with path.open("rb") as packed, codec.open(packed) as file:
             while data := file.read(1 << 20):
                 size += len(data)
-    except (OSError, *DECOMPRESSION_ERRORS):
+    except (OSError, DecompressionError):
         return None
     return size
 
@@ -227,7 +227,7 @@ def _complete_lines(path: Path) -> Generator[bytes]:
                 "choose another --output, or start over with --overwrite"
             )
         file = packed if codec is None else codec.open(packed)
-        with suppress(*(() if codec is None else (OSError, *DECOMPRESSION_ERRORS))):
+        with suppress(*(() if codec is None else (OSError, DecompressionError))):
             for data in file:
                 if not data.endswith(b"\n"):
                     return

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
 
+from smolcli.data.compression import read_some
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, without_marks
-from smolcli.data.source import READ_ERRORS, read_some
+from smolcli.data.source import READ_ERRORS
 from smolcli.errors import InputError, error_reason
 from smolcli.protocol.json_text import shorten
 
@@ -43,7 +44,7 @@ def json_values(file: BufferedIOBase, path: Path) -> Iterator[Line]:
                 yield Line(number, value)
         for value in splitter.finish() if splitter is not None else ():
             yield Line(number + 1, value)
-    except READ_ERRORS as exc:
+    except (*READ_ERRORS, EOFError) as exc:
         where = f" after record {number}" if number else ""
         raise InputError(f"cannot read {path}{where}: {error_reason(exc)}") from exc
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from smolcli.data.arrow import read_arrow
-from smolcli.data.compression import LONGEST_MAGIC, codec_of_bytes
+from smolcli.data.compression import LONGEST_MAGIC, codec_of_bytes, read_some
 from smolcli.data.csv import read_csv
 from smolcli.data.detection import (
     TEXT_COLUMN,
@@ -24,7 +24,7 @@ from smolcli.data.json_values import json_values
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, is_stream, nonblank_lines
 from smolcli.data.row_mapper import RowMapper, named_columns
 from smolcli.data.rows import Row
-from smolcli.data.source import READ_ERRORS, Prefixed, open_source, read_some
+from smolcli.data.source import READ_ERRORS, Prefixed, open_source
 from smolcli.data.sqlite import read_sqlite
 from smolcli.errors import InputError, QueryError, UsageError, error_reason
 from smolcli.protocol.json_text import load_json

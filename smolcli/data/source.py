@@ -9,13 +9,14 @@ from typing import Any
 
 from smolcli.data.compression import (
     CODECS,
-    DECOMPRESSION_ERRORS,
     LONGEST_MAGIC,
+    DecompressionError,
     codec_of_bytes,
+    read_some,
 )
 from smolcli.errors import InputError, UsageError, cannot_read, error_reason
 
-READ_ERRORS = (OSError, *DECOMPRESSION_ERRORS, UnicodeError)
+READ_ERRORS = (OSError, DecompressionError, UnicodeError)
 
 _CHUNK_BYTES = 1 << 16
 _BYTE_ORDER_MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
@@ -75,13 +76,6 @@ class _Transcoded(io.RawIOBase):
         return len(data)
 
 
-def read_some(file: Any, num_bytes: int) -> bytes:
-    """Up to `num_bytes`, without waiting for all of them; empty at the end of the file."""
-    read = getattr(file, "read1", file.read)
-    data: bytes = read(num_bytes)
-    return data
-
-
 @contextmanager
 def open_source(path: Path, encoding: str | None = None) -> Iterator[io.BufferedIOBase]:
     """Open a file, or stdin for `-`, as UTF-8 text without a byte order mark.
@@ -131,7 +125,7 @@ def _decompressed(file: Any) -> io.BufferedIOBase:
     head = _take(file, LONGEST_MAGIC, may_be_compressed)
     whole = io.BufferedReader(Prefixed(head, file), _CHUNK_BYTES)
     codec = codec_of_bytes(head)
-    return whole if codec is None else io.BufferedReader(Prefixed(b"", codec.open(whole)))
+    return whole if codec is None else codec.open(whole)
 
 
 def _decoded(file: Any, encoding: str | None) -> io.BufferedIOBase:
