@@ -157,6 +157,15 @@ def test_affinity_limits_the_cores() -> None:
         os.sched_setaffinity(0, before)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux' affinity")
+def test_threads_of_one_core_count_once(tmp_path: Path) -> None:
+    """Kubernetes pins containers to both hyperthreads of their cores."""
+    folder = "sys/devices/system/cpu"
+    files = {f"{folder}/cpu{cpu}/topology/core_cpus_list": "0-1" for cpu in os.sched_getaffinity(0)}
+    files[f"{folder}/cpu9999/topology/core_cpus_list"] = "9999"
+    assert num_cores(machine(tmp_path, files)) == 1
+
+
 def test_the_batch_size_is_64_unless_memory_is_short() -> None:
     assert slots(SMOLLM2_135M, 24 * GIB) == slots(SMOLLM2_135M, 4 * GIB) == 64
     assert 8 <= slots(SMOLLM2_135M, 1 * GIB) < 64

@@ -27,12 +27,12 @@ def num_cores(root: Path = ROOT) -> int:
         root: the root of the file system, for tests.
     """
     if hasattr(os, "sched_getaffinity"):
-        num_usable = len(os.sched_getaffinity(0))
+        usable = os.sched_getaffinity(0)
     else:
-        num_usable = os.cpu_count() or 1
-    num_physical = _num_physical_cores() or num_usable
+        usable = set(range(os.cpu_count() or 1))
+    num_physical = _num_physical_cores(root, usable) or len(usable)
     quotas = [_quota(group) for group in _groups(root, "cpu")]
-    return max(1, int(min([num_usable, num_physical, *quotas])))
+    return max(1, int(min([len(usable), num_physical, *quotas])))
 
 
 def memory_bytes(root: Path = ROOT) -> int:
@@ -61,10 +61,10 @@ def cpu_features(root: Path = ROOT) -> list[str]:
     return list(dict.fromkeys(name for flag, name in CPU_FEATURES.items() if flag in flags))
 
 
-def _num_physical_cores() -> int:
-    """The machine's cores, however many threads each of them runs; 0 if unknown."""
-    folder = Path("/sys/devices/system/cpu")
-    cores = {_read(core) for core in folder.glob("cpu[0-9]*/topology/core_cpus_list")} - {""}
+def _num_physical_cores(root: Path, usable: set[int]) -> int:
+    """The number of cores that usable logical CPUs belong to, or of all cores; 0 if unknown."""
+    folder = root / "sys/devices/system/cpu"
+    cores = {_read(folder / f"cpu{cpu}/topology/core_cpus_list") for cpu in usable} - {""}
     if cores:
         return len(cores)
     import psutil  # late: takes long to import
