@@ -88,6 +88,7 @@ def test_cell_that_is_not_text_is_an_error_of_its_row(shop: sqlite3.Connection) 
         ({"table": "revews"}, "no table named 'revews'; the tables are: reviews, stars"),
         ({}, "choose the rows with --table or --query; the tables are: reviews, stars"),
         ({"query": "SELEC 1"}, "--query: "),
+        ({"query": "SELECT locked FROM reviews"}, "--query: no such column: locked"),
         ({"query": "DELETE FROM reviews"}, "--query: "),
         ({"query": "SELECT id FROM reviews"}, "no column named 'review'"),
     ],

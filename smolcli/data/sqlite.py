@@ -273,7 +273,8 @@ def _quoted(name: str) -> str:
 
 
 def _is_locked(exc: Exception) -> bool:
-    return "locked" in str(exc) or "busy" in str(exc)
+    primary_code = getattr(exc, "sqlite_errorcode", 0) & 0xFF
+    return primary_code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 @contextmanager
