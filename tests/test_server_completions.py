@@ -20,7 +20,11 @@ from smolcli.backends.local import open_local
 from smolcli.backends.remote.backend import open_gateway
 from smolcli.errors import QueryError
 from smolcli.protocol.line_formats import OPENAI, RunInfo, smol_record
-from smolcli.protocol.text_completions import TextCompletionFields, parse_text_completion
+from smolcli.protocol.text_completions import (
+    TextCompletionFields,
+    parse_text_fields,
+    text_completion,
+)
 from smolcli.settings import EngineSettings, QueryDefaults, RemoteSettings
 from smolcli.types import Message, Query, Sampling
 
@@ -171,7 +175,7 @@ def test_stop_strings_and_formats_apply_to_the_continuation(ask: Any) -> None:
         ({"best_of": 2}, "best_of"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
-        ({"n": 9, "prompt": ["a"] * 200, "temperature": 1}, "prompt"),
+        ({"n": 9, "prompt": ["a"] * 200, "temperature": 0}, "prompt"),  # before they are parsed
         ({"stream": True, "extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs"),
     ],
 )
@@ -310,7 +314,7 @@ def near(*values: object) -> Any:
 )
 def test_schema_allows_what_the_parser_accepts(value: dict[str, Any]) -> None:
     try:
-        parse_text_completion(value, QueryDefaults(), "1")
+        text_completion(parse_text_fields(value), QueryDefaults(), "1")
         is_accepted = True
     except QueryError:
         is_accepted = False

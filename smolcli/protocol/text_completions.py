@@ -97,6 +97,17 @@ class TextCompletionFields(GenerationFields):
         None, description="true: send token ids to leave them out"
     )
 
+    @property
+    def prompts(self) -> list[Any]:
+        """The prompts, each of them text or token ids."""
+        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_single else list(self.prompt)
+
+    @property
+    def num_choices(self) -> int:
+        """Number of choices for each prompt."""
+        return self.n or 1
+
 
 @dataclass(frozen=True, slots=True)
 class TextCompletion:
@@ -209,13 +220,31 @@ def text_answer_fields(result: Result) -> dict[str, Any]:
     return {"choices": choices, "usage": usage_fields(result.usage)}
 
 
-def parse_text_completion(
-    value: object, defaults: QueryDefaults, completion_id: str, default_model: str = ""
+def parse_text_fields(value: object) -> TextCompletionFields:
+    """Validate the body of a request, except for what each prompt's query must satisfy.
+
+    Raises:
+        QueryError: naming the first invalid parameter by its path.
+    """
+    fields = validated(TextCompletionFields, value)
+    check_stream(fields, value)
+    if fields.best_of is not None and fields.best_of != fields.num_choices:
+        raise invalid_parameter("best_of", TextCompletionFields)
+    if fields.max_tokens == 0 and not fields.echo and fields.prompt_logprobs is None:
+        raise invalid_parameter("max_tokens", TextCompletionFields)
+    return fields
+
+
+def text_completion(
+    fields: TextCompletionFields,
+    defaults: QueryDefaults,
+    completion_id: str,
+    default_model: str = "",
 ) -> TextCompletion:
-    """Validate the body of a request.
+    """The request that a body stands for.
 
     Args:
-        value: the parsed JSON body.
+        fields: the body.
         defaults: values for the parameters that it leaves out.
         completion_id: id of the response, and start of the ids of its queries.
         default_model: the model's name if the body has none.
@@ -223,10 +252,8 @@ def parse_text_completion(
     Raises:
         QueryError: naming the first invalid parameter by its path.
     """
-    fields = _fields(value)
-    prompts = _prompts(fields.prompt)
     queries: list[Query] = []
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(fields.prompts):
         query = _query(fields, prompt, defaults, f"{completion_id}-{index}", None)
         # Every choice repeats the prompt's log probabilities.
         queries += [
@@ -235,7 +262,7 @@ def parse_text_completion(
     return TextCompletion(
         id=completion_id,
         queries=tuple(queries),
-        num_choices=fields.n or 1,
+        num_choices=fields.num_choices,
         model=fields.model or default_model,
         is_stream=bool(fields.stream),
         includes_usage=bool(fields.stream_options and fields.stream_options.include_usage),
@@ -254,14 +281,13 @@ def parse_text_line(value: object, defaults: QueryDefaults, chat_id: str, line: 
     Raises:
         QueryError: naming the first invalid parameter by its path.
     """
-    fields = _fields(value)
+    fields = parse_text_fields(value)
     if fields.stream:
         raise QueryError("stream cannot be true in a batch", field="stream")
-    prompts = _prompts(fields.prompt)
-    if len(prompts) > 1:
+    if len(fields.prompts) > 1:
         message = "a line can have only one prompt; write one line for each"
         raise QueryError(message, field="prompt")
-    return _query(fields, prompts[0], defaults, chat_id, line)
+    return _query(fields, fields.prompts[0], defaults, chat_id, line)
 
 
 def entries_of(logprobs: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -282,21 +308,6 @@ def entries_of(logprobs: Mapping[str, Any]) -> list[dict[str, Any]]:
         entry(*token) | {"top_logprobs": [entry(*each) for each in (top or {}).items()]}
         for token, top in zip(tokens, likely, strict=True)
     ]
-
-
-def _fields(value: object) -> TextCompletionFields:
-    fields = validated(TextCompletionFields, value)
-    check_stream(fields, value)
-    if fields.best_of is not None and fields.best_of != (fields.n or 1):
-        raise invalid_parameter("best_of", TextCompletionFields)
-    if fields.max_tokens == 0 and not fields.echo and fields.prompt_logprobs is None:
-        raise invalid_parameter("max_tokens", TextCompletionFields)
-    return fields
-
-
-def _prompts(prompt: str | Sequence[int] | Sequence[str] | Sequence[list[int]]) -> list[Any]:
-    is_single = isinstance(prompt, str) or isinstance(prompt[0], int)
-    return [prompt] if is_single else list(prompt)
 
 
 def _query(

@@ -10,8 +10,10 @@ from flask import Blueprint, Response
 
 from smolcli.protocol.text_completions import (
     TextCompletion,
+    TextCompletionFields,
     TextLogprobs,
-    parse_text_completion,
+    parse_text_fields,
+    text_completion,
     text_entries,
 )
 from smolcli.server.errors import HttpCode, HttpError, error_body, error_response, result_error
@@ -26,16 +28,17 @@ def text_completions_routes(service: Service) -> Blueprint:
 
     @routes.post("/completions")
     def completions() -> Response:
+        fields = parse_text_fields(read_json())
+        _check_num_choices(fields, service.settings.max_batch_queries)
         completion_id = f"cmpl-{uuid.uuid4().hex}"
-        completion = parse_text_completion(
-            read_json(), service.settings.defaults, completion_id, service.model_names[0]
+        completion = text_completion(
+            fields, service.settings.defaults, completion_id, service.model_names[0]
         )
         service.check_model(completion.model)
 
         def failed(index: int, result: Result) -> Response:
             return error_response(result_error(completion.error(index, result)))
 
-        _check_num_choices(completion, service.settings.max_batch_queries)
         in_flight = service.start(
             dict(enumerate(completion.queries)),
             is_interactive=len(completion.queries) == completion.num_choices,
@@ -54,8 +57,9 @@ def text_completions_routes(service: Service) -> Blueprint:
     return routes
 
 
-def _check_num_choices(completion: TextCompletion, limit: int) -> None:
-    if (num_choices := len(completion.queries)) > limit:
+def _check_num_choices(fields: TextCompletionFields, limit: int) -> None:
+    """Reject a request for too many choices, before it costs the time of parsing their prompts."""
+    if (num_choices := len(fields.prompts) * fields.num_choices) > limit:
         message = f"prompt and n ask for {num_choices:,} choices, more than the limit of {limit:,}"
         raise HttpError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message, HttpCode.TOO_LARGE, "prompt")
 
