@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Collection, Iterator
+from itertools import islice, tee
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -73,11 +74,16 @@ class Sample:
 
     def __init__(self, file: io.BufferedIOBase) -> None:
         self._file = file
+        self._lines = self._read()
         self.head = b""
         self.is_whole = False
 
     def lines(self) -> Iterator[bytes]:
-        """The lines that are not blank, without white space around them."""
+        """The lines that are not blank, from the first one, without white space around them."""
+        self._lines, lines = tee(self._lines)
+        return lines
+
+    def _read(self) -> Iterator[bytes]:
         for _ in range(SAMPLE_LINES):
             line = self._file.readline(SAMPLE_BYTES - len(self.head))
             self.head += line
@@ -108,23 +114,20 @@ def detect_kind(
     Raises:
         UsageError: the format is not supported.
     """
-    lines = sample.lines()
-    first = next(lines, b"")
+    first = next(sample.lines(), b"")
     for magic, kind in _BINARY.items():
         if sample.head.startswith(magic):
             return kind
     reject_unsupported(first, path)
-    if _begins_json(first, lines, sample):
+    if _begins_json(first, sample):
         return "json"
     if input_format in ("smol", "openai", "bare"):
         return "jsonl"
     is_txt = without_codec_suffix(path).suffix.lower() == ".txt"
     if is_txt and not first.startswith(b"{") and b"\0" not in first:
-        return _kind_of_text(sample, lines, columns)
-    seen = [first]
-    if first.startswith(b"{") or any(_is_object(line, seen) for line in lines):
-        return "jsonl"
-    if all(_is_json(line) for line in seen if line):
+        return _kind_of_text(sample, columns)
+    has_object = any(line.startswith(b"{") for line in sample.lines())
+    if has_object or all(map(_is_json, sample.lines())):
         return "jsonl"
     if _guess_delimiter(sample.head, sample.is_whole) is not None:
         return "csv"
@@ -135,23 +138,23 @@ def detect_kind(
     )
 
 
-def _begins_json(first: bytes, lines: Iterator[bytes], sample: Sample) -> bool:
+def _begins_json(first: bytes, sample: Sample) -> bool:
     """Whether a first line begins JSON that is not one value per line."""
     if first == b"{" or first.startswith(RECORD_SEPARATOR):
         return True
     if first.startswith(b"{"):
         has_old_ends = b"\r" in first and b"\n" not in sample.head
         return has_old_ends or _has_several_objects(first)
-    return first.startswith(b"[") and _is_array(first, lines)
+    return first.startswith(b"[") and _is_array(first, sample)
 
 
-def _kind_of_text(sample: Sample, lines: Iterator[bytes], columns: Collection[str]) -> Kind:
+def _kind_of_text(sample: Sample, columns: Collection[str]) -> Kind:
     """The kind of a .txt file whose first line is not JSON.
 
     Lines with equally many commas are a table if options name its columns. `text` may also be the
     column of a prompt per line, unless the first row has that name.
     """
-    if any(line.startswith(b"{") and _is_json(line) for line in lines):
+    if any(line.startswith(b"{") and _is_json(line) for line in sample.lines()):
         return "jsonl"
     delimiter = _guess_delimiter(sample.head, sample.is_whole) if columns else None
     if delimiter is None:
@@ -214,13 +217,13 @@ def _share_that_fits(head: bytes, is_whole: bool, delimiter: str) -> float:
     return sum(len(row) == len(header) for row in rows) / len(rows)
 
 
-def _is_array(first: bytes, lines: Iterator[bytes]) -> bool:
+def _is_array(first: bytes, sample: Sample) -> bool:
     """Whether a first line that begins with a bracket starts an array with elements of any kind.
 
     Otherwise it is an invalid line, such as a log line or an array in place of an object.
     """
     if _is_json(first):
-        return next(lines, None) is None
+        return next(islice(sample.lines(), 1, None), None) is None
     rest = first[1:].lstrip()
     return not rest or rest.startswith((b"{", b"]"))
 
@@ -233,11 +236,6 @@ def _has_several_objects(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return text[end:].lstrip().startswith((",", "{"))
-
-
-def _is_object(line: bytes, seen: list[bytes]) -> bool:
-    seen.append(line)
-    return line.startswith(b"{")
 
 
 def _is_json(line: bytes) -> bool:
