@@ -37,6 +37,7 @@ RESULTS_TABLE = "results"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_SEED = -1  # counts as absent, as in vLLM and llama.cpp
 OPENAI_TEMPERATURE = 1.0  # the default of OpenAI's API
+HOME_VARIABLE = "SMOL_HOME"
 MAX_AUTO_SLOTS = 64  # more do not increase the throughput of a CPU
 
 
@@ -46,7 +47,7 @@ def smol_home() -> Path:
     Raises:
         UsageError: the user has no home directory, and SMOL_HOME is not set.
     """
-    if folder := os.environ.get("SMOL_HOME"):
+    if folder := os.environ.get(HOME_VARIABLE):
         return Path(folder)
     try:
         return Path.home() / ".cache" / "smolcli"

@@ -1,5 +1,6 @@
 """Errors about options say whether a flag, the environment or the config file set the value."""
 
+import json
 import os
 from pathlib import Path
 
@@ -280,3 +281,28 @@ def test_empty_path_in_the_config_file_is_an_error(tmp_path: Path) -> None:
 def test_value_that_may_be_a_path_must_not_be_empty(flag: str) -> None:
     done = smol("ask", "Hi", flag, "")
     assert (done.exit_code, done.stderr) == (2, f"smol: {flag} must not be empty\n")
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("SMOL_MODLE", "SMOL_MODEL"),
+        ("SMOL_MAX_TOKENS", "SMOL_MAX_NEW_TOKENS"),
+        ("SMOL_CONFIG_FILE", "SMOL_CONFIG"),
+        ("SMOL_HOMES", "SMOL_HOME"),
+        ("smol_api_keys", "SMOL_API_KEY"),
+        ("SMOL_PORT", None),  # of another command
+        ("SMOL_SERVICE_HOST", None),  # of a Kubernetes service
+        ("SMOL_PORT_8000_TCP_ADDR", None),
+        ("SMOL_URL", None),
+        ("SMOL_KERNEL_VARIANT", None),
+    ],
+)
+def test_misspelled_variable_is_reported(variable: str, meant: str | None) -> None:
+    """It was ignored without a word, unlike a misspelled flag or key of the config file."""
+    done = smol("models", "list", "--json", env={variable: "1"})
+    json.loads(done.stdout)
+    assert ("no effect" in done.stderr) == (meant is not None)
+    if meant:
+        note = f"smol: {variable} in the environment has no effect; did you mean {meant}?\n"
+        assert done.stderr.startswith(note)

@@ -48,7 +48,8 @@ port = 9000
 api-key = ["first", "second"]
 ```
 
-An unknown key or an invalid value is an error.
+An unknown key or an invalid value is an error. A variable whose name looks misspelled is reported
+on stderr.
 
 ## Exit codes
 

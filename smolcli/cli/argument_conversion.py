@@ -18,6 +18,7 @@ from smolcli.cli.option_sources import (
     InvalidValue,
     add_sources,
     as_usage_error,
+    misspelled_variables,
     reject_blank_lists,
 )
 from smolcli.errors import SmolError
@@ -46,6 +47,10 @@ class SmolCommand(ReadableHelp, TyperCommand):
         return rest
 
     def invoke(self, ctx: Any) -> Any:
+        if not ctx.params.get("quiet"):
+            for name, meant in misspelled_variables(self, ctx.find_root().command):
+                note = f"{name} in the environment has no effect; did you mean {meant}?"
+                typer.echo(f"smol: {note}", err=True)
         try:
             return super().invoke(ctx)
         except SmolError as exc:

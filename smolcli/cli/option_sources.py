@@ -6,15 +6,19 @@ place, the value and what is allowed.
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import typer
 
-from smolcli.errors import SmolError, UsageError, without_credentials
+from smolcli.errors import SmolError, UsageError, closest, without_credentials
+from smolcli.settings import HOME_VARIABLE
 
 _MAX_SHOWN = 100  # characters of a value
 _SECRETS = frozenset({"api_key", "upstream_api_key"})
+_PREFIX = "SMOL_"
+_OURS = re.compile(_PREFIX, re.IGNORECASE)
 _FLAG = re.compile(r"--[a-z][a-z-]*")
 
 
@@ -61,6 +65,41 @@ def reject_blank_lists(ctx: Any) -> None:
         is_set = source is not None and source.name == "ENVIRONMENT"
         if is_set and option.multiple and not ctx.params.get(option.name):
             raise UsageError(f"the environment variable {_variable(option)} must not be blank")
+
+
+def misspelled_variables(command: Any, group: Any) -> Iterator[tuple[str, str]]:
+    """Environment variables that set nothing, each with the name that was probably meant.
+
+    Those that resemble no option are not meant for smol: in Kubernetes, a service called smol sets
+    SMOL_SERVICE_HOST.
+
+    Args:
+        command: the command that runs.
+        group: the `smol` group, whose other commands are imported only if they may have a variable.
+    """
+    given = [name for name, value in os.environ.items() if value and _OURS.match(name)]
+    known = {HOME_VARIABLE, *_variables(group.params), *_variables(command.params)}
+    if known.issuperset(given):
+        return
+    known.update(_variables(_parameters(group)))
+    names = [name.removeprefix(_PREFIX) for name in known if name.startswith(_PREFIX)]
+    for name in given:
+        near = closest(name.upper().removeprefix(_PREFIX), names, cutoff=0.7)
+        if near and name not in known:
+            yield name, _PREFIX + near
+
+
+def _parameters(command: Any) -> Iterator[Any]:
+    """The parameters of a command and, if it is a group, of its commands."""
+    yield from command.params
+    for member in getattr(command, "commands", {}).values():
+        yield from _parameters(member)
+
+
+def _variables(parameters: Iterable[Any]) -> Iterator[str]:
+    for parameter in parameters:
+        if parameter.envvar:
+            yield from _names(parameter)
 
 
 def add_sources(exc: SmolError, ctx: Any) -> None:
@@ -113,8 +152,12 @@ def _is_about(message: str, option: Any, ctx: Any) -> bool:
 
 def _variable(option: Any) -> str:
     """The environment variable that an option was set by."""
-    names = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar)
+    names = _names(option)
     return next((name for name in names if os.environ.get(name)), names[0])
+
+
+def _names(option: Any) -> list[str]:
+    return [option.envvar] if isinstance(option.envvar, str) else list(option.envvar)
 
 
 def _shown(value: object) -> str:
