@@ -1,30 +1,23 @@
 """Queries that ask for several answers (`n` > 1): one generation per answer, one result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
 from smolcli.backends.base import complete_future
-from smolcli.protocol.prompt import split_answers
 from smolcli.protocol.tools import with_call_ids
 from smolcli.types import Query, Result, Timings, Usage
 
 
-def submit_each(query: Query, submit: Callable[[Query, bool], Future[Result]]) -> Future[Result]:
-    """Submit one query for each answer and combine their results.
+def combined_future(query: Query, futures: Sequence[Future[Result]]) -> Future[Result]:
+    """The result of a query whose answers are generated separately, or the first error.
+
+    Cancelling it cancels all generations.
 
     Args:
-        query: asks for `n` answers.
-        submit: submits one query; its second argument tells whether it is the first.
-
-    Returns:
-        The result with all answers, or the first error. Cancelling it cancels all generations.
+        query: asks for several answers.
+        futures: the results of `split_answers(query)`.
     """
-    futures = [submit(each, index == 0) for index, each in enumerate(split_answers(query))]
-    return _combined(query, futures)
-
-
-def _combined(query: Query, futures: Sequence[Future[Result]]) -> Future[Result]:
     combined: Future[Result] = Future()
 
     def cancel_all(_: Future[Result]) -> None:

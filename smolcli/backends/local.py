@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import smolcli
-from smolcli.backends.alternatives import submit_each
+from smolcli.backends.alternatives import combined_future
 from smolcli.backends.base import (
     WINDOW_BATCHES,
     AnswerSource,
@@ -31,6 +31,7 @@ from smolcli.engine.engine import Engine
 from smolcli.engine.sequence import Sequence
 from smolcli.engine.speculation import Speculation
 from smolcli.errors import BackendError, QueryError
+from smolcli.protocol.prompt import split_answers
 from smolcli.protocol.tools import with_call_ids
 from smolcli.settings import EngineSettings
 from smolcli.text.detokenizer import Detokenizer
@@ -257,12 +258,10 @@ class LocalBackend:
     ) -> Future[Result]:
         """See `Backend`; of several answers, `on_text` receives the first."""
         if query.n > 1:
-            return submit_each(
-                query,
-                lambda each, is_first: self.submit(
-                    each, on_text if is_first else None, is_interactive=is_interactive
-                ),
-            )
+            first, *others = split_answers(query)
+            futures = [self.submit(first, on_text, is_interactive=is_interactive)]
+            futures += [self.submit(each, is_interactive=is_interactive) for each in others]
+            return combined_future(query, futures)
         marker = MARKER if query.tools else ""
         detokenizer = Detokenizer(
             self._tokenizer.decoder(),
