@@ -4,11 +4,10 @@ huggingface_hub is slow to import, so it is imported only when it is needed.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 from smolcli.errors import HubUnreachable, ModelNotFound, SmolError, closest, connection_reason
 from smolcli.settings import DEFAULT_MODEL
@@ -28,8 +27,6 @@ PATTERNS = [
     "*.safetensors",
     "*.safetensors.index.json",
 ]
-
-T = TypeVar("T")
 
 
 def cached(model: str) -> ModelFiles | None:
@@ -57,9 +54,8 @@ def download(model: str, notify: Notify) -> ModelFiles:
 
     probe(model)
     notify(f"downloading {model} from the Hub")
-    folder = Path(
-        _translating_errors(model, lambda: snapshot_download(model, allow_patterns=PATTERNS))
-    )
+    with _translated_errors(model):
+        folder = Path(snapshot_download(model, allow_patterns=PATTERNS))
     if missing := missing_file(folder):
         raise ModelNotFound(f"{model} on the Hub has no {missing}, which smol requires")
     return ModelFiles(model, folder, folder.name, "hub")
@@ -74,19 +70,23 @@ def probe(model: str) -> None:
     """
     from huggingface_hub import HfApi
 
-    def ask() -> object:
-        return HfApi().model_info(model, timeout=PROBE_TIMEOUT_S)
-
-    _translating_errors(model, lambda: _within(PROBE_TIMEOUT_S, ask))
+    with _translated_errors(model):
+        _within(PROBE_TIMEOUT_S, lambda: HfApi().model_info(model, timeout=PROBE_TIMEOUT_S))
 
 
-def _translating_errors(model: str, call: Callable[[], T]) -> T:
-    """Run `call` and translate the Hub client's exceptions to ours."""
+@contextmanager
+def _translated_errors(model: str) -> Iterator[None]:
+    """Raise the Hub client's exceptions as ours.
+
+    Raises:
+        HubUnreachable: the Hub does not answer.
+        ModelNotFound: the Hub has no such model, or it is gated.
+    """
     from httpx2 import HTTPError, InvalidURL
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return call()
+        yield
     except GatedRepoError as exc:
         raise ModelNotFound(
             f"{model} is gated: accept its terms on the Hub, then set HF_TOKEN"
@@ -115,18 +115,19 @@ def _stored_names() -> list[str]:
     return []
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def _within(seconds: float, call: Callable[[], object]) -> None:
     """Run `call` with a timeout that also covers the name lookup."""
-    future: Future[T] = Future()
+    future: Future[None] = Future()
 
     def work() -> None:
         try:
-            future.set_result(call())
+            call()
+            future.set_result(None)
         except BaseException as exc:
             future.set_exception(exc)
 
     threading.Thread(target=work, name="hub-probe", daemon=True).start()
     try:
-        return future.result(seconds)
+        future.result(seconds)
     except TimeoutError as exc:
         raise TimeoutError(f"no answer within {seconds:g} s") from exc
