@@ -140,17 +140,21 @@ class PrefixCache(Generic[KV]):
     def _pop_leaf(self, keep: Block[KV]) -> Block[KV] | None:
         """The leaf with the lowest priority other than `keep`."""
         while self._leaves:
-            _, last_use, block = heapq.heappop(self._leaves)
-            is_current = block.parent is not None and block.last_use == last_use
-            if is_current and not block.children and block is not keep:
-                return block
+            entry = heapq.heappop(self._leaves)
+            if _is_current(entry) and entry[2] is not keep:
+                return entry[2]
         return None
 
     def _push_if_leaf(self, block: Block[KV]) -> None:
         if block.parent is None or block.children:
             return
-        if len(self._leaves) > 2 * self.num_blocks:  # mostly outdated entries
-            leaves = {id(b): (u, b) for _, u, b in self._leaves if b.last_use == u and b.parent}
-            self._leaves = [(b.priority, u, b) for u, b in leaves.values() if not b.children]
+        if len(self._leaves) > 2 * self.num_blocks:  # mostly outdated or repeated entries
+            self._leaves = list(filter(_is_current, set(self._leaves)))
             heapq.heapify(self._leaves)
         heapq.heappush(self._leaves, (block.priority, block.last_use, block))
+
+
+def _is_current(leaf: tuple[int, int, Block[KV]]) -> bool:
+    """Whether a block is still a leaf of the tree, and has not been used since."""
+    _, last_use, block = leaf
+    return block.parent is not None and not block.children and block.last_use == last_use
