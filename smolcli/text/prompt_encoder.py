@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Protocol
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -21,6 +20,8 @@ PRIVATE_USE_A, PRIVATE_USE_B = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE
 IS_PRIVATE_USE_A = re.compile("[\U000f0000-\U000ffffd]")
 LONG_TEXT = 4096  # characters; shorter texts are encoded in about a millisecond
 HUGE_TEXT = 1 << 16  # characters; encoding shorter texts needs little memory
+
+Render = Callable[[Sequence[Message], Tools | None], str]  # applies a chat template
 
 
 class PromptEncoder:
@@ -80,7 +81,7 @@ class PromptEncoder:
         self,
         messages: Sequence[Message],
         tools: Tools | None,
-        render: "Render",
+        render: Render,
         limit: PromptLimit | None = None,
     ) -> list[int]:
         """Render and encode messages.
@@ -153,7 +154,7 @@ class PromptEncoder:
         self,
         messages: Sequence[Message],
         tools: Tools | None,
-        render: "Render",
+        render: Render,
         limit: PromptLimit | None,
     ) -> str:
         """The prompt's text, with aliases for the control tokens that the template wrote."""
@@ -193,14 +194,6 @@ class PromptEncoder:
         used = set(IS_PRIVATE_USE_A.findall(text))
         free = (char for code in PRIVATE_USE_A if (char := chr(code)) not in used)
         return dict(zip(self._letters, free, strict=False))
-
-
-class Render(Protocol):
-    """Applies a chat template."""
-
-    def __call__(self, messages: Sequence[Message], tools: Tools | None) -> str:
-        """The prompt's text."""
-        ...
 
 
 # Words of JSON Schema that templates look at; none is part of a control token.
