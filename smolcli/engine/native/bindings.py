@@ -73,7 +73,9 @@ class BatchStruct(ctypes.Structure):
 
 
 class SpaceStruct(ctypes.Structure):
-    """Buffers for the activations of a step."""
+    """Buffers for the activations of a step, kept alive by `arrays`."""
+
+    arrays: tuple[Array, ...]
 
     _fields_ = [
         *((name, c_void_p) for name in ("x", "normed", "squares", "queries", "attended", "act")),

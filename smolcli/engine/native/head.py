@@ -43,9 +43,8 @@ class NativeHead:
         """See `interfaces.Head`."""
         x = np.ascontiguousarray(x, np.float32)
         out = np.empty((len(x), self._num_panels * self._kernels.panel), np.float32)
-        scratch, space = self._space(len(x))
+        space = self._space(len(x))
         self._team.logits(self._struct, address(x), len(x), ctypes.byref(space), address(out))
-        del scratch
         logits: Array = out[:, : self._struct.vocab]
         return logits
 
@@ -63,7 +62,7 @@ class NativeHead:
         bounds = None
         if self._struct.head_lengths and num_rows >= BOUNDED_ROWS:
             bounds = np.empty((self._num_panels + self._team.num_threads + 2, num_rows), np.float32)
-        scratch, space = self._space(num_rows, is_bounded=bounds is not None)
+        space = self._space(num_rows, is_bounded=bounds is not None)
         self._team.best(
             self._struct,
             address(x),
@@ -74,10 +73,10 @@ class NativeHead:
             None if bounds is None else address(bounds),
             address(ids),
         )
-        del scratch
         if (ids < 0).any():
             raise FloatingPointError("the model computed logits that are not numbers")
-        return [int(token_id) for token_id in ids]
+        token_ids: list[int] = ids.tolist()
+        return token_ids
 
     def _bits(self, masks: Masks) -> Array:
         """The masks, padded to whole panels with ones."""
@@ -87,16 +86,14 @@ class NativeHead:
                 row[: len(mask)] = np.frombuffer(mask, np.uint8)[: len(row)]
         return bits
 
-    def _space(
-        self, num_rows: int, *, is_bounded: bool = False
-    ) -> tuple[tuple[Array, ...], SpaceStruct]:
-        """Scratch space for the norm of `num_rows` rows, and the structure that points to it."""
+    def _space(self, num_rows: int, *, is_bounded: bool = False) -> SpaceStruct:
+        """Scratch space for the norm of `num_rows` rows."""
         hidden, stride = self._struct.hidden, num_rows + self._kernels.width
         normed = aligned_empty((num_rows, hidden), self._kernels.dtype)
         squares = aligned_empty((hidden // self._kernels.panel, stride), FLOAT32)
         has_integers = self._kernels.integers or is_bounded
         rounded = rounded_inputs(num_rows if has_integers else 0, hidden)
-        struct = SpaceStruct(
+        space = SpaceStruct(
             normed=address(normed),
             squares=address(squares),
             squares_stride=stride,
@@ -104,4 +101,5 @@ class NativeHead:
             expanded_stride=self._expanded.shape[1],
             rounded=address(rounded),
         )
-        return (normed, squares, rounded), struct
+        space.arrays = (normed, squares, rounded)
+        return space

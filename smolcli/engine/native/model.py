@@ -238,7 +238,7 @@ class Space:
         self.num_rows = num_rows
         hidden, inner = config.hidden_size, config.num_heads * config.head_dim
         stride = num_rows + kernels.width
-        self.x = aligned_empty((num_rows, hidden), FLOAT32)
+        x = aligned_empty((num_rows, hidden), FLOAT32)
         squares = aligned_empty((hidden // kernels.panel, stride), FLOAT32)
         widths = {
             "normed": hidden,
@@ -250,9 +250,8 @@ class Space:
             name: aligned_empty((num_rows, size), kernels.dtype) for name, size in widths.items()
         }
         rounded = rounded_inputs(num_rows if kernels.integers else 0, max(widths.values()))
-        self._kept = (squares, elements, expanded, rounded)  # the structure points to them
         self.struct = SpaceStruct(
-            x=address(self.x),
+            x=address(x),
             squares=address(squares),
             squares_stride=stride,
             expanded=address(expanded),
@@ -260,3 +259,4 @@ class Space:
             rounded=address(rounded),
             **{name: address(array) for name, array in elements.items()},
         )
+        self.struct.arrays = (x, squares, expanded, rounded, *elements.values())
