@@ -162,6 +162,16 @@ def test_a_body_above_the_limit_is_rejected_while_it_is_sent(server: RunningServ
     assert reply.body["error"]["code"] == "too_large"
 
 
+@pytest.mark.parametrize("received", [b"", b"3\r\nabc\r\n"])
+def test_a_chunk_above_the_limit_is_rejected_from_its_size(
+    server: RunningServer, received: bytes
+) -> None:
+    """It was buffered up to the limit first."""
+    head = raw("/chat", "Host: x", JSON, "Transfer-Encoding: chunked", body=received)
+    reply = exchange(server, head + b"%x\r\n" % (LIMIT + 1))
+    assert (reply.status, reply.body["error_code"], reply.is_closed) == (413, "too_large", True)
+
+
 def test_a_body_of_the_limit_is_accepted(server: RunningServer) -> None:
     fixed = json.dumps({"chat_id": "1", "user_prompt": "Hi", "system_prompt": ""}).encode()
     assert exchange(server, http("/chat", fixed.ljust(LIMIT), JSON)).status == 200

@@ -15,7 +15,7 @@ from typing import Any
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError, crack_first_line, split_uri
 from waitress.task import WSGITask
-from waitress.utilities import BadRequest
+from waitress.utilities import BadRequest, RequestEntityTooLarge
 from waitress.utilities import Error as WaitressError
 
 from smolcli.server.auth import missing_key
@@ -87,6 +87,9 @@ class Parser(HTTPRequestParser):
             self._read_target(self.header_plus)
             self.error = BadRequest("lines must end in CR LF")  # as RFC 9112 allows
             self.completed = True
+        if not self.completed and self.chunked and self._is_chunk_too_large():
+            self.error = RequestEntityTooLarge("")
+            self.completed = True
         if self.error is not None and self.error.code == TOO_LARGE and self._is_unauthorized:
             self.error = Unauthorized("")
         if self.error is None and self.chunked and self._has_long_framing():
@@ -135,6 +138,11 @@ class Parser(HTTPRequestParser):
             self._is_unauthorized = not uploads.accepts(self.headers.get("AUTHORIZATION", ""))
             if not self._is_unauthorized:
                 self.adj = uploads.adjustments
+
+    def _is_chunk_too_large(self) -> bool:
+        """Whether the chunk that is being received will exceed the limit of the body."""
+        body: Any = self.body_rcv
+        return bool(len(body) + body.chunk_remainder >= self.adj.max_request_body_size)
 
     def _has_long_framing(self) -> bool:
         """Whether an unfinished line between chunks, or the trailers, exceed their limits.
