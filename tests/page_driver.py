@@ -38,6 +38,7 @@ const press = new KeyboardEvent("keydown", { key: how, bubbles: true });
 new MutationObserver((_, observer) => {
   if (stop.hidden || !document.querySelector("article .answer")?.textContent) return;
   observer.disconnect();
+  stop.focus();
   if (how === "click") stop.click();
   else stop.dispatchEvent(press);
 }).observe(document.body, { subtree: true, childList: true, characterData: true });
@@ -79,6 +80,10 @@ class Page:
 
     def find(self, name: str) -> Any:
         return self.driver.find_element("id", name)
+
+    def focus(self) -> str:
+        """The id of the focused element."""
+        return str(self.script("return document.activeElement.id"))
 
     def text(self, name: str) -> str:
         return str(self.find(name).text)

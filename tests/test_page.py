@@ -87,7 +87,8 @@ def test_chat_streams_and_keeps_the_conversation(page: Page) -> None:
     assert page.seen()[0] == "Copied"
     page.find("new-chat").click()
     assert page.texts("article") == []
-    assert page.is_shown("welcome")
+    page.driver.find_element("css selector", "#welcome button").send_keys("\ue007")
+    assert page.focus() == "log"
 
 
 @browser_test
@@ -137,6 +138,7 @@ def test_stop_ends_the_answer_and_frees_the_slot(browser: Any, tiny_folder: Path
         page.open(running.url, max_tokens="")
         page.script(STOP_SOON, how)
         assert page.ask("Tell me a very long story")
+        assert page.focus() == "question"
         assert page.texts("article .note") == ["stopped"]
         eventually(lambda: faulty.num_queries == 0)
         cancelled = 'smol_request_errors_total{code="cancelled"} 1.0'
@@ -150,7 +152,8 @@ def test_a_failed_question_can_be_retried(page: Page) -> None:
     page.answer_with("v1/chat/completions", 503, error)
     page.ask("Hi")
     assert page.texts("article .error") == ["the queue is full"]
-    page.driver.find_element("css selector", "article .retry").click()
+    page.driver.find_element("css selector", "article .retry").send_keys("\ue007")
+    assert page.focus() == "log"
     until(lambda: page.is_shown("send") and "".join(page.texts("article .answer")))
     assert page.texts("article .error") == [""]
     assert len(page.sent("v1/chat/completions")[1]["messages"]) == 1
@@ -186,6 +189,7 @@ def test_batch_shows_results_and_downloads_them_in_order(page: Page, tmp_path: P
     page.type("file", str(source))
     until(lambda: page.text("counts") == "1 of 5 done · 1 error")
     page.run()
+    assert page.focus() == "download"
     assert page.text("counts") == "5 of 5 done · 3 errors"
     assert page.texts("#rows .line") == ["1", "2", "4", "5", "6"]
     assert page.texts("#rows code") == ["invalid_json", "missing_field", "unknown_field"]
@@ -296,7 +300,7 @@ def test_the_page_asks_for_the_api_key(browser: Any, tiny_folder: Path) -> None:
 @browser_test
 def test_tabs_follow_the_arrow_keys_and_the_url(page: Page, url: str) -> None:
     page.type("chat-tab", "\ue014")
-    assert page.script("return document.activeElement.id") == "batch-tab"
+    assert page.focus() == "batch-tab"
     assert page.find("batch-tab").get_attribute("aria-selected") == "true"
     assert page.is_shown("batch")
     assert not page.is_shown("chat")
@@ -310,7 +314,7 @@ def test_tabs_follow_the_arrow_keys_and_the_url(page: Page, url: str) -> None:
 @pytest.mark.parametrize("tab", ["chat", "batch"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_a_phone_and_has_enough_contrast(page: Page, tab: str, scheme: str) -> None:
-    size = {"width": 375, "height": 667, "deviceScaleFactor": 2, "mobile": True}
+    size = {"width": 320, "height": 568, "deviceScaleFactor": 2, "mobile": True}
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
@@ -320,13 +324,15 @@ def test_the_page_fits_a_phone_and_has_enough_contrast(page: Page, tab: str, sch
         page.find("settings").find_element("tag name", "summary").click()
     else:
         page.type("paste", query("W" * 80, "W" * 80), "\n{")
-    width, inner, ink, paper = page.script(
-        "const main = document.querySelector('main'), style = getComputedStyle(document.body);"
-        "return [document.documentElement.scrollWidth, main.scrollWidth, style.color,"
+    width, height, inner, ink, paper = page.script(
+        "const main = document.querySelector('main'), style = getComputedStyle(document.body),"
+        "page = document.documentElement;"
+        "return [page.scrollWidth, page.scrollHeight, main.scrollWidth, style.color,"
         "style.backgroundColor]"
     )
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert max(width, inner) <= size["width"]
+    assert height <= size["height"]  # only the panel scrolls
     assert contrast(ink, paper) > 7
 
 

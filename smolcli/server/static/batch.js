@@ -1,7 +1,7 @@
 /** The batch tab: a table of rows that fills as results arrive. */
 
 import { BatchClient, isPending, parse } from "./batch_client.js";
-import { $, announce, element, stamp } from "./dom.js";
+import { $, announce, element, passFocus, stamp } from "./dom.js";
 
 const ROWS_SHOWN = 200;
 const CHARS_SHOWN = 300; // of each question
@@ -71,11 +71,11 @@ function setRunning(isRunning) {
   draw();
   const numPending = rows.filter(isPending).length;
   $("drop").disabled = isRunning;
-  $("halt").hidden = !isRunning;
   $("run").hidden = isRunning;
   $("run").disabled = numPending === 0;
   $("run").textContent = tally.done > 0 && numPending > 0 ? `Run remaining (${numPending})` : "Run";
-  if (!isRunning && document.activeElement === $("halt")) $("download").focus();
+  if (!isRunning) passFocus($("halt"), numPending === 0 ? $("download") : $("run"));
+  $("halt").hidden = !isRunning;
   showRows();
 }
 

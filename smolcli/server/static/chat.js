@@ -1,6 +1,6 @@
 /** The chat tab: a list of exchanges, each with a question and its answer or error. */
 
-import { $, announce, copy, keep, kept, stamp } from "./dom.js";
+import { $, announce, copy, keep, kept, passFocus, stamp } from "./dom.js";
 import { nameModel } from "./model.js";
 import { RequestError, events, errorIn, request } from "./wire.js";
 
@@ -81,6 +81,7 @@ async function answer(exchange) {
 }
 
 function setRunning(isRunning) {
+  if (!isRunning) passFocus($("stop"), $("question"));
   $("send").hidden = isRunning;
   $("stop").hidden = !isRunning;
   $("log").ariaBusy = String(isRunning);
@@ -123,6 +124,7 @@ function newView(exchange) {
     button.textContent = isDone ? "Copied" : "Copying failed";
     setTimeout(() => (button.textContent = "Copy"), 1500);
   });
+  passFocus($("welcome"), $("log"));
   $("welcome").hidden = true;
   $("log").append(view);
   $("log").scrollTop = $("log").scrollHeight;
@@ -132,6 +134,7 @@ function newView(exchange) {
 /** Retry a failed question as the last exchange. */
 function retry(exchange) {
   if (running || !$("settings-form").reportValidity()) return;
+  passFocus(exchange.view, $("log"));
   exchange.view.remove();
   exchanges = exchanges.filter((other) => other !== exchange);
   begin(exchange.question);

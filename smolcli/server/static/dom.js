@@ -11,6 +11,11 @@ export function announce(text) {
   $("announcer").textContent = text;
 }
 
+/** Focus another element if `element`, which is about to disappear, contains the focus. */
+export function passFocus(element, to) {
+  if (element.contains(document.activeElement)) to.focus();
+}
+
 /** Store a value until the tab is closed. */
 export function keep(name, value) {
   try {
