@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fakes import DyingBackend, EchoBackend
 from run_tools import answer, no_backend, results
@@ -222,3 +224,27 @@ def test_defaults_apply_to_every_file(folder: Path) -> None:
         if "usage" in record
     ]
     assert set(usages) == {2}  # messages, as the fake backend counts
+
+
+def test_directories_of_a_partitioned_table_are_columns(folder: Path) -> None:
+    """They used to be unknown columns, although a pattern found the files."""
+    table = pyarrow.table({"year": ["2023", "2023", None], "land": ["a/b"] * 3, "text": [*"xyz"]})
+    pyarrow.parquet.write_to_dataset(table, "parts", partition_cols=["year", "land"])
+    Path("parts/year=2025").mkdir()
+    Path("parts/year=2025/p.jsonl").write_text('{"text": "t", "land": "own"}\n')
+    pattern = "parts/**/*.*"
+    smol(pattern, "--prompt", "{text}, {land}", "--fields", "year", "-o", "out.jsonl")
+    answers = results(Path("out.jsonl"))
+    assert [(a["response"].partition(" (")[0], a["metadata"]["year"]) for a in answers] == [
+        ("x, a/b", "2023"),
+        ("y, a/b", "2023"),
+        ("t, own", "2025"),
+        ("z, a/b", None),
+    ]
+    before = Path("out.jsonl").read_bytes()
+    done = smol(pattern, "--prompt", "{text}, {land}", "--fields", "year", "-o", "out.jsonl")
+    assert (done.exit_code, Path("out.jsonl").read_bytes()) == (0, before)
+    assert smol(pattern, "--prompt", "{year}", "--check").exit_code == 3  # one is missing
+    assert "did you mean 'year'" in smol(pattern, "--prompt", "{yaer}", "--check").stderr
+    assert smol(pattern, "--prompt", "{text}", "--fields", "*", "-o", "all.csv").exit_code == 0
+    assert Path("all.csv").read_text().startswith("chat_id,year,land,text,")

@@ -86,7 +86,7 @@ class Inputs:
         """The numbers of the rows that `read` yields; see `row_numbers`."""
         for index, file in enumerate(self.files):
             with _errors_of(file):
-                for number in row_numbers(file.path, self.rows):
+                for number in row_numbers(file.path, self.rows, file.name):
                     yield row_number(index, number) if self.is_several else number
 
 
@@ -102,7 +102,7 @@ def rows_of(
         id_prefix: see `read_rows`.
     """
     with _errors_of(file):
-        yield from read_rows(file.path, settings, after, id_prefix)
+        yield from read_rows(file.path, settings, after, id_prefix, file.name)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from smolcli.data.detection import (
 )
 from smolcli.data.json_values import json_values
 from smolcli.data.jsonl import MAX_LINE_BYTES, Line, is_stream, nonblank_lines
+from smolcli.data.partitions import partition_columns, with_columns
 from smolcli.data.row_mapper import RowMapper, named_columns
 from smolcli.data.rows import Row
 from smolcli.data.source import READ_ERRORS, Prefixed, open_source
@@ -70,7 +71,7 @@ class _CarriageReturns(io.RawIOBase):
 
 
 def read_rows(
-    path: Path, settings: RowSettings, after: int = 0, id_prefix: str = ""
+    path: Path, settings: RowSettings, after: int = 0, id_prefix: str = "", name: str = ""
 ) -> Iterator[Row]:
     """Yield the rows of an input as query fields.
 
@@ -79,6 +80,7 @@ def read_rows(
         settings: how it is read, and how rows become queries.
         after: skip rows up to this number.
         id_prefix: prefix for ids that are made from row numbers.
+        name: path or URL whose directories may be partitions; see `partition_columns`.
 
     Raises:
         UsageError: the format is not supported, or the input lacks a column that `settings`
@@ -89,21 +91,31 @@ def read_rows(
         if source.kind != "sqlite" and (settings.query or settings.table) is not None:
             option = "--table" if settings.query is None else "--query"
             raise UsageError(f"{option} needs an SQLite database, which {path} is not")
+        partitions = partition_columns(name, settings)
         if source.kind == "text":
-            mapper = RowMapper(
-                replace(settings, prompt=settings.prompt or f"{{{TEXT_COLUMN}}}"), id_prefix
-            )
-            lines = (line for line in source.lines() if line.number > after)
-            yield from (mapper.query(_prompt_row(line)) for line in lines)
-            return
+            settings = replace(settings, prompt=settings.prompt or f"{{{TEXT_COLUMN}}}")
         mapper = RowMapper(settings, id_prefix)
-        if source.kind in ("jsonl", "json"):
-            rows = (load_row(line) for line in source.lines() if line.number > after)
-            yield from map(mapper.query, rows) if settings.maps_rows else rows
+        if source.kind in ("jsonl", "json", "text"):
+            load = _prompt_row if source.kind == "text" else load_row
+            rows = (load(line) for line in source.lines() if line.number > after)
+            if not settings.maps_rows:
+                yield from rows
+                return
+            yield from (mapper.query(with_columns(row, partitions)) for row in rows)
             return
+
+        added: dict[str, str | None] = {}
+
+        def choose(header: Sequence[str]) -> list[str]:
+            others = [column for column in partitions if column not in header]
+            chosen = mapper.choose([*header, *others])
+            added.update((column, partitions[column]) for column in others if column in chosen)
+            return [column for column in chosen if column not in added]
+
         try:
-            with closing(_read_table(source, settings, mapper.choose)) as table:
-                yield from map(mapper.query_of_cells, (row for row in table if row.number > after))
+            with closing(_read_table(source, settings, choose)) as table:
+                rows = (row for row in table if row.number > after)
+                yield from (mapper.query_of_cells(with_columns(row, added)) for row in rows)
         except UsageError as exc:
             raise UsageError(f"{path}: {exc}") from exc
 
@@ -119,13 +131,13 @@ def _read_table(
     return read_csv(source.file, source.path, source.delimiter, choose)
 
 
-def row_numbers(path: Path, settings: RowSettings) -> Iterator[int]:
+def row_numbers(path: Path, settings: RowSettings, name: str = "") -> Iterator[int]:
     """The numbers of the rows that `read_rows` yields; JSON is not parsed for them."""
     with _open(path, settings) as source:
         if source.kind in ("jsonl", "json", "text"):
             yield from (line.number for line in source.lines())
             return
-    yield from (row.number for row in read_rows(path, settings))
+    yield from (row.number for row in read_rows(path, settings, name=name))
 
 
 def load_row(line: Line) -> Row:
