@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from smolcli.batch.manifest import manifest_path
@@ -90,4 +91,5 @@ def _check_path(path: Path, option: str, inputs: Iterable[Path]) -> None:
     target = Path(os.path.realpath(path))
     if target.is_symlink():
         raise UsageError(f"cannot write {path}: it is a symbolic link to itself")
-    target.with_name(f".{target.name}.lock").exists()  # OSError if a name next to it is too long
+    with suppress(FileNotFoundError):
+        target.with_name(f".{target.name}.lock").stat()  # OSError if a name next to it is too long
