@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import groupby
 
 from smolcli.backends.base import Backend
 from smolcli.bench.workload import long_prompt, reference, stories
@@ -79,13 +78,10 @@ def time_backend(
 def medians(readings: Iterable[Reading]) -> list[Reading]:
     """For each kind of work the measurement with the median rate, in order of first occurrence."""
 
-    def kind(reading: Reading) -> tuple[str, str, int]:
-        return (reading.system, reading.work, reading.size)
-
-    ordered = list(readings)
-    first = {kind(r): index for index, r in reversed(list(enumerate(ordered)))}
-    groups = groupby(sorted(ordered, key=lambda r: first[kind(r)]), key=kind)
-    return [_median(list(group)) for _, group in groups]
+    groups: dict[tuple[str, str, int], list[Reading]] = {}
+    for reading in readings:
+        groups.setdefault((reading.system, reading.work, reading.size), []).append(reading)
+    return [_median(group) for group in groups.values()]
 
 
 def _median(readings: list[Reading]) -> Reading:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smolcli.bench.measure import Reading, medians
-from smolcli.errors import InputError, RunError, UsageError, error_reason
+from smolcli.errors import InputError, RunError, UsageError, cannot_write, error_reason
 from smolcli.protocol.json_text import parse_json
 
 TITLES = {
@@ -57,7 +57,7 @@ def write_json(readings: Sequence[Reading], identity: Mapping[str, Any], path: P
     try:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", "utf-8")
     except OSError as exc:
-        raise RunError(f"cannot write {path}: {error_reason(exc)}") from exc
+        raise cannot_write(path, exc) from exc
 
 
 def read_peers(path: Path) -> list[Reading]:
