@@ -54,11 +54,6 @@ class Inputs:
             return self.files[0].name
         return f"{self.files[0].name} and {len(self.files) - 1:,} more"
 
-    @property
-    def names(self) -> list[str]:
-        """The names of the files."""
-        return [file.name for file in self.files]
-
     def where(self, number: int) -> str:
         """A row for an error message: `line 5`, or `line 5 of a.jsonl`."""
         if not self.is_several:

@@ -47,6 +47,7 @@ class RowMapper:
         self._id_prefix = id_prefix
         self._template = Template(settings.prompt) if settings.prompt is not None else None
         self._id_column = settings.id_column
+        self._default_id = {"chat_id"} if settings.id_column is None else set()
         self._copies_all = settings.fields == ALL_FIELDS
         self._fields = () if self._copies_all else settings.fields
         self._truncates = settings.truncate_prompt
@@ -70,7 +71,7 @@ class RowMapper:
                 raise UsageError(f"no column named 'user_prompt'; {options_hint(header)}")
             used, chosen = {*FIELDS, *needed}, [name for name in header if name]
         else:
-            used = {*needed, *(["chat_id"] if self._id_column is None else [])}
+            used = needed | self._default_id
             if self._copies_all:
                 used |= {name for name in header if name}
             chosen = [name for name in header if name in used]
@@ -113,7 +114,7 @@ class RowMapper:
     def _carried(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values to copy to the result, without columns that the row lacks."""
         if self._copies_all:
-            known = FIELDS if self._template is None else ["chat_id"][self._id_column is not None :]
+            known = FIELDS if self._template is None else self._default_id
             return {name: value for name, value in values.items() if name not in known}
         carried = {}
         for name in self._fields:
