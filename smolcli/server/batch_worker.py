@@ -33,12 +33,11 @@ from smolcli.errors import (
 )
 from smolcli.protocol.json_text import parse_json
 from smolcli.protocol.line_formats import OPENAI
-from smolcli.server.backend_loader import BackendLoader
 from smolcli.server.batch_check import ROWS, FileCheck
 from smolcli.server.batch_store import Batch, BatchError, BatchStore, Ending, new_id
 from smolcli.server.errors import HttpCode, HttpError
-from smolcli.server.metrics import Metrics
-from smolcli.settings import RunSettings, ServerSettings
+from smolcli.server.service import Service
+from smolcli.settings import RunSettings
 from smolcli.types import ErrorCode, Query, Result
 
 logger = logging.getLogger(__name__)
@@ -177,25 +176,14 @@ class BatchWorker:
 
     Args:
         store: the store of the batches.
-        settings: the server's settings.
-        loader: opens the server's backend.
-        metrics: the server's metrics.
-        check_model: raises HttpError if the server does not use this name for its model.
+        service: the server's settings and shared state.
     """
 
-    def __init__(
-        self,
-        store: BatchStore,
-        settings: ServerSettings,
-        loader: BackendLoader,
-        metrics: Metrics,
-        check_model: Callable[[str], None],
-    ) -> None:
+    def __init__(self, store: BatchStore, service: Service) -> None:
         self._store = store
-        self._settings = settings
-        self._loader = loader
-        self._metrics = metrics
-        self._check_model = check_model
+        self._service = service
+        self._loader = service.loader
+        self._metrics = service.metrics
         self._lock = threading.RLock()
         self._running: RunningBatch | None = None
         self._waits: dict[str, Wait] = {}  # the last one of each unfinished batch that had to wait
@@ -308,7 +296,9 @@ class BatchWorker:
             self._store.sweep()
 
     def _validate(self, batch: Batch) -> None:
-        check = FileCheck(batch.endpoint, self._store.settings.max_requests, self._check_model)
+        check = FileCheck(
+            batch.endpoint, self._store.settings.max_requests, self._service.check_model
+        )
         path = self._store.content_path(batch.input_file_id)
         try:
             errors = tuple(islice(check.errors(read_rows(path, ROWS)), MAX_ERRORS))
@@ -382,14 +372,14 @@ class BatchWorker:
             self._wake_checker.set()
 
     def _run_settings(self, batch: Batch, folder: Path) -> RunSettings:
-        assert self._settings.batches is not None
+        settings = self._service.settings
         return RunSettings(
             input=self._store.content_path(batch.input_file_id),
             output=folder / OUTPUT,
             errors=folder / ERRORS,
-            defaults=self._settings.defaults,
-            engine=self._settings.engine,
-            seed=self._settings.batches.seed,
+            defaults=settings.defaults,
+            engine=settings.engine,
+            seed=self._store.settings.seed,
             rows=ROWS,
             model_name=batch.model,
         )

@@ -151,11 +151,7 @@ class BatchApi:
                     logger.warning("files and batches are not available: %s", exc)
                     raise _store_unavailable(exc) from exc
             if self._worker is None:
-                service = self._service
-                self._worker = BatchWorker(
-                    self._store, service.settings, service.loader, service.metrics,
-                    service.check_model,
-                )  # fmt: skip
+                self._worker = BatchWorker(self._store, self._service)
                 self._worker.start()
             return self._store, self._worker
 
