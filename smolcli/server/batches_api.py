@@ -24,6 +24,7 @@ from smolcli.protocol.parameters import validated
 from smolcli.server.admission import unavailable
 from smolcli.server.batch_store import (
     BATCH_ID,
+    ENDINGS,
     FILE_ID,
     Batch,
     BatchStore,
@@ -49,9 +50,7 @@ _ENDPOINT = " or ".join(ENDPOINTS)
 _LIFETIME = f"an integer from {MIN_LIFETIME_S} to {MAX_LIFETIME_S}"
 _HOURS_OR_DAYS = re.compile(r"([1-9][0-9]{0,3})([hd])")
 _SECONDS = {"h": 3600, "d": 86_400}
-_TIMED_STATUSES = (
-    *("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"),
-)
+_TIMED_STATUSES = ("in_progress", "finalizing", "cancelling", *ENDINGS)
 
 
 class OutputExpiry(BaseModel):
@@ -272,9 +271,7 @@ def parse_batch(value: object) -> BatchFields:
     Raises:
         QueryError: naming the first invalid parameter by its path.
     """
-    if not isinstance(value, dict):
-        raise QueryError("the body must be a JSON object", ErrorCode.NOT_AN_OBJECT)
-    endpoint = value.get("endpoint")
+    endpoint = value.get("endpoint") if isinstance(value, dict) else None
     if isinstance(endpoint, str) and endpoint not in ENDPOINTS:
         message = f"endpoint {shorten(endpoint)!r} is not supported in batches; use {_ENDPOINT}"
         raise QueryError(message, ErrorCode.INVALID_VALUE, "endpoint")
@@ -442,9 +439,9 @@ def _check_form(form: Any) -> int | None:
     if anchor not in (None, "created_at"):
         name = "expires_after[anchor]"
         raise QueryError(f"{name} must be created_at", field=name)
-    return None if seconds is None else _integer(
-        "expires_after[seconds]", seconds, MIN_LIFETIME_S, MAX_LIFETIME_S
-    )  # fmt: skip
+    if seconds is None:
+        return None
+    return _integer("expires_after[seconds]", seconds, MIN_LIFETIME_S, MAX_LIFETIME_S)
 
 
 # Lists

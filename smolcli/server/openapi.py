@@ -151,11 +151,13 @@ def _model_paths(unauthorized: dict[str, str], models: Sequence[str]) -> Json:
 
 def _file_paths(errors: dict[str, str]) -> Json:
     one = errors | {"404": "There is no such file."}
-    created = errors | _STORAGE_FAILED | {
+    created = {
+        **errors,
+        **_STORAGE_FAILED,
         "400": "The form is invalid.",
         "413": _QUOTA_EXCEEDED,
         "415": "The body is not multipart/form-data.",
-    }  # fmt: skip
+    }
     deleted = one | {"400": "An unfinished batch needs it."} | _STORAGE_FAILED
     content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     file_id = [_path_parameter("file_id", pattern=FILE_ID)]
@@ -180,10 +182,13 @@ def _file_paths(errors: dict[str, str]) -> Json:
 
 def _batch_paths(errors: dict[str, str]) -> Json:
     one = errors | {"404": "There is no such batch."}
-    created = _CLIENT_ERRORS | errors | _STORAGE_FAILED | {
+    created = {
+        **_CLIENT_ERRORS,
+        **errors,
+        **_STORAGE_FAILED,
         "404": "There is no such file.",
         "429": "There are too many unfinished batches.",
-    }  # fmt: skip
+    }
     canceled = one | {"400": "The batch has ended."}
     batch_id = [_path_parameter("batch_id", pattern=BATCH_ID)]
     return {
@@ -220,7 +225,7 @@ def _service_paths(unauthorized: dict[str, str]) -> Json:
 def _operation(
     summary: str, content: Json, errors: dict[str, str], error: type[BaseModel] = OpenAIError
 ) -> Json:
-    """An operation without a body, whatever its method.
+    """An operation without a body.
 
     Args:
         summary: what it does.
@@ -246,12 +251,8 @@ def _post(
     error: type[BaseModel] = OpenAIError,
 ) -> Json:
     """An operation with a JSON body; see `_operation`."""
-    success = {"200": {"description": "Answered.", "content": content}}
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": _json(body)},
-        "responses": success | _responses(errors, error),
-    }
+    request = {"requestBody": {"required": True, "content": _json(body)}}
+    return _operation(summary, content, errors, error) | request
 
 
 def _post_batch(summary: str, errors: dict[str, str]) -> Json:

@@ -102,10 +102,7 @@ class Service:
         return observe
 
 
-@cache
-def _name_of(model: str) -> str:
-    """See `model_name`. It looks at the file system, which requests need not repeat."""
-    return model_name(model)
+_name_of = cache(model_name)  # it looks at the file system, which requests need not repeat
 
 
 def read_json() -> object:
