@@ -3,6 +3,7 @@
 import json
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ from server_tools import (
 from smolcli.backends.base import OnText
 from smolcli.server.admission import AdmissionLimit, spread_retry_s
 from smolcli.server.errors import HttpError
+from smolcli.server.wsgi import connection_limit
 from smolcli.settings import EngineSettings
 from smolcli.text.tokenizer import ChatTokenizer
 from smolcli.types import Message, Query, Result
@@ -67,6 +69,28 @@ def test_new_connections_are_accepted_without_a_pause(
         last.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b" 200 " in last.recv(1000)
     assert len(pauses) < 50
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sockets are no files")
+def test_the_limit_on_open_files_is_raised_or_limits_the_connections(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Every poll failed to accept a connection, and logged a traceback."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 2 * 300 + 64
+    if not enough < hard:
+        pytest.skip("the limit cannot be raised")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        assert connection_limit(300) == 300
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == enough
+        assert not caplog.messages
+        assert connection_limit(hard) == (hard - 64) // 2
+        assert f"raise that limit (ulimit -n, LimitNOFILE) to {2 * hard + 64}" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_exactly_the_queries_above_the_limit_are_rejected(tiny_folder: Path) -> None:

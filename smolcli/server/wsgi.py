@@ -4,7 +4,9 @@ import copy
 import gc
 import logging
 import signal
+import sys
 import time
+from contextlib import suppress
 from ipaddress import ip_address
 from types import FrameType
 from typing import Any
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 SPARE_THREADS = 16  # for rejected requests and for probes
 SPARE_CONNECTIONS = 256  # for idle and slow clients
+FILES_PER_CONNECTION = 2  # its socket, and a buffer on disk or a connection to an upstream server
+SPARE_FILES = 64  # for logs, batches and all else
 POLL_S = 0.2
 PAUSE_PER_CONNECTION_S = 0.0002  # between polls, each of which visits every connection
 MAX_PAUSE_S = 0.02
@@ -160,7 +164,7 @@ def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict
             map=sockets,
             listen=f"{host}:{settings.port}",
             threads=max_requests + SPARE_THREADS,
-            connection_limit=max_requests + SPARE_CONNECTIONS,
+            connection_limit=connection_limit(max_requests + SPARE_CONNECTIONS),
             recv_bytes=1 << 16,  # a poll reads one piece of each connection
             channel_request_lookahead=1,  # required to notice that a client has disconnected
             max_request_body_size=settings.max_body_bytes + 1,  # the first size that is rejected
@@ -180,6 +184,39 @@ def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict
             adjustments: Any = item.adj
             adjustments.uploads = _uploads(settings, adjustments)
     return server
+
+
+def connection_limit(num_connections: int) -> int:
+    """How many of these connections the limit on open files allows, which is raised if possible."""
+    num_files = FILES_PER_CONNECTION * num_connections + SPARE_FILES
+    num_allowed = _raise_file_limit(num_files)
+    if num_allowed >= num_files:
+        return num_connections
+    limit = max((num_allowed - SPARE_FILES) // FILES_PER_CONNECTION, 1)
+    logger.warning(
+        "only %s at a time, because the system allows %d open files; for %d, raise that limit "
+        "(ulimit -n, LimitNOFILE) to %d",
+        counted(limit, "connection"),
+        num_allowed,
+        num_connections,
+        num_files,
+    )
+    return limit
+
+
+def _raise_file_limit(num_files: int) -> int:
+    """Raise the limit on open files to `num_files`, or as far as possible; return the result."""
+    if sys.platform == "win32":
+        return num_files
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= num_files:
+        return num_files
+    raised = num_files if hard == resource.RLIM_INFINITY else min(num_files, hard)
+    with suppress(OSError, ValueError):  # macOS has a limit below an infinite one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _uploads(settings: ServerSettings, adjustments: Any) -> Uploads | None:
