@@ -80,26 +80,29 @@ class Parser(HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         num_consumed = super().received(data)
-        if not self.completed and self.header_plus.startswith(TLS_HANDSHAKE):
-            self.error = BadRequest("the server speaks HTTP, not HTTPS")
-            self.completed = True
-        if not self.completed and _has_bare_line_end(self._unfinished_lines()):
-            self._read_target(self.header_plus)
-            self.error = BadRequest("lines must end in CR LF")  # as RFC 9112 allows
-            self.completed = True
-        if not self.completed and self.chunked and self._is_chunk_too_large():
-            self.error = RequestEntityTooLarge("")
-            self.completed = True
+        if fault := self._framing_fault():
+            self.error, self.completed = fault, True
         if self.error is not None and self.error.code == TOO_LARGE and self._is_unauthorized:
             self.error = Unauthorized("")
-        if self.error is None and self.chunked and self._has_long_framing():
-            self.error = BadRequest("the chunk sizes or trailers are too long")
-            self.completed = True
-        if self.error is not None or self.completed:
-            self.expect_continue = False  # Waitress would still ask for a body, and wait for it
         if self.error is not None and self.error.code == HEADERS_TOO_LARGE:
             self._read_target(self.header_plus + data)
+        if self.error is not None or self.completed:
+            self.expect_continue = False  # Waitress would still ask for a body, and wait for it
         return num_consumed
+
+    def _framing_fault(self) -> WaitressError | None:
+        """Why the request is rejected although Waitress would accept what it received so far."""
+        if not self.completed:
+            if self.header_plus.startswith(TLS_HANDSHAKE):
+                return BadRequest("the server speaks HTTP, not HTTPS")
+            if _has_bare_line_end(self._unfinished_lines()):
+                self._read_target(self.header_plus)
+                return BadRequest("lines must end in CR LF")  # as RFC 9112 allows
+            if self.chunked and self._is_chunk_too_large():
+                return RequestEntityTooLarge("")
+        if self.error is None and self.chunked and self._has_long_framing():
+            return BadRequest("the chunk sizes or trailers are too long")
+        return None
 
     def _unfinished_lines(self) -> bytes:
         """What was received of headers, of a line between chunks or of trailers.
