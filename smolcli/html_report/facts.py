@@ -162,8 +162,10 @@ def gather(results: Path) -> Facts:
         if file is not None:
             _read(facts, file)
     if facts.num_skipped and not facts.num_lines:
-        raise InputError(f"{facts.skipped[0]} is not a result, nor is any other; expected the "
-                         "output of smol run or of OpenAI's batch API")  # fmt: skip
+        raise InputError(
+            f"{facts.skipped[0]} is not a result, nor is any other; expected the output of "
+            "smol run or of OpenAI's batch API"
+        )
     return facts
 
 
