@@ -94,7 +94,7 @@ class LLM:
         ModelError: the model cannot be found or used.
         UsageError: the device is not available, or the chat template is invalid or given for other
             servers.
-        BackendError: no server of `via` can be reached.
+        BackendError: no server of `via` can be reached, or threads cannot be started.
     """
 
     def __init__(

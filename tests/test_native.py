@@ -30,6 +30,7 @@ from smolcli.engine.native.bindings import (
     Array,
     KernelError,
     Kernels,
+    ThreadTeam,
     aligned_empty,
     load_kernels,
 )
@@ -54,7 +55,7 @@ from smolcli.engine.quantized import (
 )
 from smolcli.engine.sequence import ScheduledSequence, Sequence
 from smolcli.engine.torch_ops.model import TorchHead, TorchModel
-from smolcli.errors import UsageError
+from smolcli.errors import BackendError, UsageError
 from smolcli.settings import EngineSettings, ResolvedDtype
 from smolcli.weights.loader import load_config, load_model
 
@@ -538,6 +539,12 @@ def batch_states(model: NativeModel, prompts: list[list[int]]) -> Array:
         cache.allocate(sequence := Sequence(prompt))
         works.append(ScheduledSequence(sequence, 0, len(prompt)))
     return model.forward(cache.make_batch(works))
+
+
+def test_threads_that_cannot_be_started_end_in_an_error_for_users(kernels: Kernels) -> None:
+    """Under a limit on processes, smol ended with a traceback."""
+    with pytest.raises(BackendError, match="cannot start 1025 threads; lower the number"):
+        ThreadTeam(kernels, 1025)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")

@@ -77,6 +77,7 @@ def open_local(
         ModelError: the model cannot be found or used.
         UsageError: the device or dtype is not available on this machine, or the chat template of
             the settings is invalid.
+        BackendError: a thread cannot be started.
     """
     logger.debug("looking for %s", settings.model)
     files = files or resolve(settings.model)

@@ -12,6 +12,7 @@ import numpy as np
 from smolcli.engine.dtypes import numpy_dtype
 from smolcli.engine.native import library
 from smolcli.engine.quantized import BLOCK_FORMATS, GROUP
+from smolcli.errors import BackendError
 
 FLOAT32 = np.dtype(np.float32)
 ALIGNMENT = 64  # bytes; of weights and scratch space: a cache line, and the widest vector
@@ -216,7 +217,7 @@ class ThreadTeam:
         num_threads: number of threads, including the calling one.
 
     Raises:
-        KernelError: the threads cannot be started.
+        BackendError: the threads cannot be started.
     """
 
     def __init__(self, kernels: Kernels, num_threads: int) -> None:
@@ -240,7 +241,10 @@ class ThreadTeam:
         self._pid = os.getpid()
         self._handle = self._kernels._create(self.num_threads)
         if not self._handle:
-            raise KernelError(f"cannot start {self.num_threads} threads")
+            raise BackendError(
+                f"cannot start {self.num_threads} threads; lower the number of threads, "
+                "or raise the limit on processes or threads"
+            )
         # Not at exit, where another thread may be in a step. The process ends the threads.
         weakref.finalize(self, self._kernels._destroy, self._handle).atexit = False
 
