@@ -587,7 +587,7 @@ def test_settings_that_exclude_every_token_are_the_error_of_their_sequence(small
     fine = greedy(small.prompt, 5)
     generate(engine, [stuck, fine])
     assert isinstance(stuck.error, QueryError)
-    assert "exclude each other" in str(stuck.error)
+    assert "contradict each other" in str(stuck.error)
     assert fine.output_ids == small.plain[:5]
 
 

@@ -564,7 +564,7 @@ def test_an_internal_error_fails_one_batch_only(tmp_path: Path) -> None:
 
 
 def test_the_quota_is_exact_under_concurrent_uploads(tmp_path: Path) -> None:
-    size, quota = 30_000, 130_000  # a quarter of which is kept for results
+    size, quota = 30_000, 130_000  # a quarter of which is reserved for results
     with batch_server(tmp_path, limits={"max_total_bytes": quota}) as (server, client):
         outcomes: list[str] = []
 
@@ -748,7 +748,7 @@ def test_deleting_a_file_again_is_not_found(tmp_path: Path) -> None:
     with closing(BatchStore(BatchApiSettings(tmp_path))) as store:
         file = stored(store, b"{}")
         store.delete_file(file.id)
-        with pytest.raises(HttpError, match="no file has the id") as caught:
+        with pytest.raises(HttpError, match="no file with the id") as caught:
             store.delete_file(file.id)
         assert caught.value.status == 404
 

@@ -168,7 +168,7 @@ def test_web_addresses_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
     refused = smol_run("https://127.0.0.1:9/in.jsonl")
     assert refused.exit_code == 2
-    assert "https://127.0.0.1:9/in.jsonl: web addresses need `pip install aiohttp`" in (
+    assert "https://127.0.0.1:9/in.jsonl: this needs aiohttp: pip install aiohttp" in (
         refused.stderr
     )
 

@@ -110,7 +110,7 @@ def test_formats_combine_with_other_limits_on_tokens(
     assert short.response == "nein"
     assert re.fullmatch("[1-9]{20,30}", str(long.response))
     assert re.fullmatch("9{1,30}", str(other.response))
-    assert (none.error_code, "exclude each other" in str(none.error)) == ("invalid_value", True)
+    assert (none.error_code, "contradict each other" in str(none.error)) == ("invalid_value", True)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])

@@ -84,7 +84,7 @@ def open_local(
     logger.debug("loading %s", files.model)
     config = resolve_model_config(settings, files.folder)
     if config.kernels is None and config.device == "cpu":
-        logger.warning("computing with torch, which is slower: %s", config.unsupported_reason)
+        logger.warning("falling back to torch, which is slower: %s", config.unsupported_reason)
 
     stored = None
     if config.kernels is not None and config.prefix_cache_bytes > 0:

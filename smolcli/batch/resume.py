@@ -113,9 +113,9 @@ def _check_files(previous: Manifest, manifest: Manifest, output: Path) -> None:
     else:
         place = next(i for i, name in enumerate(old) if [name] != new[i : i + 1])
         found = f", not {new[place]}" if place < len(new) else ", which is missing"
-        what = f"other inputs: number {place + 1} was {old[place]}{found}"
+        what = f"other inputs (input {place + 1} was {old[place]}{found})"
     raise ResumeError(
-        f"{output} was made from {what}; add inputs after the earlier ones only, "
+        f"{output} was made from {what}; add new inputs only after the earlier ones, "
         "choose another --output, or start over with --overwrite"
     )
 

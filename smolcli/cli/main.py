@@ -138,7 +138,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Run SmolLM2 on your own machine: batches, single questions, a server.",
     epilog='[bold]smol ask "What is gravity?"[/bold] answers one question.\n\n'
-    "[bold]smol run queries.jsonl[/bold] answers a file of them.",
+    "[bold]smol run queries.jsonl[/bold] answers every question in a file.",
 )
 
 

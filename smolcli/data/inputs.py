@@ -157,12 +157,10 @@ def expanded(names: Iterable[str], written: Iterable[Path]) -> list[str]:
 def _files(name: str, own: set[str]) -> list[str]:
     if _is_folder(name):
         paths = [path for path in _entries(name) if _suffix(path) in _SUFFIXES]
-        missing = (
-            f"no data file in {name}; a directory stands for its {' '.join(sorted(_SUFFIXES))}"
-        )
+        missing = f"no data file in {name}: none of its files ends in {' '.join(sorted(_SUFFIXES))}"
         if any(_is_folder(path) for path in _entries(name)):
             pattern = os.path.join(name, "**", "*.parquet")
-            missing += f", and a pattern such as {pattern!r} for those in its subdirectories"
+            missing += f"; for files in subdirectories, pass a pattern such as {pattern!r}"
     else:
         paths = glob.glob(name, recursive=True)
         missing = f"no file matches {name!r}"

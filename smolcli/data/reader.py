@@ -208,8 +208,8 @@ def _reject_compressed(path: Path, name: str) -> None:
     with suppress(OSError), path.open("rb") as file:  # its reader reports errors
         if codec := codec_of_bytes(file.read(LONGEST_MAGIC)):
             raise UsageError(
-                f"{path} is compressed with {codec.name}; decompress it first, because only text "
-                f"is read through compression, not {name}"
+                f"{path} is compressed with {codec.name}; decompress it first: smol reads "
+                f"compressed text, but not {name} that is compressed as a whole"
             )
 
 

@@ -100,7 +100,7 @@ def _resolve(url: str) -> tuple[Any, str]:
     except ImportError as exc:
         reason = str(exc)
         if url.startswith(("http://", "https://")):
-            reason = "web addresses need `pip install aiohttp`; or download the file first"
+            reason = "this needs aiohttp: pip install aiohttp; or download the file first"
         raise UsageError(f"cannot use {url}: {reason}") from exc
     except Exception as exc:  # each file system raises exceptions of its own
         raise UsageError(f"cannot use {url}: {error_reason(exc)}") from exc

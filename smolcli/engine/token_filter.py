@@ -63,8 +63,8 @@ class TokenFilter:
         _clear(bits, self._completing_bad_words(token_ids, num_output))
         if not bits.any():
             raise QueryError(
-                "no token can come next: allowed_token_ids, bad_words and the answer's format "
-                "exclude each other"
+                "no token is allowed next: allowed_token_ids, bad_words and the answer's format "
+                "contradict each other"
             )
         if num_output < self._min_tokens:
             longer = bits.copy()

@@ -163,7 +163,7 @@ def gather(results: Path) -> Facts:
             _read(facts, file)
     if facts.num_skipped and not facts.num_lines:
         raise InputError(
-            f"{facts.skipped[0]} is not a result, nor is any other; expected the output of "
+            f"{results} has no results: {facts.skipped[0]} is not a result; pass the output of "
             "smol run or of OpenAI's batch API"
         )
     return facts

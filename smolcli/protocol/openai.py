@@ -295,7 +295,7 @@ def error_object(status: int, message: str, code: str, field: str | None) -> dic
 
     Args:
         status: HTTP status of the response.
-        message: a sentence for people.
+        message: what is wrong, in a sentence.
         code: an `ErrorCode`, which is translated if OpenAI has a code of its own, or another code.
         field: path of the parameter, if any.
     """

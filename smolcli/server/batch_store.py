@@ -283,7 +283,7 @@ class BatchStore:
             if self.used_bytes + num_bytes > quota - quota // RESULTS_DIVISOR:
                 raise _quota_exceeded(
                     f"the file would fill this server's quota of {quota:,} bytes, a quarter of "
-                    "which is kept for results"
+                    "which is reserved for results"
                 )
             self._used_bytes += num_bytes
 
@@ -629,7 +629,7 @@ def no_file(file_id: str, field: str) -> HttpError:
         file_id: the id that was requested.
         field: the parameter that names it.
     """
-    message = f"no file has the id {file_id[:100]!r}; it may have expired or been deleted"
+    message = f"no file with the id {file_id[:100]!r}; it may have expired or been deleted"
     return HttpError(HTTPStatus.NOT_FOUND, message, HttpCode.NOT_FOUND, field)
 
 

@@ -360,7 +360,7 @@ class BatchWorker:
             finally:
                 self._store.update(batch.id, running.with_counts)
         except SettingsChanged as exc:
-            self._wait(batch, f"a server with the settings that it began with ({exc.changes})")
+            self._wait(batch, f"a server with its original settings ({exc.changes})")
         except BackendError as exc:
             self._stopped(batch, backend.stop_reason, exc)
         else:

@@ -169,7 +169,7 @@ class BatchApi:
 def _store_unavailable(exc: SmolError) -> HttpError:
     """Report that the store cannot be opened, without the server's paths."""
     is_in_use = isinstance(exc, UsageError)
-    reason = "another server uses their folder" if is_in_use else "their folder cannot be used"
+    reason = "another server uses the directory" if is_in_use else "the directory cannot be used"
     return unavailable(f"files and batches are not available: {reason}")
 
 
@@ -235,7 +235,7 @@ def _add_batch_routes(routes: Blueprint, api: BatchApi) -> None:
         if (file := store.file(fields.input_file_id)) is None:
             raise no_file(fields.input_file_id, "input_file_id")
         if file.purpose != "batch":
-            message = f"{file.id} has the purpose {file.purpose}; input_file_id needs batch"
+            message = f"{file.id} has the purpose {file.purpose}, but input_file_id requires batch"
             raise QueryError(message, ErrorCode.INVALID_VALUE, "input_file_id")
         with _storage():
             batch = store.add_batch(lambda id_, now_ns: _new_batch(fields, id_, now_ns))
@@ -362,7 +362,7 @@ def _file(api: BatchApi, file_id: str) -> StoredFile:
 def _batch(api: BatchApi, batch_id: str) -> Batch:
     batch = api.open()[0].batch(batch_id)
     if batch is None:
-        message = f"no batch has the id {shorten(batch_id)!r}"
+        message = f"no batch with the id {shorten(batch_id)!r}"
         raise HttpError(HTTPStatus.NOT_FOUND, message, HttpCode.NOT_FOUND, "batch_id")
     return batch
 
@@ -386,7 +386,7 @@ def _receive(store: BatchStore) -> StoredFile:
         form, files = _parse_form(start)
         lifetime_s = _check_form(form)
         if set(files) != {"file"} or len(files.getlist("file")) > 1:
-            raise QueryError("a form must have one file, in the field file", field="file")
+            raise QueryError("the form must have exactly one file, in the field file", field="file")
         upload: Upload = files["file"].stream
         if upload.num_bytes == 0:
             raise QueryError("the file is empty", field="file")
@@ -408,7 +408,7 @@ def _parse_form(start: Callable[..., Upload]) -> tuple[Any, Any]:
             request.stream, request.mimetype, request.content_length, request.mimetype_params
         )
     except RequestEntityTooLarge as exc:
-        message = "the form has more or larger fields than an upload needs"
+        message = "the form has too many fields, or a field that is too long"
         raise HttpError(exc.code, message, HttpCode.TOO_LARGE) from exc
     except ValueError as exc:
         raise HttpError(
@@ -430,7 +430,9 @@ def _check_form(form: Any) -> int | None:
                 f"{shorten(name)} is not supported", ErrorCode.UNKNOWN_FIELD, shorten(name)
             )
     if not (purpose := form.get("purpose")):
-        raise QueryError("purpose is required: batch", ErrorCode.MISSING_FIELD, "purpose")
+        raise QueryError(
+            "purpose is required and must be batch", ErrorCode.MISSING_FIELD, "purpose"
+        )
     if purpose != "batch":
         raise QueryError(
             f"purpose must be batch: {shorten(purpose)!r} is not supported", field="purpose"

@@ -26,7 +26,7 @@ MIN_RETRY_AFTER_S = 2
 
 
 _EMBEDDINGS = (
-    "smol serves no embeddings: its model is not trained for retrieval; "
+    "smol does not provide embeddings: its model is not trained for retrieval; "
     "use a server with an embedding model"
 )
 _ABSENT = {"/v1/embeddings": _EMBEDDINGS, "/embeddings": _EMBEDDINGS}
@@ -62,7 +62,7 @@ class HttpError(Exception):
 
     Args:
         status: HTTP status of the response.
-        message: a sentence for people.
+        message: what is wrong, in a sentence.
         code: the error code for programs.
         field: the field that is wrong, if any.
         headers: additional response headers.

@@ -132,7 +132,7 @@ class Metrics:
             "smol_request_success", "Queries answered", "finished_reason"
         )
         self._deduplicated = self._counter(
-            "smol_request_deduplicated", "Queries that received the answer of an equal one"
+            "smol_request_deduplicated", "Queries that shared the answer of an equal one"
         )
         self._errors = self._counter("smol_request_errors", "Failed queries and requests", "code")
         self._first_token = self._histogram("smol_time_to_first_token", "Time to the first token")
@@ -141,7 +141,7 @@ class Metrics:
         self._token = self._histogram(
             "smol_inter_token_latency", "Mean time between the tokens of an answer", _TOKEN_SECONDS
         )
-        self._batches = self._counter("smol_batches", "Batches that ended", "status")
+        self._batches = self._counter("smol_batches", "Finished batches", "status")
         self._gauge("smol_requests_running", "Queries being generated", lambda h: h.num_running)
         self._gauge("smol_requests_waiting", "Queries waiting for a slot", lambda h: h.num_waiting)
 

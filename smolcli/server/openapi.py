@@ -80,8 +80,8 @@ _SERVER_ERRORS = {
 }
 _UNAUTHORIZED = {"401": "The API key is missing or wrong."}
 _MODEL_NOT_FOUND = {"404": "The server serves another model."}
-_STORAGE_ERRORS = {"503": "The server is shutting down, or another one uses its folder."}
-_STORAGE_FAILED = {"507": "The disk of the server is full or cannot be written."}
+_STORAGE_ERRORS = {"503": "The server is shutting down, or another one uses its batch directory."}
+_STORAGE_FAILED = {"507": "The server's disk is full or not writable."}
 _QUOTA_EXCEEDED = "The file is too large, or the quota of the server is exceeded."
 
 
@@ -150,7 +150,7 @@ def _model_paths(unauthorized: dict[str, str], models: Sequence[str]) -> Json:
 
 
 def _file_paths(errors: dict[str, str]) -> Json:
-    one = errors | {"404": "There is no such file."}
+    one = errors | {"404": "The file does not exist."}
     created = {
         **errors,
         **_STORAGE_FAILED,
@@ -158,7 +158,7 @@ def _file_paths(errors: dict[str, str]) -> Json:
         "413": _QUOTA_EXCEEDED,
         "415": "The body is not multipart/form-data.",
     }
-    deleted = one | {"400": "An unfinished batch needs it."} | _STORAGE_FAILED
+    deleted = one | {"400": "An unfinished batch uses the file."} | _STORAGE_FAILED
     content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     file_id = [_path_parameter("file_id", pattern=FILE_ID)]
     post = _post("Upload a file of requests", FileForm, _json(OpenAIFile), created)
@@ -181,12 +181,12 @@ def _file_paths(errors: dict[str, str]) -> Json:
 
 
 def _batch_paths(errors: dict[str, str]) -> Json:
-    one = errors | {"404": "There is no such batch."}
+    one = errors | {"404": "The batch does not exist."}
     created = {
         **_CLIENT_ERRORS,
         **errors,
         **_STORAGE_FAILED,
-        "404": "There is no such file.",
+        "404": "The file does not exist.",
         "429": "There are too many unfinished batches.",
     }
     canceled = one | {"400": "The batch has ended."}

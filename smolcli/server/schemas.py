@@ -105,7 +105,7 @@ class Answer(Alternative):
 class ErrorFields(Exact):
     """What an error says, and the answer that it rejects as incomplete JSON, if it does."""
 
-    error: str = Field(description="A sentence for people.")
+    error: str = Field(description="What is wrong, in a sentence.")
     field: str = Field("", description="The field that is wrong, if any.")
     response: str = Field("", description="The text of an answer that is incomplete JSON.")
     finish_reason: FinishReason | None = Field(None, description="Why that answer ended.")
@@ -311,7 +311,7 @@ class ModelIdentity(BaseModel):
     source: str | None = None
     dtype: str | None = None
     system_prompt: str = Field("", description="The server's default system prompt, if any.")
-    window: int = Field(0, description="How many concurrent queries keep the server busy.")
+    window: int = Field(0, description="Number of concurrent queries that keep the server busy.")
 
 
 class OpenAIModel(Exact):

@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from smolcli.errors import ModelError, QueryError, UsageError
 
 NO_TEMPLATE = (
-    "the model has no chat template, so that it continues texts but cannot answer messages; "
+    "the model has no chat template, so it can continue text but not answer messages; "
     "send a raw_prompt (/v1/completions over HTTP), or choose a template with --chat-template"
 )
 CHATML = (

@@ -159,7 +159,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
     metadata = file.metadata
     architecture = metadata["general.architecture"]
     if architecture != "llama":
-        raise ValueError(f"it contains a model of architecture {architecture!r}; smol runs llama")
+        raise ValueError(f"its architecture is {architecture!r}; smol supports llama")
     scaling = metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in file.tensors:
         raise ValueError(f"rope scaling {scaling!r} is not supported")

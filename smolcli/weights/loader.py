@@ -134,7 +134,7 @@ def _check_architecture(values: dict[str, Any]) -> None:
     names = values.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
     if name != "LlamaForCausalLM":
-        raise ModelError(f"the architecture is {name!r}; smol runs LlamaForCausalLM models")
+        raise ModelError(f"the architecture is {name!r}; smol supports LlamaForCausalLM")
     rope_type = _rope(values).get("rope_type", "default")
     if rope_type != "default":
         raise ModelError(f"rope type {rope_type!r} is not supported, only 'default'")
