@@ -19,8 +19,12 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from smolcli.types import ErrorCode, PromptLimit
+
+if TYPE_CHECKING:
+    import ssl
 
 
 class SmolError(Exception):
@@ -191,10 +195,30 @@ def _system_reason(exc: BaseException) -> str | None:
         return os.strerror(errno.ETIMEDOUT)
     if isinstance(cause, socket.gaierror):
         return cause.strerror
+    if isinstance(cause, ssl.SSLError) and (reason := _tls_reason(cause)):
+        return reason
     if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
         # asyncio puts a sentence of its own into strerror; Windows knows no text for its numbers
         return error_reason(cause) if sys.platform == "win32" else os.strerror(cause.errno)
     return None if cause is None else _system_reason(cause)
+
+
+# OpenSSL's errors for a certificate whose issuer it does not know: self-signed, or not installed.
+_UNKNOWN_ISSUER = (18, 19, 20, 21)
+
+
+def _tls_reason(exc: "ssl.SSLError") -> str | None:
+    """Why TLS failed, None if OpenSSL's own words have to do."""
+    import ssl
+
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        is_unknown = exc.verify_code in _UNKNOWN_ISSUER
+        hint = "; set SSL_CERT_FILE to a file with the certificate of its issuer"
+        reason = f"its certificate is not accepted: {exc.verify_message.rstrip('.')}"
+        return reason + hint if is_unknown else reason
+    if exc.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+        return "it does not speak TLS; use http:// instead of https://"
+    return None
 
 
 _WRITE_HINTS = {

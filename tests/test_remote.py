@@ -2,6 +2,7 @@
 
 import json
 import math
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from fakes import EchoBackend
 from flask import Flask, Response, jsonify, request
 from flask.json.provider import DefaultJSONProvider
 from legacy_host import legacy_host, listening
@@ -31,9 +33,9 @@ from smolcli.backends.remote.backend import (
 from smolcli.backends.remote.upstream import Unavailable, Upstream, UpstreamPool
 from smolcli.backends.remote.wire import Dialect, MalformedAnswer, load_object, parse_record
 from smolcli.cli.main import app
-from smolcli.errors import BackendError, UsageError
+from smolcli.errors import BackendError, UsageError, connection_reason
 from smolcli.protocol.answer_formats import JSON_OBJECT, schema_format
-from smolcli.settings import DEFAULT_MODEL, QueryDefaults, RemoteSettings
+from smolcli.settings import DEFAULT_MODEL, EngineSettings, QueryDefaults, RemoteSettings
 from smolcli.types import (
     AnswerFormat,
     ErrorCode,
@@ -373,6 +375,21 @@ class TestFailures:
         for url in ("localhost:8000", "ftp://x", "", "http://", "http://x/v1?y=1", "http://x#y"):
             with pytest.raises(UsageError, match=r"URL|query"):
                 open_remote(RemoteSettings((url,)))
+
+    def test_tls_errors_say_what_to_do(self) -> None:
+        """They quoted OpenSSL, with the place in its source."""
+        with serving(lambda _: EchoBackend(), EngineSettings()) as server:
+            url = server.url.replace("http:", "https:")
+            with pytest.raises(BackendError, match="it does not speak TLS; use http:"):
+                open_remote(RemoteSettings((url,), retry_s=0))
+        refused = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED]")
+        refused.verify_code, refused.verify_message = 18, "self-signed certificate"
+        failed = httpx2.ConnectError("failed")
+        failed.__cause__ = refused
+        reason = "its certificate is not accepted: self-signed certificate"
+        assert connection_reason(failed).startswith(f"{reason}; set SSL_CERT_FILE to a file")
+        refused.verify_code = 62  # the host name does not match
+        assert connection_reason(failed) == reason
 
     @pytest.mark.parametrize(
         ("variable", "value", "reason"),
