@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from fakes import DyingBackend, EchoBackend
 from typer.testing import CliRunner, Result
 
 from smolcli import __version__
-from smolcli.backends.base import OpenBackend
+from smolcli.backends.base import OnText, OpenBackend
 from smolcli.batch.manifest import load_manifest
 from smolcli.cli.main import app
+from smolcli.errors import RunError
 from smolcli.settings import EngineSettings
 from smolcli.types import ErrorCode, Query, failure
 
@@ -524,6 +526,15 @@ def test_failed_ask_prints_the_reason_to_stderr() -> None:
     assert done.stderr == "smol: the prompt is too long\n"
 
 
+def read_terminal(ours: int) -> str:
+    """All that was written to a pseudoterminal whose other end is closed, or will be."""
+    shown = b""
+    with open(ours, "rb", buffering=0) as terminal, suppress(OSError):  # Linux' end of file
+        while data := terminal.read(4096):
+            shown += data
+    return shown.decode()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudoterminal")
 def test_ask_streams_to_a_terminal(tiny_folder: Path) -> None:
     import pty
@@ -534,16 +545,42 @@ def test_ask_streams_to_a_terminal(tiny_folder: Path) -> None:
         [*command, str(tiny_folder)], stdout=theirs, stderr=subprocess.PIPE, cwd=REPOSITORY
     ) as running:
         os.close(theirs)
-        shown = b""
-        try:
-            while data := os.read(ours, 4096):
-                shown += data
-        except OSError:  # how Linux reports that the other end is closed
-            pass
-    os.close(ours)
+        shown = read_terminal(ours)
     plain = process("ask", "Hi", "--max-new-tokens", "8", "--model", tiny_folder)
     assert running.returncode == 0
-    assert shown.decode().split() == plain.stdout.decode().split()
+    assert shown.split() == plain.stdout.decode().split()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudoterminal")
+@pytest.mark.parametrize(
+    ("end", "said"), [(KeyboardInterrupt(), "interrupted"), (RunError("gone"), "gone")]
+)
+def test_message_after_a_streamed_answer_has_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, end: BaseException, said: str
+) -> None:
+    """Ctrl-C left `smol: interrupted` at the end of the unfinished answer."""
+    import pty
+
+    class Ending(EchoBackend):
+        def submit(
+            self, query: Query, on_text: OnText | None = None, *, is_interactive: bool = False
+        ) -> Any:
+            assert on_text is not None
+            on_text("Once upon")
+            raise end
+
+    ours, theirs = pty.openpty()
+    with (
+        open(theirs, "w") as terminal,
+        open(os.devnull) as nothing,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(sys, "stdin", nothing)
+        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stderr", terminal)
+        with pytest.raises(SystemExit):
+            app(["ask", "Hi"], obj=Ending)
+    assert read_terminal(ours).endswith(f"Once upon\r\nsmol: {said}\r\n")
 
 
 INTERRUPTED_IMPORT = """

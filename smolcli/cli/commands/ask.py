@@ -113,18 +113,37 @@ def ask(
     open_backend = ctx.obj or backend_opener(servers, starts_fast=True)
     with waiting("starting"):
         backend = open_backend(engine.settings())
-    with closing(backend):
-        is_streaming = sys.stdout.isatty() and not as_json
-        future = backend.submit(query, _print_text if is_streaming else None)
-        while not future.done():
-            wait([future], timeout=WAKE_INTERVAL_S)
-        result = future.result()
+    streamed = _StreamedText() if sys.stdout.isatty() and not as_json else None
+    try:
+        with closing(backend):
+            future = backend.submit(query, streamed.add if streamed else None)
+            while not future.done():
+                wait([future], timeout=WAKE_INTERVAL_S)
+            result = future.result()
+    finally:
+        if streamed:
+            streamed.end()
     if result.is_error:
         raise RunError(str(result.error))
     if as_json:
         typer.echo(json.dumps(result.record(), ensure_ascii=False))
-    else:
-        typer.echo("" if is_streaming else result.response)
+    elif streamed is None:
+        typer.echo(result.response)
+
+
+class _StreamedText:
+    """Prints an answer as it is generated; an error or a shell prompt after it has its own line."""
+
+    def __init__(self) -> None:
+        self._is_empty = True
+
+    def add(self, text: str) -> None:
+        self._is_empty = False
+        typer.echo(text, nl=False)
+
+    def end(self) -> None:
+        if not self._is_empty:
+            typer.echo("")
 
 
 def _question(question: str | None, prompt_file: Path | None) -> str:
@@ -147,7 +166,3 @@ def _question(question: str | None, prompt_file: Path | None) -> str:
 
 def _read_stdin() -> str:
     return sys.stdin.buffer.read().decode(errors="surrogateescape")
-
-
-def _print_text(text: str) -> None:
-    typer.echo(text, nl=False)
