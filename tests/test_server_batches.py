@@ -248,6 +248,11 @@ def test_malformed_forms_are_rejected(client: openai.OpenAI) -> None:
         "no boundary": (b"", "multipart/form-data", 400),
         "truncated": (file % b"file" + b"--x\r\nCon", "multipart/form-data; boundary=x", 400),
         "no file": (part % b"purpose" + b"--x--\r\n", "multipart/form-data; boundary=x", 400),
+        "a file as text": (
+            part % b"purpose" + part.replace(b"batch", b"{}") % b"file" + b"--x--\r\n",
+            "multipart/form-data; boundary=x",
+            400,
+        ),
         "two files": (
             part % b"purpose" + 2 * (file % b"file") + b"--x--\r\n",
             "multipart/form-data; boundary=x",
@@ -265,6 +270,7 @@ def test_malformed_forms_are_rejected(client: openai.OpenAI) -> None:
         )
         assert response.status_code == status, (what, response.text)
         assert response.json()["error"]["type"] == "invalid_request_error"
+        assert "file is not supported" not in response.text
 
 
 def test_lists_have_pages(client: openai.OpenAI) -> None:

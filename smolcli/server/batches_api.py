@@ -425,6 +425,9 @@ _FORM_FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 def _check_form(form: Any) -> int | None:
     """Check the fields of an upload; returns how long to keep the file, if that is stated."""
     for name in form:
+        if name == "file":
+            message = "the form sends file as text; send it as a file, as curl -F file=@PATH does"
+            raise QueryError(message, field="file")
         if name not in _FORM_FIELDS:
             raise QueryError(
                 f"{shorten(name)} is not supported", ErrorCode.UNKNOWN_FIELD, shorten(name)
