@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from smolcli.cli.commands.serve import ServeOptions
 from smolcli.cli.main import app
+from smolcli.server.wsgi import _is_loopback
 from smolcli.settings import EngineSettings, QueryDefaults
 
 LONG = query(max_new_tokens=400, repetition_penalty=1.3)
@@ -179,6 +180,15 @@ def test_max_queue_limits_batches_by_itself() -> None:
 ])  # fmt: skip
 def test_invalid_options_are_rejected(args: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, ["serve", *args]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("::1", True), ("[::1]", True), ("localhost", True), ("::", False), ("example.org", False)],
+)
+def test_only_loopback_addresses_need_no_key(host: str, expected: bool) -> None:
+    """A bracketed address, as in a URL, was reported as open to anyone."""
+    assert _is_loopback(host) is expected
 
 
 def test_listening_on_all_interfaces_without_a_key_logs_a_warning(

@@ -156,7 +156,8 @@ def serve(settings: ServerSettings, open_backend: OpenBackend) -> None:
 
 def _listen(app: Any, settings: ServerSettings, max_requests: int, sockets: dict[int, Any]) -> Any:
     """Create the listening Waitress server."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    host = _unbracketed(settings.host)
+    host = f"[{host}]" if ":" in host else host
     max_requests += reserved(max_requests)
     try:
         server = create_server(
@@ -228,9 +229,14 @@ def _uploads(settings: ServerSettings, adjustments: Any) -> Uploads | None:
     return Uploads(adjustments, ApiKeys(settings.api_keys).accepts)
 
 
+def _unbracketed(host: str) -> str:
+    """An IPv6 address without the brackets that it has in a URL."""
+    return host.removeprefix("[").removesuffix("]")
+
+
 def _is_loopback(host: str) -> bool:
     try:
-        return ip_address(host).is_loopback
+        return ip_address(_unbracketed(host)).is_loopback
     except ValueError:
         return host == "localhost"
 
