@@ -110,10 +110,10 @@ class GrammarSpec:
     @property
     def is_free(self) -> bool:
         """Whether it is any text."""
-        return self.format is None and self.callable is None
+        return self.format is None and self.callable_tools is None
 
     @property
-    def callable(self) -> Tools | None:
+    def callable_tools(self) -> Tools | None:
         """The tools, if any may be called."""
         return self.tools if self.tools and self.tools.mode is not ToolMode.NONE else None
 
@@ -154,8 +154,8 @@ def to_grammar(spec: GrammarSpec) -> str:
     """Translate a spec to llguidance's grammar language."""
     from llguidance import LLMatcher
 
-    if spec.callable is not None:
-        return LLMatcher.grammar_from_lark(_tools_grammar(spec, spec.callable))
+    if spec.callable_tools is not None:
+        return LLMatcher.grammar_from_lark(_tools_grammar(spec, spec.callable_tools))
     assert spec.format is not None
     if spec.format.choices:
         return LLMatcher.grammar_from_regex("|".join(map(re.escape, spec.format.choices)))
@@ -335,12 +335,12 @@ def _byte_tokenizer() -> "LLTokenizer":
 def _compile(spec: GrammarSpec, tokenizer: "LLTokenizer") -> "LLMatcher":
     if spec.format is not None:
         _reject_unsafe(spec.format.schema, "response_format")
-    if spec.callable is not None:
-        _check_parameters(spec.callable)
+    if spec.callable_tools is not None:
+        _check_parameters(spec.callable_tools)
     matcher = _matcher(spec, tokenizer)
     if matcher.is_error():
-        if spec.callable is not None:
-            _blame_part(spec, spec.callable, tokenizer)
+        if spec.callable_tools is not None:
+            _blame_part(spec, spec.callable_tools, tokenizer)
         raise _unsupported(spec, matcher.get_error())
     return matcher
 
@@ -413,7 +413,7 @@ def _panics_as_query_errors(spec: GrammarSpec) -> Iterator[None]:
 
 
 def _unsupported(spec: GrammarSpec, reason: str) -> QueryError:
-    if spec.callable is not None:
+    if spec.callable_tools is not None:
         return QueryError(f"unsupported tools: {_explain(reason)}", field="tools")
     if spec.format is not None and spec.format.choices:
         return QueryError(f"unsupported choices: {_explain(reason)}", field="choices")
