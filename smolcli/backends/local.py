@@ -515,7 +515,7 @@ def _result(pending: LocalQuery, sequence: Sequence) -> Result:
 
 
 def _is_complete(pending: LocalQuery, grammar: GrammarMatcher) -> bool:
-    """Whether an answer is all that its grammar has matched, or free text, which may end anywhere.
+    """Whether an answer matches its grammar to the end, or is free text, which may end anywhere.
 
     Text is free if it has no format, and the answer could have called functions but did not.
     """

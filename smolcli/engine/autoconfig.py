@@ -166,7 +166,7 @@ def _dtype(name: Dtype, device: str) -> ResolvedDtype:
 
 
 def _float_dtype(device: str) -> FloatDtype:
-    """The fastest dtype of a device that does not round further than the weights."""
+    """The fastest dtype of a device that is as exact as bfloat16 weights."""
     if device == "cpu":
         return "bfloat16" if {"bfloat16", "AMX"} & set(cpu_features()) else "float32"
     from smolcli.engine.torch_ops.devices import has_bfloat16

@@ -59,7 +59,7 @@ class TokenFilter:
         """
         bits = self._allowed.copy()
         if grammar is not None:
-            bits &= np.frombuffer(grammar, np.uint8)[: len(bits)]  # it may have another word
+            bits &= np.frombuffer(grammar, np.uint8)[: len(bits)]  # it may be longer by a word
         _clear(bits, self._completing_bad_words(token_ids, num_output))
         if not bits.any():
             raise QueryError(

@@ -62,7 +62,7 @@ class ChatTemplate:
             return self._template.render(
                 messages=turns, add_generation_prompt=True, tools=functions, **self._special_tokens
             )
-        except Exception as exc:  # a template is code of others and may raise anything
+        except Exception as exc:  # a template is third-party code and may raise anything
             raise QueryError(
                 f"the model's chat template rejects these messages: {exc}", field="messages"
             ) from exc

@@ -1,6 +1,6 @@
 """The weights of a model directory, memory-mapped and checked against config.json.
 
-They are safetensors files or, if the model was quantized, a GGUF file as it came.
+They are safetensors files or, if the model was quantized, its original GGUF file.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""The weights of a model that is stored as the GGUF file that it came in.
+"""The weights of a model that is stored as its original GGUF file.
 
 Reading the header of a GGUF file takes longer than starting smol, because it contains the whole
-vocabulary, so the places of the tensors are kept in a small index next to the file.
+vocabulary, so a small index next to the file holds the offsets of the tensors.
 """
 
 import json

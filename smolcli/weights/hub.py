@@ -110,7 +110,7 @@ def _translated_errors(model: str) -> Iterator[None]:
 
 def _stored_names() -> list[str]:
     """The names of stored models, except those of .gguf files, which are digests."""
-    with suppress(SmolError):  # only the fault that names them for a hint matters
+    with suppress(SmolError):  # they are only a hint in another error
         return [entry.name for entry in entries() if not entry.name.startswith("gguf--")]
     return []
 

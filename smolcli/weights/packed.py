@@ -180,7 +180,7 @@ def _mapped(path: Path, num_bytes: int) -> np.memmap[Any, np.dtype[np.uint8]]:
     Raises:
         OSError: there is not enough space, or the file cannot be written.
     """
-    with path.open("w+b") as file:  # where a file system cannot reserve space, libc reads, too
+    with path.open("w+b") as file:  # readable, because glibc may emulate posix_fallocate
         file.truncate(num_bytes)
         if hasattr(os, "posix_fallocate"):  # on Linux; NTFS reserves the space of any new file
             try:

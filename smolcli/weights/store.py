@@ -17,7 +17,7 @@ from smolcli.errors import ModelError, ModelNotFound, error_reason
 from smolcli.protocol.json_text import parse_json, parse_object
 
 RECORD = "smol.json"
-# Quantized weights as they came, and where each tensor is in them.
+# Quantized weights in their original file, and the offsets of the tensors in it.
 GGUF_FILE, GGUF_INDEX = "model.gguf", "model.gguf.index.json"
 
 Notify = Callable[[str], None]  # receives progress messages of one sentence

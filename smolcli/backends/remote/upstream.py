@@ -24,7 +24,7 @@ HEALTH_CHECK_INTERVAL_S, HEALTH_CHECK_TIMEOUT_S = 5.0, 5.0
 POLL_S = 0.02
 DEFAULT_BATCH_SIZE = 64  # of a server that does not report its window
 RETRIED_STATUSES = (408, 425, 429, 502, 503, 504, 529)  # 529: overloaded, at some providers
-DECIDING = ("api", "model", "revision", "dtype", "system_prompt")
+DECIDING = ("api", "model", "revision", "dtype", "system_prompt")  # what servers must agree on
 
 _FAILED_CONNECTION = (httpx.NetworkError, httpx.ProtocolError, httpx.ConnectTimeout)
 
