@@ -236,15 +236,18 @@ def test_types_of_a_kept_file_are_listed_by_size(tmp_path: Path) -> None:
     assert weight_format(tmp_path) == "Q5_0, Q8_0, Q4_K and Q6_K"
 
 
-@pytest.mark.parametrize("damage", ["truncate", "index"])
+@pytest.mark.parametrize("damage", ["truncate", "index", "type"])
 def test_damage_to_a_kept_file_is_a_model_error(
     tiny_folder: Path, tmp_path: Path, damage: str
 ) -> None:
     folder = converted_as("Q4_1", tiny_folder, tmp_path)
+    index = folder / "model.gguf.index.json"
     if damage == "truncate":
         (folder / "model.gguf").write_bytes((tmp_path / "tiny.gguf").read_bytes()[:-1000])
-    else:
-        (folder / "model.gguf.index.json").write_text('{"tensors": {"norm.weight": {}}}')
+    elif damage == "index":
+        index.write_text('{"tensors": {"norm.weight": {}}}')
+    else:  # as of a newer version of gguf
+        index.write_text(index.read_text("utf-8").replace("Q4_1", "Q9_9"), "utf-8")
     with pytest.raises(ModelError, match=r"model\.gguf"):
         load_weights(folder, load_config(folder))
 

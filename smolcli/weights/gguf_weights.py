@@ -85,7 +85,7 @@ def load(folder: Path, config: LlamaConfig) -> dict[str, Weight]:
     try:
         data = np.memmap(folder / GGUF_FILE, np.uint8, mode="r").view(np.ndarray)
         return {name: _tensor(name, entry, data, config) for name, entry in index.items()}
-    except (OSError, ValueError, IndexError) as exc:
+    except (OSError, ValueError, LookupError, TypeError) as exc:
         raise ModelError(f"{folder / GGUF_FILE} does not match {GGUF_INDEX}: {exc}") from exc
 
 
