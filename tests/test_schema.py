@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from openai.types.chat import ParsedChatCompletionMessage
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from pydantic import BaseModel
 
 from smolcli.errors import PromptTooLong, QueryError
 from smolcli.protocol.answer_formats import JSON_OBJECT, format_fields, schema_format
@@ -24,6 +25,7 @@ from smolcli.protocol.parameters import validated
 from smolcli.protocol.prompt import prompt_query
 from smolcli.protocol.query import FIELDS, QueryFields, chat_id_of, parse_query
 from smolcli.protocol.responses import ResponsesFields
+from smolcli.protocol.text_completions import TextCompletionFields
 from smolcli.settings import QueryDefaults
 from smolcli.types import AnswerFormat, ErrorCode, Message, PromptLimit, Query, Sampling
 
@@ -660,6 +662,36 @@ def test_assistant_message_may_be_empty() -> None:
     for content in contents:
         query = completion([USER, {"role": "assistant", "content": content}, USER])
         assert query.messages[1] == Message("assistant", "")
+
+
+@pytest.mark.parametrize(
+    ("model", "value", "path"),
+    [
+        (CompletionFields, {"messages": [{}] * 9}, "messages[0].role"),
+        (
+            CompletionFields,
+            {"messages": [{"role": "user", "content": [{}] * 9}]},
+            "messages[0].content[0].type",
+        ),
+        (CompletionFields, {"messages": [USER], "modalities": ["x"] * 9}, "modalities[0]"),
+        (
+            CompletionFields,
+            {"messages": [USER], "allowed_token_ids": [-1] * 9},
+            "allowed_token_ids[0]",
+        ),
+        (TextCompletionFields, {"prompt": ["a", *[""] * 9]}, "prompt[1]"),
+        (TextCompletionFields, {"prompt": [1, *[-1] * 9]}, "prompt[1]"),
+        (TextCompletionFields, {"prompt": [[1], *[[-1]] * 9]}, "prompt[1][0]"),
+        (ResponsesFields, {"input": [{}] * 9}, "input[0].role"),
+    ],
+)
+def test_validation_of_a_list_ends_at_its_first_error(
+    model: type[BaseModel], value: dict[str, Any], path: str
+) -> None:
+    """It named the last of them, and 200,000 invalid token ids took minutes and 600 MiB."""
+    with pytest.raises(QueryError) as caught:
+        validated(model, value)
+    assert caught.value.field == path
 
 
 def test_prompt_too_long_is_what_openai_clients_recognize() -> None:

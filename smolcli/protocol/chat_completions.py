@@ -18,6 +18,7 @@ from smolcli.protocol.fields import (
     MAX_LOGPROBS,
     Count,
     Flag,
+    Items,
     Lenient,
     Number,
     NumLogprobs,
@@ -74,11 +75,11 @@ class ChatMessage(Lenient):
     KEPT = frozenset({"content"})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = Field(
+    content: Text | Items[Part] | None = Field(
         None, description="a string or a list of text parts; null only from the assistant"
     )
     name: Text | None = Field(None, description="a string; it has no effect")
-    tool_calls: list[CallFields] | None = Field(
+    tool_calls: Items[CallFields] | None = Field(
         None, description="the calls of an earlier answer, only from the assistant"
     )
     tool_call_id: Text | None = Field(
@@ -126,7 +127,7 @@ class CompletionFields(GenerationFields):
         )
     )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] = Field(
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)] = Field(
         description="a non-empty list of {role, content} with text content, ending with a user "
         "message or the result of a tool"
     )
@@ -152,7 +153,7 @@ class CompletionFields(GenerationFields):
 
     # OpenAI's parameters that are not supported.
     store: Literal[False] | None = Field(None, description="false: nothing is stored")
-    modalities: list[Literal["text"]] | None = Field(
+    modalities: Items[Literal["text"]] | None = Field(
         None, description='["text"]: others are not supported'
     )
     reasoning_effort: Literal["none"] | None = Field(

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -67,6 +67,9 @@ def _stripped(value: object) -> object:
 _WHITE_SPACE = r"\t-\r\x1c-\x20\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 NOT_BLANK = f"[^{_WHITE_SPACE}]"
 
+T = TypeVar("T")
+# A list whose validation ends at the first error: there is room for millions in a request.
+Items = Annotated[list[T], Field(fail_fast=True)]
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, Field(strict=True)]
@@ -83,7 +86,7 @@ OutputPenalty = Annotated[Number, Field(ge=-2, le=2)]
 NumTokens = Annotated[int, Field(strict=True, ge=0), FLOAT_TO_INT]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31), FLOAT_TO_INT]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_LISTED)]
-AllowedIds = Annotated[list[TokenId], Field(max_length=MAX_ALLOWED)]
+AllowedIds = Annotated[Items[TokenId], Field(max_length=MAX_ALLOWED)]
 LogitBias = Annotated[
     dict[
         Annotated[int, Field(strict=True, ge=0), BeforeValidator(_token_key)],
@@ -108,7 +111,8 @@ Stop = Annotated[
     StopStrings, BeforeValidator(_one_or_many, json_schema_input_type=StopStrings | StopString)
 ]
 RawText = Annotated[str, Field(strict=True, min_length=1)]
-RawPrompt = RawText | Annotated[list[TokenId], Field(min_length=1)]
+PromptIds = Annotated[Items[TokenId], Field(min_length=1)]
+RawPrompt = RawText | PromptIds
 Id = Annotated[str, Field(strict=True, min_length=1)]
 BadWord = Annotated[
     str, Field(strict=True, max_length=1000, pattern=NOT_BLANK)  # white space is not a word

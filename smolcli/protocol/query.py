@@ -43,6 +43,7 @@ from smolcli.protocol.fields import (
     ChatId,
     Choices,
     Flag,
+    Items,
     LogitBias,
     MinP,
     NumAnswers,
@@ -125,7 +126,7 @@ class MessageFields(BaseModel):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: Text | None = None
-    tool_calls: list[CallFields] | None = None
+    tool_calls: Items[CallFields] | None = None
     tool_call_id: Text | None = None
 
 
@@ -145,7 +146,7 @@ class QueryFields(BaseModel):
     system_prompt: Text | None = Field(
         None, description="a string; an empty one omits the default system prompt"
     )
-    messages: Annotated[list[MessageFields], Field(min_length=1)] | None = Field(
+    messages: Annotated[Items[MessageFields], Field(min_length=1)] | None = Field(
         None,
         description="a non-empty list of {role, content}, ending with a user message or the result "
         "of a tool",

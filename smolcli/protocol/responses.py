@@ -26,6 +26,7 @@ from smolcli.protocol.fields import (
     Count,
     Flag,
     Integer,
+    Items,
     Lenient,
     NumLogprobs,
     Temperature,
@@ -78,7 +79,7 @@ class MessageItem(ItemFields):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Text | list[Part]
+    content: Text | Items[Part]
     phase: Text | None = Field(None, description=NO_EFFECT)
 
 
@@ -96,7 +97,7 @@ class CallOutputItem(ItemFields):
 
     type: Literal["function_call_output"]
     call_id: Annotated[Text, Field(min_length=1)]
-    output: Text | list[InputPart]
+    output: Text | Items[InputPart]
 
 
 def _item_type(value: object) -> str | None:
@@ -141,7 +142,7 @@ class FlatAllowedTools(Lenient):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[FlatNamedTool], Field(min_length=1)]
+    tools: Annotated[Items[FlatNamedTool], Field(min_length=1)]
 
 
 class TextOptions(Lenient):
@@ -174,7 +175,7 @@ class ResponsesFields(Lenient):
     model_config = ConfigDict(json_schema_extra=forbid_violations([tool_choice_rule(list(EMPTY))]))
 
     model: Text | None = Field(None, description=MODEL)
-    input: Prompt | Annotated[list[Item], Field(min_length=1)] = Field(
+    input: Prompt | Annotated[Items[Item], Field(min_length=1)] = Field(
         description="a non-blank string, or a list of messages, function calls and their outputs "
         "that ends with a message of the user or an output"
     )
@@ -216,12 +217,12 @@ class ResponsesFields(Lenient):
     prompt_cache_key: Text | None = Field(None, description=NO_EFFECT)
     prompt_cache_retention: Text | None = Field(None, description=NO_EFFECT)
     service_tier: Text | None = Field(None, description=NO_EFFECT)
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
-        Field(
-            None,
-            description='a list that may contain "message.output_text.logprobs"; '
-            "nothing else can be included",
-        )
+    include: (
+        Items[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None
+    ) = Field(
+        None,
+        description='a list that may contain "message.output_text.logprobs"; '
+        "nothing else can be included",
     )
     reasoning: Reasoning | None = Field(None, description="empty: the model does not reason")
 

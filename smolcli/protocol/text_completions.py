@@ -20,11 +20,12 @@ from smolcli.protocol.fields import (
     MAX_ANSWERS,
     MAX_LOGPROBS,
     Flag,
+    Items,
     NumAnswers,
     NumLogprobs,
     NumTokens,
+    PromptIds,
     RawText,
-    TokenId,
 )
 from smolcli.protocol.openai import (
     SHARED_COMBINATIONS,
@@ -45,12 +46,11 @@ DEFAULT_MAX_TOKENS = 16  # of OpenAI's API
 _CONTINUATION = [bytes([byte]) for byte in range(0x80, 0xC0)]  # bytes within a character of UTF-8
 _RAW_TOKEN = re.compile(r"bytes:(\\x[0-9a-f]{2})+")
 
-PromptIds = Annotated[list[TokenId], Field(min_length=1)]
 Prompts = (
     RawText
     | PromptIds
-    | Annotated[list[RawText], Field(min_length=1)]
-    | Annotated[list[PromptIds], Field(min_length=1)]
+    | Annotated[Items[RawText], Field(min_length=1)]
+    | Annotated[Items[PromptIds], Field(min_length=1)]
 )
 
 _COMBINATIONS: list[Any] = [

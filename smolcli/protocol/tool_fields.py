@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from smolcli.errors import QueryError
-from smolcli.protocol.fields import Flag, Integer, Lenient, Text, did_you_mean
+from smolcli.protocol.fields import Flag, Integer, Items, Lenient, Text, did_you_mean
 from smolcli.protocol.json_text import shorten
 from smolcli.types import ErrorCode, Function, ToolCall, ToolMode, Tools
 
@@ -59,7 +59,7 @@ class AllowedTools(Lenient):
     """Some of the tools."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1)]
+    tools: Annotated[Items[NamedTool], Field(min_length=1)]
 
 
 class AllowedToolsChoice(Lenient):
