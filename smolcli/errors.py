@@ -131,7 +131,7 @@ class HubUnreachable(ModelError):
 
 
 class BackendError(RunError):
-    """The backend that computes the answers is gone."""
+    """The model, or every server, has failed."""
 
 
 _CREDENTIALS = re.compile(

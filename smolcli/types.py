@@ -406,8 +406,8 @@ class Usage:
     Args:
         prompt_tokens: tokens of the prompt.
         completion_tokens: tokens of the answers, end tokens included.
-        cached_tokens: of the prompt, found in the prefix cache; None if unknown. They depend on
-            earlier queries, so that they are not part of a result's record.
+        cached_tokens: prompt tokens found in the prefix cache; None if unknown. The number depends
+            on earlier queries, so it is not part of a result's record.
     """
 
     prompt_tokens: int
@@ -424,7 +424,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """When things happened to one query, in seconds since it was submitted.
+    """When one query was admitted, answered and finished, in seconds since it was submitted.
 
     Args:
         queue_s: when it was admitted to the batch.
@@ -447,11 +447,11 @@ class Result:
 
     Args:
         chat_id: the query's id; None if it could not be read.
-        response: the text of the answer, None if it consists of calls; of an error, the text before
-            it, if any.
-        finish_reason: why it ended; None if an upstream server did not say.
-        tool_calls: functions that it calls; of an answer that was cut off, the last may be
-            incomplete.
+        response: the text of the answer; None if the answer consists of calls. For an error, the
+            text generated before it, if any.
+        finish_reason: why the answer ended; None if an upstream server did not say.
+        tool_calls: functions that the answer calls. If the answer was cut off, the last call may
+            be incomplete.
         logprobs: one entry per token of the text, in OpenAI's format.
         prompt_logprobs: one entry per token of the prompt, with the token's id and rank as well.
             The log probability and rank of the first one are null.
@@ -463,8 +463,9 @@ class Result:
         field: the field that is wrong, if any.
         metadata: the query's metadata.
         line: the query's line number.
-        timings: when things happened.
-        is_deduplicated: whether it is the answer to an equal query, so that nothing was generated.
+        timings: when the query was admitted, answered and finished.
+        is_deduplicated: whether the answer is shared with an equal query, so that nothing was
+            generated for this one.
     """
 
     chat_id: str | None
