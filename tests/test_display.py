@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from smolcli.backends.base import Counters
-from smolcli.batch.progress import BarProgress, LogProgress
+from smolcli.batch.progress import READING, BarProgress, LogProgress, new_bar
 from smolcli.batch.statistics import LatencyHistogram, StatisticsCollector
 from smolcli.batch.status_line import waiting
 from smolcli.types import ErrorCode, FinishReason, Result, Timings, Usage
@@ -109,6 +110,21 @@ def test_bar_shows_done_and_failed_lines(
     )
     assert "[one] sentence" in captured.err
     assert "out.jsonl" in captured.err
+
+
+@pytest.mark.parametrize("width", [160, 80, 76, 75, 60, 59, 52, 51, 40])
+@pytest.mark.parametrize("text", [READING, "1,234 tokens/s"])
+def test_progress_fits_the_terminal(width: int, text: str) -> None:
+    """80 columns used to cut off the number of lines, and 40 left nothing to read."""
+    console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+    bar = new_bar(console)
+    bar.add_task(text, total=120_000, completed=12_345, failed=12)
+    with console.capture() as capture:
+        console.print(bar.get_renderable())
+    shown = capture.get()
+    assert f"12345/120000 12 failed {text}" in shown
+    assert "…" not in shown
+    assert ("left -:--:--" in shown) == (width >= 52)
 
 
 def test_percentiles_are_within_one_percent() -> None:

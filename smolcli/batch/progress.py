@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LOG_INTERVAL_S = 10.0
 BAR_INTERVAL_S = 0.1
 READING = "reading prompts"  # until the first result
+_WIDTH_WITH_LEFT, _WIDTH_WITH_BAR, _WIDTH_WITH_ELAPSED = 52, 60, 76  # of a terminal
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class BarProgress:
         from rich.console import Console
 
         self._console = Console(stderr=True)
-        self._bar = _new_bar(self._console)
+        self._bar = new_bar(self._console)
         self._statistics = StatisticsCollector()
         self._num_resumed = 0
         self._next_s = 0.0
@@ -111,7 +112,7 @@ class BarProgress:
     def start(self, total: int | None, statistics: StatisticsCollector) -> None:
         self._statistics = statistics
         self._num_resumed = statistics.num_lines
-        self._bar.add_task(READING, total=total, completed=statistics.num_lines, failed=0, rate=0.0)
+        self._bar.add_task(READING, total=total, completed=statistics.num_lines, failed=0)
         self._bar.start()
 
     def update(self) -> None:
@@ -136,36 +137,41 @@ class BarProgress:
         self._console.print(table)
 
     def _redraw(self) -> None:
+        rate = f"{self._statistics.tokens_per_second or 0.0:,.0f} tokens/s"
         for task_id in self._bar.task_ids:
             self._bar.update(
                 task_id,
-                description="" if self._statistics.num_lines > self._num_resumed else READING,
+                description=rate if self._statistics.num_lines > self._num_resumed else READING,
                 completed=self._statistics.num_lines,
                 failed=self._statistics.num_failed,
-                rate=self._statistics.tokens_per_second or 0.0,
             )
 
 
-def _new_bar(console: "Console") -> "Progress":
-    """A bar that estimates the time left from this session's rate alone."""
+def new_bar(console: "Console") -> "Progress":
+    """A bar that estimates the time left from this session's rate alone.
+
+    It takes the space that the numbers leave; a narrow terminal has no room for everything.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
 
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
+    columns: list[ProgressColumn] = [
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[failed]} failed"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
-        console=console,
-    )
+    ]
+    if console.width >= _WIDTH_WITH_ELAPSED:
+        columns += [TextColumn("elapsed"), TimeElapsedColumn()]
+    if console.width >= _WIDTH_WITH_LEFT:
+        columns += [TextColumn("left"), TimeRemainingColumn()]
+    if has_bar := console.width >= _WIDTH_WITH_BAR:
+        columns.insert(0, BarColumn(None, table_column=Column(ratio=1)))
+    return Progress(*columns, console=console, expand=has_bar)
