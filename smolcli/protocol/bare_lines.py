@@ -74,7 +74,7 @@ def parse_bare(value: object, defaults: QueryDefaults, chat_id: str, line: int) 
         unknown = {name: item for name, item in body.items() if name not in _KNOWN}
         body = {name: item for name, item in body.items() if name in _KNOWN}
         metadata = (unknown if defaults.extra_fields == "keep" else {}) | metadata
-    body = {"model": ""} | {name: item for name, item in body.items() if name not in _IGNORED}
+    body = {name: item for name, item in body.items() if name not in _IGNORED}
     query = parse_completion(body, defaults, chat_id, line).query
     return replace(query, metadata=metadata or None)
 
