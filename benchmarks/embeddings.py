@@ -30,29 +30,11 @@ Pairs = list[tuple[str, str]]
 NUM_PAIRS = 200
 MAX_TOKENS = 96
 MODULES = (
-    *(
-        "argparse",
-        "asyncio",
-        "collections",
-        "configparser",
-        "csv",
-        "datetime",
-        "decimal",
-        "difflib",
-    ),
-    *("email", "fractions", "heapq", "http", "inspect", "ipaddress", "json", "logging", "mailbox"),
-    *("multiprocessing", "os", "pathlib", "random", "re", "shutil", "socket", "sqlite3", "ssl"),
-    *(
-        "statistics",
-        "string",
-        "subprocess",
-        "tarfile",
-        "tempfile",
-        "threading",
-        "unittest",
-        "urllib",
-    ),
-    *("uuid", "xml", "zipfile"),
+    *("argparse", "asyncio", "collections", "configparser", "csv", "datetime", "decimal"),
+    *("difflib", "email", "fractions", "heapq", "http", "inspect", "ipaddress", "json", "logging"),
+    *("mailbox", "multiprocessing", "os", "pathlib", "random", "re", "shutil", "socket", "sqlite3"),
+    *("ssl", "statistics", "string", "subprocess", "tarfile", "tempfile", "threading", "unittest"),
+    *("urllib", "uuid", "xml", "zipfile"),
 )
 
 

@@ -98,10 +98,8 @@ def failing(server: Target, model: FaultyModel, fault: str, num_failures: int) -
 
 
 def killed_clients(server: Target) -> Row:
-    row, load = (
-        Row("16 clients are killed while streaming; 8 others send queries"),
-        LoadGenerator(server),
-    )
+    row = Row("16 clients are killed while streaming; 8 others send queries")
+    load = LoadGenerator(server)
     model = json.loads(get(server, "/v1/models")[1])["data"][0]["id"]
     one = {"messages": [{"role": "user", "content": "Tell a story."}], "max_tokens": 200}
     many = {"queries": [query(n, 4 + 60 * n) for n in range(4)]}
@@ -135,10 +133,8 @@ def send(server: Target, path: str, value: Any, *headers: str) -> socket.socket:
 
 
 def malformed(server: Target, number: int) -> Row:
-    row, load = (
-        Row(f"{number:,} malformed requests; 8 others send queries"),
-        LoadGenerator(server),
-    )
+    row = Row(f"{number:,} malformed requests; 8 others send queries")
+    load = LoadGenerator(server)
     load.ask([query(n) for n in range(8)])
     with ThreadPoolExecutor(8) as pool:
         row.outcomes = Counter(
@@ -169,10 +165,8 @@ def answer_to(server: Target, data: bytes) -> str:
 
 def slow(server: Target, number: int) -> Row:
     """Half of the connections never finish the head of a request, half never the body."""
-    row, load = (
-        Row(f"{number} connections send one byte per second; 8 others send queries"),
-        LoadGenerator(server),
-    )
+    row = Row(f"{number} connections send one byte per second; 8 others send queries")
+    load = LoadGenerator(server)
     heads = [b"POST /chat HTTP/1.1\r\nHost: x\r\n", b"Content-Length: 9999\r\n\r\n"]
     connections = [socket.create_connection(server.address, TIMEOUT_S) for _ in range(number)]
     for index, connection in enumerate(connections):
