@@ -163,6 +163,8 @@ def test_failed_sync_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     writer.write(HI.record())
     with pytest.raises(RunError, match=r"cannot write .*out: Input/output error"):
         writer.close()
+    with pytest.raises(RunError, match=r"cannot write .*out: Input/output error"):
+        ResultWriter(tmp_path / "out")  # an unclosed file would be a warning, which fails the test
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")

@@ -6,7 +6,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
@@ -180,14 +180,17 @@ class ResultWriter:
         self._thread = threading.Thread(target=self._keep_synced, name="smol-fsync", daemon=True)
         target = 1 if str(path) == "-" else path
         mode = "wb" if target == 1 else "ab"
-        try:
-            self._file = open(target, mode, buffering=0, closefd=target != 1)  # noqa: SIM115
-            if self._can_sync:
-                self._file.truncate(num_bytes)
-                os.fsync(self._file.fileno())
-                self._thread.start()
-        except OSError as exc:
-            self._fail(exc)
+        with ExitStack() as stack:
+            try:
+                file = open(target, mode, buffering=0, closefd=target != 1)  # noqa: SIM115
+                self._file = stack.enter_context(file)
+                if self._can_sync:
+                    self._file.truncate(num_bytes)
+                    os.fsync(self._file.fileno())
+                    self._thread.start()
+            except OSError as exc:
+                self._fail(exc)
+            stack.pop_all()
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record.
