@@ -264,6 +264,9 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+_MAX_COMPARED = 1000  # characters of a name; difflib indexes each of them
+
+
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that an unknown one was probably meant to be, for use in an error message.
 
@@ -274,4 +277,5 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """
     import difflib
 
+    name = name[:_MAX_COMPARED]
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)

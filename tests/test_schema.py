@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 import sys
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
@@ -692,6 +693,17 @@ def test_validation_of_a_list_ends_at_its_first_error(
     with pytest.raises(QueryError) as caught:
         validated(model, value)
     assert caught.value.field == path
+
+
+def test_a_huge_unknown_name_is_not_compared_with_known_ones() -> None:
+    """8 MB took 15 s and 320 MiB: difflib indexes every character."""
+    name = "temperatura" * 100_000
+    tracemalloc.start()
+    try:
+        assert "did you mean" not in refusal(HI | {name: 1})[2]
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(name)
+    finally:
+        tracemalloc.stop()
 
 
 def test_prompt_too_long_is_what_openai_clients_recognize() -> None:
