@@ -264,13 +264,19 @@ def test_malformed_forms_are_rejected(client: openai.OpenAI) -> None:
             413,
         ),
     }
+    messages = {
+        "no boundary": "leave this header to the HTTP client",
+        "truncated": "not valid multipart/form-data, or incomplete",
+        "a file as text": "send it as a file",
+    }
     for what, (body, content_type, status) in forms.items():
         response = client._client.post(
             f"{client.base_url}files", content=body, headers={"Content-Type": content_type}
         )
         assert response.status_code == status, (what, response.text)
         assert response.json()["error"]["type"] == "invalid_request_error"
-        assert "file is not supported" not in response.text
+        if expected := messages.get(what):
+            assert expected in response.json()["error"]["message"]
 
 
 def test_lists_have_pages(client: openai.OpenAI) -> None:

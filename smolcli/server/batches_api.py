@@ -408,14 +408,13 @@ def _parse_form(start: Callable[..., Upload]) -> tuple[Any, Any]:
             request.stream, request.mimetype, request.content_length, request.mimetype_params
         )
     except RequestEntityTooLarge as exc:
-        message = "the form has too many fields, or a field that is too long"
+        message = "the form has too many fields, or too long a text; send files as files"
         raise HttpError(exc.code, message, HttpCode.TOO_LARGE) from exc
     except ValueError as exc:
-        raise HttpError(
-            HTTPStatus.BAD_REQUEST,
-            f"the body is not valid multipart/form-data: {exc}",
-            HttpCode.BAD_REQUEST,
-        ) from exc
+        message = "the body is not valid multipart/form-data, or incomplete"
+        if "boundary" not in request.mimetype_params:
+            message = "Content-Type names no boundary; leave this header to the HTTP client"
+        raise HttpError(HTTPStatus.BAD_REQUEST, message, HttpCode.BAD_REQUEST) from exc
     return form, files
 
 
