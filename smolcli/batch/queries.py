@@ -1,10 +1,11 @@
 """Turns the rows of an input into queries, or into error results if they are invalid."""
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 from smolcli.batch.chat_ids import ChatIds
-from smolcli.data.prompt_template import options_hint
+from smolcli.data.prompt_template import PROMPT_NAMES, options_hint
 from smolcli.data.rows import Row
 from smolcli.errors import QueryError
 from smolcli.protocol.json_text import shorten
@@ -100,7 +101,21 @@ def _hint(row: Row, exc: QueryError) -> str:
     if not isinstance(values, dict) or _OWN_FIELDS & values.keys():
         return ""
     columns = [name for name in values if name not in FIELDS]
-    return f"; {options_hint(columns)}" if columns and "did you mean" not in str(exc) else ""
+    if not columns or "did you mean" in str(exc):
+        return ""
+    if row.number == 1 and (name := _member_of_rows(values)):
+        path = f".{name}" if name.isidentifier() else f".[{json.dumps(name, ensure_ascii=False)}]"
+        return f"; if {shorten(name)!r} holds the rows, extract them first: jq -c '{path}[]'"
+    return f"; {options_hint(columns)}"
+
+
+def _member_of_rows(values: Mapping[str, object]) -> str | None:
+    """The list of objects in `{"version": 1, "data": [...]}`, which is a whole file in one row."""
+    if any(name.casefold() in ("id", *PROMPT_NAMES) for name in values):
+        return None
+    lists = {name: value for name, value in values.items() if isinstance(value, list) and value}
+    names = [name for name, value in lists.items() if all(isinstance(v, dict) for v in value)]
+    return names[0] if len(names) == 1 else None
 
 
 def _duplicate(query: Query, id_field: str) -> Result:

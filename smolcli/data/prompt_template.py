@@ -10,7 +10,7 @@ from smolcli.protocol.fields import did_you_mean
 from smolcli.protocol.json_text import load_json
 from smolcli.types import ErrorCode
 
-_PROMPT_NAMES = ("prompt", "question", "text", "input", "instruction", "query", "content")
+PROMPT_NAMES = ("prompt", "question", "text", "input", "instruction", "query", "content")
 
 
 class Template:
@@ -164,7 +164,7 @@ def no_column(column: str, columns: Iterable[str]) -> str:
 def options_hint(columns: Iterable[str]) -> str:
     """A hint at the options for rows whose columns are not named like query fields."""
     names = [name for name in columns if name]
-    likely = (name for name in names if name.strip().casefold() in _PROMPT_NAMES)
+    likely = (name for name in names if name.strip().casefold() in PROMPT_NAMES)
     prompt = next(likely, None) or next(reversed(names), "text")
     hint = f"map the columns with --prompt '{_placeholder(prompt)}'"
     ids = [name for name in names if name.casefold().replace("_", "") in ("id", "key", "uid")]
