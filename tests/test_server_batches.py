@@ -82,7 +82,8 @@ def client(tmp_path: Path) -> Iterator[openai.OpenAI]:
 
 def upload(client: openai.OpenAI, lines: list[Any] | bytes, **fields: Any) -> str:
     data = lines if isinstance(lines, bytes) else jsonl(lines)
-    return client.files.create(file=("in.jsonl", data), purpose="batch", **fields).id
+    file_id: str = client.files.create(file=("in.jsonl", data), purpose="batch", **fields).id
+    return file_id
 
 
 def create(client: openai.OpenAI, lines: list[Any] | bytes) -> Batch:

@@ -115,7 +115,7 @@ def test_logprobs_are_those_of_chat(
     with client.responses.stream(input="Hi", **asked) as stream:
         events = [event.to_dict() for event in stream]
     deltas = [e for e in events if e["type"] == "response.output_text.delta"]
-    assert [entry for e in deltas for entry in e["logprobs"]] == answer["logprobs"]  # type: ignore[attr-defined]
+    assert [entry for e in deltas for entry in e["logprobs"]] == answer["logprobs"]
     assert len([e for e in deltas if e["logprobs"]]) > 1
     (done,) = [e for e in events if e["type"] == "response.output_text.done"]
     assert done["logprobs"] == answer["logprobs"]

@@ -101,7 +101,7 @@ def plan_workers(cluster: RaySettings, settings: EngineSettings) -> WorkerPlan:
     min_cpus = max(settings.threads, 1)
     nodes = [
         node["Resources"]
-        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        for node in ray.nodes()
         if node["Alive"]
         and node["Resources"].get("CPU", 0) >= min_cpus
         and node["Resources"].get("GPU", 0) >= num_gpus
