@@ -135,9 +135,10 @@ def test_an_invalid_schema_is_rejected_before_loading_the_model(
     path = tmp_path / "schema.json"
     if content is not None:
         path.write_text(content, "utf-8")
-    code, stderr = smol("serve", "--model", str(tiny_folder), "--port", "0", "--schema", str(path))
-    assert code == 2
-    assert [line[: len(f"smol: --schema {path}")] for line in stderr.splitlines()] == [
+    args = ["serve", "--model", str(tiny_folder), "--port", "0", "--schema", str(path)]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2
+    assert [line[: len(f"smol: --schema {path}")] for line in result.stderr.splitlines()] == [
         f"smol: --schema {path}"
     ]
 
