@@ -1045,7 +1045,7 @@ def serve_batches(folder: Path, model: Path) -> Iterator[tuple[Process, openai.O
 
 def test_a_batch_survives_kill_9_and_sigterm(tmp_path: Path, deep_folder: Path) -> None:
     """Nothing is answered twice or lost, and no written answer changes."""
-    number = 120
+    number = 80
     with serve_batches(tmp_path, deep_folder) as (process, client):
         batch = create(client, [line(name, max_tokens=30) for name in names(number)])
         eventually(lambda: len(answered(tmp_path, batch)) >= 3)
