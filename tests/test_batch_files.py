@@ -631,7 +631,7 @@ def test_run_killed_repeatedly_ends_with_the_same_bytes(job: RunSettings) -> Non
     assert whole.errors is not None
     assert torn.errors is not None
     source, num_killed = random.Random(3), 0
-    for _ in range(6):
+    for _ in range(4):
         num_killed += answer_until_killed(torn, source.uniform(0, 0.15), 0.001) != 0
     answer(torn)
     assert num_killed > 0

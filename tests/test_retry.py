@@ -214,7 +214,7 @@ def test_killed_retry_leaves_the_old_or_the_new_output(job: RunSettings) -> None
     old, manifest = job.output.read_bytes(), manifest_path(job.output).read_bytes()
     answer(replace(job, retry_errors=True))
     new, source, seen = job.output.read_bytes(), random.Random(7), set()
-    for _ in range(6):
+    for _ in range(4):
         job.output.write_bytes(old)
         manifest_path(job.output).write_bytes(manifest)
         answer_until_killed(replace(job, retry_errors=True), source.uniform(0, 0.09), 0.005)
