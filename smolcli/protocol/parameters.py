@@ -11,6 +11,8 @@ from smolcli.protocol.fields import did_you_mean
 from smolcli.protocol.json_text import shorten
 from smolcli.types import ErrorCode
 
+MAX_ERRORS = 1000  # to choose from; further ones belong to further members of the same object
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -41,7 +43,7 @@ def _parameter_error(exc: ValidationError, model: type[BaseModel]) -> QueryError
     """
     errors = exc.errors(include_url=False, include_context=False)
     top = [f for f in errors if len(f["loc"]) == 1 and f["type"] == "extra_forbidden"] or errors
-    same = [f for f in top if f["loc"][0] == top[0]["loc"][0]]
+    same = [f for f in top[:MAX_ERRORS] if f["loc"][0] == top[0]["loc"][0]]
     # A union reports an error for each of its types; take the one that validated furthest.
     error = max(same, key=lambda f: _depth(_place(model, f["loc"])[0], f["type"]))
     location, members = _place(model, error["loc"])
