@@ -9,7 +9,7 @@ from itertools import islice, tee
 from pathlib import Path
 from typing import Literal, get_args
 
-from smolcli.data.compression import without_codec_suffix
+from smolcli.data.compression import codec_of_bytes, without_codec_suffix
 from smolcli.data.json_values import RECORD_SEPARATOR
 from smolcli.errors import QueryError, UsageError
 from smolcli.protocol.json_text import load_json, shorten
@@ -175,6 +175,8 @@ def reject_unsupported(head: bytes, path: Path) -> None:
     for magic, what in _UNSUPPORTED.items():
         if head.startswith(magic):
             raise UsageError(f"{path} is {what}")
+    if codec_of_bytes(head) is not None:
+        raise UsageError(f"{path} is compressed twice; decompress it once")
     if head[_TAR_MAGIC_AT:].startswith(b"ustar") and b"\0" in head[:_TAR_MAGIC_AT]:
         raise UsageError(f"{path} is a tar archive; extract it")
 
