@@ -529,7 +529,10 @@ class TestOpenAI:
 
     def test_requests_use_the_openai_api(self) -> None:
         bodies: list[Any] = []
-        with listening(self.app(bodies)) as url, remote(f"{url}/v1", model="second") as backend:
+        with (
+            listening(self.app(bodies)) as url,
+            remote(f"{url}/v1", f"{url}/v1/chat/completions/", model="second") as backend,
+        ):
             sampled = Sampling(5, 0.5, 0.9, 40, 1.1, 11, min_p=0.2, logit_bias=((3, -1.0),))
             results = answers(
                 backend, [query("7"), query("8", "So", sampling=sampled, stop=("x",))]

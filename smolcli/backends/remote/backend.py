@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -32,6 +33,7 @@ POLL_S = 0.01
 CONNECT_TIMEOUT_S, WRITE_TIMEOUT_S, KEEP_ALIVE_S = 5.0, 60.0, 30.0
 MAX_BATCH_CHARS = 1 << 20  # at most 4 MiB of UTF-8, half of a server's default limit
 LINGER_S, MAX_LINGER_S = 0.002, 0.1
+_ROUTE = re.compile(r"/*(/v1(/(chat/)?completions|/models)?|/chat/batched)?/*$")
 
 
 def open_remote(settings: RemoteSettings) -> "RemoteBackend":
@@ -296,7 +298,7 @@ class Batcher:
 
 
 def _base_url(url: str) -> str:
-    """The URL without a trailing slash, and without the /v1 that OpenAI clients expect."""
+    """The URL without the /v1 or the route that it may end with, as copied from a client."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as exc:
@@ -308,7 +310,7 @@ def _base_url(url: str) -> str:
         raise UsageError(f"{url!r} has port {parsed.port}; ports range from 1 to 65535")
     if parsed.query or parsed.fragment:
         raise UsageError(f"{url!r} must end with the path, without a query or fragment")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+    return _ROUTE.sub("", url)
 
 
 def _client(settings: RemoteSettings) -> httpx.AsyncClient:
