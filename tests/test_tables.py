@@ -388,9 +388,10 @@ def test_rows_with_other_columns_get_a_hint_to_the_options(tmp_path: Path) -> No
     first, second = items(path, RowSettings())
     assert first.error.endswith("map the columns with --prompt '{question}' --id-column id")
     assert second.error.startswith("unknown field 'id'")
-    write(path, '{"version": 1, "my data": [{"question": "Hi"}], "more": []}')
-    (whole,) = items(path, RowSettings())
-    assert whole.error.endswith("""holds the rows, extract them first: jq -c '.["my data"][]'""")
+    for name, member in (("data", ".data"), ("my data", '.["my data"]'), ("naïf", '.["naïf"]')):
+        write(path, f'{{"version": 1, "{name}": [{{"question": "Hi"}}], "more": []}}')
+        (whole,) = items(path, RowSettings())
+        assert whole.error.endswith(f"holds the rows, extract them first: jq -c '{member}[]'")
 
 
 def test_prompt_turns_table_rows_into_queries() -> None:

@@ -104,7 +104,8 @@ def _hint(row: Row, exc: QueryError) -> str:
     if not columns or "did you mean" in str(exc):
         return ""
     if row.number == 1 and (name := _member_of_rows(values)):
-        path = f".{name}" if name.isidentifier() else f".[{json.dumps(name, ensure_ascii=False)}]"
+        is_plain = name.isascii() and name.isidentifier()  # jq allows no other letters
+        path = f".{name}" if is_plain else f".[{json.dumps(name, ensure_ascii=False)}]"
         return f"; if {shorten(name)!r} holds the rows, extract them first: jq -c '{path}[]'"
     return f"; {options_hint(columns)}"
 
