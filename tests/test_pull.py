@@ -86,7 +86,8 @@ def test_unexpected_wheel_is_rejected(
         ("WARNING: retrying\nERROR: No version\nERROR: No distribution\n", "No version"),
         (
             "ERROR: Exception:\nTraceback (most recent call last):\n"
-            "OSError: [Errno 28] No space left on device: 'a.whl'\n",
+            "OSError: [Errno 28] No space left on device: 'a.whl'\n\n"
+            "[notice] To update, run: pip install --upgrade pip\n",
             "No space left on device: 'a.whl'",
         ),
         ("Killed\n", ""),

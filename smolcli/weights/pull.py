@@ -134,7 +134,8 @@ def pip_reason(stderr: str) -> str:
     Args:
         stderr: the output of pip.
     """
-    lines = stderr.strip().splitlines()
+    # A notice of a newer pip may follow the error.
+    lines = [line for line in stderr.splitlines() if line and not line.startswith("[notice]")]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     if errors[:1] == ["Exception:"]:
         return re.sub(r"^[\w.]+: (\[Errno \d+\] )?", "", lines[-1])
