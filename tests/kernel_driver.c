@@ -89,7 +89,7 @@ static void set_number(Format format, char *group, int index, float value) {
 }
 
 static Matrix pack_quantized(int matrix, int rows, int columns, int distance, Format format) {
-    int panels = (rows + PANEL - 1) / PANEL, bits = bits_of(format), in_word = 32 / bits;
+    int panels = (rows + PANEL - 1) / PANEL, bits = weight_bits(format), in_word = 32 / bits;
     char *packed = aligned(panels * panel_bytes(format, columns));
     for (int row = 0; row < rows; row++)
         for (int column = 0; column < columns; column++) {

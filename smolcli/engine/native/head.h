@@ -1,11 +1,11 @@
 /* The final norm and the LM head: logits, or only the most likely tokens. Included by kernels.c.
 
-   Products of integers find the largest of many logits sooner, because they bound each one. By the
-   Cauchy-Schwarz inequality, rounding the inputs changes a product by at most the length of the change times
-   the length of the column; the roundings of float32, whose number is known, are bounded in the same way. Only
-   the panels whose upper bound for a row reaches the row's largest lower bound are then multiplied in float32,
-   so the result is the same. All bounds are those of logits before the division by the RMS, which keeps their
-   order. */
+   The largest logit of a row is found without multiplying all panels in float32: products of integers, which
+   are faster, bound each logit first. By the Cauchy-Schwarz inequality, rounding the inputs changes a product
+   by at most the length of the change times the length of the column; the roundings of float32, whose number
+   is known, are bounded in the same way. Only the panels whose upper bound for a row reaches the row's
+   largest lower bound are then multiplied in float32, so the result is the same. Bounds apply to logits
+   before the division by the RMS, which keeps their order. */
 
 enum { PREPARE_HEAD, ROUND_HEAD, BOUND_HEAD, MULTIPLY_HEAD, HEAD_OPS };
 
@@ -19,37 +19,37 @@ typedef struct {
     float *logits;          /* (rows, vocab rounded up to panels), or NULL */
     Best *best;             /* (threads, rows) */
     const uint8_t *allowed; /* one bit per token, (rows, whole panels), or NULL */
-    float *upper;           /* (panels, rows), or NULL: multiply all panels in float32 */
+    float *upper;           /* (panels, rows), upper bounds; or NULL: multiply all panels as the model does */
     float *lower;           /* (threads, rows), the largest lower bounds */
-    float *errors;          /* (2, rows), of a product with a column whose two lengths are 1 */
+    float *errors;          /* (2, rows), largest errors for columns of length 1; see model->head_lengths */
     int num_threads;
 } HeadStep;
 
 INLINE int num_head_panels(const Model *model) { return (model->vocab + PANEL - 1) / PANEL; }
 
 /* The tokens of a vector that exist and are allowed. */
-INLINE ivec candidates(const HeadStep *step, int row, ivec ids, int first_id) {
-    ivec is_candidate = ids < step->model->vocab;
+INLINE ivec allowed_tokens(const HeadStep *step, int row, ivec ids, int first_id) {
+    ivec is_allowed = ids < step->model->vocab;
     if (step->allowed) {
         const uint8_t *bytes = step->allowed +
                                (int64_t)row * num_head_panels(step->model) * (PANEL / 8) + first_id / 8;
         int32_t bits = WIDTH == 16 ? bytes[0] | bytes[1] << 8 : bytes[0];
-        is_candidate &= (((ivec){} + bits) >> (ids - first_id) & 1) != 0;
+        is_allowed &= (((ivec){} + bits) >> (ids - first_id) & 1) != 0;
     }
-    return is_candidate;
+    return is_allowed;
 }
 
 /* The larger logit wins, and the smaller id in a tie, in whichever order they are compared. */
 INLINE void keep_best(const HeadStep *step, int row, vec value, int first_id, Best *best) {
     ivec ids = counting_from(first_id);
     ivec better = (value > best->value) | ((value == best->value) & (ids < best->id));
-    better &= candidates(step, row, ids, first_id);
+    better &= allowed_tokens(step, row, ids, first_id);
     best->value = select_lanes(better, value, best->value);
     best->id = (better & ids) | (~better & best->id);
     best->is_nan |= (value != value) & (ids < step->model->vocab);
 }
 
-/* The product of all rows; if there are bounds, in integers. */
+/* The product of all rows; to find bounds, in integers, with instructions that all CPUs of a variant have. */
 static Product head_product(const HeadStep *step) {
     const Model *model = step->model;
     return (Product){.weight = model->head,
@@ -61,7 +61,7 @@ static Product head_product(const HeadStep *step) {
                      .integers = step->upper ? PAIRWISE : integers_of(model, &model->head)};
 }
 
-/* Bounds what rounding changes in a row's products; infinite if they could underflow or overflow. */
+/* Bounds the errors of a row's products of integers; infinity if products could underflow or overflow. */
 static void bound_errors(const HeadStep *step, int row) {
     int hidden = step->model->hidden, is_in_bytes = !is_wide(step->model->head.format);
     int subgroup = is_in_bytes ? SUBGROUP : GROUP, levels = is_in_bytes ? NARROW_LEVELS : WIDE_LEVELS;
@@ -69,18 +69,18 @@ static void bound_errors(const HeadStep *step, int row) {
     float largest = 0;
     double squares = 0;
     for (int at = 0; at < hidden; at += GROUP) {
-        float of_parts[GROUP / SUBGROUP], of_group = 0;
+        float part_max[GROUP / SUBGROUP], group_max = 0;
         for (int part = 0; part < GROUP / subgroup; part++) {
             vec values[GROUP / WIDTH];
             for (int i = 0; i < subgroup / WIDTH; i++) values[i] = load(x + at + part * subgroup + i * WIDTH);
-            of_parts[part] = float_of(largest_of(subgroup / WIDTH, values));
-            of_group = larger_or_nan(of_group, of_parts[part]);
+            part_max[part] = float_from_bits(max_magnitude_bits(subgroup / WIDTH, values));
+            group_max = max_or_nan(group_max, part_max[part]);
         }
         for (int part = 0; part < GROUP / subgroup; part++) { /* half a level, see round_group */
-            double error = (of_parts[part] + of_group / MULTIPLES) / (2 * levels) + 1e-30;
+            double error = (part_max[part] + group_max / MULTIPLES) / (2 * levels) + 1e-30;
             squares += subgroup * error * error;
         }
-        largest = larger_or_nan(largest, of_group);
+        largest = max_or_nan(largest, group_max);
     }
     int is_normal = largest > 1e-20f && largest < 1e18f;
     const float margin = 1.001f; /* for the roundings in here */
@@ -94,13 +94,13 @@ static void bound_panel(const HeadStep *step, const Tile *tile, int worker) {
     const float *lengths = step->model->head_lengths + tile->panel;
     for (int r = 0; r < tile->end_row - tile->first_row; r++) {
         int row = tile->first_row + r;
-        vec top[2];
+        vec allowed[2]; /* -infinity for the other tokens */
         for (int v = 0; v < 2; v++) {
             int first = first_id + v * WIDTH;
-            top[v] = select_lanes(candidates(step, row, counting_from(first), first), tile->acc[r][v],
-                                  broadcast(-INFINITY));
+            allowed[v] = select_lanes(allowed_tokens(step, row, counting_from(first), first), tile->acc[r][v],
+                                      broadcast(-INFINITY));
         }
-        float largest = largest_of_lanes(max_of(top[0], top[1]));
+        float largest = reduce_max(max_of(allowed[0], allowed[1]));
         float error = step->errors[row] * lengths[0] + step->errors[step->rows + row] * lengths[num_panels];
         float *lower = step->lower + (int64_t)worker * step->rows + row;
         step->upper[(int64_t)tile->panel * step->rows + row] = largest + error;
@@ -118,7 +118,7 @@ static void keep_logits(const HeadStep *step, const Tile *tile, int worker) {
         vec first = tile->acc[r][0] * scale[r], second = tile->acc[r][1] * scale[r];
         if (step->logits) {
             int64_t panel = (int64_t)row * num_head_panels(model) + tile->panel;
-            loose *out = (loose *)(step->logits + panel * PANEL);
+            unaligned_vec *out = (unaligned_vec *)(step->logits + panel * PANEL);
             out[0] = first, out[1] = second;
         } else {
             Best *best = step->best + (int64_t)worker * step->rows + row;
@@ -134,8 +134,8 @@ static void multiply_candidates(const HeadStep *step, int panel, int worker) {
     product.rows = 1, product.integers = 0;
     for (int row = 0; row < step->rows; row++) {
         float lower = -INFINITY;
-        for (int other = 0; other < step->num_threads; other++)
-            lower = larger_or_nan(lower, step->lower[(int64_t)other * step->rows + row]);
+        for (int t = 0; t < step->num_threads; t++)
+            lower = max_or_nan(lower, step->lower[(int64_t)t * step->rows + row]);
         if (step->upper[(int64_t)panel * step->rows + row] < lower) continue; /* not if it is NaN */
         Tile tile;
         product.x = step->space->normed + (int64_t)row * product.features;
@@ -166,7 +166,8 @@ static void compute_head(const void *work, int op, int item, int worker) {
     switch (op) {
         case PREPARE_HEAD:
             for (int panel = 0; panel < hidden / PANEL; panel++) {
-                const loose *x = (const loose *)(step->hidden + (int64_t)item * hidden + panel * PANEL);
+                const float *row = step->hidden + (int64_t)item * hidden;
+                const unaligned_vec *x = (const unaligned_vec *)(row + panel * PANEL);
                 prepare_norm(step->space, hidden, model->norm, item, panel, x[0], x[1]);
             }
             break;

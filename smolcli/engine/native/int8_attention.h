@@ -1,25 +1,26 @@
 /* Attention in integers, for --dtype int8 where elements are float32. Included by kernels.c.
 
    CPUs without bfloat16 instructions multiply integers of 16 bits twice as fast as float32 values. The KV
-   cache contains such integers. Norms bound what keys and values can be, so the scale of each of their
-   channels is known when the model is loaded, and codes need no scales of their own:
+   cache contains such integers, called codes. RMSNorm bounds the inputs of the projections, so the largest
+   magnitude that each channel of a key or value can have, its limit, is known when the model is loaded, and
+   no scales need to be stored with the codes:
 
-     keys      (length, D) codes of key limits / KEY_LEVELS
-     values    (length / 2, D, 2) codes of value limits / VALUE_LEVELS, of two keys side by side
+     keys      (length, D), code = key * KEY_LEVELS / limit
+     values    (length / 2, D, 2), code = value * VALUE_LEVELS / limit; two positions side by side
 
-   Queries have a scale per row, weights one per row and block. So scores, and the weighted sums of a
-   block, are exact integers of 32 bits; blocks are added in float32, in order. */
+   Queries have a scale per row, softmax weights one per row and block. So scores, and the weighted sums of
+   a block, are exact integers of 32 bits; blocks are added in float32, in order. */
 
 enum {
     KEY_LEVELS = 32767,
-    QUERY_SUM = 32767,    /* of the magnitudes of a row; KEY_LEVELS * QUERY_SUM < 2^31 */
+    QUERY_SUM = 32767,    /* of the magnitudes of a row's codes: scores are less than 2^30 */
     VALUE_LEVELS = 16383, /* KEY_BLOCK * MAX_WEIGHT * VALUE_LEVELS < 2^31 */
     MAX_WEIGHT = 2048,
-    LOWEST_EXPONENT = -40, /* of a weight that is rounded */
+    LOWEST_EXPONENT = -40, /* lower ones are raised to it: MAX_WEIGHT * 2^-40 rounds to 0 */
     INFINITY_BITS = 0x7f800000,
-    HIDDEN_SCORE = -(1 << 30), /* of keys that a query must not see: less than any other */
+    MASKED_SCORE = -(1 << 30), /* less than any score, and differences still fit into 32 bits */
 #if defined(__aarch64__)
-    TILE_VECS = 1 /* vectors of a tile whose sums fit into registers; sums of products are twice as long */
+    TILE_VECS = 1 /* vectors of sums per row that fit into registers: a Partial has two parts in use */
 #else
     TILE_VECS = 2
 #endif
@@ -27,8 +28,8 @@ enum {
 
 /* ---- The KV cache ---- */
 
-/* Rounds to the nearest integers, ties to even. */
-INLINE ivec nearest(vec value) {
+/* Rounds to the nearest integers, ties to even. Magnitudes are at most 2^22. */
+INLINE ivec round_to_ints(vec value) {
 #if defined(__AVX512F__) && WIDTH == 16
     return (ivec)_mm512_cvtps_epi32((__m512)value);
 #elif defined(__AVX2__) && WIDTH == 8
@@ -38,7 +39,7 @@ INLINE ivec nearest(vec value) {
 #endif
 }
 
-/* Converts two vectors of integers to 16 bits. */
+/* Stores two vectors of integers, which fit into 16 bits, in order. */
 INLINE void store_shorts(void *to, ivec first, ivec second) {
 #if defined(__AVX2__) && WIDTH == 8
     __m256i packed = _mm256_packs_epi32((__m256i)first, (__m256i)second);
@@ -49,50 +50,52 @@ INLINE void store_shorts(void *to, ivec first, ivec second) {
 #endif
 }
 
-/* Stores keys or values of WIDTH channels from `channel` on; returns whether they are finite. `plane` are
-   those of one KV head. */
-INLINE int store_codes_of(int is_value, int16_t *plane, int64_t position, int dim, int channel,
-                           const float *limits, vec values) {
+/* Stores the codes of a key or value, of WIDTH channels from `channel` on; returns whether it is finite.
+   head_codes are all keys or values of a KV head. */
+INLINE int store_kv_codes(int is_value, int16_t *head_codes, int64_t position, int dim, int channel,
+                          const float *limits, vec values) {
     int levels = is_value ? VALUE_LEVELS : KEY_LEVELS;
-    vec scaled = values * ((float)levels / *(const loose *)(limits + channel));
+    vec scaled = values * ((float)levels / *(const unaligned_vec *)(limits + channel));
     scaled = min_of(broadcast(levels), max_of(broadcast(-levels), scaled));
-    shorts_of_vec codes = __builtin_convertvector(nearest(scaled), shorts_of_vec);
-    int is_finite = largest_of(1, &values) < INFINITY_BITS;
+    shorts_of_vec codes = __builtin_convertvector(round_to_ints(scaled), shorts_of_vec);
+    int is_finite = max_magnitude_bits(1, &values) < INFINITY_BITS;
     if (!is_value) {
-        *(shorts_of_vec *)(plane + position * dim + channel) = codes;
+        *(shorts_of_vec *)(head_codes + position * dim + channel) = codes;
         return is_finite;
     }
-    int16_t *to = plane + (position - position % 2) * dim + 2 * channel + position % 2;
+    int16_t *to = head_codes + (position - position % 2) * dim + 2 * channel + position % 2;
     for (int i = 0; i < WIDTH; i++) to[2 * i] = codes[i];
     return is_finite;
 }
 
 /* ---- Scores ---- */
 
-/* Rounds the queries of a task, multiplied by the scales of the keys. A row that is not finite gets a total
-   of NaN, and so do its results. */
-INLINE void round_queries(const Task *task, Attention *state) {
+/* Rounds the queries of a task, multiplied by the scales of the key channels. A row that is not finite gets a
+   total of NaN, which makes its results NaN; one that is almost 0 gets codes of 0. */
+INLINE void round_queries(const Task *task, AttentionState *state) {
     int dim = task->dim;
     for (int r = 0; r < task->num_rows; r++) {
         vec values[MAX_HEAD_DIM / WIDTH], magnitudes = {};
         for (int v = 0; v < dim / WIDTH; v++) {
-            vec limits = *(const loose *)(task->key_limits + v * WIDTH);
+            vec limits = *(const unaligned_vec *)(task->key_limits + v * WIDTH);
             values[v] = load(task->queries[r] + v * WIDTH) * limits * (1.0f / KEY_LEVELS);
             magnitudes += max_of(values[v], -values[v]);
         }
-        float sum = sum_of(magnitudes), most = QUERY_SUM - dim / 2; /* leaves room for rounding */
+        float sum = reduce_sum(magnitudes);
+        float code_sum = QUERY_SUM - dim / 2; /* rounding may add 0.5 per code */
         int is_normal = sum > 1e-30f && sum < 1e38f;
-        float inverse = is_normal ? most / sum : 0;
+        float inverse = is_normal ? code_sum / sum : 0;
         shorts_of_vec *codes = (shorts_of_vec *)(state->queries + r * (dim / 2));
         for (int v = 0; v < dim / WIDTH; v++)
-            codes[v] = __builtin_convertvector(nearest(values[v] * inverse), shorts_of_vec);
-        state->scale[r] = is_normal ? sum / most : 0;
+            codes[v] = __builtin_convertvector(round_to_ints(values[v] * inverse), shorts_of_vec);
+        state->scale[r] = is_normal ? sum / code_sum : 0;
         if (!(sum < 1e38f)) state->total[r] = NAN;
     }
 }
 
 /* Scores of `rows` queries, from row `first` of the task, for a block of keys. */
-INLINE void score_in_integers(int rows, const Task *task, int first, int num_keys, Attention *state) {
+INLINE void compute_scores_in_integers(int rows, const Task *task, int first, int num_keys,
+                                       AttentionState *state) {
     int depth = task->dim / 2;
     const lane *queries = state->queries + first * depth;
     for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group += TILE_VECS) {
@@ -107,29 +110,30 @@ INLINE void score_in_integers(int rows, const Task *task, int first, int num_key
                     add_wide(&sums[r][v], keys[v * depth + k], (uvec){} + queries[r * depth + k]);
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < TILE_VECS; v++)
+                /* Q8_0 stands for sums of `add_wide`. */
                 state->weights[r][group + v] = (vec)total_of(Q8_0, PAIRWISE, &sums[r][v]);
     }
 }
 
 /* ---- Softmax ---- */
 
-/* MAX_WEIGHT * 2^(below * scale), rounded to integers; `below` are at most 0. The polynomial is within
-   0.01 %, and the exponent at least LOWEST_EXPONENT if `lowest` * scale is. */
+/* MAX_WEIGHT * 2^(below * scale), rounded to integers. `below` is the score minus the highest of its block,
+   at most 0; it is raised to `lowest`. The polynomial is within 0.01 %. */
 INLINE ivec integer_weights(ivec below, ivec lowest, vec scale) {
-    vec x = __builtin_convertvector(larger_of(below, lowest), vec);
+    vec x = __builtin_convertvector(max_of_ints(below, lowest), vec);
     vec shifted = fma_of(x, scale, broadcast(ROUND_SHIFT)), exponent = shifted - ROUND_SHIFT;
     vec fraction = fma_of(x, scale, -exponent), p = broadcast(MAX_WEIGHT * 5.517167031e-2f);
     p = fma_of(p, fraction, broadcast(MAX_WEIGHT * 2.426111252e-1f));
     p = fma_of(p, fraction, broadcast(MAX_WEIGHT * 6.932609853e-1f));
     p = fma_of(p, fraction, broadcast(MAX_WEIGHT * 9.999280730e-1f));
-    return nearest((vec)((ivec)p + ((ivec)shifted << 23)));
+    return round_to_ints((vec)((ivec)p + ((ivec)shifted << 23))); /* adds to the exponent of p */
 }
 
 /* Replaces the scores of `rows` rows, from row `first` of the task, by weights of 16 bits, relative to the
    row's highest score in the block. `grow` are the factors that make them relative to the highest score so
    far, `shrink` those that rescale the rows' sums so far. Keys start at position `block`. */
-INLINE void weigh_in_integers(int rows, const Task *task, int first, int block, int num_keys,
-                              Attention *state, float shrink[], float grow[]) {
+INLINE void update_softmax_in_integers(int rows, const Task *task, int first, int block, int num_keys,
+                                       AttentionState *state, float shrink[], float grow[]) {
     int num_vecs = (num_keys + PANEL - 1) / PANEL * 2;
     vec partial[WIDTH], lanes[WIDTH];
     ivec lane_ids = counting_from(0);
@@ -139,21 +143,23 @@ INLINE void weigh_in_integers(int rows, const Task *task, int first, int block, 
         int visible = task->visible[first + r] - block;
         for (int v = visible < 0 ? 0 : visible / WIDTH; v < num_vecs; v++) {
             ivec is_visible = lane_ids + v * WIDTH < visible;
-            scores[v] = (is_visible & scores[v]) | (~is_visible & HIDDEN_SCORE);
+            scores[v] = (is_visible & scores[v]) | (~is_visible & MASKED_SCORE);
         }
         partial[r] = (vec)scores[0];
         for (int v = 1; v < num_vecs; v++)
-            partial[r] = (vec)larger_of((ivec)partial[r], scores[v]);
+            partial[r] = (vec)max_of_ints((ivec)partial[r], scores[v]);
     }
     /* Transposed, a reduction over the lanes of each row is one over vectors, for all rows at once. */
     transpose_square(partial, lanes);
     ivec top = (ivec)lanes[0];
-    for (int i = 1; i < WIDTH; i++) top = larger_of(top, (ivec)lanes[i]);
-    vec scale = *(const loose *)(state->scale + first), old = *(const loose *)(state->highest + first);
+    for (int i = 1; i < WIDTH; i++) top = max_of_ints(top, (ivec)lanes[i]);
+    vec scale = *(const unaligned_vec *)(state->scale + first);
+    vec old = *(const unaligned_vec *)(state->highest + first);
     vec top_score = __builtin_convertvector(top, vec) * scale, highest = max_of(top_score, old);
     vec factor = exp2_of(old - highest), growth = exp2_of(top_score - highest);
-    vec reach = max_of(broadcast((float)INT32_MIN), (float)LOWEST_EXPONENT / scale);
-    ivec lowest = __builtin_convertvector(reach, ivec);
+    /* The scale of a row may be 0: -infinity becomes INT32_MIN. */
+    vec lowest_float = max_of(broadcast((float)INT32_MIN), (float)LOWEST_EXPONENT / scale);
+    ivec lowest = __builtin_convertvector(lowest_float, ivec);
     for (int r = 0; r < rows; r++) {
         ivec sum = {}, *scores = (ivec *)state->weights[r], row_top = (ivec){} + top[r];
         ivec row_lowest = (ivec){} + lowest[r];
@@ -173,7 +179,7 @@ INLINE void weigh_in_integers(int rows, const Task *task, int first, int block, 
     transpose_square(partial, lanes);
     ivec sum = (ivec)lanes[0];
     for (int i = 1; i < WIDTH; i++) sum += (ivec)lanes[i];
-    vec total = *(const loose *)(state->total + first) * factor;
+    vec total = *(const unaligned_vec *)(state->total + first) * factor;
     total = fma_of(__builtin_convertvector(sum, vec), growth, total);
     for (int r = 0; r < rows; r++) {
         state->highest[first + r] = highest[r], state->total[first + r] = total[r];
@@ -185,9 +191,9 @@ INLINE void weigh_in_integers(int rows, const Task *task, int first, int block, 
 
 /* sums = sums * shrink + weights @ values * grow, for `rows` rows and `vecs` vectors of D from `at` on.
    Prefetches as many values of the next block. */
-INLINE void integer_weighted_sum(int rows, int vecs, const char *values, const char *next, int num_keys,
-                                 int dim, int at, const vec (*weights)[KEY_BLOCK / WIDTH],
-                                 const float shrink[], const float grow[], vec *sums) {
+INLINE void weighted_sum_in_integers(int rows, int vecs, const char *values, const char *next, int num_keys,
+                                     int dim, int at, const vec (*weights)[KEY_BLOCK / WIDTH],
+                                     const float shrink[], const float grow[], vec *sums) {
     Partial acc[TILE_ROWS][4];
     sums += at;
     for (int r = 0; r < rows; r++)
@@ -209,21 +215,23 @@ INLINE void integer_weighted_sum(int rows, int vecs, const char *values, const c
         }
 }
 
-INLINE void add_integer_values(int rows, const Task *task, int first, const char *values,
-                               const char *next, int num_keys, const float shrink[], const float grow[],
-                               Attention *state) {
+/* Adds the weighted values of a block to the sums of `rows` rows, from row `first` of the task. */
+INLINE void add_values_in_integers(int rows, const Task *task, int first, const char *values,
+                                   const char *next, int num_keys, const float shrink[],
+                                   const float grow[], AttentionState *state) {
     const vec(*weights)[KEY_BLOCK / WIDTH] = (const vec(*)[KEY_BLOCK / WIDTH])state->weights;
     int dim = task->dim, at = 0, num_vecs = dim / WIDTH; /* an even number */
     vec *sums = state->sums + first * num_vecs;
     if (rows <= FEW_ROWS)
         for (; at + 2 * TILE_VECS <= num_vecs; at += 2 * TILE_VECS)
-            integer_weighted_sum(rows, 2 * TILE_VECS, values, next, num_keys, dim, at, weights, shrink,
-                                 grow, sums);
+            weighted_sum_in_integers(rows, 2 * TILE_VECS, values, next, num_keys, dim, at, weights, shrink,
+                                     grow, sums);
     for (; at < num_vecs; at += TILE_VECS)
-        integer_weighted_sum(rows, TILE_VECS, values, next, num_keys, dim, at, weights, shrink, grow, sums);
+        weighted_sum_in_integers(rows, TILE_VECS, values, next, num_keys, dim, at, weights, shrink, grow,
+                                 sums);
 }
 
 /* The scales of a vector of the weighted sums. */
 INLINE vec value_scales(const Task *task, int vector) {
-    return *(const loose *)(task->value_limits + vector * WIDTH) * (1.0f / VALUE_LEVELS);
+    return *(const unaligned_vec *)(task->value_limits + vector * WIDTH) * (1.0f / VALUE_LEVELS);
 }

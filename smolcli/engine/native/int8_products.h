@@ -1,42 +1,48 @@
 /* Products of integers, for --dtype int8. Included by kernels.c.
 
-   The inputs of a product are rounded to integers first. For weights of 4 bits they have 8 bits and a
-   scale for each row and SUBGROUP features; the scales of a group are integer multiples of one float. For
-   weights of 8 bits they have 16 bits and a scale for each row and group, because AVX2 has no instruction
-   that multiplies bytes of that range exactly. So the sum over a group is an exact integer of 32 bits. Sums
-   are added across groups in float32, in order.
+   The inputs of a product are first rounded to integers, called codes, in one of two ways:
+
+     narrow   weights of 4 bits: codes have 8 bits and a scale for each row and SUBGROUP features; the
+              scales of a group are integer multiples of one float
+     wide     weights of 8 bits: codes have 16 bits and a scale for each row and group, because AVX2 has
+              no instruction that multiplies bytes of that range exactly
+
+   So the sum over a group is an exact integer of 32 bits. Sums are added across groups in float32, in order.
 
    Weights are read as the float kernels pack them. To need no shuffles, the rounded inputs are stored in
    the order in which masks and shifts take the weights out of their words:
 
-     4 bits             per word of 8 features: 0 2 4 6 and 1 3 5 7, in 8 bits
-     8 bits, PAIRWISE   per word of 4 features: 0 2 and 1 3, in 16 bits
-     8 bits, BYTEWISE   per word of 4 features: the low bytes of 0 1 2 3, signed, and the high bytes
+     narrow             per word of 8 features: 0 2 4 6 and 1 3 5 7, in 8 bits
+     wide, PAIRWISE     per word of 4 features: 0 2 and 1 3, in 16 bits
+     wide, BYTEWISE     per word of 4 features: the low bytes of 0 1 2 3, signed, and the high bytes
 
    BYTEWISE uses the dot products of newer CPUs (VNNI, AVX-VNNI, the dot product extension of ARM), PAIRWISE
    the instructions that all CPUs of a variant have. Both give the same bits. */
 
-enum { PAIRWISE = 1, BYTEWISE = 2 };
+enum { PAIRWISE = 1, BYTEWISE = 2 }; /* values of `integers`; 0 means products in floating point */
 enum {
-    SUBGROUP = 16,
-    NARROW_LEVELS = 127,
-    WIDE_LEVELS = 127 * 256 + 127, /* the high byte must not overflow when the low one is signed */
-    MULTIPLES = 32767              /* 2 * SUBGROUP * 15 * 127 * 32767 < 2^31 */
+    SUBGROUP = 16,       /* features */
+    NARROW_LEVELS = 127, /* the largest code of 8 bits */
+    WIDE_LEVELS = 127 * 256 + 127, /* of 16 bits; the high byte must not overflow when the low one is signed.
+                                      GROUP * 255 * WIDE_LEVELS < 2^31 */
+    MULTIPLES = 32767              /* 2 * SUBGROUP * 15 * NARROW_LEVELS * MULTIPLES < 2^31 */
 };
 
 /* The rounded inputs of one row and group: value = code * scale * multiple of the subgroup. */
 typedef struct {
     float scale;
     union {
-        float total;       /* of Q4_1: the sum of the values */
-        int32_t zero_sums; /* of other formats: the zero point of the weights, multiplied by all codes */
+        float total;       /* Q4_1: the sum of the values, to be multiplied by the weights' offset */
+        int32_t zero_sums; /* other formats: the weights' zero point * the sum of codes * multiples */
     };
-    lane multiples[2]; /* of the subgroups, for PAIRWISE in both halves; not for weights of 8 bits */
+    lane multiples[2]; /* of the subgroups of narrow inputs; for PAIRWISE, in both halves of the lane */
     lane codes[];
 } Rounded;
 
+/* For Q4_0, Q4_1 and Q8_0, the formats that are multiplied in integers. */
 INLINE int is_wide(Format format) { return format == Q8_0; }
 
+/* Bytes of a Rounded. */
 INLINE int rounded_bytes(Format format) { return sizeof(Rounded) + (is_wide(format) ? 2 : 1) * GROUP; }
 
 /* The dot products of ARM multiply signed integers only. */
@@ -54,8 +60,10 @@ INLINE int has_signed_weights(Format format, int integers) {
 typedef int8_t bytes_of_vec __attribute__((vector_size(WIDTH), may_alias, aligned(1)));
 typedef int16_t shorts_of_vec __attribute__((vector_size(2 * WIDTH), may_alias, aligned(1)));
 
+/* Permutes every eight lanes of a vector in the same way. */
 #if WIDTH == 8
-#define SHUFFLE_EIGHTS(value, a, b, c, d, e, f, g, h) __builtin_shufflevector(value, value, a, b, c, d, e, f, g, h)
+#define SHUFFLE_EIGHTS(value, a, b, c, d, e, f, g, h) \
+    __builtin_shufflevector(value, value, a, b, c, d, e, f, g, h)
 #else
 #define SHUFFLE_EIGHTS(value, a, b, c, d, e, f, g, h) \
     __builtin_shufflevector(value, value, a, b, c, d, e, f, g, h, 8 + a, 8 + b, 8 + c, 8 + d, 8 + e, 8 + f, \
@@ -63,27 +71,29 @@ typedef int16_t shorts_of_vec __attribute__((vector_size(2 * WIDTH), may_alias, 
 #endif
 
 /* Converted in two steps, because GCC does it in one without vectors. */
-INLINE bytes_of_vec bytes_of(ivec value) {
+INLINE bytes_of_vec narrow_to_bytes(ivec value) {
     return __builtin_convertvector(__builtin_convertvector(value, shorts_of_vec), bytes_of_vec);
 }
 
-INLINE void store_codes(Format format, int integers, ivec codes, char *to) {
+/* Stores the codes of WIDTH inputs, in the order that the table at the top of this file lists. */
+INLINE void store_input_codes(Format format, int integers, ivec codes, char *to) {
     if (!is_wide(format)) {
         ivec ordered = SHUFFLE_EIGHTS(codes, 0, 2, 4, 6, 1, 3, 5, 7);
-        *(bytes_of_vec *)to = bytes_of(ordered);
+        *(bytes_of_vec *)to = narrow_to_bytes(ordered);
     } else if (integers == PAIRWISE) {
         ivec ordered = SHUFFLE_EIGHTS(codes, 0, 2, 1, 3, 4, 6, 5, 7);
         *(shorts_of_vec *)to = __builtin_convertvector(ordered, shorts_of_vec);
     } else {
         ivec high = (codes + 128) >> 8;
-        bytes_of_vec parts[2] = {bytes_of(codes - (high << 8)), bytes_of(high)};
+        bytes_of_vec parts[2] = {narrow_to_bytes(codes - (high << 8)), narrow_to_bytes(high)};
         for (int word = 0; word < WIDTH / 4; word++)
             for (int part = 0; part < 2; part++)
                 memcpy(to + 8 * word + 4 * part, (const char *)(parts + part) + 4 * word, 4);
     }
 }
 
-INLINE ivec larger_of(ivec a, ivec b) {
+/* The larger of each two lanes. */
+INLINE ivec max_of_ints(ivec a, ivec b) {
 #if defined(__AVX512F__) && WIDTH == 16
     return (ivec)_mm512_max_epi32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__) && WIDTH == 8
@@ -93,35 +103,35 @@ INLINE ivec larger_of(ivec a, ivec b) {
 #endif
 }
 
-INLINE int32_t largest_lane(ivec value) {
-    value = larger_of(value, SHUFFLE_EIGHTS(value, 4, 5, 6, 7, 0, 1, 2, 3));
-    value = larger_of(value, SHUFFLE_EIGHTS(value, 2, 3, 0, 1, 6, 7, 4, 5));
-    value = larger_of(value, SHUFFLE_EIGHTS(value, 1, 0, 3, 2, 5, 4, 7, 6));
+INLINE int32_t reduce_max_ints(ivec value) {
+    value = max_of_ints(value, SHUFFLE_EIGHTS(value, 4, 5, 6, 7, 0, 1, 2, 3));
+    value = max_of_ints(value, SHUFFLE_EIGHTS(value, 2, 3, 0, 1, 6, 7, 4, 5));
+    value = max_of_ints(value, SHUFFLE_EIGHTS(value, 1, 0, 3, 2, 5, 4, 7, 6));
     return value[0] > value[WIDTH - 1] ? value[0] : value[WIDTH - 1];
 }
 
-INLINE int32_t sum_of_lanes(ivec value) {
+INLINE int32_t reduce_sum_ints(ivec value) {
     value += SHUFFLE_EIGHTS(value, 4, 5, 6, 7, 0, 1, 2, 3);
     value += SHUFFLE_EIGHTS(value, 2, 3, 0, 1, 6, 7, 4, 5);
     value += SHUFFLE_EIGHTS(value, 1, 0, 3, 2, 5, 4, 7, 6);
     return WIDTH == 8 ? value[0] : value[0] + value[WIDTH - 1];
 }
 
-/* The bits of the largest magnitude of `count` vectors; of NaN if any value is NaN. */
-INLINE int32_t largest_of(int count, const vec values[]) {
+/* The largest magnitude in `count` vectors, as the bits of a float32; NaN if any value is NaN. */
+INLINE int32_t max_magnitude_bits(int count, const vec values[]) {
     ivec top = {};
     for (int i = 0; i < count; i++)
-        top = larger_of(top, (ivec)values[i] & 0x7fffffff); /* ordered like the values, NaN last */
-    return largest_lane(top);
+        top = max_of_ints(top, (ivec)values[i] & 0x7fffffff); /* ordered like the magnitudes, NaN last */
+    return reduce_max_ints(top);
 }
 
-INLINE float float_of(int32_t bits) {
+INLINE float float_from_bits(int32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
 
-/* Stores the codes of `count` vectors, rounded to nearest, ties to even; returns their sum. */
+/* Rounds `count` vectors * `inverse` to codes, to nearest, ties to even. Stores them; returns their sum. */
 INLINE int32_t round_values(Format format, int integers, int count, const vec values[], float inverse,
                             char *to) {
     ivec sums = {};
@@ -129,38 +139,43 @@ INLINE int32_t round_values(Format format, int integers, int count, const vec va
         vec shifted = fma_of(values[i], broadcast(inverse), broadcast(ROUND_SHIFT));
         ivec codes = (ivec)shifted - (ivec)broadcast(ROUND_SHIFT);
         sums += codes;
-        store_codes(format, integers, codes, to + i * WIDTH * (is_wide(format) ? 2 : 1));
+        store_input_codes(format, integers, codes, to + i * WIDTH * (is_wide(format) ? 2 : 1));
     }
-    return sum_of_lanes(sums);
+    return reduce_sum_ints(sums);
 }
 
-/* Rounds GROUP inputs of a row. If one of them is infinite or NaN, so are all products. */
+/* Rounds GROUP inputs of a row.
+
+   If their largest magnitude is not between 1e-30 and 1e38, where no scale and no inverse of one overflows
+   or is subnormal, all codes are 0. The scale keeps infinity and NaN, so such products are NaN. */
 INLINE void round_group(Format format, int integers, const elem *x, Rounded *out) {
     int parts = is_wide(format) ? 1 : 2, count = GROUP / WIDTH / parts;
     int multiples = is_wide(format) ? 1 : MULTIPLES, levels = is_wide(format) ? WIDE_LEVELS : NARROW_LEVELS;
     vec values[GROUP / WIDTH];
     for (int i = 0; i < GROUP / WIDTH; i++) values[i] = load(x + i * WIDTH);
-    int32_t bits[2] = {largest_of(count, values), parts == 2 ? largest_of(count, values + count) : 0};
-    float largest = float_of(bits[0] > bits[1] ? bits[0] : bits[1]);
+    int32_t bits[2] = {max_magnitude_bits(count, values),
+                       parts == 2 ? max_magnitude_bits(count, values + count) : 0};
+    float largest = float_from_bits(bits[0] > bits[1] ? bits[0] : bits[1]);
     float scale = largest / ((float)levels * multiples);
     int is_normal = largest > 1e-30f && largest < 1e38f;
     int32_t sum = 0;
     for (int part = 0; part < parts; part++) {
-        const vec *of_part = values + part * count;
+        const vec *part_values = values + part * count;
         int multiple = 1;
         if (!is_wide(format))
-            multiple =
-                is_normal ? min_int(ceilf(float_of(bits[part]) * (MULTIPLES / largest)), MULTIPLES) : 0;
+            multiple = is_normal ? min_int(ceilf(float_from_bits(bits[part]) * (MULTIPLES / largest)),
+                                           MULTIPLES)
+                                 : 0;
         float inverse = is_normal && multiple ? 1.0f / (scale * multiple) : 0;
         char *to = (char *)(out->codes + part * SUBGROUP / 4);
-        sum += multiple * round_values(format, integers, count, of_part, inverse, to);
+        sum += multiple * round_values(format, integers, count, part_values, inverse, to);
         out->multiples[part] = integers == PAIRWISE ? multiple * 0x10001 : multiple;
     }
     out->scale = scale;
     if (format == Q4_1)
         out->total = scale * sum;
     else
-        out->zero_sums = has_signed_weights(format, integers) ? 0 : sum * (1 << (bits_of(format) - 1));
+        out->zero_sums = has_signed_weights(format, integers) ? 0 : sum * (1 << (weight_bits(format) - 1));
 }
 
 /* Rounds the inputs of one row; groups of the result are `stride` bytes apart. */
@@ -180,13 +195,13 @@ static void round_row(Format format, int integers, const elem *x, int features, 
 
 /* ---- Multiplying ---- */
 
-/* For each column of a vector, partial sums of products. */
+/* For each column of a vector, partial sums of products, which `total_of` adds. x86 uses only parts[0]. */
 typedef struct {
     ivec parts[2];
 } Partial;
 
-/* sum += the products of the 4 bytes in each lane, of unsigned weights (on ARM: signed) with signed
-   codes. The instruction is in assembly language because the library is also loaded by CPUs without it. */
+/* sum += the products of the 4 bytes in each lane: unsigned weights (signed on ARM), signed codes. The
+   instruction is in assembly language because the library is also loaded by CPUs without it. */
 INLINE ivec add_bytewise(ivec sum, uvec weights, uvec codes) {
 #if defined(EMULATE_VNNI)
     for (int i = 0; i < WIDTH; i++)
@@ -229,7 +244,7 @@ typedef union {
     int32x4_t ints[WIDTH / 4][2];
 } Quads;
 
-/* sum += the products of bytes; a sum has room for all 8 of a group. */
+/* sum += the products of bytes. A sum of 16 bits gets 4 products of a subgroup: 4 * 15 * 127 < 2^15. */
 INLINE void add_narrow(Partial *sum, uvec weights, uvec codes) {
     Words w = {weights}, c = {codes};
     Quads s = {*sum};
@@ -251,6 +266,7 @@ INLINE void add_wide(Partial *sum, uvec weights, uvec codes) {
     *sum = s.whole;
 }
 
+/* The sum of each column. */
 INLINE ivec total_of(Format format, int integers, const Partial *sum) {
     if (integers == BYTEWISE) return sum->parts[0];
     Quads s = {*sum};
@@ -275,7 +291,7 @@ typedef union {
     __m256i halves[WIDTH / 8];
 } Halves;
 
-/* sum += the products of 2 16-bit integers in each lane. */
+/* sum += the products of the two 16-bit integers in each lane. */
 INLINE ivec add_pair_products(ivec sum, ivec a, ivec b) {
 #if defined(__AVX512F__) && WIDTH == 16
     return sum + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
@@ -286,7 +302,8 @@ INLINE ivec add_pair_products(ivec sum, ivec a, ivec b) {
 #endif
 }
 
-/* sum += the products of bytes, added in pairs in 16 bits; a sum has room for all of a group. */
+/* sum += the products of bytes, added in pairs. A sum of 16 bits gets 8 products of a subgroup:
+   8 * 15 * 127 < 2^15. */
 INLINE void add_narrow(Partial *sum, uvec weights, uvec codes) {
 #if defined(__AVX512F__) && WIDTH == 16
     __m512i products = _mm512_maddubs_epi16((__m512i)weights, (__m512i)codes);
@@ -304,6 +321,7 @@ INLINE void add_wide(Partial *sum, uvec weights, uvec codes) {
     sum->parts[0] = add_pair_products(sum->parts[0], (ivec)weights, (ivec)codes);
 }
 
+/* The sum of each column; after `add_narrow`, still two sums of 16 bits. */
 INLINE ivec total_of(Format format, int integers, const Partial *sum) {
     (void)format, (void)integers;
     return sum->parts[0];
@@ -328,9 +346,12 @@ typedef struct {
     int64_t stride;
 } IntegerTile;
 
-enum { PART_WORDS = 2 }; /* words whose weights are multiplied together: 8 vectors, or 4 of all bytes */
+/* Words of a column in a part of a group, whose weights are in registers at the same time. For narrow codes,
+   8 weights in a word, a part is a SUBGROUP. */
+enum { PART_WORDS = 2 };
 
-/* For half 0 and 1, the lower and upper nibbles of a word, or its even and odd bytes; or all bytes. */
+/* The weights of a word that are multiplied together. Narrow: its low nibbles (half 0) or its high ones
+   (half 1). Wide: its even or odd bytes for PAIRWISE, all bytes for BYTEWISE. */
 INLINE uvec half_of_word(Format format, int integers, uvec word, int half) {
     if (!is_wide(format)) return (half ? word >> 4 : word) & 0x0f0f0f0f;
     if (integers == PAIRWISE) return (half ? word >> 8 : word) & 0x00ff00ff;
@@ -360,18 +381,19 @@ INLINE ivec part_sum(Format format, int integers, const uvec weights[], const uv
                            : times_multiple(format, integers, &sum, multiple);
 }
 
-/* totals[r][v] += the sums of one part of a group; the last part adds the group to `sums` in float32. */
+/* totals[r][v] += the sums of one part of a group; the last part adds the group to `sums` in float32.
+   `part` is a constant in all calls: the first part sets the totals. */
 INLINE void add_part(Format format, int integers, int part, int rows, const char *group, const char *rounded,
                      ivec totals[][2], vec sums[][2]) {
-    int is_last = (part + 1) * PART_WORDS == bits_of(format);
+    int is_last = (part + 1) * PART_WORDS == weight_bits(format);
     const uvec *words = (const uvec *)(group + scale_bytes(format)) + part * PART_WORDS * 2;
     uvec weights[2][2 * PART_WORDS];
     vec scale[2], offset[2];
     for (int v = 0; v < 2; v++) {
         for (int i = 0; i < 2 * PART_WORDS; i++)
             weights[v][i] = half_of_word(format, integers, words[i / 2 * 2 + v], i % 2);
-        scale[v] = load_half(group + v * WIDTH * 2);
-        offset[v] = format == Q4_1 ? load_half(group + (PANEL + v * WIDTH) * 2) : (vec){};
+        scale[v] = load_float16(group + v * WIDTH * 2);
+        offset[v] = format == Q4_1 ? load_float16(group + (PANEL + v * WIDTH) * 2) : (vec){};
     }
     for (int r = 0; r < rows; r++, rounded += rounded_bytes(format)) {
         const Rounded *row = (const Rounded *)rounded;
@@ -400,7 +422,7 @@ INLINE void add_part(Format format, int integers, int part, int rows, const char
 }
 
 INLINE void prefetch_group(Format format, const char *group) {
-    for (int line = 0; line < group_bytes(format); line += 64) __builtin_prefetch(group + line, 0, 2);
+    for (int line = 0; line < group_bytes(format); line += LINE_BYTES) __builtin_prefetch(group + line, 0, 2);
 }
 
 /* sums += products of `rows` rounded rows with the two vectors of columns of a panel. */
@@ -412,12 +434,13 @@ INLINE void add_groups(Format format, int integers, int rows, const IntegerTile 
         if (tile->next) prefetch_group(format, tile->next + (int64_t)g * group_bytes(format));
         add_part(format, integers, 0, rows, group, rounded, totals, sums);
         add_part(format, integers, 1, rows, group, rounded, totals, sums);
-        if (bits_of(format) == 4) continue;
+        if (weight_bits(format) == 4) continue;
         add_part(format, integers, 2, rows, group, rounded, totals, sums);
         add_part(format, integers, 3, rows, group, rounded, totals, sums);
     }
 }
 
+/* A copy of `add_groups` for one format and kind of instructions. */
 #define ADD_INTEGERS(name, format, integers) \
     static void name(int rows, const IntegerTile *tile, vec sums[][2]) { \
         add_groups(format, integers, rows, tile, sums); \
@@ -429,6 +452,7 @@ ADD_INTEGERS(add_bytewise_q4_0, Q4_0, BYTEWISE)
 ADD_INTEGERS(add_bytewise_q4_1, Q4_1, BYTEWISE)
 ADD_INTEGERS(add_bytewise_q8_0, Q8_0, BYTEWISE)
 
+/* sums += the products of a tile. */
 static void add_integers(Format format, int integers, int rows, const IntegerTile *tile, vec sums[][2]) {
     int is_bytewise = integers == BYTEWISE;
     switch (format) {

@@ -9,8 +9,8 @@
                     that attention is computed in integers if products are (int8_attention.h)
 
    All matrices are packed into panels of PANEL output columns, so that a step reads each weight once,
-   in order. Softmax, norms and the residual stream are float32 in every format, but attention in integers
-   rounds the weights of the softmax.
+   in order. Softmax, norms and the residual stream are float32 in every format, except that attention in
+   integers rounds the weights of the softmax.
 
    Quantized matrices keep the integers and scales of their GGUF file. Their weights are expanded in
    registers if the step has few rows, otherwise once per panel into a buffer that stays in the cache.
@@ -19,9 +19,13 @@
    computed together and whichever thread computes them. Fused multiply-adds are explicit (`fma_of`), and
    the compiler must not fuse any others (-ffp-contract=off), so all tile heights round identically.
 
-   Dimensions in comments: R rows (tokens) of the step, H hidden size, I intermediate size, D head
-   dimension. "Elements" are the values of activations and, unless attention is in integers, of the KV cache:
-   bfloat16 or float32; a "lane" is 4 bytes of them. */
+   Dimensions in comments: R rows (tokens) of the step, N output rows, whose hidden states the caller needs,
+   H hidden size, I intermediate size, D head dimension. "Elements" are the values of activations and, unless
+   attention is in integers, of the KV cache: bfloat16 or float32; a "lane" is 4 bytes of them.
+
+   In this order: vectors; quantized weights; products, in floating point and in integers
+   (int8_products.h); RMSNorm; attention, in both too (int8_attention.h); the operations of a step; the
+   forward pass; the LM head (head.h). Threads are in team.c. */
 
 #include <float.h>
 #include <math.h>
@@ -61,25 +65,28 @@ typedef float elem;
 
 enum {
     TILE_ROWS = WIDTH == 16 ? 12 : 6, /* rows of a product whose sums, 2 vectors each, fit into registers */
-    BLOCK_ROWS = 32,                  /* rows of a product of integers whose sums are in the L1 cache */
+    BLOCK_ROWS = 32,                  /* rows of a product of integers whose sums fit into the L1 cache */
     PANEL = 2 * WIDTH,                /* output columns of a panel */
     ELEMS = 4 / sizeof(elem),         /* elements per lane */
-    WEIGHTS = BF16_WEIGHTS ? 2 : 1,   /* weights per lane */
+    WEIGHTS = BF16_WEIGHTS ? 2 : 1,   /* weights, not quantized, per lane */
     FEW_ROWS = TILE_ROWS / 2,         /* rows whose sums, 4 vectors each, fit into registers */
     KEY_BLOCK = 64,                   /* keys between two updates of the online softmax */
     TASK_ROWS = 48,                   /* query rows that share the transposed keys */
     MAX_HEAD_DIM = 256,
-    GROUP = 32, /* input features that share the scale of a quantized matrix */
-    ALIGNMENT = 64, /* bytes, of packed weights */
-    LINE_BYTES = 64, /* of the cache */
-    OPS_PER_LAYER = 9
+    GROUP = 32,            /* input features that share a scale: of weights (Q6_K: 16), of rounded inputs */
+    ALIGNMENT = 64,        /* bytes, of packed weights */
+    LINE_BYTES = 64,       /* of the cache */
+    PREFETCH_RATE_BITS = 8 /* after the binary point; see `multiply_tile` */
 };
 
-typedef uint32_t lane __attribute__((may_alias));
+typedef uint32_t lane __attribute__((may_alias)); /* one element of 4 bytes or two of 2 bytes */
+
+/* Vectors of WIDTH lanes. A scalar operand is broadcast, so (ivec){} + n has n in all lanes. Comparisons give
+   ivecs with -1 in the lanes where they hold. */
 typedef float vec __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), may_alias));
-typedef vec loose __attribute__((aligned(4))); /* a vec anywhere in an array */
+typedef vec unaligned_vec __attribute__((aligned(4))); /* at any element of a float array */
 
 #define LOG2_E 1.44269504f
 #define ROUND_SHIFT 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
@@ -112,22 +119,24 @@ typedef struct {
 typedef struct {
     Matrix qkv, out, gate_up, down;
     const float *input_norm, *mlp_norm;
-    const float *kv_limits; /* (2, kv_heads, D), what no key or value exceeds; for attention in integers */
+    const float *kv_limits; /* (2, kv_heads, D), largest magnitudes of keys and values; or NULL */
 } Layer;
 
+/* The shape and the weights of a model. */
 typedef struct {
     int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
-    int32_t integers; /* 0, or how quantized matrices are multiplied in integers; see int8_products.h */
+    int32_t integers; /* 0: quantized matrices are multiplied in floating point; or PAIRWISE or BYTEWISE */
     float eps, padding_2;
     const Layer *layers;
     Matrix embed, head; /* the same if they are tied */
     const float *norm;
     const float *cos, *sin; /* (positions, D / 2) */
-    const float *head_lengths; /* (2, panels), of the longest column of w, and of |q * d| + |m|; or NULL */
+    const float *head_lengths; /* (2, panels), the largest L2 norms of a column of the LM head, and of a
+                                  column of |q * d| + |m|; or NULL */
 } Model;
 
-/* Consecutive rows of the step: tokens of one sequence, starting at position `start`. Hidden states are wanted
-   of the last `num_hidden` of them.
+/* Consecutive rows of the step: tokens of one sequence, starting at position `start`. The last `num_hidden`
+   of them are output rows.
    cache is (2, layers, kv_heads, length, D), keys first, elements or integers of 16 bits (int8_attention.h);
    length is a multiple of PANEL. */
 typedef struct {
@@ -135,13 +144,12 @@ typedef struct {
     char *cache;
 } Span;
 
-/* The R rows of a step, and the N rows whose hidden states are wanted: all that the last layer computes
-   beyond its keys and values. */
+/* The R rows of a step, and its N output rows: beyond keys and values, the last layer computes only those. */
 typedef struct {
     const int32_t *token_ids; /* (R,) */
     const Span *spans;        /* in the order of their rows */
     float *hidden;            /* (N, H), the result */
-    int32_t *plan;            /* (10, R), scratch for a Step */
+    int32_t *plan;            /* (10, R), scratch; see `plan_step` */
     int32_t num_spans, num_rows, num_hidden, padding;
 } Batch;
 
@@ -154,7 +162,7 @@ typedef struct {
     elem *attended;   /* (R, num_heads, D) */
     elem *act;        /* (R, I) */
     int64_t squares_stride; /* at least R + WIDTH */
-    char *expanded;         /* (threads, expanded_stride), an Expanded for each thread; 0 at first */
+    char *expanded;         /* (threads, expanded_stride), an Expanded per thread; zero before first use */
     int64_t expanded_stride; /* bytes, a multiple of ALIGNMENT */
     char *rounded;           /* (groups, R), the inputs of a product of integers; see int8_products.h */
 } Space;
@@ -183,7 +191,9 @@ EXPORT const int32_t smol_struct_sizes[7] = {sizeof(Layer), sizeof(Model),    si
 /* Return values of the exported functions; the first three are those of TeamStatus. */
 enum { OK = TEAM_OK, FORKED = TEAM_FORKED, BUSY = TEAM_BUSY, MISALIGNED = 3, NOT_FINITE = 4 };
 
-/* ---- Vectors ---- */
+/* ---- Vectors ----
+
+   `max_of`, `fma_of` and the like work lane by lane; `reduce_` functions combine the lanes of one vector. */
 
 INLINE int min_int(int a, int b) { return a < b ? a : b; }
 
@@ -192,11 +202,11 @@ INLINE void prefetch(const void *from, int num_bytes) {
     for (int i = 0; i < num_bytes; i += LINE_BYTES) __builtin_prefetch((const char *)from + i, 0, 2);
 }
 
-#define EIGHT(value) value, value, value, value, value, value, value, value
+#define EIGHT_TIMES(value) value, value, value, value, value, value, value, value
 #if WIDTH == 8
-INLINE vec broadcast(float value) { return (vec){EIGHT(value)}; }
+INLINE vec broadcast(float value) { return (vec){EIGHT_TIMES(value)}; }
 #else
-INLINE vec broadcast(float value) { return (vec){EIGHT(value), EIGHT(value)}; }
+INLINE vec broadcast(float value) { return (vec){EIGHT_TIMES(value), EIGHT_TIMES(value)}; }
 #endif
 
 /* first, first + 1, ... */
@@ -206,13 +216,14 @@ INLINE ivec counting_from(int first) {
     return out;
 }
 
+/* The elements of one lane in all lanes. */
 INLINE vec broadcast_lane(lane value) { return (vec)((uvec){} + value); }
 
 INLINE vec select_lanes(ivec mask, vec yes, vec no) {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
 
-/* The larger of each two lanes; of a NaN and a number, either. */
+/* The larger of each two lanes, or b if one of them is NaN. */
 INLINE vec max_of(vec a, vec b) {
 #if defined(__AVX512F__) && WIDTH == 16
     return (vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -223,7 +234,7 @@ INLINE vec max_of(vec a, vec b) {
 #endif
 }
 
-/* The smaller of each two lanes; of a number and a NaN, either. */
+/* The smaller of each two lanes, or b if one of them is NaN. */
 INLINE vec min_of(vec a, vec b) {
 #if defined(__AVX512F__) && WIDTH == 16
     return (vec)_mm512_min_ps((__m512)a, (__m512)b);
@@ -286,9 +297,10 @@ INLINE vec dot(vec acc, vec a, vec b) {
 #endif
 }
 
+/* WIDTH elements, as float32. */
 INLINE vec load(const elem *from) {
 #if !BF16_PRODUCTS
-    return *(const loose *)from;
+    return *(const unaligned_vec *)from;
 #elif defined(__AVX512BF16__) && !defined(EMULATE_BF16)
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
 #else
@@ -298,10 +310,10 @@ INLINE vec load(const elem *from) {
 #endif
 }
 
-/* Rounds to the nearest element, ties to even; NaN stays NaN. */
+/* Stores WIDTH elements, rounded to nearest, ties to even; NaN stays NaN. */
 INLINE void store(elem *to, vec value) {
 #if !BF16_PRODUCTS
-    *(loose *)to = value;
+    *(unaligned_vec *)to = value;
 #elif defined(__AVX512BF16__) && !defined(EMULATE_BF16)
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)value));
 #else
@@ -313,8 +325,8 @@ INLINE void store(elem *to, vec value) {
 #endif
 }
 
-/* WIDTH float16 values. */
-INLINE vec load_half(const void *from) {
+/* WIDTH float16 values, as float32. */
+INLINE vec load_float16(const void *from) {
 #if defined(__AVX512F__) && WIDTH == 16
     return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(from));
 #else
@@ -337,15 +349,17 @@ INLINE vec load_half(const void *from) {
 }
 
 /* The larger of two numbers, or the NaN among them. */
-INLINE float larger_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+INLINE float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
 
-INLINE float largest_of_lanes(vec value) {
+/* The largest lane; any if one is NaN. */
+INLINE float reduce_max(vec value) {
     float largest = value[0];
     for (int i = 1; i < WIDTH; i++) largest = value[i] > largest ? value[i] : largest;
     return largest;
 }
 
-INLINE float sum_of(vec value) {
+/* Adds the lanes in order. */
+INLINE float reduce_sum(vec value) {
     float sum = 0;
     for (int i = 0; i < WIDTH; i++) sum += value[i];
     return sum;
@@ -369,16 +383,20 @@ INLINE vec exp2_of(vec x) {
 
 /* ---- Quantized weights ---- */
 
-INLINE int bits_of(Format format) { return format == Q8_0 || format == Q5_K || format == Q6_K ? 8 : 4; }
+/* Bits of an integer q. */
+INLINE int weight_bits(Format format) { return format == Q8_0 || format == Q5_K || format == Q6_K ? 8 : 4; }
 
 INLINE int has_offsets(Format format) { return format == Q4_1 || format == Q4_K || format == Q5_K; }
 
 INLINE int has_float_scales(Format format) { return format >= Q4_K; }
 
+/* Input features per group. */
 INLINE int group_size(Format format) { return format == Q6_K ? GROUP / 2 : GROUP; }
 
-INLINE int group_words(Format format) { return bits_of(format) * group_size(format) / 32; }
+/* Words of 32 bits per group and column. */
+INLINE int group_words(Format format) { return weight_bits(format) * group_size(format) / 32; }
 
+/* Bytes of a group's scales and offsets, for all columns of a panel. */
 INLINE int scale_bytes(Format format) {
     return (has_float_scales(format) ? 4 : 2) * (has_offsets(format) ? 2 : 1) * PANEL;
 }
@@ -403,27 +421,27 @@ INLINE int64_t panel_bytes(Format format, int features) {
         FORMAT_CASE(Q4_K, call) FORMAT_CASE(Q5_K, call) FORMAT_CASE(Q6_K, call) \
     }
 
-/* For each of the two vectors of a panel: weight = q * scale + offset, in float32. `next` is the scale
-   of an integer that is still shifted to the left by its own bits. */
+/* For each of the two vectors of a panel: weight = q * scale + offset, in float32. The second integer of a
+   pair is not shifted down: (q << weight_bits) * shifted_scale = q * scale. */
 typedef struct {
-    vec scale[2], next[2], offset[2];
+    vec scale[2], shifted_scale[2], offset[2];
 } Scales;
 
-/* A vector of a group's scales, or of the offsets that follow them. */
-INLINE vec load_number(Format format, const char *group, int vector) {
-    return has_float_scales(format) ? ((const vec *)group)[vector] : load_half(group + vector * WIDTH * 2);
+/* A vector of a group's scales (vector 0 or 1) or of the offsets that follow them (2 or 3). */
+INLINE vec load_scale_or_offset(Format format, const char *group, int vector) {
+    return has_float_scales(format) ? ((const vec *)group)[vector] : load_float16(group + vector * WIDTH * 2);
 }
 
 INLINE Scales load_scales(Format format, const char *group) {
     Scales scales;
     for (int v = 0; v < 2; v++) {
-        vec scale = load_number(format, group, v);
+        vec scale = load_scale_or_offset(format, group, v);
         scales.scale[v] = scale;
-        scales.next[v] = scale * (1.0f / (1 << bits_of(format)));
+        scales.shifted_scale[v] = scale * (1.0f / (1 << weight_bits(format)));
         if (has_offsets(format))
-            scales.offset[v] = load_number(format, group, 2 + v);
+            scales.offset[v] = load_scale_or_offset(format, group, 2 + v);
         else
-            scales.offset[v] = scale * -(float)(1 << (bits_of(format) - 1));
+            scales.offset[v] = scale * -(float)(1 << (weight_bits(format) - 1));
     }
     return scales;
 }
@@ -436,20 +454,20 @@ INLINE vec round_weight(vec value) {
 
 /* Two consecutive features of the columns of a vector, from the lowest bits of the words.
 
-   The sum is rounded once, like the sum of a product and an offset: the product is exact. Without
-   offsets, the weights are exact too. */
+   The product is exact in float32, so the fused multiply-add gives the same weight as a multiplication
+   and an addition, rounded once. Without offsets, the sum is exact too. */
 INLINE void expand_pair(Format format, uvec words, const Scales *scales, int v, vec *first,
                         vec *second) {
-    uvec mask = (uvec){} + ((1u << bits_of(format)) - 1);
+    uvec mask = (uvec){} + ((1u << weight_bits(format)) - 1);
     vec low = __builtin_convertvector((ivec)(words & mask), vec);
-    vec high = __builtin_convertvector((ivec)(words & (mask << bits_of(format))), vec);
+    vec high = __builtin_convertvector((ivec)(words & (mask << weight_bits(format))), vec);
     *first = fma_of(low, scales->scale[v], scales->offset[v]);
-    *second = fma_of(high, scales->next[v], scales->offset[v]);
+    *second = fma_of(high, scales->shifted_scale[v], scales->offset[v]);
 }
 
 #if BF16_WEIGHTS
-/* The lanes that hold two features, rounded. Weights are 0 or too large for the instructions to flush
-   them to 0: scales and offsets are multiples of 2^-24. */
+/* Lanes of two features each, rounded to bfloat16. The instructions flush subnormal numbers to 0, but no
+   weight is subnormal: scales and offsets are multiples of 2^-24. */
 INLINE vec join_pair(vec first, vec second) {
 #if defined(__AVX512BF16__) && !defined(EMULATE_BF16)
     uvec low = (uvec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)first));
@@ -461,20 +479,20 @@ INLINE vec join_pair(vec first, vec second) {
 }
 #endif
 
-/* The panel as (depth, PANEL) lanes. */
+/* Expands a quantized panel to the layout of a dense one, (depth, PANEL) lanes. */
 INLINE void expand_panel(Format format, const char *panel, int features, lane *to) {
-    int bits = bits_of(format);
+    int bits = weight_bits(format);
     vec *out = (vec *)to;
     for (int at = 0; at < features; at += group_size(format), panel += group_bytes(format)) {
         Scales scales = load_scales(format, panel);
         const uvec *words = (const uvec *)(panel + scale_bytes(format));
         for (int word = 0; word < group_words(format); word++, words += 2) {
-            uvec left[2] = {words[0], words[1]};
+            uvec remaining[2] = {words[0], words[1]};
             for (int pair = 0; pair < 16 / bits; pair++, out += 4 / WEIGHTS) {
                 for (int v = 0; v < 2; v++) {
                     vec first, second;
-                    expand_pair(format, left[v], &scales, v, &first, &second);
-                    left[v] >>= 2 * bits;
+                    expand_pair(format, remaining[v], &scales, v, &first, &second);
+                    remaining[v] >>= 2 * bits;
 #if BF16_WEIGHTS
                     out[v] = join_pair(first, second);
 #else
@@ -493,14 +511,15 @@ INLINE void expand_panel(Format format, const char *panel, int features, lane *t
 /* Products of `rows` rows of x with the two vectors of columns of one panel.
 
    panel is (depth, PANEL) lanes, WEIGHTS input features each. x is (rows, depth * WEIGHTS) elements.
-   Prefetches part of the next panel. */
-INLINE void tile(int rows, const lane *panel, int depth, const elem *x, const char *next, int next_step,
-                 vec acc[][2]) {
+   Prefetches part of the next panel, from `next` on: per iteration, prefetch_rate / 2^PREFETCH_RATE_BITS
+   cache lines, so that the tiles of a panel together prefetch the whole next one at an even rate. */
+INLINE void multiply_tile(int rows, const lane *panel, int depth, const elem *x, const char *next,
+                          int prefetch_rate, vec acc[][2]) {
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
     for (int k = 0; k < depth; k++) {
         const vec *columns = (const vec *)(panel + k * PANEL);
-        __builtin_prefetch(next + ((k * next_step) >> 8) * 64, 0, 2);
+        __builtin_prefetch(next + ((k * prefetch_rate) >> PREFETCH_RATE_BITS) * LINE_BYTES, 0, 2);
 #if BF16_WEIGHTS && !BF16_PRODUCTS
         for (int half = 0; half < 2; half++) { /* input features 2 * k and 2 * k + 1 */
             vec first = half ? high_half((uvec)columns[0]) : low_half((uvec)columns[0]);
@@ -523,22 +542,22 @@ INLINE void tile(int rows, const lane *panel, int depth, const elem *x, const ch
 }
 
 /* The same with a quantized panel, whose weights are expanded in registers. */
-INLINE void quantized_tile(Format format, int rows, const char *panel, int features, const elem *x,
-                           const char *next, int next_step, vec acc[][2]) {
-    int bits = bits_of(format), step = 0;
+INLINE void multiply_quantized_tile(Format format, int rows, const char *panel, int features, const elem *x,
+                                    const char *next, int prefetch_rate, vec acc[][2]) {
+    int bits = weight_bits(format), step = 0;
     vec sum[TILE_ROWS][2];
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = (vec){};
     for (int at = 0; at < features; at += group_size(format), panel += group_bytes(format)) {
         Scales scales = load_scales(format, panel);
         const uvec *words = (const uvec *)(panel + scale_bytes(format));
         for (int word = 0; word < group_words(format); word++, words += 2, step++) {
-            uvec left[2] = {words[0], words[1]};
-            __builtin_prefetch(next + ((step * next_step) >> 8) * 64, 0, 2);
+            uvec remaining[2] = {words[0], words[1]};
+            __builtin_prefetch(next + ((step * prefetch_rate) >> PREFETCH_RATE_BITS) * LINE_BYTES, 0, 2);
             for (int pair = 0; pair < 16 / bits; pair++, x += 2) {
                 vec first[2], second[2];
                 for (int v = 0; v < 2; v++) {
-                    expand_pair(format, left[v], &scales, v, &first[v], &second[v]);
-                    left[v] >>= 2 * bits;
+                    expand_pair(format, remaining[v], &scales, v, &first[v], &second[v]);
+                    remaining[v] >>= 2 * bits;
 #if BF16_PRODUCTS
                     first[v] = join_pair(first[v], second[v]);
 #else
@@ -564,8 +583,9 @@ INLINE void quantized_tile(Format format, int rows, const char *panel, int featu
     for (int r = 0; r < rows; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
 }
 
-/* Evaluate `call` with ROWS as a constant, so that the compiler keeps all sums in registers. */
-#define CASE(n, call) \
+/* Evaluate `call` with ROWS as a constant, so that the compiler keeps all sums in registers. Cases above
+   TILE_ROWS do not occur. */
+#define ROWS_CASE(n, call) \
     case n: { \
         enum { ROWS = n <= TILE_ROWS ? n : 1 }; \
         call; \
@@ -573,19 +593,20 @@ INLINE void quantized_tile(Format format, int rows, const char *panel, int featu
     }
 #define FOR_ROWS(rows, call) \
     switch (rows) { \
-        CASE(1, call) CASE(2, call) CASE(3, call) CASE(4, call) CASE(5, call) CASE(6, call) \
-        CASE(7, call) CASE(8, call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call) \
+        ROWS_CASE(1, call) ROWS_CASE(2, call) ROWS_CASE(3, call) ROWS_CASE(4, call) \
+        ROWS_CASE(5, call) ROWS_CASE(6, call) ROWS_CASE(7, call) ROWS_CASE(8, call) \
+        ROWS_CASE(9, call) ROWS_CASE(10, call) ROWS_CASE(11, call) ROWS_CASE(12, call) \
     }
 
-static void any_tile(int rows, const lane *panel, int depth, const elem *x, const char *next,
-                     int next_step, vec acc[][2]) {
-    FOR_ROWS(rows, tile(ROWS, panel, depth, x, next, next_step, acc))
+static void dispatch_tile(int rows, const lane *panel, int depth, const elem *x, const char *next,
+                          int prefetch_rate, vec acc[][2]) {
+    FOR_ROWS(rows, multiply_tile(ROWS, panel, depth, x, next, prefetch_rate, acc))
 }
 
-static void any_quantized_tile(Format format, int rows, const char *panel, int features, const elem *x,
-                               const char *next, int next_step, vec acc[][2]) {
-    FOR_QUANTIZED(format,
-                  FOR_ROWS(rows, quantized_tile(FORMAT, ROWS, panel, features, x, next, next_step, acc)))
+static void dispatch_quantized_tile(Format format, int rows, const char *panel, int features, const elem *x,
+                                    const char *next, int prefetch_rate, vec acc[][2]) {
+    FOR_QUANTIZED(format, FOR_ROWS(rows, multiply_quantized_tile(FORMAT, ROWS, panel, features, x, next,
+                                                                 prefetch_rate, acc)))
 }
 
 /* A product of input rows with a packed matrix. */
@@ -595,7 +616,7 @@ typedef struct {
     const elem *x; /* (rows, features) */
     int rows;
     const Space *space;
-    int integers; /* 0, or how space->rounded is multiplied instead of x */
+    int integers; /* 0: multiply x; otherwise space->rounded, by PAIRWISE or BYTEWISE instructions */
 } Product;
 
 /* One item of a product: a panel of columns and a few rows. */
@@ -604,14 +625,16 @@ typedef struct {
     vec acc[BLOCK_ROWS][2];
 } Tile;
 
-INLINE int num_tiles(const Product *product) {
-    int most = product->integers ? BLOCK_ROWS : TILE_ROWS;
-    return (product->rows + most - 1) / most;
+INLINE int tiles_per_panel(const Product *product) {
+    int max_rows = product->integers ? BLOCK_ROWS : TILE_ROWS;
+    return (product->rows + max_rows - 1) / max_rows;
 }
 
-INLINE int num_product_items(const Product *product) { return product->num_panels * num_tiles(product); }
+INLINE int num_product_items(const Product *product) {
+    return product->num_panels * tiles_per_panel(product);
+}
 
-/* A quantized panel as lanes, which stay in the worker's buffer until it expands another one. */
+/* The lanes of a quantized panel, expanded into the worker's buffer unless it still holds them. */
 static const lane *expanded_panel(const Product *product, const char *panel, int worker) {
     const Space *space = product->space;
     Expanded *expanded = (Expanded *)(space->expanded + worker * space->expanded_stride);
@@ -621,49 +644,51 @@ static const lane *expanded_panel(const Product *product, const char *panel, int
     return expanded->panel;
 }
 
-/* How a model multiplies a matrix: 0, or if both are in integers, the instructions for them. */
+/* How a model multiplies a matrix: as model->integers says, but dense matrices in floating point. */
 INLINE int integers_of(const Model *model, const Matrix *weight) {
     return weight->format == DENSE ? 0 : model->integers;
 }
 
-/* An item of the operation before a product of integers. */
+/* Rounds one row of the inputs of a product of integers: an item of the operation before the product. */
 static void round_inputs(const Product *product, int row) {
     Format format = product->weight.format;
-    int row_bytes = rounded_bytes(format);
+    int group_stride = rounded_bytes(format);
     round_row(format, product->integers, product->x + (int64_t)row * product->features, product->features,
-              product->space->rounded + (int64_t)row * row_bytes, (int64_t)product->rows * row_bytes);
+              product->space->rounded + (int64_t)row * group_stride, (int64_t)product->rows * group_stride);
 }
 
-/* The tiles of a panel are consecutive items, so each panel is read from memory once. */
+/* Computes one item of a product. The tiles of a panel are consecutive items, so each panel is read from
+   memory once; of a product of integers, the first tile prefetches the next panel. */
 static void compute_tile(const Product *product, int item, int worker, Tile *out) {
     Format format = product->weight.format;
-    int tiles = num_tiles(product), number = item % tiles, features = product->features;
+    int tiles = tiles_per_panel(product), index = item % tiles, features = product->features;
     out->panel = item / tiles;
-    out->first_row = (int64_t)number * product->rows / tiles;
-    out->end_row = (int64_t)(number + 1) * product->rows / tiles;
+    out->first_row = (int64_t)index * product->rows / tiles;
+    out->end_row = (int64_t)(index + 1) * product->rows / tiles;
     int rows = out->end_row - out->first_row;
     const elem *x = product->x + (int64_t)out->first_row * features;
     int64_t num_bytes = panel_bytes(format, features);
     const char *panel = (const char *)product->weight.panels + out->panel * num_bytes;
     if (product->integers) {
-        int row_bytes = rounded_bytes(format);
-        IntegerTile tile = {panel, features, number == 0 ? panel + num_bytes : NULL,
-                            product->space->rounded + (int64_t)out->first_row * row_bytes,
-                            (int64_t)product->rows * row_bytes};
+        int group_stride = rounded_bytes(format);
+        IntegerTile tile = {panel, features, index == 0 ? panel + num_bytes : NULL,
+                            product->space->rounded + (int64_t)out->first_row * group_stride,
+                            (int64_t)product->rows * group_stride};
         for (int r = 0; r < rows; r++) out->acc[r][0] = out->acc[r][1] = (vec){};
         add_integers(format, product->integers, rows, &tile, out->acc);
         return;
     }
     int in_registers = format != DENSE && tiles == 1;
-    int steps = in_registers ? features / (32 / bits_of(format)) : features / WEIGHTS;
-    int next_step = (num_bytes << 8) / 64 / tiles / steps; /* cache lines of the next panel, times 256 */
-    const char *next = panel + num_bytes + ((int64_t)number * steps * next_step >> 8) * 64;
+    int steps = in_registers ? features / (32 / weight_bits(format)) : features / WEIGHTS;
+    int prefetch_rate = (num_bytes << PREFETCH_RATE_BITS) / LINE_BYTES / tiles / steps;
+    int64_t prefetched = (int64_t)index * steps * prefetch_rate >> PREFETCH_RATE_BITS; /* by earlier tiles */
+    const char *next = panel + num_bytes + prefetched * LINE_BYTES;
     if (in_registers) {
-        any_quantized_tile(format, rows, panel, features, x, next, next_step, out->acc);
+        dispatch_quantized_tile(format, rows, panel, features, x, next, prefetch_rate, out->acc);
         return;
     }
     const void *lanes = format == DENSE ? panel : (const void *)expanded_panel(product, panel, worker);
-    any_tile(rows, lanes, features / WEIGHTS, x, next, next_step, out->acc);
+    dispatch_tile(rows, lanes, features / WEIGHTS, x, next, prefetch_rate, out->acc);
 }
 
 /* ---- RMSNorm ----
@@ -672,14 +697,15 @@ static void compute_tile(const Product *product, int item, int worker, Tile *out
    squares per PANEL columns. The product that follows the norm divides its result by the RMS, which
    saves a pass over x. */
 
+/* Writes x * weight and the sum of squares for the PANEL columns of one row of x, `first` and `second`. */
 INLINE void prepare_norm(const Space *space, int hidden, const float *weight, int row, int panel,
                          vec first, vec second) {
-    const loose *weights = (const loose *)(weight + panel * PANEL);
+    const unaligned_vec *weights = (const unaligned_vec *)(weight + panel * PANEL);
     elem *normed = space->normed + (int64_t)row * hidden + panel * PANEL;
     store(normed, first * weights[0]);
     store(normed + WIDTH, second * weights[1]);
     space->squares[panel * space->squares_stride + row] =
-        sum_of(fma_of(second, second, first * first));
+        reduce_sum(fma_of(second, second, first * first));
 }
 
 /* 1 / rms of the rows of a tile. */
@@ -689,9 +715,9 @@ INLINE void inverse_rms(const Space *space, int hidden, float eps, const Tile *t
         const float *squares = space->squares + tile->first_row + first;
         vec sum = {};
         for (int panel = 0; panel < hidden / PANEL; panel++)
-            sum += *(const loose *)(squares + panel * space->squares_stride);
+            sum += *(const unaligned_vec *)(squares + panel * space->squares_stride);
         vec mean = sum / broadcast((float)hidden) + eps, root;
-        for (int r = 0; r < WIDTH; r++) root[r] = sqrtf(mean[r]); /* one instruction */
+        for (int r = 0; r < WIDTH; r++) root[r] = sqrtf(mean[r]); /* vectorized: -fno-math-errno */
         vec inverse = 1.0f / root; /* lanes beyond the last row are undefined */
         for (int r = 0; r < min_int(WIDTH, rows - first); r++) out[first + r] = inverse[r];
     }
@@ -701,18 +727,19 @@ INLINE void inverse_rms(const Space *space, int hidden, float eps, const Tile *t
 
    softmax(q @ k.T) @ v in blocks of KEY_BLOCK keys with an online softmax (FlashAttention-2, Dao 2023,
    arXiv:2307.08691). Blocks begin at multiples of KEY_BLOCK from position 0 in every step, so a query's
-   sums have the same order alone, in a batch, and however its prompt is split into chunks. A key that a
-   query must not see has the weight 0, which leaves its sums unchanged.
+   sums have the same order alone, in a batch, and however its prompt is split into chunks. Masked keys, which
+   a query must not see, get the weight 0, which leaves its sums unchanged.
 
    Each block prefetches the one after it, in the same task or the next, because prefetching by the CPU
    stops at the end of each page: 4 KiB, or 16 keys of 64 float32 values. */
 
-/* Whether attention is computed in integers: where products are, and CPUs have no instructions for bfloat16. */
+/* Whether attention is computed in integers: if products are, on CPUs without bfloat16 instructions. */
 INLINE int has_integer_attention(const Model *model) { return !BF16_PRODUCTS && model->integers; }
 
+/* Bytes of a number in the KV cache. */
 INLINE int cached_bytes(int in_integers) { return in_integers ? 2 : sizeof(elem); }
 
-/* What no key or value of a KV head exceeds, (D,). */
+/* The largest magnitudes of the channels of a KV head's keys or values, (D,). */
 INLINE const float *kv_limits(const Model *model, int layer, int is_value, int kv_head) {
     return model->layers[layer].kv_limits + (is_value * model->num_kv_heads + kv_head) * model->head_dim;
 }
@@ -731,13 +758,15 @@ typedef struct {
 /* The state of the online softmax, and scratch for one block. Rows of the larger arrays follow each other
    without gaps: at distances of powers of two they would compete for the same sets of the cache. */
 typedef struct {
-    vec keys[KEY_BLOCK / WIDTH * MAX_HEAD_DIM]; /* (key groups, lanes): a lane of WIDTH keys each */
+    vec keys[KEY_BLOCK / WIDTH * MAX_HEAD_DIM]; /* (key groups, lanes): the same lane of WIDTH keys */
     vec sums[TASK_ROWS * MAX_HEAD_DIM / WIDTH]; /* (rows, D / WIDTH), of weighted values */
-    vec weights[WIDTH][KEY_BLOCK / WIDTH];      /* of a tile of rows, the rest is padding */
-    float highest[TASK_ROWS + WIDTH], total[TASK_ROWS + WIDTH]; /* score, sum of weights */
-    lane queries[TASK_ROWS * MAX_HEAD_DIM / 2]; /* (rows, D / 2) pairs of integers */
-    float scale[TASK_ROWS + WIDTH];             /* of scores that are integers */
-} Attention;
+    vec weights[WIDTH][KEY_BLOCK / WIDTH];      /* (rows of a tile, keys); before the softmax, scores */
+    float highest[TASK_ROWS + WIDTH];           /* score so far; padded for loads of a vector */
+    float total[TASK_ROWS + WIDTH];             /* of the weights so far */
+    /* For attention in integers: */
+    lane queries[TASK_ROWS * MAX_HEAD_DIM / 2]; /* (rows, D / 2), pairs of codes of 16 bits */
+    float scale[TASK_ROWS + WIDTH];             /* of a row's scores */
+} AttentionState;
 
 /* Transposes WIDTH rows of WIDTH lanes. */
 INLINE void transpose_square(const vec rows[], vec out[]) {
@@ -786,22 +815,24 @@ INLINE void transpose_square(const vec rows[], vec out[]) {
 #endif
 }
 
-/* Transposes the keys of a block, PANEL keys of `depth` lanes at a time; the last ones may be
-   uninitialized. Prefetches as many of the block that is computed next. */
-INLINE void transpose_keys(const char *keys, const char *next, int num_keys, int depth, Attention *state) {
+/* Transposes the keys of a block, rounded up to whole panels of keys: the last ones may be uninitialized.
+   A key is `depth` lanes. Prefetches as many keys of the block that is computed next. */
+INLINE void transpose_keys(const char *keys, const char *next, int num_keys, int depth,
+                           AttentionState *state) {
     int row_bytes = depth * sizeof(lane);
     for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group++)
         for (int k = 0; k < depth; k += WIDTH) {
             int64_t from = (int64_t)group * WIDTH * row_bytes + k * sizeof(lane);
             vec rows[WIDTH];
-            for (int i = 0; i < WIDTH; i++) rows[i] = *(const loose *)(keys + from + i * row_bytes);
+            for (int i = 0; i < WIDTH; i++) rows[i] = *(const unaligned_vec *)(keys + from + i * row_bytes);
             transpose_square(rows, state->keys + group * depth + k);
             prefetch(next + from, WIDTH * sizeof(vec));
         }
 }
 
 /* Scores of `rows` queries, from row `first` of the task, for a block of keys. */
-INLINE void score(int rows, const Task *task, int first, int num_keys, int depth, Attention *state) {
+INLINE void compute_scores(int rows, const Task *task, int first, int num_keys, int depth,
+                           AttentionState *state) {
     for (int group = 0; group < (num_keys + PANEL - 1) / PANEL * 2; group += 2) {
         const vec *keys = state->keys + group * depth;
         vec sum[TILE_ROWS][2];
@@ -821,8 +852,8 @@ INLINE void score(int rows, const Task *task, int first, int num_keys, int depth
 
 /* Replaces the scores of `rows` rows, from row `first` of the task, by weights, 2^(score - highest so far),
    and computes the factors that rescale the rows' sums so far. Keys start at position `block`. */
-INLINE void update_softmax(int rows, const Task *task, int first, int block, int num_keys, Attention *state,
-                           float shrink[]) {
+INLINE void update_softmax(int rows, const Task *task, int first, int block, int num_keys,
+                           AttentionState *state, float shrink[]) {
     int num_vecs = (num_keys + WIDTH - 1) / WIDTH;
     vec partial[WIDTH], lanes[WIDTH];
     ivec lane_ids = counting_from(0);
@@ -838,7 +869,7 @@ INLINE void update_softmax(int rows, const Task *task, int first, int block, int
     }
     /* Transposed, a reduction over the lanes of each row is one over vectors, for all rows at once. */
     transpose_square(partial, lanes);
-    vec old = *(const loose *)(state->highest + first), highest = old;
+    vec old = *(const unaligned_vec *)(state->highest + first), highest = old;
     for (int i = 0; i < WIDTH; i++) highest = max_of(lanes[i], highest);
     vec factor = exp2_of(old - highest);
     for (int r = 0; r < rows; r++) {
@@ -852,7 +883,7 @@ INLINE void update_softmax(int rows, const Task *task, int first, int block, int
     transpose_square(partial, lanes);
     vec sum = lanes[0];
     for (int i = 1; i < WIDTH; i++) sum += lanes[i];
-    vec total = *(const loose *)(state->total + first) * factor + sum;
+    vec total = *(const unaligned_vec *)(state->total + first) * factor + sum;
     for (int r = 0; r < rows; r++) {
         state->highest[first + r] = highest[r], state->total[first + r] = total[r];
         shrink[r] = factor[r];
@@ -884,7 +915,7 @@ INLINE void weighted_sum(int rows, int vecs, const char *values, const char *nex
 
 /* Adds the weighted values of a block to the sums of `rows` rows, from row `first` of the task. */
 INLINE void add_values(int rows, const Task *task, int first, const char *values, const char *next,
-                       int num_keys, const float shrink[], Attention *state) {
+                       int num_keys, const float shrink[], AttentionState *state) {
     const vec(*weights)[KEY_BLOCK / WIDTH] = (const vec(*)[KEY_BLOCK / WIDTH])state->weights;
     int at = 0, num_vecs = task->dim / WIDTH; /* an even number */
     vec *sums = state->sums + first * num_vecs;
@@ -899,21 +930,21 @@ INLINE void add_values(int rows, const Task *task, int first, const char *values
 
 /* Attention of a tile of rows to one block of keys and values. */
 INLINE void attend_block(int in_integers, int rows, const Task *task, int first, int block, int num_keys,
-                         const char *values, const char *next_values, Attention *state) {
+                         const char *values, const char *next_values, AttentionState *state) {
     float shrink[TILE_ROWS], grow[TILE_ROWS];
     if (in_integers) {
-        score_in_integers(rows, task, first, num_keys, state);
-        weigh_in_integers(rows, task, first, block, num_keys, state, shrink, grow);
-        add_integer_values(rows, task, first, values, next_values, num_keys, shrink, grow, state);
+        compute_scores_in_integers(rows, task, first, num_keys, state);
+        update_softmax_in_integers(rows, task, first, block, num_keys, state, shrink, grow);
+        add_values_in_integers(rows, task, first, values, next_values, num_keys, shrink, grow, state);
     } else {
-        score(rows, task, first, num_keys, task->dim / ELEMS, state);
+        compute_scores(rows, task, first, num_keys, task->dim / ELEMS, state);
         update_softmax(rows, task, first, block, num_keys, state, shrink);
         add_values(rows, task, first, values, next_values, num_keys, shrink, state);
     }
 }
 
 INLINE void attend_task(int in_integers, const Task *task) {
-    Attention state;
+    AttentionState state;
     int num_vecs = task->dim / WIDTH, row_bytes = task->dim * cached_bytes(in_integers);
     for (int r = 0; r < TASK_ROWS + WIDTH; r++) state.highest[r] = -INFINITY, state.total[r] = 0;
     for (int i = 0; i < task->num_rows * num_vecs; i++) state.sums[i] = (vec){};
@@ -927,12 +958,13 @@ INLINE void attend_task(int in_integers, const Task *task) {
         transpose_keys(task->keys + at, next_keys, num_keys, row_bytes / sizeof(lane), &state);
         for (int first = 0; first < task->num_rows; first += TILE_ROWS) {
             int rows = min_int(TILE_ROWS, task->num_rows - first);
+            /* Rows are sorted, so the last one sees the most keys of the block. */
             int seen = min_int(num_keys, task->visible[first + rows - 1] - block);
-            if (seen > 0) /* below the diagonal */
+            if (seen > 0)
                 FOR_ROWS(rows, attend_block(in_integers, ROWS, task, first, block, seen, task->values + at,
                                             next_values, &state))
         }
-        /* The next task begins with a whole block. */
+        /* A partial block is the last one and has prefetched only as many keys of the next task. */
         int begun = num_keys * row_bytes, rest = KEY_BLOCK * row_bytes - begun;
         prefetch(next_keys + begun, rest);
         prefetch(next_values + begun, rest);
@@ -959,7 +991,7 @@ typedef struct {
 
 typedef struct {
     TaskTokens *list;
-    int number;
+    int num_tasks;
 } Tasks;
 
 /* A forward pass. */
@@ -968,25 +1000,27 @@ typedef struct {
     const Batch *batch;
     const Space *space;
     int32_t *span_of_row; /* (R,) */
-    int32_t *hidden_rows; /* (N,), the wanted rows */
-    Tasks tasks, last_tasks; /* of all rows; of the wanted ones in the last layer */
-    int *has_bad_codes;      /* set if a key or value is not finite, which integers cannot express */
+    int32_t *output_rows; /* (N,), their indices */
+    Tasks tasks, last_tasks; /* of all rows; of the output rows, for the last layer */
+    int *has_nonfinite;      /* set if a key or value is not finite, which a code cannot express */
 } Step;
 
-/* Adds the tasks for the rows of a span from `first` on. */
-static void add_tasks(Tasks *tasks, const Step *step, int number, int first, int attended_row) {
+/* Adds the tasks for the rows of a span from its row `first` on. */
+static void add_tasks(Tasks *tasks, const Step *step, int span, int first, int attended_row) {
     int size = TASK_ROWS / (step->model->num_heads / step->model->num_kv_heads);
-    int num_rows = step->batch->spans[number].num_rows;
+    int num_rows = step->batch->spans[span].num_rows;
     for (int row = first; row < num_rows; row += size) {
         int end = min_int(row + size, num_rows);
-        tasks->list[tasks->number++] = (TaskTokens){number, row, end, attended_row + row - first};
+        tasks->list[tasks->num_tasks++] = (TaskTokens){span, row, end, attended_row + row - first};
     }
 }
 
+/* Divides batch->plan into span_of_row, output_rows and the two lists of tasks, R * (1 + 1 + 4 + 4) numbers,
+   and fills them. A row needs at most one task. */
 static Step plan_step(const Model *model, const Batch *batch, const Space *space) {
     int64_t rows = batch->num_rows;
     Step step = {.model = model, .batch = batch, .space = space};
-    step.span_of_row = batch->plan, step.hidden_rows = batch->plan + rows;
+    step.span_of_row = batch->plan, step.output_rows = batch->plan + rows;
     step.tasks.list = (TaskTokens *)(batch->plan + 2 * rows);
     step.last_tasks.list = step.tasks.list + rows;
     for (int s = 0, hidden = 0; s < batch->num_spans; s++) {
@@ -996,7 +1030,7 @@ static Step plan_step(const Model *model, const Batch *batch, const Space *space
         add_tasks(&step.last_tasks, &step, s, first_hidden, hidden);
         for (int row = 0; row < span->num_rows; row++) {
             step.span_of_row[span->first_row + row] = s;
-            if (row >= first_hidden) step.hidden_rows[hidden++] = span->first_row + row;
+            if (row >= first_hidden) step.output_rows[hidden++] = span->first_row + row;
         }
     }
     return step;
@@ -1008,6 +1042,7 @@ INLINE Tasks tasks_of(const Step *step, int layer) {
     return is_last_layer(step, layer) ? step->last_tasks : step->tasks;
 }
 
+/* x = a column of a dense panel. */
 INLINE void embed_dense(const void *panel, int column, int features, float *x) {
     const lane *from = (const lane *)panel + column;
     for (int k = 0; k < features / WEIGHTS; k++) {
@@ -1019,17 +1054,18 @@ INLINE void embed_dense(const void *panel, int column, int features, float *x) {
     }
 }
 
+/* x = a column of a quantized panel, whose first group is `group`. */
 INLINE void embed_quantized(Format format, const char *group, int column, int features, float *x) {
-    int bits = bits_of(format), vector = column / WIDTH, in_vector = column % WIDTH;
+    int bits = weight_bits(format), vector = column / WIDTH, in_vector = column % WIDTH;
     for (int feature = 0; feature < features; group += group_bytes(format)) {
         Scales scales = load_scales(format, group);
         const uvec *words = (const uvec *)(group + scale_bytes(format)) + vector;
         for (int word = 0; word < group_words(format); word++) {
-            uvec left = words[2 * word];
+            uvec remaining = words[2 * word];
             for (int pair = 0; pair < 16 / bits; pair++, feature += 2) {
                 vec first, second;
-                expand_pair(format, left, &scales, vector, &first, &second);
-                left >>= 2 * bits;
+                expand_pair(format, remaining, &scales, vector, &first, &second);
+                remaining >>= 2 * bits;
                 x[feature] = round_weight(first)[in_vector];
                 x[feature + 1] = round_weight(second)[in_vector];
             }
@@ -1042,12 +1078,12 @@ static void embed(const Step *step, int row) {
     const Model *model = step->model;
     Format format = model->embed.format;
     int id = step->batch->token_ids[row], hidden = model->hidden, column = id % PANEL;
-    const char *panel = (const char *)model->embed.panels + id / PANEL * panel_bytes(format, hidden);
+    const char *token_panel = (const char *)model->embed.panels + id / PANEL * panel_bytes(format, hidden);
     float *x = step->space->x + (int64_t)row * hidden;
-    if (format == DENSE) embed_dense(panel, column, hidden, x);
-    FOR_QUANTIZED(format, embed_quantized(FORMAT, panel, column, hidden, x))
+    if (format == DENSE) embed_dense(token_panel, column, hidden, x);
+    FOR_QUANTIZED(format, embed_quantized(FORMAT, token_panel, column, hidden, x))
     for (int panel = 0; panel < hidden / PANEL; panel++) {
-        const loose *values = (const loose *)(x + panel * PANEL);
+        const unaligned_vec *values = (const unaligned_vec *)(x + panel * PANEL);
         prepare_norm(step->space, hidden, model->layers[0].input_norm, row, panel, values[0], values[1]);
     }
 }
@@ -1064,8 +1100,8 @@ INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first
     int head = panel / (dim / PANEL), i = panel % (dim / PANEL) * WIDTH;
     int64_t position = span->start + row - span->first_row;
     if (head < heads + model->num_kv_heads) {
-        vec cos = *(const loose *)(model->cos + position * half + i);
-        vec sin = *(const loose *)(model->sin + position * half + i);
+        vec cos = *(const unaligned_vec *)(model->cos + position * half + i);
+        vec sin = *(const unaligned_vec *)(model->sin + position * half + i);
         vec rotated = first * cos - second * sin;
         second = second * cos + first * sin;
         first = rotated;
@@ -1083,9 +1119,9 @@ INLINE void store_qkv(const Step *step, int layer, int row, int panel, vec first
     if (has_integer_attention(model)) {
         int16_t *codes = (int16_t *)span->cache + offset;
         const float *limits = kv_limits(model, layer, is_value, kv_head);
-        int is_finite = store_codes_of(is_value, codes, position, dim, i, limits, first) &
-                        store_codes_of(is_value, codes, position, dim, half + i, limits, second);
-        if (!is_finite) __atomic_store_n(step->has_bad_codes, 1, __ATOMIC_RELAXED);
+        int is_finite = store_kv_codes(is_value, codes, position, dim, i, limits, first) &
+                        store_kv_codes(is_value, codes, position, dim, half + i, limits, second);
+        if (!is_finite) __atomic_store_n(step->has_nonfinite, 1, __ATOMIC_RELAXED);
     } else {
         elem *to = (elem *)span->cache + offset + position * dim + i;
         store(to, first);
@@ -1104,8 +1140,8 @@ static void project_qkv(const Step *step, int layer, const Product *product, int
                   tile.acc[r][1] * scale[r]);
 }
 
-/* to = from + rows @ weight.T; also prepares the next norm. `from_rows` are the rows of `from` that belong
-   to those of the product; NULL: the same ones. */
+/* to = from + product; also prepares the next norm. Row r of the product is added to row from_rows[r] of
+   `from`, or to row r if from_rows is NULL. */
 static void add_product(const Step *step, const Product *product, const float *from,
                         const int32_t *from_rows, float *to, const float *next_norm, int item, int worker) {
     Tile tile;
@@ -1114,8 +1150,8 @@ static void add_product(const Step *step, const Product *product, const float *f
     for (int r = 0; r < tile.end_row - tile.first_row; r++) {
         int row = tile.first_row + r, column = tile.panel * PANEL;
         int64_t from_row = from_rows ? from_rows[row] : row;
-        const loose *x = (const loose *)(from + from_row * hidden + column);
-        loose *sum = (loose *)(to + (int64_t)row * hidden + column);
+        const unaligned_vec *x = (const unaligned_vec *)(from + from_row * hidden + column);
+        unaligned_vec *sum = (unaligned_vec *)(to + (int64_t)row * hidden + column);
         vec first = x[0] + tile.acc[r][0], second = x[1] + tile.acc[r][1];
         sum[0] = first, sum[1] = second;
         prepare_norm(step->space, hidden, next_norm, row, tile.panel, first, second);
@@ -1131,7 +1167,7 @@ static void activate(const Step *step, const Product *product, int item, int wor
     inverse_rms(step->space, model->hidden, model->eps, &tile, scale);
     for (int r = 0; r < tile.end_row - tile.first_row; r++) {
         vec gate = tile.acc[r][0] * scale[r], up = tile.acc[r][1] * scale[r], exponent = gate * -LOG2_E;
-        exponent = min_of(broadcast(127.0f), exponent);
+        exponent = min_of(broadcast(127.0f), exponent); /* for exp2_of; NaN stays NaN */
         int64_t row = tile.first_row + r;
         store(step->space->act + row * model->intermediate + tile.panel * WIDTH,
               gate / (exp2_of(exponent) + 1.0f) * up);
@@ -1151,14 +1187,14 @@ static void attend(const Step *step, int layer, int item) {
     const Model *model = step->model;
     Tasks tasks = tasks_of(step, layer);
     int dim = model->head_dim, heads = model->num_heads, kv_heads = model->num_kv_heads;
-    int group = heads / kv_heads, head = item % kv_heads, values = layer + model->num_layers;
-    int next_item = min_int(item + 1, tasks.number * kv_heads - 1);
+    int heads_per_kv = heads / kv_heads, head = item % kv_heads, value_plane = layer + model->num_layers;
+    int next_item = min_int(item + 1, tasks.num_tasks * kv_heads - 1);
     const TaskTokens *tokens = tasks.list + item / kv_heads, *next = tasks.list + next_item / kv_heads;
     const Span *span = step->batch->spans + tokens->span;
     Task task = {.keys = plane_of(step, tokens, layer, item),
-                 .values = plane_of(step, tokens, values, item),
+                 .values = plane_of(step, tokens, value_plane, item),
                  .next_keys = plane_of(step, next, layer, next_item),
-                 .next_values = plane_of(step, next, values, next_item),
+                 .next_values = plane_of(step, next, value_plane, next_item),
                  .num_keys = span->start + tokens->end_row,
                  .dim = dim};
     if (has_integer_attention(model)) {
@@ -1166,7 +1202,7 @@ static void attend(const Step *step, int layer, int item) {
         task.value_limits = kv_limits(model, layer, 1, head);
     }
     for (int row = tokens->first_row; row < tokens->end_row; row++)
-        for (int h = head * group; h < (head + 1) * group; h++) {
+        for (int h = head * heads_per_kv; h < (head + 1) * heads_per_kv; h++) {
             int64_t from = span->first_row + row, to = tokens->attended_row + row - tokens->first_row;
             task.queries[task.num_rows] = step->space->queries + (from * heads + h) * dim;
             task.out[task.num_rows] = step->space->attended + (to * heads + h) * dim;
@@ -1177,20 +1213,21 @@ static void attend(const Step *step, int layer, int item) {
 
 /* ---- The forward pass ---- */
 
-/* The operations of a layer, in order. The inputs of a product of integers are rounded first. */
-enum { ROUND_QKV, QKV, ATTEND, ROUND_OUT, OUT, ROUND_GATE_UP, GATE_UP, ROUND_DOWN, DOWN };
+/* The operations of a layer, in order. Each product follows the rounding of its inputs, which has no items
+   unless the product is of integers. */
+enum { ROUND_QKV, QKV, ATTEND, ROUND_OUT, OUT, ROUND_GATE_UP, GATE_UP, ROUND_DOWN, DOWN, OPS_PER_LAYER };
 
 INLINE int is_rounding(int kind) {
     return kind == ROUND_QKV || kind == ROUND_OUT || kind == ROUND_GATE_UP || kind == ROUND_DOWN;
 }
 
 /* The product that an operation computes, or rounds the inputs of. */
-static Product layer_product(const Step *step, int number, int kind) {
+static Product layer_product(const Step *step, int index, int kind) {
     const Model *model = step->model;
-    const Layer *layer = model->layers + number;
+    const Layer *layer = model->layers + index;
     const Space *space = step->space;
     const Batch *batch = step->batch;
-    int rows = is_last_layer(step, number) && kind > ATTEND ? batch->num_hidden : batch->num_rows;
+    int rows = is_last_layer(step, index) && kind > ATTEND ? batch->num_hidden : batch->num_rows;
     int hidden = model->hidden, inner = model->num_heads * model->head_dim;
     int qkv = inner + 2 * model->num_kv_heads * model->head_dim;
     Product product = {.features = hidden, .rows = rows, .x = space->normed, .space = space};
@@ -1217,7 +1254,7 @@ static int step_items(const void *work, int op) {
     if (op == 0) return step->batch->num_rows;
     int layer = (op - 1) / OPS_PER_LAYER, kind = (op - 1) % OPS_PER_LAYER;
     if (layer >= step->model->num_layers) return -1;
-    if (kind == ATTEND) return tasks_of(step, layer).number * step->model->num_kv_heads;
+    if (kind == ATTEND) return tasks_of(step, layer).num_tasks * step->model->num_kv_heads;
     Product product = layer_product(step, layer, kind);
     if (is_rounding(kind)) return product.integers ? product.rows : 0;
     return num_product_items(&product);
@@ -1230,21 +1267,21 @@ static void compute_step(const void *work, int op, int item, int worker) {
         embed(step, item);
         return;
     }
-    int number = (op - 1) / OPS_PER_LAYER, kind = (op - 1) % OPS_PER_LAYER;
-    const Layer *layer = model->layers + number;
-    int is_end = is_last_layer(step, number);
-    const float *next_norm = is_end ? model->norm : layer[1].input_norm;
-    float *x = step->space->x, *to = is_end ? step->batch->hidden : x;
-    const int32_t *wanted = is_end ? step->hidden_rows : NULL;
-    Product product = layer_product(step, number, kind);
+    int index = (op - 1) / OPS_PER_LAYER, kind = (op - 1) % OPS_PER_LAYER;
+    const Layer *layer = model->layers + index;
+    int is_last = is_last_layer(step, index);
+    const float *next_norm = is_last ? model->norm : layer[1].input_norm;
+    float *x = step->space->x, *to = is_last ? step->batch->hidden : x;
+    const int32_t *from_rows = is_last ? step->output_rows : NULL;
+    Product product = layer_product(step, index, kind);
     if (is_rounding(kind)) {
         round_inputs(&product, item);
         return;
     }
     switch (kind) {
-        case QKV: project_qkv(step, number, &product, item, worker); break;
-        case ATTEND: attend(step, number, item); break;
-        case OUT: add_product(step, &product, x, wanted, to, layer->mlp_norm, item, worker); break;
+        case QKV: project_qkv(step, index, &product, item, worker); break;
+        case ATTEND: attend(step, index, item); break;
+        case OUT: add_product(step, &product, x, from_rows, to, layer->mlp_norm, item, worker); break;
         case GATE_UP: activate(step, &product, item, worker); break;
         default: add_product(step, &product, to, NULL, to, next_norm, item, worker); break;
     }
@@ -1262,15 +1299,15 @@ static int has_aligned_weights(const Model *model) {
     return aligned;
 }
 
-/* Computes the hidden states of the wanted rows after the last layer, in batch->hidden. */
+/* Computes batch->hidden, the hidden states of the output rows after the last layer. */
 EXPORT int smol_forward(Team *team, const Model *model, const Batch *batch, const Space *space) {
     if (!has_aligned_weights(model)) return MISALIGNED;
     static const Program program = {step_items, compute_step};
     Step step = plan_step(model, batch, space);
-    int has_bad_codes = 0;
-    step.has_bad_codes = &has_bad_codes;
+    int has_nonfinite = 0;
+    step.has_nonfinite = &has_nonfinite;
     int status = team_run(team, &program, &step);
-    return status == OK && has_bad_codes ? NOT_FINITE : status;
+    return status == OK && has_nonfinite ? NOT_FINITE : status;
 }
 
 #include "head.h"

@@ -19,7 +19,14 @@
 
    Waiting threads spin briefly and then sleep until the next operation is published (futex on Linux,
    WaitOnAddress on Windows, a condition variable elsewhere). Spinning or yielding any longer would use
-   up time slices that the team needs on a busy machine. */
+   up time slices that the team needs on a busy machine.
+
+   Memory ordering. Storing `current` publishes an operation: release makes its fields of the Team and the
+   results of earlier operations visible to every thread that loads the new value with acquire. Subtracting
+   from `num_unfinished` is acquire and release, so the thread that reaches 0, which publishes the next
+   operation, has seen the results of all others. A range word says everything about its range, so loads of
+   it may be relaxed: a claim based on an old value fails in the compare-and-swap. Only the pair `current`
+   and `num_sleeping` needs sequential consistency; see `sleep_while`. */
 
 #if !defined(_WIN32)
 #define _GNU_SOURCE
@@ -52,12 +59,12 @@ enum {
     PAUSES_PER_CLOCK_READ = 16,
     MAX_CHUNKS = 65535, /* fits into 16 bits of a range word */
     MAX_THREADS = 1024,
-    LINE = 128 /* bytes: two cache lines, which some CPUs fetch in pairs */
+    LINE_PAIR_BYTES = 128 /* between words of different threads: some CPUs fetch cache lines in pairs */
 };
 
-/* A thread's range of items: number of the operation, first item, end. */
+/* A thread's range of chunks, as packed by `range_word`. */
 typedef struct {
-    _Alignas(LINE) _Atomic uint64_t range;
+    _Alignas(LINE_PAIR_BYTES) _Atomic uint64_t range;
 } Slot;
 
 typedef struct {
@@ -66,18 +73,19 @@ typedef struct {
 } Helper;
 
 struct Team {
-    /* The operation being computed: its number in the low 32 bits, its number of chunks in the high
-       32 bits. 0 chunks: no program is running. */
-    _Alignas(LINE) _Atomic uint64_t current;
-    _Alignas(LINE) _Atomic int32_t num_left; /* chunks of `current` that are not done */
-    _Alignas(LINE) _Atomic int32_t num_sleeping;
+    /* The operation being computed: its number, which counts operations of all programs, in the low 32
+       bits, and how many chunks it has in the high 32 bits. 0 chunks: no program is running. */
+    _Alignas(LINE_PAIR_BYTES) _Atomic uint64_t current;
+    _Alignas(LINE_PAIR_BYTES) _Atomic int32_t num_unfinished; /* chunks of `current` that are not done */
+    _Alignas(LINE_PAIR_BYTES) _Atomic int32_t num_sleeping;
     _Atomic int32_t is_stopping;
     _Atomic int32_t is_running;
 
-    /* Of `current`; written by the thread that publishes it, read by threads that hold a claim. */
-    _Alignas(LINE) const Program *program;
+    /* The operation `current`; written by the thread that publishes it, read by threads that hold a claim. */
+    _Alignas(LINE_PAIR_BYTES) const Program *program;
     const void *work;
-    int op, num_items, grain; /* a chunk is `grain` items: 1, unless there are more than MAX_CHUNKS */
+    int op; /* index in the program */
+    int num_items, grain; /* a chunk is `grain` items: 1, unless there are more than MAX_CHUNKS */
 
     int num_threads, num_started;
     int64_t owner_pid;
@@ -94,13 +102,13 @@ struct Team {
     Slot *slots;
 };
 
-/* ---- The operating system: clock, pause, sleep and wake, threads. ---- */
+/* ---- The operating system: clock, pause, sleep and wake, threads ---- */
 
 static inline void cpu_pause(void) {
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
-    __asm__ volatile("isb");
+    __asm__ volatile("isb"); /* `yield` is a no-op on cores without SMT */
 #endif
 }
 
@@ -133,7 +141,11 @@ static uint32_t *number_word(Team *team) {
 }
 #endif
 
-/* Sleeps until an operation other than `seen` is published; may return early. */
+/* Sleeps until an operation other than `seen` is published; may return early.
+
+   No wake-up is lost: a sleeper increments `num_sleeping` before it compares `current` with `seen`, a
+   publisher stores `current` before it reads `num_sleeping`, and both are sequentially consistent, so at
+   least one of them sees the change of the other. */
 static void sleep_while(Team *team, uint64_t seen) {
     atomic_fetch_add(&team->num_sleeping, 1);
 #if defined(_WIN32)
@@ -162,11 +174,12 @@ static void wake_sleepers(Team *team) {
 #endif
 }
 
-/* ---- Claiming the items of operations. ---- */
+/* ---- Claiming the items of operations ---- */
 
 static inline uint32_t number_of(uint64_t current) { return (uint32_t)current; }
 static inline uint32_t chunks_of(uint64_t current) { return (uint32_t)(current >> 32); }
 
+/* From the lowest bits: 32 of the operation's number, 16 of the first chunk, 16 of the end. */
 static inline uint64_t range_word(uint32_t number, uint32_t first, uint32_t end) {
     return number | (uint64_t)first << 32 | (uint64_t)end << 48;
 }
@@ -175,8 +188,9 @@ typedef struct {
     uint32_t first, end;
 } Range;
 
-/* The remaining range of a thread according to its word; empty if the operation is over. */
-static Range range_left(const Team *team, int owner, uint64_t current, uint64_t word) {
+/* What remains of the range of thread `owner` in operation `current`, according to its word. Empty if the
+   word is of a later operation. Numbers wrap around, so their signed difference tells which is later. */
+static Range remaining_range(const Team *team, int owner, uint64_t current, uint64_t word) {
     uint32_t number = (uint32_t)word;
     if (number == number_of(current)) return (Range){word >> 32 & 0xffff, word >> 48};
     if ((int32_t)(number_of(current) - number) < 0) return (Range){0, 0};
@@ -184,17 +198,17 @@ static Range range_left(const Team *team, int owner, uint64_t current, uint64_t 
     return (Range){owner * chunks / threads, (owner + 1) * chunks / threads};
 }
 
-/* Claims the first chunk of the worker's own range; returns it, or -1 if none is left. */
+/* Claims the first chunk of the worker's own range. Returns it, or -1 if the range is empty. */
 static int claim_own(Team *team, int worker, uint64_t current) {
     _Atomic uint64_t *slot = &team->slots[worker].range;
     uint64_t word = atomic_load_explicit(slot, memory_order_relaxed);
     for (;;) {
-        Range left = range_left(team, worker, current, word);
-        if (left.first >= left.end) return -1;
-        uint64_t rest = range_word(number_of(current), left.first + 1, left.end);
+        Range remaining = remaining_range(team, worker, current, word);
+        if (remaining.first >= remaining.end) return -1;
+        uint64_t rest = range_word(number_of(current), remaining.first + 1, remaining.end);
         if (atomic_compare_exchange_weak_explicit(slot, &word, rest, memory_order_acq_rel,
                                                   memory_order_relaxed))
-            return left.first;
+            return remaining.first;
     }
 }
 
@@ -210,9 +224,10 @@ static int steal(Team *team, int worker, uint64_t current) {
         Range longest = {0, 0};
         for (int owner = 0; owner < team->num_threads; owner++) {
             uint64_t word = atomic_load_explicit(&team->slots[owner].range, memory_order_relaxed);
-            Range left = range_left(team, owner, current, word);
-            if (left.end > left.first && left.end - left.first > longest.end - longest.first)
-                longest = left, victim = owner, victim_word = word;
+            Range remaining = remaining_range(team, owner, current, word);
+            if (remaining.end > remaining.first &&
+                remaining.end - remaining.first > longest.end - longest.first)
+                longest = remaining, victim = owner, victim_word = word;
         }
         if (victim < 0) return -1;
         uint32_t middle = longest.first + (longest.end - longest.first) / 2;
@@ -237,7 +252,7 @@ static void publish_next(Team *team, uint32_t number) {
         team->grain = (num_items + MAX_CHUNKS - 1) / MAX_CHUNKS;
         num_chunks = (num_items + team->grain - 1) / team->grain;
     }
-    atomic_store_explicit(&team->num_left, (int32_t)num_chunks, memory_order_relaxed);
+    atomic_store_explicit(&team->num_unfinished, (int32_t)num_chunks, memory_order_relaxed);
     atomic_store(&team->current, (uint64_t)(number + 1) | num_chunks << 32);
     wake_sleepers(team);
 }
@@ -256,12 +271,12 @@ static void compute_from(Team *team, int worker, uint64_t current, int chunk) {
         compute_chunk(team, chunk, worker);
         num_done++;
     }
-    if (atomic_fetch_sub_explicit(&team->num_left, num_done, memory_order_acq_rel) == num_done)
+    if (atomic_fetch_sub_explicit(&team->num_unfinished, num_done, memory_order_acq_rel) == num_done)
         publish_next(team, number_of(current));
 }
 
-/* Waits until an operation other than `seen` is published; returns -1. If it manages to steal a chunk of
-   `seen` first, returns that. */
+/* Waits until an operation other than `seen` is published, then returns -1. Steals a chunk of `seen` after
+   STEAL_AFTER_NS if it can, and returns that. */
 static int wait_or_steal(Team *team, int worker, uint64_t seen) {
     int64_t start = now_ns();
     int may_steal = chunks_of(seen) > 0;
@@ -280,8 +295,8 @@ static int wait_or_steal(Team *team, int worker, uint64_t seen) {
     }
 }
 
-/* Works on programs: the caller of team_run until its program ends, helpers until the team is
-   destroyed. */
+/* Computes operations as they are published: worker 0, the caller of team_run, until its program ends;
+   helpers until the team is destroyed. */
 static void run_worker(Team *team, int worker) {
     for (;;) {
         uint64_t current = atomic_load_explicit(&team->current, memory_order_acquire);
@@ -308,10 +323,10 @@ TeamStatus team_run(Team *team, const Program *program, const void *work) {
 
 int team_num_threads(const Team *team) { return team->num_threads; }
 
-/* ---- Creating and destroying a team. ---- */
+/* ---- Creating and destroying a team ---- */
 
 #if defined(_WIN32)
-static DWORD WINAPI help(void *argument) {
+static DWORD WINAPI run_helper(void *argument) {
     const Helper *helper = argument;
     run_worker(helper->team, helper->worker);
     return 0;
@@ -319,7 +334,7 @@ static DWORD WINAPI help(void *argument) {
 
 static int start_thread(Team *team, int worker) {
     HANDLE *thread = team->threads + worker;
-    *thread = CreateThread(NULL, 0, help, team->helpers + worker, 0, NULL);
+    *thread = CreateThread(NULL, 0, run_helper, team->helpers + worker, 0, NULL);
     return *thread != NULL;
 }
 
@@ -328,7 +343,7 @@ static void join_thread(Team *team, int worker) {
     CloseHandle(team->threads[worker]);
 }
 #else
-static void *help(void *argument) {
+static void *run_helper(void *argument) {
     const Helper *helper = argument;
     run_worker(helper->team, helper->worker);
     return NULL;
@@ -339,7 +354,7 @@ static int start_thread(Team *team, int worker) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int error = pthread_create(team->threads + worker, NULL, help, team->helpers + worker);
+    int error = pthread_create(team->threads + worker, NULL, run_helper, team->helpers + worker);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return error == 0;
 }
@@ -348,11 +363,11 @@ static void join_thread(Team *team, int worker) { pthread_join(team->threads[wor
 #endif
 
 static void *aligned_zeros(size_t size) {
-    size = (size + LINE - 1) / LINE * LINE;
+    size = (size + LINE_PAIR_BYTES - 1) / LINE_PAIR_BYTES * LINE_PAIR_BYTES;
 #if defined(_WIN32)
-    void *memory = _aligned_malloc(size, LINE);
+    void *memory = _aligned_malloc(size, LINE_PAIR_BYTES);
 #else
-    void *memory = aligned_alloc(LINE, size);
+    void *memory = aligned_alloc(LINE_PAIR_BYTES, size);
 #endif
     if (memory) memset(memory, 0, size);
     return memory;
