@@ -97,9 +97,10 @@ def _split(file: BufferedIOBase) -> Iterator[bytes | None]:
 
 def without_marks(text: bytes) -> bytes:
     """UTF-8 text without byte order marks at its start; joined files have some in the middle."""
-    while text.startswith(codecs.BOM_UTF8):
-        text = text.removeprefix(codecs.BOM_UTF8)
-    return text
+    start = 0
+    while text.startswith(codecs.BOM_UTF8, start):
+        start += len(codecs.BOM_UTF8)
+    return text[start:]
 
 
 def encode(record: dict[str, Any]) -> bytes:
