@@ -583,19 +583,26 @@ INLINE void multiply_quantized_tile(Format format, int rows, const char *panel, 
     for (int r = 0; r < rows; r++) acc[r][0] = sum[r][0], acc[r][1] = sum[r][1];
 }
 
-/* Evaluate `call` with ROWS as a constant, so that the compiler keeps all sums in registers. Cases above
-   TILE_ROWS do not occur. */
+/* Evaluate `call` with ROWS, which is at most TILE_ROWS, as a constant, so that the compiler keeps all sums
+   in registers. */
 #define ROWS_CASE(n, call) \
     case n: { \
-        enum { ROWS = n <= TILE_ROWS ? n : 1 }; \
+        enum { ROWS = n }; \
         call; \
         break; \
     }
+#if WIDTH == 16
+#define WIDE_ROWS_CASES(call) \
+    ROWS_CASE(7, call) ROWS_CASE(8, call) ROWS_CASE(9, call) \
+    ROWS_CASE(10, call) ROWS_CASE(11, call) ROWS_CASE(12, call)
+#else
+#define WIDE_ROWS_CASES(call)
+#endif
 #define FOR_ROWS(rows, call) \
     switch (rows) { \
-        ROWS_CASE(1, call) ROWS_CASE(2, call) ROWS_CASE(3, call) ROWS_CASE(4, call) \
-        ROWS_CASE(5, call) ROWS_CASE(6, call) ROWS_CASE(7, call) ROWS_CASE(8, call) \
-        ROWS_CASE(9, call) ROWS_CASE(10, call) ROWS_CASE(11, call) ROWS_CASE(12, call) \
+        ROWS_CASE(1, call) ROWS_CASE(2, call) ROWS_CASE(3, call) \
+        ROWS_CASE(4, call) ROWS_CASE(5, call) ROWS_CASE(6, call) \
+        WIDE_ROWS_CASES(call) \
     }
 
 static void dispatch_tile(int rows, const lane *panel, int depth, const elem *x, const char *next,
