@@ -56,6 +56,13 @@ def _token_key(value: object) -> object:
     return value
 
 
+def _short(value: object) -> object:
+    """Reject a large object before its members are validated, each with an error of its own."""
+    if isinstance(value, dict) and len(value) > MAX_LISTED:
+        raise ValueError("too many members")
+    return value
+
+
 def _stripped(value: object) -> object:
     """Reject a choice with outer white space: answers are stripped, so none could match it."""
     if isinstance(value, str) and value != value.strip():
@@ -92,7 +99,7 @@ LogitBias = Annotated[
         Annotated[int, Field(strict=True, ge=0), BeforeValidator(_token_key)],
         Annotated[Number, Field(ge=-MAX_BIAS, le=MAX_BIAS)],
     ],
-    Field(max_length=MAX_LISTED),
+    BeforeValidator(_short),
     WithJsonSchema(
         {
             "type": "object",
