@@ -1,7 +1,9 @@
 """The remote backend: queries to other servers, in batches, through failures of every kind."""
 
+import errno
 import json
 import math
+import os
 import ssl
 import threading
 import time
@@ -370,11 +372,19 @@ class TestFailures:
             open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0))
 
     def test_no_server_at_the_url(self) -> None:
-        with pytest.raises(BackendError, match=r"cannot be reached: Connection refused$"):
-            open_remote(RemoteSettings(("http://127.0.0.1:9",), retry_s=0))
+        for host in ("127.0.0.1", "localhost"):
+            with pytest.raises(BackendError, match=r"cannot be reached: Connection refused$"):
+                open_remote(RemoteSettings((f"http://{host}:9",), retry_s=0))
         for url in ("localhost:8000", "ftp://x", "", "http://", "http://x/v1?y=1", "http://x#y"):
             with pytest.raises(UsageError, match=r"URL|query"):
                 open_remote(RemoteSettings((url,)))
+
+    def test_the_reason_is_that_of_an_address_with_a_route(self) -> None:
+        """Without IPv6, that of ::1 hid the one of 127.0.0.1."""
+        codes = (errno.EADDRNOTAVAIL, errno.ECONNREFUSED)
+        failed = httpx2.ConnectError("failed")
+        failed.__cause__ = ExceptionGroup("", [OSError(code, os.strerror(code)) for code in codes])
+        assert connection_reason(failed) == "Connection refused"
 
     def test_tls_errors_say_what_to_do(self) -> None:
         """They quoted OpenSSL, with the place in its source."""
