@@ -408,7 +408,7 @@ def _parse_form(start: Callable[..., Upload]) -> tuple[Any, Any]:
             request.stream, request.mimetype, request.content_length, request.mimetype_params
         )
     except RequestEntityTooLarge as exc:
-        message = "the form has too many fields, or too long a text; send files as files"
+        message = "the form has too many fields or too long a text field; send the file as a file"
         raise HttpError(exc.code, message, HttpCode.TOO_LARGE) from exc
     except ValueError as exc:
         message = "the body is not valid multipart/form-data, or incomplete"
